@@ -1,0 +1,35 @@
+# make demo [SOURCE=stamps] | make test | make lint      everything is set up in .venv first; safe to repeat
+SOURCE ?= shapes
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RANKS ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | wc -l); [ $$n -gt 0 ] && echo $$n || echo 2)
+DEMO_CONFIG := $(if $(filter shapes,$(SOURCE)),demo,demo_$(SOURCE))
+DEMO_DIR := $(if $(filter shapes,$(SOURCE)),runs/demo,runs/demo-$(SOURCE))
+
+.PHONY: install demo test lint clean
+install: $(VENV)/.installed
+
+# torch first and pinned: a looser requirement may pull another build of several GB
+$(VENV)/.installed: setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python >= 3.10 is needed; name one: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { \
+	  [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq python3-venv && $(PYTHON) -m venv $(VENV); } || { \
+	  echo "$(PYTHON) cannot make a virtual environment; run: sudo apt-get install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,stamps]'
+	@touch $@
+
+demo: install
+	@case "$(SOURCE)" in shapes|stamps) ;; *) echo "SOURCE is $(SOURCE); choose shapes or stamps"; exit 1;; esac
+	$(BIN)/deepspeed --num_gpus $(RANKS) mvptr_ds/train.py --deepspeed ds_configs/z2.json --config $(DEMO_CONFIG) train.resume=never
+	$(BIN)/python mvptr_ds/eval.py $(DEMO_DIR)
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) runs .cache build *.egg-info

@@ -1,0 +1,148 @@
+"""From the configuration to objects: vocabularies, shards, model. The one place that maps its keys to arguments."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mvptr_ds import parallel
+from mvptr_ds.config import Config, DataConfig, MaskingConfig
+from mvptr_ds.data.features import SampleBuilder, SampleOptions
+from mvptr_ds.data.phrases import PhraseVocab
+from mvptr_ds.data.schema import DataError
+from mvptr_ds.data.shards import Index, ensure_index
+from mvptr_ds.data.wordpiece import WordPiece
+from mvptr_ds.demo.build import build_demo_shards
+from mvptr_ds.model.config import MvptrConfig
+from mvptr_ds.model.convert import init_from_bert, load_bert
+from mvptr_ds.model.mvptr import Mvptr
+
+logger = logging.getLogger(__name__)
+NO_MASKING = MaskingConfig(word_prob=0.0, phrase_prob=0.0, tag_prob=0.0)
+
+
+@dataclass
+class Vocabs:
+    words: WordPiece
+    phrases: PhraseVocab
+
+
+def on_main(function: Callable[[], object]) -> None:
+    """Runs `function` on rank 0 while the others wait; its error is raised on every rank."""
+    error: Exception | None = None
+    if parallel.is_main():
+        try:
+            function()
+        except Exception as caught:  # passed on to every rank just below
+            error = caught
+    error = parallel.broadcast_object(error)
+    if error is not None:
+        raise error
+
+
+def prepare_shards(data: DataConfig, seed: int, num_processes: int) -> None:
+    """Builds the demo shards if the configuration asks for them and they are missing, and missing indices."""
+
+    def prepare() -> None:
+        if data.demo_source is not None:
+            build_demo_shards(
+                Path(data.train).parent,
+                data.demo_source,
+                data.demo_train_scenes,
+                data.demo_held_out_scenes,
+                seed,
+                num_processes,
+            )
+        for folder in (data.train, data.held_out):
+            if folder is not None:
+                ensure_index(folder)
+
+    on_main(prepare)
+
+
+def build_vocabs(data: DataConfig) -> Vocabs:
+    """Word and phrase vocabulary; without `data.phrase_vocab` every phrase is out of vocabulary."""
+    words = WordPiece(data.word_vocab)
+    phrases = PhraseVocab.load(data.phrase_vocab, words) if data.phrase_vocab else PhraseVocab.empty(words)
+    return Vocabs(words, phrases)
+
+
+def build_samples(
+    config: Config, vocabs: Vocabs, index: Index, masking: MaskingConfig, predict_phrases: bool, tag_noise: bool
+) -> SampleBuilder:
+    """What turns a record's members into a sample; evaluation passes `NO_MASKING` and no tag noise."""
+    data, visual = config.data, config.visual
+    options = SampleOptions(
+        visual_source=visual.source,
+        feature_dim=visual.feature_dim,
+        image_size=visual.image_size,
+        grid_size=visual.grid_size,
+        max_tokens=data.max_tokens,
+        max_text_slots=data.max_text_slots,
+        max_tag_slots=data.max_tag_slots,
+        max_regions=data.max_regions,
+        word_prob=masking.word_prob,
+        phrase_prob=masking.phrase_prob,
+        tag_prob=masking.tag_prob,
+        predict_phrases=predict_phrases,
+        tag_drop_prob=data.tag_drop_prob if tag_noise else 0.0,
+        tag_wrong_prob=data.tag_wrong_prob if tag_noise else 0.0,
+        tag_withhold_prob=data.tag_withhold_prob if tag_noise else 0.0,
+        tag_list=list(index.tags),
+    )
+    return SampleBuilder(vocabs.words, vocabs.phrases, options)
+
+
+def model_config(config: Config, vocabs: Vocabs) -> MvptrConfig:
+    """The model's own configuration; the vocabularies give its rows."""
+    model, visual = config.model, config.visual
+    if config.data.max_text_slots > model.max_positions or config.data.max_tag_slots > model.max_positions:
+        raise ValueError(
+            f"data.max_text_slots={config.data.max_text_slots} and data.max_tag_slots={config.data.max_tag_slots} "
+            f"must not exceed model.max_positions={model.max_positions}"
+        )
+    return MvptrConfig(
+        num_words=len(vocabs.words),
+        num_rows=vocabs.phrases.num_rows,
+        num_phrases=len(vocabs.phrases),
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        intermediate_size=model.intermediate_size,
+        num_text_layers=model.num_text_layers,
+        num_visual_layers=model.num_visual_layers,
+        num_cross_layers=model.num_cross_layers,
+        max_positions=model.max_positions,
+        hidden_dropout=model.dropout,
+        attention_dropout=model.attention_dropout,
+        tie_word_heads=model.tie_word_heads,
+        initial_temperature=config.task.vsc.initial_temperature,
+        visual_source=visual.source,
+        region_feature_dim=visual.feature_dim,
+        backbone=visual.backbone if visual.source == "image" else None,
+        backbone_config=visual.backbone_config if visual.source == "image" else None,
+        freeze_backbone=visual.freeze_backbone,
+        image_size=visual.image_size,
+        roi_bins=visual.roi_bins,
+    )
+
+
+def build_model(config: Config, vocabs: Vocabs) -> Mvptr:
+    """A fresh model, the same on every rank; from BERT's weights where `run.init_from_bert` names them."""
+    torch.manual_seed(config.run.seed)
+    model = Mvptr(model_config(config, vocabs))
+    if len(vocabs.phrases):
+        model.set_phrase_rows(torch.from_numpy(vocabs.phrases.rows))
+    if config.run.init_from_bert is not None:
+        if config.data.word_vocab is not None:
+            raise DataError(
+                f"run.init_from_bert={config.run.init_from_bert} needs BERT's own vocabulary, but data.word_vocab is "
+                f"{config.data.word_vocab}: leave data.word_vocab out"
+            )
+        state = load_bert(config.run.init_from_bert)
+        for line in init_from_bert(model, state, vocabs.phrases.pieces(vocabs.words)):
+            logger.info("from %s: %s", config.run.init_from_bert, line)
+    return model

@@ -1,0 +1,294 @@
+"""The configuration tree: dataclass defaults < `--config FILE.yaml` < `section.key=value`.
+
+Every object of the package receives its own section (a small dataclass below), never the whole tree.
+An unknown key is an error that names the nearest one; values are coerced by their annotation, because
+PyYAML reads `1e-4` as a string.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+STAGES = ("stage1", "stage2", "joint")
+CONFIGS_DIR = Path(__file__).resolve().parent / "configs"
+
+
+@dataclass
+class RunConfig:
+    dir: str = "runs/demo"  # everything a run writes goes below this folder
+    stages: list[str] = field(default_factory=lambda: ["1", "2"])  # of 1, 2, joint; run one after the other
+    seed: int = 0
+    init_from: str | None = None  # run folder (or exported model folder) whose weights the first stage starts from
+    init_from_bert: str | None = None  # folder or hub name of a 12- or 6-layer BertModel for a fresh start
+
+
+@dataclass
+class DataConfig:
+    train: str = "runs/demo/shards/train"  # folder with manifest.json (made on first use when there is none)
+    held_out: str | None = "runs/demo/shards/held_out"
+    word_vocab: str | None = None  # WordPiece vocab.txt; null: bert-base-uncased's, shipped in the package
+    phrase_vocab: str | None = "runs/demo/shards/phrase_vocab.json"
+    demo_source: str | None = None  # shapes | stamps: build these demo shards when `train` is missing
+    demo_train_scenes: int = 6000
+    demo_held_out_scenes: int = 500
+    num_workers: int = 1  # loader processes a rank; 0 reads in the training process
+    prefetch_batches: int = 4  # a worker
+    block_samples: int = 64  # neighbours read together
+    window_blocks: int = 256  # blocks whose samples are shuffled together
+    max_tokens: int = 33  # wordpieces of a caption
+    max_text_slots: int = 40  # [CLS] tokens phrases [SEP]
+    max_tag_slots: int = 20  # [CLS] tags [SEP]
+    max_regions: int = 50
+    tag_drop_prob: float = 0.0  # one tag is left out
+    tag_wrong_prob: float = 0.0  # one tag is replaced by a random other one
+    tag_withhold_prob: float = 0.0  # all tags of the sample are left out
+    max_bad_fraction: float = 0.01  # of the samples read; above it the run ends with one error
+
+
+@dataclass
+class VisualConfig:
+    source: str = "features"  # features: KEY.npy | image: RoIAlign on the backbone's map
+    feature_dim: int = 2048  # of KEY.npy; with `image` it follows from the backbone
+    image_size: int = 224  # pixels; the image is resized to this square
+    grid_size: int = 4  # an image without boxes gets grid_size**2 regions
+    roi_bins: int = 1  # RoIAlign's bins a side, concatenated
+    backbone: str | None = None  # hub name or folder of any transformers AutoBackbone
+    backbone_config: dict[str, Any] | None = None  # or {"model_type": ..., ...}: from scratch
+    freeze_backbone: bool = False
+
+
+@dataclass
+class ModelConfig:
+    hidden_size: int = 768
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    num_text_layers: int = 6
+    num_visual_layers: int = 6
+    num_cross_layers: int = 6
+    max_positions: int = 512
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    tie_word_heads: bool = True
+
+
+@dataclass
+class VscConfig:
+    initial_temperature: float = 0.07
+    max_scale: float = 100.0  # clamp of exp(logit_scale)
+
+
+@dataclass
+class WpgConfig:
+    states: str = "auto"  # uni | cross | auto: cross (published) in joint, uni in stage 2
+    top_k: int = 3  # one of the k highest region similarities is drawn
+    margin: float = 0.2
+
+
+@dataclass
+class ItmConfig:
+    negatives: str = "auto"  # hardest | sampled | random | schedule | auto: hardest in joint, schedule in stage 2
+    random_until: float = 0.6  # schedule: random negatives for this share of the steps, then hardest
+
+
+@dataclass
+class TaskConfig:
+    vsc: VscConfig = field(default_factory=VscConfig)
+    wpg: WpgConfig = field(default_factory=WpgConfig)
+    itm: ItmConfig = field(default_factory=ItmConfig)
+
+
+@dataclass
+class WeightsConfig:
+    mcr_tags: float = 0.0
+    mcr_regions: float = 0.0
+    mcr_phrases: float = 0.0
+    mlm: float = 0.0
+    vsc: float = 0.0
+    wpg: float = 0.0
+    itm: float = 0.0
+
+
+@dataclass
+class MaskingConfig:
+    word_prob: float = 0.15
+    phrase_prob: float = 0.15
+    tag_prob: float = 0.15
+
+
+@dataclass
+class StageConfig:
+    max_steps: int = 100_000
+    learning_rate: float = 5e-5
+    warmup_steps: int = 1_000
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+
+
+@dataclass
+class OptimConfig:
+    name: str = "adamw"
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01  # none on biases, norms and logit_scale
+    clip_norm: float = 10.0
+
+
+@dataclass
+class TrainConfig:
+    batch_size: int = 1024  # samples of one optimiser step, over all ranks
+    accumulation_steps: int = 1  # the micro-batch of a rank follows: batch_size / (ranks x accumulation_steps)
+    resume: str = "auto"  # auto: go on from the newest good checkpoint of run.dir | never
+    log_every_steps: int = 10
+    checkpoint_every_steps: int = 1_000
+    keep_checkpoints: int = 2
+    max_skipped_in_row: int = 20  # steps with a non-finite gradient before the run gives up
+
+
+@dataclass
+class EvalConfig:
+    batch_size: int = 64
+    rerank_top_k: int = 32
+    num_pictures: int = 12
+
+
+@dataclass
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    visual: VisualConfig = field(default_factory=VisualConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    stage1: StageConfig = field(
+        default_factory=lambda: StageConfig(
+            weights=WeightsConfig(mcr_tags=1.0, mcr_regions=1.0, mcr_phrases=1.0, mlm=1.0),
+            masking=MaskingConfig(tag_prob=0.5),
+        )
+    )
+    stage2: StageConfig = field(
+        default_factory=lambda: StageConfig(
+            weights=WeightsConfig(mcr_tags=1.0, mcr_regions=1.0, mlm=1.0, vsc=1.0, wpg=1.0, itm=1.0)
+        )
+    )
+    joint: StageConfig = field(
+        default_factory=lambda: StageConfig(weights=WeightsConfig(mcr_tags=1.0, mlm=1.0, vsc=1.0, wpg=1.0, itm=1.0))
+    )
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def stage(self, name: str) -> StageConfig:
+        """The section of one stage: `stage1`, `stage2` or `joint`."""
+        if name not in STAGES:
+            raise ValueError(f"stage {name!r} is unknown; choose from {', '.join(STAGES)}")
+        return typing.cast(StageConfig, getattr(self, name))
+
+    @property
+    def stage_names(self) -> list[str]:
+        """`run.stages` as section names, checked."""
+        names = [s if s == "joint" or s.startswith("stage") else f"stage{s}" for s in self.run.stages]
+        if not names or any(n not in STAGES for n in names):
+            raise ValueError(f"run.stages is {self.run.stages}; it lists some of 1, 2, joint")
+        return names
+
+
+def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] = ()) -> Config:
+    """Defaults < the YAML file < the overrides `section.key=value` (values are YAML).
+
+    A path that does not exist is also looked for among the packaged configs (`base` is configs/base.yaml).
+
+    Raises:
+        ValueError: unknown keys (the nearest ones are named) and values that do not fit their annotation.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        tree = yaml.safe_load(_find_config(path).read_text(encoding="utf-8")) or {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise ValueError(f"cannot read the argument {override!r}; overrides look like train.batch_size=64")
+        node = tree
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            child = node.setdefault(parent, {})
+            if not isinstance(child, dict):
+                raise ValueError(f"override {override!r}: {parent!r} is a value, not a section")
+            node = child
+        node[leaf] = yaml.safe_load(value)
+    return typing.cast(Config, _build(Config, tree, ""))
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Writes the resolved tree as YAML that `load_config` reads back to an equal tree."""
+    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
+
+
+def _find_config(path: str | Path) -> Path:
+    for candidate in (Path(path), CONFIGS_DIR / Path(path), CONFIGS_DIR / f"{path}.yaml"):
+        if candidate.is_file():
+            return candidate
+    packaged = ", ".join(sorted(p.stem for p in CONFIGS_DIR.glob("*.yaml")))
+    raise ValueError(f"there is no config {str(path)!r}; give a YAML file or one of the packaged ones: {packaged}")
+
+
+def _build(cls: type, tree: Any, prefix: str, base: Any = None) -> Any:
+    """An instance of the dataclass from a (partial) mapping laid over `base` (default: the class's defaults)."""
+    if not isinstance(tree, dict):
+        raise ValueError(f"{prefix or 'the configuration'} is {tree!r}, expected a section with keys")
+    hints = typing.get_type_hints(cls)
+    out = base if base is not None else cls()
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=3, cutoff=0.5) or sorted(hints)
+            raise ValueError(f"unknown configuration key {name!r}; did you mean {', '.join(prefix + n for n in near)}?")
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            setattr(out, key, _build(typing.cast(type, hint), value, f"{name}.", getattr(out, key)))
+        else:
+            setattr(out, key, _coerce(value, hint, name))
+    return out
+
+
+def _coerce(value: Any, hint: Any, name: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _coerce(value, next(a for a in args if a is not type(None)), name)
+    if origin is list:
+        items = value if isinstance(value, list) else [value]
+        return [_coerce(item, args[0], name) for item in items]
+    if origin is dict:
+        if isinstance(value, dict):
+            return value
+    elif hint is bool:
+        if isinstance(value, bool):
+            return value
+    elif hint is str:
+        if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            return str(value)
+    elif hint is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if isinstance(value, (str, float)) and _number(value) is not None and _number(value) == int(_number(value) or 0):
+            return int(_number(value) or 0)
+    elif hint is float and not isinstance(value, bool) and _number(value) is not None:
+        return _number(value)
+    wanted = hint.__name__ if isinstance(hint, type) else str(hint)
+    raise ValueError(f"{name} is {value!r}, expected {wanted}")
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None

@@ -1,0 +1,104 @@
+"""Samples -> Batch: padding to the longest of the batch, named fields, no positional tuples.
+
+Legend: B samples, T text slots, G tag slots, R regions, F feature size, H W image size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORE = -100  # label of a slot that is not predicted
+
+
+@dataclass
+class Sample:
+    """One image-text pair after masking, unpadded (numpy). Lengths T, G, R are this sample's own."""
+
+    text_ids_T: np.ndarray  # int64 rows of the embedding table: [CLS] tokens phrases [SEP], masked
+    phrase_mask_T: np.ndarray  # bool, the slots that hold a phrase
+    mlm_labels_T: np.ndarray  # int64 wordpiece, or IGNORE
+    phrase_labels_T: np.ndarray  # int64 index into the phrase vocabulary, or IGNORE
+    tag_ids_G: np.ndarray  # int64 [CLS] tags [SEP], masked
+    tag_labels_G: np.ndarray  # int64 wordpiece, or IGNORE
+    region_geometry_R6: np.ndarray  # float32 x1/W y1/H x2/W y2/H w/W h/H
+    region_features_RF: np.ndarray | None  # float32; None when regions are pooled from the image
+    image_3HW: np.ndarray | None  # uint8; None when features are given
+    image_index: int  # number of the record in its split: equal for captions of one image
+    position: int  # place of the sample in the run (epoch x samples + position in the epoch)
+    num_oov_phrases: int  # phrases dropped because the vocabulary lacks them
+    num_phrases: int  # phrases kept
+
+
+@dataclass
+class Batch:
+    """One micro-batch of a rank. Masks are True where a slot is real."""
+
+    text_ids_BT: Tensor  # int64
+    text_mask_BT: Tensor  # bool
+    phrase_mask_BT: Tensor  # bool
+    mlm_labels_BT: Tensor  # int64
+    phrase_labels_BT: Tensor  # int64
+    tag_ids_BG: Tensor  # int64
+    tag_mask_BG: Tensor  # bool
+    tag_labels_BG: Tensor  # int64
+    region_geometry_BR6: Tensor  # float32
+    region_mask_BR: Tensor  # bool
+    region_features_BRF: Tensor | None  # float32
+    images_B3HW: Tensor | None  # uint8
+    image_index_B: Tensor  # int64
+    position_B: Tensor  # int64
+    num_oov_phrases: int
+    num_phrases: int
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:  # the name DataLoader(pin_memory=True) looks for
+        return self._map(lambda t: t.pin_memory())
+
+    def _map(self, function) -> Batch:  # type: ignore[no-untyped-def]
+        values = (getattr(self, f.name) for f in fields(self))
+        return Batch(*(function(v) if isinstance(v, Tensor) else v for v in values))
+
+    def __len__(self) -> int:
+        return self.text_ids_BT.shape[0]
+
+
+def _pad(rows: list[np.ndarray], fill: float) -> Tensor:
+    longest = max(len(row) for row in rows)
+    out = np.full((len(rows), longest, *rows[0].shape[1:]), fill, dtype=rows[0].dtype)
+    for padded, row in zip(out, rows, strict=True):
+        padded[: len(row)] = row
+    return torch.from_numpy(out)
+
+
+def _mask(rows: list[np.ndarray]) -> Tensor:
+    return _pad([np.ones(len(row), dtype=bool) for row in rows], False)
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Pads text, tags and regions to the longest of the batch (word row 0 is [PAD])."""
+    features = [s.region_features_RF for s in samples]
+    images = [s.image_3HW for s in samples]
+    return Batch(
+        text_ids_BT=_pad([s.text_ids_T for s in samples], 0),
+        text_mask_BT=_mask([s.text_ids_T for s in samples]),
+        phrase_mask_BT=_pad([s.phrase_mask_T for s in samples], False),
+        mlm_labels_BT=_pad([s.mlm_labels_T for s in samples], IGNORE),
+        phrase_labels_BT=_pad([s.phrase_labels_T for s in samples], IGNORE),
+        tag_ids_BG=_pad([s.tag_ids_G for s in samples], 0),
+        tag_mask_BG=_mask([s.tag_ids_G for s in samples]),
+        tag_labels_BG=_pad([s.tag_labels_G for s in samples], IGNORE),
+        region_geometry_BR6=_pad([s.region_geometry_R6 for s in samples], 0.0),
+        region_mask_BR=_mask([s.region_geometry_R6 for s in samples]),
+        region_features_BRF=None if features[0] is None else _pad([f for f in features if f is not None], 0.0),
+        images_B3HW=None if images[0] is None else torch.from_numpy(np.stack([i for i in images if i is not None])),
+        image_index_B=torch.tensor([s.image_index for s in samples]),
+        position_B=torch.tensor([s.position for s in samples]),
+        num_oov_phrases=sum(s.num_oov_phrases for s in samples),
+        num_phrases=sum(s.num_phrases for s in samples),
+    )

@@ -1,0 +1,290 @@
+"""One record's members -> one masked, unpadded Sample.
+
+Legend: T text slots, P phrases kept, N tokens, S spans, G tag slots, R regions, F feature size, H W image size.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import io
+import math
+import struct
+import tokenize
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image
+
+from mvptr_ds.data.collate import Sample
+from mvptr_ds.data.layout import layout_tags, layout_text, num_phrases_that_fit
+from mvptr_ds.data.masking import TextMasking, mask_text, mask_words
+from mvptr_ds.data.phrases import PhraseVocab
+from mvptr_ds.data.schema import Caption, DataError, Phrase, Record, parse_record
+from mvptr_ds.data.tars import IMAGE_EXTENSIONS
+from mvptr_ds.data.wordpiece import WordPiece
+
+VISUAL_SOURCES = ("features", "image")
+MAX_IMAGE_PIXELS = 64_000_000  # a larger picture is refused before it is decoded (decompression bombs)
+_MAX_KNOWN_TAGS = 100_000
+_NPY_ERRORS = (OSError, ValueError, EOFError, SyntaxError, OverflowError, TypeError, tokenize.TokenError)
+_DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Sizes and chances of a SampleBuilder; all probabilities 0 is evaluation."""
+
+    visual_source: str = "features"  # features: KEY.npy | image: pixels
+    feature_dim: int | None = None  # F of KEY.npy; None accepts any
+    image_size: int = 224  # pixels, square
+    grid_size: int = 4  # regions a side for an image without boxes
+    max_tokens: int = 33
+    max_text_slots: int = 40
+    max_tag_slots: int = 20
+    max_regions: int = 50
+    word_prob: float = 0.0
+    phrase_prob: float = 0.0
+    tag_prob: float = 0.0
+    predict_phrases: bool = False  # stage 1: phrases carry labels
+    tag_drop_prob: float = 0.0  # one tag is left out
+    tag_wrong_prob: float = 0.0  # one tag is replaced by a random other one
+    tag_withhold_prob: float = 0.0  # all tags are left out
+    tag_list: Sequence[str] = field(default=())  # what a wrong tag is drawn from (the manifest's)
+
+    def __post_init__(self) -> None:
+        if self.visual_source not in VISUAL_SOURCES:
+            raise ValueError(f"visual_source is {self.visual_source!r}, expected one of {', '.join(VISUAL_SOURCES)}")
+        for name in ("word_prob", "phrase_prob", "tag_prob", "tag_drop_prob", "tag_wrong_prob", "tag_withhold_prob"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a probability")
+        for name, least in (("max_tokens", 1), ("max_text_slots", 3), ("max_tag_slots", 2), ("max_regions", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be at least {least}")
+        if self.image_size < 1 or self.grid_size < 1:
+            raise ValueError(f"image_size {self.image_size} and grid_size {self.grid_size} must be at least 1")
+
+
+class SampleBuilder:
+    """Turns the members of a record and the number of a caption into a Sample."""
+
+    def __init__(self, words: WordPiece, phrases: PhraseVocab, options: SampleOptions) -> None:
+        self.words = words
+        self.phrases = phrases
+        self.options = options
+        self._tag_pieces: dict[str, list[int]] = {}
+        self._text_masking = TextMasking(
+            word_prob=options.word_prob,
+            phrase_prob=options.phrase_prob,
+            mask_id=words.mask_id,
+            random_word_ids=words.ordinary_ids,
+            random_phrase_rows=phrases.rows,
+            predict_phrases=options.predict_phrases,
+        )
+
+    def build(
+        self,
+        members: Mapping[str, bytes],
+        caption_number: int,
+        image_index: int,
+        position: int,
+        rng: np.random.Generator,
+    ) -> Sample:
+        """The sample of caption `caption_number`; all chance is drawn from `rng`.
+
+        Raises:
+            DataError: the record, its features or its image cannot be used, with the reason.
+        """
+        if "json" not in members:
+            raise DataError(f"the record has no json member, only {sorted(members)}")
+        record = parse_record(members["json"])
+        if not 0 <= caption_number < len(record.captions):
+            raise DataError(f"caption {caption_number} of a record with {len(record.captions)}; rebuild the index")
+        # text, tags, then the picture: the draws of one must not depend on how the other is stored
+        text = self._text(record.captions[caption_number], rng)
+        tag_ids_G, tag_labels_G = self._tags(record, rng)
+        geometry_R6 = region_geometry(record, self.options.grid_size)
+        features_RF = image_3HW = None
+        if self.options.visual_source == "features":
+            features_RF = read_features(members, len(geometry_R6), self.options.feature_dim)
+            features_RF = features_RF[: self.options.max_regions]
+        else:
+            image_3HW = decode_image(members, self.options.image_size)
+        return Sample(
+            text_ids_T=text.ids_T,
+            phrase_mask_T=text.phrase_mask_T,
+            mlm_labels_T=text.word_labels_T,
+            phrase_labels_T=text.phrase_labels_T,
+            tag_ids_G=tag_ids_G,
+            tag_labels_G=tag_labels_G,
+            region_geometry_R6=geometry_R6[: self.options.max_regions],
+            region_features_RF=features_RF,
+            image_3HW=image_3HW,
+            image_index=image_index,
+            position=position,
+            num_oov_phrases=text.num_oov,
+            num_phrases=int(text.phrase_mask_T.sum()),
+        )
+
+    def _text(self, caption: Caption, rng: np.random.Generator) -> _Text:
+        options = self.options
+        token_ids, offsets = self.words.encode(caption.text)
+        known, num_oov = [], 0
+        for phrase in caption.phrases:
+            index = self.phrases.index_of(phrase.tuple)
+            if index is None:
+                num_oov += 1
+            else:
+                known.append((index, phrase))
+        known = known[: num_phrases_that_fit(len(token_ids), options.max_tokens, options.max_text_slots)]
+        indices_P = np.array([index for index, _ in known], dtype=np.int64)
+        ids_T, phrase_mask_T = layout_text(
+            token_ids,
+            self.phrases.rows[indices_P].tolist(),
+            self.words.cls_id,
+            self.words.sep_id,
+            options.max_tokens,
+            options.max_text_slots,
+        )
+        num_tokens = len(ids_T) - len(known) - 2
+        words_of_PT = _words_of_phrases([phrase for _, phrase in known], offsets[:num_tokens], len(ids_T))
+        masked = mask_text(ids_T, phrase_mask_T, words_of_PT, indices_P, rng, self._text_masking)
+        return _Text(*masked, phrase_mask_T, num_oov)
+
+    def _tags(self, record: Record, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Tag ids and labels, int64 [G] each, after tag noise and masking."""
+        options = self.options
+        tags = list(dict.fromkeys(region.tag for region in record.regions if region.tag))
+        wrong = self._add_noise(tags, rng)
+        pieces: list[int] = []
+        candidates = [False]
+        for number, tag in enumerate(tags):
+            of_tag = self._pieces_of(tag)
+            pieces += of_tag
+            candidates += [number != wrong] * len(of_tag)
+        ids_G = layout_tags(pieces, self.words.cls_id, self.words.sep_id, options.max_tag_slots)
+        candidates_G = np.array([*candidates[: len(ids_G) - 1], False])
+        return mask_words(ids_G, candidates_G, rng, options.tag_prob, self.words.mask_id, self.words.ordinary_ids)
+
+    def _add_noise(self, tags: list[str], rng: np.random.Generator) -> int | None:
+        """Changes the list in place; returns the number of the wrong tag: what is not there is no target of MCR."""
+        options = self.options
+        drop, wrong, withhold = rng.random(3).tolist()
+        if withhold < options.tag_withhold_prob:
+            tags.clear()
+        if drop < options.tag_drop_prob and tags:
+            del tags[int(rng.integers(len(tags)))]
+        if wrong >= options.tag_wrong_prob or not tags or not options.tag_list:
+            return None
+        number = int(rng.integers(len(tags)))
+        other = options.tag_list[int(rng.integers(len(options.tag_list)))]
+        if other in tags:  # it would be right, or give a masked tag away
+            return None
+        tags[number] = other
+        return number
+
+    def _pieces_of(self, tag: str) -> list[int]:
+        pieces = self._tag_pieces.get(tag)
+        if pieces is None:
+            if len(self._tag_pieces) >= _MAX_KNOWN_TAGS:
+                self._tag_pieces.clear()
+            pieces = self._tag_pieces[tag] = self.words.encode(tag)[0]
+        return pieces
+
+
+@dataclass(frozen=True)
+class _Text:
+    ids_T: np.ndarray
+    word_labels_T: np.ndarray
+    phrase_labels_T: np.ndarray
+    phrase_mask_T: np.ndarray
+    num_oov: int
+
+
+def _words_of_phrases(phrases: Sequence[Phrase], offsets: Sequence[tuple[int, int]], num_slots: int) -> np.ndarray:
+    """bool [P, T]: the slots whose token shares a character with one of the phrase's spans; slot 0 is [CLS]."""
+    words_of_PT = np.zeros((len(phrases), num_slots), dtype=bool)
+    starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
+    for row_T, phrase in zip(words_of_PT, phrases, strict=True):
+        for start, end in phrase.spans:
+            row_T[1 + bisect.bisect_right(ends, start) : 1 + bisect.bisect_left(starts, end)] = True
+    return words_of_PT
+
+
+def region_geometry(record: Record, grid_size: int) -> np.ndarray:
+    """float32 [R, 6]: x1/W y1/H x2/W y2/H w/W h/H of the boxes clipped to the picture, each within 0..1.
+
+    Without boxes the cells of a grid_size x grid_size grid, row by row. Source: REFERENCE, Inputs.
+    """
+    if record.regions:
+        size = np.array([record.width, record.height, record.width, record.height], dtype=np.float64)
+        corners_R4 = np.clip(np.array([region.box for region in record.regions]) / size, 0.0, 1.0)
+    else:
+        y, x = np.divmod(np.arange(grid_size**2), grid_size)
+        corners_R4 = np.stack([x, y, x + 1, y + 1], axis=1) / grid_size
+    return np.concatenate([corners_R4, corners_R4[:, 2:] - corners_R4[:, :2]], axis=1).astype(np.float32)
+
+
+def read_features(members: Mapping[str, bytes], num_regions: int, feature_dim: int | None) -> np.ndarray:
+    """`KEY.npy`: float32 [R, F], one row a region, stored as float16 or float32.
+
+    Raises:
+        DataError: absent, not a plain array, of another shape than the regions and `feature_dim` ask, or not finite.
+    """
+    if "npy" not in members:
+        raise DataError(f"the record has no npy features, only {sorted(members)}; use visual.source=image")
+    content = members["npy"]
+    try:
+        dtype, shape, start = _npy_layout(content[: 10 + int.from_bytes(content[8:10], "little")])
+        features_RF = np.frombuffer(content, dtype, math.prod(shape), start).reshape(shape)
+    except _NPY_ERRORS as error:
+        raise DataError(f"the npy member cannot be read: {error}; write it with numpy.save, float16 [R, F]") from error
+    if len(features_RF) != num_regions:
+        raise DataError(f"{len(features_RF)} rows of features for {num_regions} regions; write one row a region")
+    if feature_dim is not None and features_RF.shape[1] != feature_dim:
+        raise DataError(f"features have {features_RF.shape[1]} numbers, visual.feature_dim is {feature_dim}")
+    features_RF = features_RF.astype(np.float32)
+    if not np.isfinite(features_RF).all():
+        raise DataError("features hold NaN or infinity; extract them again")
+    return features_RF
+
+
+@functools.lru_cache(maxsize=1024)
+def _npy_layout(header: bytes) -> tuple[np.dtype, tuple[int, int], int]:
+    """dtype, shape and start of the content of an npy file, by numpy's own parser; cached, for it compiles the header.
+
+    Raises:
+        ValueError: not an npy of version 1, or not floats of at most 32 bits [R, F] in C order (so never objects).
+    """
+    stream = io.BytesIO(header)
+    if np.lib.format.read_magic(stream) != (1, 0):
+        raise ValueError("npy format version is not 1.0")
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+    if len(shape) != 2 or fortran_order or dtype.kind != "f" or dtype.itemsize > 4:
+        raise ValueError(f"{dtype} of shape {shape}, expected float16 or float32 [R, F] in C order")
+    return dtype, shape, len(header)
+
+
+def decode_image(members: Mapping[str, bytes], image_size: int) -> np.ndarray:
+    """The image member as RGB, uint8 [3, image_size, image_size], resized by antialiased bicubic interpolation.
+
+    Raises:
+        DataError: no image member, not JPEG, PNG or WebP, cut, or above MAX_IMAGE_PIXELS.
+    """
+    content = next((members[ext] for ext in IMAGE_EXTENSIONS if ext in members), None)
+    if content is None:
+        raise DataError(f"the record has no image, only {sorted(members)}; use visual.source=features")
+    try:
+        with Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP")) as image:
+            width, height = image.size
+            if width * height > MAX_IMAGE_PIXELS:
+                raise DataError(f"the image has {width} x {height} pixels, at most {MAX_IMAGE_PIXELS} are decoded")
+            image.draft("RGB", (image_size, image_size))  # JPEG decodes at 1/2, 1/4, 1/8 where that is enough
+            small = image.convert("RGB").resize((image_size, image_size), Image.Resampling.BICUBIC)
+    except _DECODE_ERRORS as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"the image cannot be decoded: {error}; replace or remove it") from error
+    return np.ascontiguousarray(np.asarray(small, dtype=np.uint8).transpose(2, 0, 1))

@@ -1,0 +1,44 @@
+"""Where tokens, phrases and tags stand in their sequences, before masking and padding.
+
+Positions run 0.. over the slots and segments are constant (text 0, tag slots 1), so the model makes both itself.
+Legend: T text slots, G tag slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def num_phrases_that_fit(num_tokens: int, max_tokens: int = 33, max_slots: int = 40) -> int:
+    """How many phrases a caption of `num_tokens` wordpieces may carry: a short caption may carry more."""
+    return max(0, max_slots - 2 - min(num_tokens, max_tokens))
+
+
+def layout_text(
+    token_ids: Sequence[int],
+    phrase_rows: Sequence[int],
+    cls_id: int,
+    sep_id: int,
+    max_tokens: int = 33,
+    max_slots: int = 40,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`[CLS] tokens phrases [SEP]`: ids int64 [T] and the phrase slots bool [T]; T <= max_slots.
+
+    Tokens are cut to `max_tokens`, phrases to what is left. Source: REFERENCE, Inputs.
+    """
+    tokens = token_ids[: min(max_tokens, max_slots - 2)]
+    phrases = phrase_rows[: num_phrases_that_fit(len(token_ids), max_tokens, max_slots)]
+    ids_T = np.array([cls_id, *tokens, *phrases, sep_id], dtype=np.int64)
+    phrase_mask_T = np.zeros(len(ids_T), dtype=bool)
+    phrase_mask_T[1 + len(tokens) : -1] = True
+    return ids_T, phrase_mask_T
+
+
+def layout_tags(tag_ids: Sequence[int], cls_id: int, sep_id: int, max_slots: int = 20) -> np.ndarray:
+    """`[CLS] tags [SEP]`: ids int64 [G], G <= max_slots; tags are cut to `max_slots - 2` wordpieces.
+
+    Source: REFERENCE, Inputs.
+    """
+    return np.array([cls_id, *tag_ids[: max_slots - 2], sep_id], dtype=np.int64)

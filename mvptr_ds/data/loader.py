@@ -1,0 +1,159 @@
+"""Positions of the plan -> samples -> micro-batches, in order, whatever the number of ranks and workers.
+
+Everything random about a sample comes from a generator keyed by (seed, epoch, position), so a rank or a worker more
+changes nothing, and a resume asks for later positions and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+
+from mvptr_ds.data.collate import Batch, Sample, collate
+from mvptr_ds.data.features import SampleBuilder
+from mvptr_ds.data.plan import Plan
+from mvptr_ds.data.schema import DataError
+from mvptr_ds.data.shards import Index, read_record, record_key
+
+logger = logging.getLogger(__name__)
+
+_SAMPLE, _SUBSTITUTE = 11, 12  # first word of each generator's key; the plan uses others
+MAX_TRIES = 8
+
+
+class ShardDataset(Dataset[Sample]):
+    """Sample at a position of the run. Picklable; each process opens its own files."""
+
+    def __init__(self, index: Index, plan: Plan, builder: SampleBuilder) -> None:
+        if plan.num_samples != len(index):
+            raise ValueError(f"the plan is for {plan.num_samples} samples, the index holds {len(index)}")
+        self.index = index
+        self.plan = plan
+        self.builder = builder
+
+    def __getitem__(self, position: int) -> Sample:
+        return self.load(position, *self.plan.sample_at(position))[0]
+
+    def __getitems__(self, positions: list[int]) -> list[Sample]:
+        """Samples of a whole micro-batch (the name DataLoader looks for)."""
+        epochs, numbers = self.plan.samples_at(np.array(positions, dtype=np.int64))
+        places = zip(positions, epochs.tolist(), numbers.tolist(), strict=True)
+        return [self.load(position, epoch, number)[0] for position, epoch, number in places]
+
+    def load(self, position: int, epoch: int, number: int) -> tuple[Sample, list[str]]:
+        """The sample, and why others had to be passed over: shard, key and reason of each.
+
+        A sample that cannot be read is replaced by one drawn by (seed, epoch, position), the same in every run.
+
+        Raises:
+            DataError: `MAX_TRIES` substitutes in a row cannot be read either.
+        """
+        reasons: list[str] = []
+        substitutes = None
+        while len(reasons) <= MAX_TRIES:
+            rng = np.random.default_rng([_SAMPLE, self.plan.seed, epoch, position])
+            try:
+                return load_sample(self.index, self.builder, number, position, rng), reasons
+            except DataError as error:
+                reasons.append(str(error))
+                logger.warning("bad sample at position %d, taking another: %s", position, error)
+            if substitutes is None:
+                substitutes = np.random.default_rng([_SUBSTITUTE, self.plan.seed, epoch, position])
+            number = int(substitutes.integers(len(self.index)))
+        raise DataError(
+            f"position {position}: {len(reasons)} samples in a row cannot be used; the first: {reasons[0]}; check the "
+            "folder with tools/index_shards.py and that visual.source fits what the shards hold"
+        )
+
+
+def load_sample(index: Index, builder: SampleBuilder, number: int, position: int, rng: np.random.Generator) -> Sample:
+    """Reads and builds sample `number`.
+
+    Raises:
+        DataError: naming shard, key and reason, also where the file cannot be read.
+    """
+    place = index.locate(number)
+    try:
+        members = read_record(place.path, place.offset, place.num_bytes)
+        return builder.build(members, place.caption, place.record, position, rng)
+    except (DataError, OSError) as error:
+        key = record_key(place.path, place.offset, place.num_bytes)
+        raise DataError(f"{place.path}, key {key!r}, caption {place.caption}: {error}") from error
+
+
+class _MicroBatches:
+    """Batch sampler: this rank's positions of every micro-batch of the steps [start_step, end_step)."""
+
+    def __init__(
+        self, plan: Plan, start_step: int, end_step: int, rank: int, num_ranks: int, accumulation_steps: int
+    ) -> None:
+        if not 0 <= start_step <= end_step:
+            raise ValueError(f"steps {start_step} to {end_step}: expected 0 <= start <= end")
+        plan.positions(start_step, 0, rank, num_ranks, accumulation_steps)  # refuses what does not divide, at once
+        self.plan = plan
+        self.steps = range(start_step, end_step)
+        self.share = (rank, num_ranks, accumulation_steps)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self.steps:
+            for accumulation in range(self.share[2]):
+                yield self.plan.positions(step, accumulation, *self.share).tolist()
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.share[2]
+
+
+def make_loader(
+    dataset: ShardDataset,
+    plan: Plan,
+    start_step: int,
+    end_step: int,
+    rank: int = 0,
+    num_ranks: int = 1,
+    accumulation_steps: int = 1,
+    num_workers: int = 0,
+    prefetch_batches: int = 4,
+    pin_memory: bool = False,
+) -> DataLoader[Batch]:
+    """DataLoader of this rank's micro-batches of the steps [start_step, end_step), in order, equally many on all ranks.
+
+    Workers compute on one thread each: torch sets that itself.
+
+    Raises:
+        ValueError: the batch does not divide by ranks and accumulation steps, or the steps are out of order.
+    """
+    return DataLoader(
+        dataset,  # type: ignore[arg-type]
+        batch_sampler=_MicroBatches(plan, start_step, end_step, rank, num_ranks, accumulation_steps),  # type: ignore[arg-type]
+        num_workers=num_workers,
+        prefetch_factor=max(1, prefetch_batches) if num_workers else None,
+        pin_memory=pin_memory,
+        collate_fn=collate,
+    )
+
+
+def eval_batches(
+    index: Index, builder: SampleBuilder, batch_size: int, indices: Sequence[int] | None = None
+) -> Iterator[Batch]:
+    """Batches of the samples `indices` (all when None) in that order; `position_B` holds the sample numbers.
+
+    For one caption a record pass `first_captions(index)`. Without masking only if the builder masks nothing.
+
+    Raises:
+        DataError: a sample cannot be read: an evaluation on other samples than asked for would be wrong.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, must be at least 1")
+    numbers = range(len(index)) if indices is None else indices
+    for start in range(0, len(numbers), batch_size):
+        chunk = [int(number) for number in numbers[start : start + batch_size]]
+        yield collate([load_sample(index, builder, n, n, np.random.default_rng([_SAMPLE, 0, 0, n])) for n in chunk])
+
+
+def first_captions(index: Index, max_records: int | None = None) -> list[int]:
+    """Sample numbers of every record's first caption, of the first `max_records` records."""
+    num_records = index.num_records if max_records is None else min(max_records, index.num_records)
+    return [index.samples_of(record)[0] for record in range(num_records)]

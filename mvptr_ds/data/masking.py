@@ -1,0 +1,122 @@
+"""Masking of words, tags and phrases: numpy, pure, all chance from the generator handed in.
+
+Probabilities of 0 leave the input as it is (evaluation).
+Legend: N slots of any sequence, T text slots, P phrases of the caption.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mvptr_ds.data.collate import IGNORE
+
+MASK_SHARE, RANDOM_SHARE = 0.8, 0.1  # of the picked slots; the rest stays as it is. Source: BERT, section 3.1
+VISIBLE_SHARE = 0.5  # of stage 1's picked phrases: the words stay visible
+
+
+def mask_words(
+    ids_N: np.ndarray,
+    candidates_N: np.ndarray,
+    rng: np.random.Generator,
+    prob: float,
+    mask_id: int,
+    random_ids: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """BERT's masking: masked ids int64 [N] and labels int64 [N] (IGNORE where nothing was picked).
+
+    Each candidate (bool [N]) is picked with `prob`; 80 % of the picked become `mask_id`, 10 % one of `random_ids`.
+    """
+    picked_N = candidates_N & (rng.random(len(ids_N)) < prob)
+    return _replace(ids_N, picked_N, rng, mask_id, random_ids), np.where(picked_N, ids_N, IGNORE)
+
+
+def _replace(
+    ids_N: np.ndarray, picked_N: np.ndarray, rng: np.random.Generator, mask_id: int, random_ids: np.ndarray
+) -> np.ndarray:
+    out_N = ids_N.copy()
+    slots = np.flatnonzero(picked_N)
+    if len(slots):
+        chance = rng.random(len(slots))
+        out_N[slots[chance < MASK_SHARE]] = mask_id
+        random_slots = slots[(chance >= MASK_SHARE) & (chance < MASK_SHARE + RANDOM_SHARE)]
+        out_N[random_slots] = random_ids[rng.integers(len(random_ids), size=len(random_slots))]
+    return out_N
+
+
+@dataclass(frozen=True)
+class TextMasking:
+    """What masking a caption needs to know besides the caption."""
+
+    word_prob: float
+    phrase_prob: float
+    mask_id: int
+    random_word_ids: np.ndarray  # int64, ordinary wordpieces
+    random_phrase_rows: np.ndarray  # int64, rows of the phrase vocabulary
+    predict_phrases: bool  # stage 1: phrases carry labels
+
+
+def mask_text(
+    ids_T: np.ndarray,
+    phrase_mask_T: np.ndarray,
+    words_of_PT: np.ndarray,
+    phrase_indices_P: np.ndarray,
+    rng: np.random.Generator,
+    how: TextMasking,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Masks a laid-out caption: ids int64 [T], word labels int64 [T], phrase labels int64 [T].
+
+    ids_T int64, phrase_mask_T bool: from `layout_text`. words_of_PT bool: the slots of each phrase's own tokens.
+    phrase_indices_P int64: label indices. The order of the phrases is that of their slots.
+
+    A phrase any of whose tokens was picked becomes [MASK], whatever became of the token, or it would give the answer
+    away (leak rule). The others are picked with `phrase_prob`, 80/10/10, without labels. With `predict_phrases` the
+    picked ones are drawn first and carry labels: for half of them the words stay visible, for half all words are
+    [MASK] and predicted too; phrases that share words share that choice, or one's rule would break the other's.
+
+    Source: REFERENCE, Losses (masking of phrases) and "What we add" (phrase MCR).
+    """
+    words_T = ~phrase_mask_T
+    words_T[[0, -1]] = False
+    slots_P = np.flatnonzero(phrase_mask_T)
+    picked_P = rng.random(len(slots_P)) < how.phrase_prob
+    hidden_T = visible_T = np.zeros(len(ids_T), dtype=bool)
+    if how.predict_phrases and picked_P.any():
+        hidden_P = picked_P & _shared_coin(words_of_PT, picked_P, rng)
+        hidden_T = words_of_PT[hidden_P].any(axis=0)
+        visible_T = words_of_PT[picked_P & ~hidden_P].any(axis=0)
+
+    masked_T, word_labels_T = mask_words(
+        ids_T, words_T & ~hidden_T & ~visible_T, rng, how.word_prob, how.mask_id, how.random_word_ids
+    )
+    masked_T[hidden_T] = how.mask_id
+    word_labels_T = np.where(hidden_T, ids_T, word_labels_T)
+
+    phrase_labels_T = np.full(len(ids_T), IGNORE, dtype=np.int64)
+    if len(slots_P):
+        leak_P = (words_of_PT & (word_labels_T != IGNORE)).any(axis=1)
+        if how.predict_phrases:
+            phrase_labels_T[slots_P[picked_P]] = phrase_indices_P[picked_P]
+            leak_P &= ~picked_P
+        picked_T = np.zeros(len(ids_T), dtype=bool)
+        picked_T[slots_P[picked_P & ~leak_P]] = True
+        masked_T = _replace(masked_T, picked_T, rng, how.mask_id, how.random_phrase_rows)
+        masked_T[slots_P[leak_P]] = how.mask_id
+    return masked_T, word_labels_T, phrase_labels_T
+
+
+def _shared_coin(words_of_PT: np.ndarray, picked_P: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """bool [P], True: hide the words. One fair coin for each group of picked phrases linked by common words."""
+    coin_P = rng.random(len(picked_P)) >= VISIBLE_SHARE
+    if picked_P.sum() == 1:
+        return coin_P
+    linked_PP = (words_of_PT.astype(np.int8) @ words_of_PT.T.astype(np.int8)) > 0
+    linked_PP &= picked_P[:, None] & picked_P[None, :]
+    np.fill_diagonal(linked_PP, True)
+    group_P = np.arange(len(picked_P))
+    while True:
+        lowest_P = np.where(linked_PP, group_P[None, :], len(group_P)).min(axis=1)
+        if np.array_equal(lowest_P, group_P):
+            return coin_P[group_P]
+        group_P = lowest_P

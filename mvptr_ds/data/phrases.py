@@ -1,0 +1,145 @@
+"""The phrase vocabulary: phrase tuples <-> label index (0..P-1) <-> row of the embedding table.
+
+A shard holds phrases as strings; they become ids only here, so shards outlive a vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mvptr_ds.data.schema import DataError
+from mvptr_ds.data.wordpiece import WordPiece
+
+_SCHEMA = 1
+PhraseTuple = tuple[str, ...]
+
+
+class PhraseVocab:
+    """Phrases in a fixed order; `rows[i]` is the embedding row of phrase i (int64 [P]).
+
+    A one-word phrase whose word is a single wordpiece shares that wordpiece's row; all others own a row each, from
+    `len(words)` on. Source: REFERENCE, Inputs.
+    """
+
+    def __init__(
+        self,
+        tuples: Sequence[PhraseTuple],
+        rows: Sequence[int] | np.ndarray,
+        counts: Sequence[int],
+        num_words: int,
+        word_fingerprint: str,
+    ) -> None:
+        self.tuples = list(tuples)
+        self.rows = np.asarray(rows, dtype=np.int64).reshape(-1)
+        self.counts = list(counts)
+        self.num_words = num_words
+        self.word_fingerprint = word_fingerprint
+        self.num_rows = num_words + int((self.rows >= num_words).sum())  # V: size of the embedding table
+        self._index = {phrase: index for index, phrase in enumerate(self.tuples)}
+        listing = json.dumps([num_words, word_fingerprint, self.tuples, self.rows.tolist()], ensure_ascii=False)
+        self.fingerprint = hashlib.sha256(listing.encode()).hexdigest()
+
+    @classmethod
+    def build(cls, counts: Mapping[PhraseTuple, int], words: WordPiece, min_count: int) -> PhraseVocab:
+        """The phrases seen at least `min_count` times, most frequent first, equal counts by tuple."""
+        kept = sorted((p for p, count in counts.items() if count >= min_count), key=lambda p: (-counts[p], p))
+        taken: set[int] = set()
+        rows = []
+        next_row = len(words)
+        for phrase in kept:
+            pieces = words.encode_words(phrase)[0] if len(phrase) == 1 else []
+            # "Dog" and "dog" are one wordpiece: the second comer owns a row, or two labels would share one decoder row
+            if len(pieces) == 1 and pieces[0] != words.unk_id and pieces[0] not in taken:
+                taken.add(pieces[0])
+                rows.append(pieces[0])
+            else:
+                rows.append(next_row)
+                next_row += 1
+        return cls(kept, rows, [counts[p] for p in kept], len(words), words.fingerprint)
+
+    @classmethod
+    def empty(cls, words: WordPiece) -> PhraseVocab:
+        """A vocabulary without phrases: every phrase of a shard is dropped and counted."""
+        return cls([], [], [], len(words), words.fingerprint)
+
+    def __len__(self) -> int:
+        return len(self.tuples)
+
+    def index_of(self, phrase: PhraseTuple) -> int | None:
+        """Label index of a phrase, None when the vocabulary lacks it."""
+        return self._index.get(phrase)
+
+    def pieces(self, words: WordPiece) -> list[list[int]]:
+        """Wordpiece rows of each phrase's words, aligned with `rows` (a fresh phrase row starts as their mean)."""
+        known: dict[str, list[int]] = {}
+        out = []
+        for phrase in self.tuples:
+            for word in phrase:
+                if word not in known:
+                    known[word] = words.encode_words([word])[0]
+            out.append([piece for word in phrase for piece in known[word]])
+        return out
+
+    def save(self, path: str | Path) -> None:
+        """Writes the JSON file through a temporary name, so that no reader sees half of it."""
+        content = {
+            "schema": _SCHEMA,
+            "num_words": self.num_words,
+            "word_fingerprint": self.word_fingerprint,
+            "phrases": [
+                {"tuple": list(phrase), "row": int(row), "count": int(count)}
+                for phrase, row, count in zip(self.tuples, self.rows, self.counts, strict=True)
+            ],
+        }
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(content, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: str | Path, words: WordPiece) -> PhraseVocab:
+        """Reads the JSON file and checks it against the word vocabulary.
+
+        Raises:
+            DataError: unreadable, of another schema, inconsistent, or made for another word vocabulary.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            if content["schema"] != _SCHEMA:
+                raise DataError(f"{path} has schema {content['schema']!r}, expected {_SCHEMA}; build it again")
+            phrases = content["phrases"]
+            vocab = cls(
+                [tuple(str(word) for word in phrase["tuple"]) for phrase in phrases],
+                [int(phrase["row"]) for phrase in phrases],
+                [int(phrase["count"]) for phrase in phrases],
+                int(content["num_words"]),
+                str(content["word_fingerprint"]),
+            )
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise DataError(f"cannot read the phrase vocabulary {path}: {error}; set data.phrase_vocab") from error
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"{path} is not a phrase vocabulary: {error!r}; build it again") from error
+        vocab._check(path, words)
+        return vocab
+
+    def _check(self, path: str | Path, words: WordPiece) -> None:
+        if (self.num_words, self.word_fingerprint) != (len(words), words.fingerprint):
+            raise DataError(
+                f"{path} was built for a word vocabulary of {self.num_words} rows (sha256 "
+                f"{self.word_fingerprint[:12]}), but {words.source} has {len(words)} rows (sha256 "
+                f"{words.fingerprint[:12]}); set data.word_vocab to the one it was built for, or build it again"
+            )
+        if len(self._index) != len(self.tuples) or len(np.unique(self.rows)) != len(self.rows):
+            raise DataError(f"{path} holds a phrase or a row twice; build it again")
+        own = np.sort(self.rows[self.rows >= self.num_words])
+        if (self.rows < 0).any() or not np.array_equal(own, np.arange(self.num_words, self.num_rows)):
+            raise DataError(f"{path}: own rows must run from {self.num_words} without a gap; build it again")

@@ -1,0 +1,93 @@
+"""WordPiece: text -> rows of the word table, with the characters each piece came from.
+
+A thin layer over the `tokenizers` library that adds what training needs: no special tokens in the output, character
+spans, a fingerprint for compatibility checks, and the pieces that a random replacement may draw.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.decoders import WordPiece as WordPieceDecoder
+from tokenizers.models import WordPiece as WordPieceModel
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+
+from mvptr_ds.data.schema import DataError
+
+BERT_VOCAB = Path(__file__).resolve().parent / "bert-base-uncased-vocab.txt"
+SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_UNUSED = re.compile(r"\[unused\d+\]")
+
+
+class WordPiece:
+    """Lower-casing BERT WordPiece; row number = line number of the vocabulary file.
+
+    A caption that spells `[MASK]` gets the pieces `[ mask ]`: text from outside never becomes a special token.
+
+    Source: REFERENCE, Inputs ("WordPiece of bert-base-uncased, 30,522 rows, lower-cased").
+
+    Raises:
+        DataError: the file is missing, is not UTF-8, repeats a piece, lacks a special or does not begin with [PAD].
+    """
+
+    def __init__(self, vocab_path: str | Path | None = None) -> None:
+        path = Path(vocab_path) if vocab_path is not None else BERT_VOCAB
+        try:
+            # not splitlines(): it also cuts at characters that are pieces of other vocabularies (U+0085, U+2028)
+            tokens = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"cannot read the word vocabulary {path}: {error}; set data.word_vocab") from error
+        self._setup(tokens, str(path))
+
+    def _setup(self, tokens: list[str], source: str) -> None:
+        rows = {token: row for row, token in enumerate(tokens)}
+        if len(rows) != len(tokens):
+            repeated = next(token for row, token in enumerate(tokens) if rows[token] != row)
+            raise DataError(f"the word vocabulary {source} holds {repeated!r} twice; keep one line a piece")
+        missing = [special for special in SPECIALS if special not in rows]
+        if missing:
+            raise DataError(f"the word vocabulary {source} lacks {', '.join(missing)}; add them, [PAD] first")
+        if rows["[PAD]"] != 0:
+            raise DataError(f"[PAD] is line {rows['[PAD]'] + 1} of {source}; it must be the first (padding is row 0)")
+        self.tokens: list[str] = tokens
+        self.source = source
+        self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (rows[special] for special in SPECIALS)
+        self.fingerprint = hashlib.sha256("\n".join(tokens).encode()).hexdigest()
+        self.ordinary_ids = np.array(
+            [row for row, token in enumerate(tokens) if token not in SPECIALS and not _UNUSED.fullmatch(token)],
+            dtype=np.int64,
+        )  # what a random replacement may draw
+        if len(self.ordinary_ids) == 0:
+            raise DataError(f"the word vocabulary {source} holds no ordinary piece, only special and unused ones")
+        self._tokenizer = Tokenizer(WordPieceModel(rows, unk_token="[UNK]", max_input_chars_per_word=100))
+        self._tokenizer.normalizer = BertNormalizer(lowercase=True)
+        self._tokenizer.pre_tokenizer = BertPreTokenizer()
+        self._tokenizer.decoder = WordPieceDecoder(prefix="##")
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getstate__(self) -> tuple[list[str], str]:
+        return self.tokens, self.source
+
+    def __setstate__(self, state: tuple[list[str], str]) -> None:
+        self._setup(*state)
+
+    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Rows of the text's pieces, no specials, and for each the half-open character range it came from."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def encode_words(self, words: Sequence[str]) -> list[list[int]]:
+        """Rows of each string's pieces, string by string."""
+        return [self._tokenizer.encode(word, add_special_tokens=False).ids for word in words]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Readable text of word rows, for logs and pictures."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)

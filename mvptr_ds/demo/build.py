@@ -1,0 +1,223 @@
+"""Demo shards: scenes drawn by several processes, written in order, with their vocabularies.
+
+    OUT/train/ OUT/held_out/     shards with manifest and index
+    OUT/word_vocab.txt           the wordpieces that the training split needs, in BERT's order
+    OUT/phrase_vocab.json        phrases of at least MIN_PHRASE_COUNT training captions
+    OUT/demo.json                the arguments; written last, so that a folder that has it is complete
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import string
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from mvptr_ds.data.phrases import PhraseVocab
+from mvptr_ds.data.schema import DataError, Record
+from mvptr_ds.data.shards import write_shards
+from mvptr_ds.data.wordpiece import SPECIALS, WordPiece
+from mvptr_ds.demo.plan import Concept, SplitRule
+from mvptr_ds.demo.scene import SPLITS, Scene, Source, make_scene
+
+logger = logging.getLogger(__name__)
+
+GENERATOR_VERSION = 1  # raise it with every change of what is drawn or written
+SOURCES = ("shapes", "stamps")
+MIN_PHRASE_COUNT = 3
+RECORDS_PER_SHARD = 1_000
+CHUNK_SCENES = 32  # of one task of a process, and the batch of the feature extractor
+
+Item = tuple[str, Record, dict[str, bytes]]
+Chunk = tuple[SplitRule, int, int]  # rule, first scene, end
+
+
+def load_source(name: str) -> Source:
+    """The source of that name; stamps bring their region features.
+
+    Raises:
+        DataError: unknown name, or the stamps can be neither found nor fetched.
+    """
+    if name == "shapes":
+        from mvptr_ds.demo.shapes import ShapesSource
+
+        return ShapesSource()
+    if name == "stamps":
+        from mvptr_ds.demo.stamps import StampsSource  # brings torch, which shapes do without
+
+        return StampsSource()
+    raise DataError(f"demo source is {name!r}, expected one of {', '.join(SOURCES)}")
+
+
+def build_demo_shards(
+    out_dir: str | Path, source: str, num_train: int, num_held_out: int, seed: int, num_processes: int
+) -> None:
+    """Builds both splits into `out_dir`; returns at once when they are there, made with the same arguments.
+
+    Every scene is a function of (seed, split, number) and of the concepts that the training captions use, so equal
+    arguments give equal bytes with any number of processes. The folder appears whole or not at all.
+
+    Raises:
+        DataError: unknown source, missing stamps, counts below 1, or `out_dir` holds something else than demo shards.
+    """
+    if source not in SOURCES:
+        raise DataError(f"demo source is {source!r}, expected one of {', '.join(SOURCES)}")
+    if min(num_train, num_held_out, num_processes) < 1:
+        raise DataError(
+            f"{num_train} training scenes, {num_held_out} held-out scenes, {num_processes} processes: each must be >= 1"
+        )
+    out_dir = Path(out_dir)
+    arguments = {
+        "generator": GENERATOR_VERSION,
+        "source": source,
+        "seed": seed,
+        "num_train": num_train,
+        "num_held_out": num_held_out,
+    }
+    if _is_complete(out_dir, arguments):
+        logger.info("demo shards are there: %s (%s, %d + %d scenes)", out_dir, source, num_train, num_held_out)
+        return
+    partial = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        _build(partial, arguments, num_processes)
+        _replace(partial, out_dir)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    logger.info("demo shards built: %s (%s, %d + %d scenes)", out_dir, source, num_train, num_held_out)
+
+
+def _is_complete(out_dir: Path, arguments: Mapping[str, Any]) -> bool:
+    """Whether `out_dir` holds the shards of these arguments. Refuses a folder that is not ours to replace."""
+    marker = out_dir / "demo.json"
+    if marker.is_file():
+        content = json.loads(marker.read_text(encoding="utf-8"))
+        return all(content.get(key) == value for key, value in arguments.items())
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise DataError(f"{out_dir} holds other files and no demo.json; choose another folder or remove it")
+    return False
+
+
+def _replace(partial: Path, out_dir: Path) -> None:
+    old = partial.with_suffix(".old")
+    if out_dir.exists():
+        os.replace(out_dir, old)
+    os.replace(partial, out_dir)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@dataclass
+class _Usage:
+    """What the captions and tags of a split use."""
+
+    phrase_counts: Counter[tuple[str, ...]] = field(default_factory=Counter)  # captions a phrase occurs in
+    texts: set[str] = field(default_factory=set)
+
+    def add(self, record: Record) -> None:
+        for caption in record.captions:
+            self.texts.add(caption.text)
+            self.phrase_counts.update({phrase.tuple for phrase in caption.phrases})
+        self.texts.update(region.tag for region in record.regions)
+
+    def known_concepts(self) -> frozenset[Concept]:
+        """(noun, attribute) of the captions, often enough to be in the phrase vocabulary with their nouns."""
+        counts = self.phrase_counts
+        pairs = (p for p, count in counts.items() if len(p) == 2 and count >= MIN_PHRASE_COUNT)
+        return frozenset((noun, attribute) for noun, attribute in pairs)
+
+
+def _build(folder: Path, arguments: dict[str, Any], num_processes: int) -> None:
+    seed, source = int(arguments["seed"]), str(arguments["source"])
+    usage = _Usage()
+    with _mapper(source, num_processes) as map_chunks:
+        train = _items(map_chunks, SplitRule(seed), int(arguments["num_train"]), usage)
+        write_shards(folder / SPLITS[0], train, RECORDS_PER_SHARD)
+        rule = SplitRule(seed, usage.known_concepts())
+        held_out = _items(map_chunks, rule, int(arguments["num_held_out"]), _Usage())
+        write_shards(folder / SPLITS[1], held_out, RECORDS_PER_SHARD)
+    word_path = folder / "word_vocab.txt"
+    word_path.write_text("\n".join(word_subset(WordPiece(), usage.texts)) + "\n", encoding="utf-8")
+    phrases = PhraseVocab.build(usage.phrase_counts, WordPiece(str(word_path)), MIN_PHRASE_COUNT)
+    phrases.save(folder / "phrase_vocab.json")
+    marker = json.dumps({**arguments, "num_known_concepts": len(rule.known or ())}, indent=1)
+    (folder / "demo.json").write_text(marker + "\n", encoding="utf-8")
+
+
+def word_subset(words: WordPiece, texts: Iterable[str]) -> list[str]:
+    """The pieces that the texts use, in the order of `words`, behind the specials, with all that is needed to spell."""
+    spelling = set(string.ascii_lowercase + string.digits)
+    needed = spelling | {"##" + letter for letter in spelling}
+    for text in texts:
+        needed.update(words.tokens[row] for row in words.encode(text)[0])
+    return [*SPECIALS, *(token for token in words.tokens if token in needed and token not in SPECIALS)]
+
+
+def _items(map_chunks: _Mapper, rule: SplitRule, num_scenes: int, usage: _Usage) -> Iterator[Item]:
+    chunks = [(rule, first, min(first + CHUNK_SCENES, num_scenes)) for first in range(0, num_scenes, CHUNK_SCENES)]
+    name = SPLITS[0] if rule.is_train else SPLITS[1]
+    with tqdm(total=num_scenes, desc=f"demo scenes, {name}", unit="scene", disable=None) as bar:
+        for items in map_chunks(_make_items, chunks):
+            for item in items:
+                usage.add(item[1])
+                yield item
+            bar.update(len(items))
+
+
+_Mapper = Callable[[Callable[[Chunk], list[Item]], list[Chunk]], Iterable[list[Item]]]
+_source: Source | None = None  # of this process
+
+
+@contextmanager
+def _mapper(source: str, num_processes: int) -> Iterator[_Mapper]:
+    """An ordered map over chunks, in this process or in spawned ones (a fork may inherit a lock of torch's threads)."""
+    global _source
+    if num_processes == 1:
+        _source = load_source(source)
+        try:
+            yield map
+        finally:
+            _source = None
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_processes, context, initializer=_start_process, initargs=(source,)) as pool:
+        yield pool.map
+
+
+def _start_process(source: str) -> None:
+    global _source
+    _source = load_source(source)
+
+
+def _make_items(chunk: Chunk) -> list[Item]:
+    rule, first, end = chunk
+    assert _source is not None
+    scenes = [make_scene(_source, rule, number) for number in range(first, end)]
+    features = _source.region_features(scenes)
+    items = []
+    for index, scene in enumerate(scenes):
+        members = {"jpg": scene.jpeg()}
+        if features is not None:
+            members["npy"] = _npy(scene, features[index])
+        items.append((scene.key, scene.record, members))
+    return items
+
+
+def _npy(scene: Scene, features_RF: np.ndarray) -> bytes:
+    assert len(features_RF) == len(scene.record.regions)
+    buffer = io.BytesIO()
+    np.save(buffer, features_RF.astype(np.float16), allow_pickle=False)
+    return buffer.getvalue()

@@ -1,0 +1,125 @@
+"""The DeepSpeed JSON: fills what is `"auto"` or absent, and lists every disagreement with the configuration.
+
+Batch sizes, clipping, optimiser and schedule belong to the configuration; ZeRO, precision and communication to the
+JSON. `"bf16": {"enabled": "auto"}` and the same for `fp16` ask the device: bf16 where it computes it, else fp16 on a
+GPU, else float32.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mvptr_ds.config import OptimConfig, TrainConfig
+
+
+def load_ds_config(path: str | Path) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises:
+        ValueError: there is no such file, or it is no JSON object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no DeepSpeed JSON {str(path)!r}; try --deepspeed ds_configs/z2.json")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object")
+    return content
+
+
+def micro_batch_size(train: TrainConfig, num_ranks: int) -> int:
+    """Samples of one forward pass on one rank.
+
+    Raises:
+        ValueError: the batch does not divide, with numbers that would.
+    """
+    batch, accumulation = train.batch_size, train.accumulation_steps
+    if batch < 1 or accumulation < 1:
+        raise ValueError(f"train.batch_size is {batch}, train.accumulation_steps {accumulation}; both are at least 1")
+    if batch % (num_ranks * accumulation):
+        valid = [n for n in range(1, min(batch, 4096) + 1) if batch % (n * accumulation) == 0]
+        unit = num_ranks * accumulation
+        raise ValueError(
+            f"train.batch_size={batch} cannot be shared by {num_ranks} ranks x {accumulation} accumulation steps; "
+            f"use {', '.join(map(str, valid[-8:])) or 'no'} ranks, or a batch of {batch // unit * unit or unit} or "
+            f"{(batch // unit + 1) * unit}"
+        )
+    return batch // (num_ranks * accumulation)
+
+
+def fill_ds_config(
+    content: dict[str, Any],
+    train: TrainConfig,
+    optim: OptimConfig,
+    num_ranks: int,
+    *,
+    bf16_supported: bool,
+    fp16_supported: bool,
+) -> dict[str, Any]:
+    """The JSON that the engine gets.
+
+    Raises:
+        ValueError: every disagreement at once, each with both values.
+    """
+    filled = copy.deepcopy(content)
+    problems: list[str] = []
+    ours = {
+        "train_batch_size": ("train.batch_size", train.batch_size),
+        "train_micro_batch_size_per_gpu": (
+            "train.batch_size / (ranks x train.accumulation_steps)",
+            micro_batch_size(train, num_ranks),
+        ),
+        "gradient_accumulation_steps": ("train.accumulation_steps", train.accumulation_steps),
+        "gradient_clipping": ("optim.clip_norm", optim.clip_norm),
+    }
+    for key, (name, value) in ours.items():
+        given = filled.get(key, "auto")
+        if given not in ("auto", value):
+            problems.append(f"{key} is {given!r}, but {name} is {value!r}: write \"auto\" in the JSON or change {name}")
+        filled[key] = value
+    for key, owner in (("optimizer", "the section optim"), ("scheduler", "learning_rate and warmup_steps of a stage")):
+        if key in filled:
+            problems.append(f"{key!r} is set in the JSON, but belongs to {owner}: remove it from the JSON")
+    problems += _fill_precision(filled, bf16_supported=bf16_supported, fp16_supported=fp16_supported)
+    problems += [f"{key} is \"auto\", which nothing here fills: give a value" for key in _autos(filled)]
+    if problems:
+        raise ValueError("the DeepSpeed JSON does not fit the configuration:\n  - " + "\n  - ".join(problems))
+    return filled
+
+
+def precision_supported() -> tuple[bool, bool]:
+    """Whether this process's device trains in bf16 and in fp16 at full speed (a CPU is asked for neither)."""
+    if not torch.cuda.is_available():
+        return False, False
+    return torch.cuda.is_bf16_supported(including_emulation=False), True
+
+
+def _fill_precision(filled: dict[str, Any], *, bf16_supported: bool, fp16_supported: bool) -> list[str]:
+    bf16, fp16 = filled.setdefault("bf16", {}), filled.setdefault("fp16", {})
+    if bf16.get("enabled") == "auto":
+        bf16["enabled"] = bf16_supported and fp16.get("enabled") is not True
+    if fp16.get("enabled") == "auto":
+        fp16["enabled"] = fp16_supported and not bf16.get("enabled")
+    problems = []
+    if bf16.get("enabled") and fp16.get("enabled"):
+        problems.append("bf16 and fp16 are both enabled: keep one")
+    if fp16.get("enabled") and not fp16_supported:
+        problems.append('fp16 is enabled, but this machine has no GPU: write "auto" or false')
+    if bf16.get("enabled") and torch.cuda.is_available() and not bf16_supported:
+        name = torch.cuda.get_device_name()
+        problems.append(f'bf16 is enabled, but {name} does not compute it: write "auto" (fp16 is then used)')
+    return problems
+
+
+def _autos(node: Any, prefix: str = "") -> list[str]:
+    if isinstance(node, dict):
+        return [name for key, value in node.items() for name in _autos(value, f"{prefix}.{key}" if prefix else key)]
+    return [prefix] if node == "auto" else []

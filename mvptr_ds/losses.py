@@ -1,0 +1,145 @@
+"""The objectives as pure functions of tensors: each returns a float32 sum and the count it is a mean over.
+
+Counts are summed over ranks before dividing (task.py), so a rank with nothing to predict contributes zero, not NaN.
+
+Legend: B samples of this rank, N samples of all ranks, M scored pairs, K picked slots, W word rows,
+T text slots, G tag slots, R regions, D hidden.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -100  # label of a slot that is not predicted
+
+
+class LossSum(NamedTuple):
+    sum: Tensor  # float32 or float64 scalar
+    count: Tensor  # same dtype, scalar, no gradient
+
+    @classmethod
+    def of(cls, values: Tensor, valid: Tensor | None = None) -> LossSum:
+        """Sum of `values` where `valid` (default: everywhere); invalid entries give no gradient, whatever they hold."""
+        if valid is None:
+            return cls(values.sum(), values.new_tensor(float(values.numel())))
+        return cls(torch.where(valid, values, 0.0).sum(), valid.sum().to(values.dtype))
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def masked_prediction(logits_KW: Tensor, labels_K: Tensor) -> LossSum:
+    """Cross entropy of the true row at each picked slot: MLM, and MCR on tags and on phrases.
+
+    Args:
+        logits_KW: any float dtype; K may be 0.
+        labels_K: int64, no IGNORE among them.
+
+    Source: REFERENCE, Losses 1 and 3.
+    """
+    return LossSum.of(F.cross_entropy(_at_least_float32(logits_KW), labels_K, reduction="none"))
+
+
+def mcr_regions(logits_BRW: Tensor, region_mask_BR: Tensor, tag_labels_BG: Tensor) -> LossSum:
+    """A masked tag must be recoverable from some region: `max(0, -logsumexp over regions of log p(tag | region))`.
+
+    Args:
+        logits_BRW: the tag head's scores at the region states; B may be 0.
+        region_mask_BR: bool, real regions (at least one a sample).
+        tag_labels_BG: int64 word rows, IGNORE where a tag is not masked.
+
+    Source: REFERENCE, "What we add".
+    """
+    logits_BRW = _at_least_float32(logits_BRW)
+    log_total_BR1 = torch.logsumexp(logits_BRW, dim=-1, keepdim=True)
+    picked_BG = tag_labels_BG != IGNORE
+    columns_BRG = torch.where(picked_BG, tag_labels_BG, 0)[:, None, :].expand(-1, logits_BRW.shape[1], -1)
+    log_p_BRG = logits_BRW.gather(2, columns_BRG) - log_total_BR1
+    log_p_BRG = log_p_BRG.masked_fill(~region_mask_BR[:, :, None], float("-inf"))
+    return LossSum.of((-torch.logsumexp(log_p_BRG, dim=1)).clamp(min=0.0), picked_BG)
+
+
+def vsc(
+    text_BD: Tensor,
+    image_BD: Tensor,
+    all_text_ND: Tensor,
+    all_image_ND: Tensor,
+    scale: Tensor,
+    same_image_BN: Tensor,
+    first: int,
+) -> LossSum:
+    """Visual-semantic contrast: this rank's rows and columns of the global similarity matrix.
+
+    Args:
+        text_BD, image_BD: normalised global states of this rank's samples.
+        all_text_ND, all_image_ND: those of every rank, with gradient; rows first..first+B are this rank's.
+        scale: one element, exp(logit_scale) after its clamp.
+        same_image_BN: bool, sample n shows the image of this rank's sample b (true for b itself).
+
+    Source: REFERENCE, Losses 2. Differs: negatives come from all ranks, and another caption of the same image is no
+    negative.
+    """
+    own_B = torch.arange(first, first + len(text_BD), device=text_BD.device)
+    left_out_BN = same_image_BN.clone()
+    left_out_BN[torch.arange(len(own_B), device=own_B.device), own_B] = False
+
+    def rows(queries_BD: Tensor, keys_ND: Tensor) -> Tensor:
+        logits_BN = _at_least_float32(queries_BD) @ _at_least_float32(keys_ND).T * scale
+        return F.cross_entropy(logits_BN.masked_fill(left_out_BN, float("-inf")), own_B, reduction="none")
+
+    return LossSum.of(0.5 * (rows(text_BD, all_image_ND) + rows(image_BD, all_text_ND)))
+
+
+def itm(matched_logits_B2: Tensor, mismatched_logits_B2: Tensor, has_negative_B: Tensor) -> LossSum:
+    """Image-text matching: cross entropy with 0 = match, 1 = mismatch, over 2B pairs.
+
+    Args:
+        has_negative_B: bool; False where the batch holds no other image, whose pair then does not count.
+
+    Source: REFERENCE, Losses 4.
+    """
+    logits_M2 = _at_least_float32(torch.cat([matched_logits_B2, mismatched_logits_B2]))
+    labels_M = torch.zeros(len(logits_M2), dtype=torch.long, device=logits_M2.device)
+    labels_M[len(matched_logits_B2) :] = 1
+    valid_M = torch.cat([torch.ones_like(has_negative_B), has_negative_B])
+    return LossSum.of(F.cross_entropy(logits_M2, labels_M, reduction="none"), valid_M)
+
+
+def phrase_region_score(
+    text_BTD: Tensor, phrase_mask_BT: Tensor, regions_BRD: Tensor, region_mask_BR: Tensor, draw_BT: Tensor, top_k: int
+) -> Tensor:
+    """How well an image grounds a sample's phrases: for each phrase one of its `top_k` highest cosine similarities.
+
+    Args:
+        phrase_mask_BT: bool, the slots that hold a phrase.
+        region_mask_BR: bool, real regions (at least one a sample).
+        draw_BT: uniform in [0, 1): which of the highest is taken (0 the highest); fewer regions than top_k will do.
+
+    Returns:
+        The mean over the sample's phrases, [B]; 0 where it has none.
+    """
+    phrases_BTD = F.normalize(_at_least_float32(text_BTD), dim=-1)
+    sim_BTR = phrases_BTD @ F.normalize(_at_least_float32(regions_BRD), dim=-1).transpose(1, 2)
+    sim_BTR = sim_BTR.masked_fill(~region_mask_BR[:, None, :], float("-inf"))
+    highest_BTk = sim_BTR.topk(min(top_k, sim_BTR.shape[-1]), dim=-1).values
+    num_choices_B1 = region_mask_BR.sum(-1, keepdim=True).clamp(max=top_k)
+    choice_BT = (draw_BT.to(num_choices_B1.device) * num_choices_B1).long().minimum(num_choices_B1 - 1)
+    taken_BT = highest_BTk.gather(-1, choice_BT.unsqueeze(-1)).squeeze(-1)
+    return torch.where(phrase_mask_BT, taken_BT, 0.0).sum(-1) / phrase_mask_BT.sum(-1).clamp(min=1)
+
+
+def wpg(pos_B: Tensor, neg_B: Tensor, counts_B: Tensor, margin: float) -> LossSum:
+    """Weakly supervised phrase grounding: hinge `max(0, neg + margin - pos)` over samples with a phrase.
+
+    Args:
+        pos_B, neg_B: `phrase_region_score` with the own and with another image.
+        counts_B: bool, the sample has a phrase and the batch another image.
+
+    Source: REFERENCE, Losses 5.
+    """
+    return LossSum.of((neg_B + margin - pos_B).clamp(min=0.0), counts_B)

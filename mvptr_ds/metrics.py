@@ -1,0 +1,118 @@
+"""What a run reports: loss meters that stay on the device, throughput, memory; console and `metrics.jsonl`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvptr_ds import parallel
+from mvptr_ds.data.collate import Batch
+
+logger = logging.getLogger(__name__)
+GIB = 2**30
+
+
+class Meters:
+    """Sums since the last report; nothing is read back from the device, nor exchanged, before `report`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._reset()
+
+    def _reset(self) -> None:
+        self.sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64, device=self.device))
+        self.counts: dict[str, float] = defaultdict(float)
+        self.since_s = time.perf_counter()
+
+    def add_parts(self, parts: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Adds each objective's local sum and count."""
+        for name, (total, count) in parts.items():
+            self.sums[name] += torch.stack([total, count]).double()
+
+    def add_batch(self, batch: Batch, data_wait_s: float) -> None:
+        """Counts samples, slots and phrases of a batch that is still on the host."""
+        masks = (batch.text_mask_BT, batch.tag_mask_BG, batch.region_mask_BR)
+        self.counts["samples"] += len(batch)
+        self.counts["slots"] += sum(mask.numel() for mask in masks)
+        self.counts["valid"] += sum(int(mask.sum()) for mask in masks)
+        self.counts["phrases"] += batch.num_phrases
+        self.counts["oov_phrases"] += batch.num_oov_phrases
+        self.counts["data_wait_s"] += data_wait_s
+
+    def report(self) -> dict[str, float]:
+        """Means over all ranks since the last report; resets. Every rank calls it at the same step."""
+        elapsed_s = time.perf_counter() - self.since_s
+        names, count_names = sorted(self.sums), sorted(self.counts)
+        counts = torch.tensor([self.counts[n] for n in count_names], dtype=torch.float64, device=self.device)
+        packed = parallel.all_reduce_sum(torch.cat([*(self.sums[n] for n in names), counts])).tolist()
+        out = {}
+        for i, name in enumerate(names):
+            total, count = packed[2 * i : 2 * i + 2]
+            out[f"loss/{name}"] = total / count if count else float("nan")
+        totals = dict(zip(count_names, packed[2 * len(names) :], strict=True))
+        phrases = totals["phrases"] + totals["oov_phrases"]
+        out |= {
+            "samples_per_s": totals["samples"] / elapsed_s,
+            "data/wait_frac": totals["data_wait_s"] / parallel.num_ranks() / elapsed_s,
+            "data/padded_frac": 1.0 - totals["valid"] / totals["slots"],
+            "data/oov_phrases_frac": totals["oov_phrases"] / phrases if phrases else 0.0,
+            "memory_gib": peak_memory_gib(self.device),
+        }
+        self._reset()
+        return out
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak of the device's allocated memory on CUDA, of this process's resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+class MetricsLog:
+    """Rank 0's log of a stage: a line on the console and one JSON object a report in `metrics.jsonl`."""
+
+    def __init__(self, path: Path, resumed_at: int) -> None:
+        self.path = path
+        self.enabled = parallel.is_main()
+        if self.enabled:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _drop_lines_from(path, resumed_at)
+
+    def write(self, step: int, max_steps: int, values: dict[str, float]) -> None:
+        """Appends one report. NaN (no sample had the objective) becomes null."""
+        if not self.enabled:
+            return
+        clean: dict[str, Any] = {k: v if v == v else None for k, v in values.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "time": time.time(), **clean}) + "\n")
+        losses = " ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in values.items() if k.startswith("loss/"))
+        seconds_left = (max_steps - step) * values["seconds_per_step"]
+        logger.info(
+            "%s %d/%d  %s | lr %.2g norm %.2f | %.0f samples/s, wait %.0f%%, padded %.0f%%, %.1f GiB, %d:%02d left",
+            self.path.parent.name, step, max_steps, losses, values["learning_rate"], values["grad_norm"],
+            values["samples_per_s"], 100 * values["data/wait_frac"], 100 * values["data/padded_frac"],
+            values["memory_gib"], *divmod(int(seconds_left), 60),
+        )  # fmt: skip
+
+
+def _drop_lines_from(path: Path, step: int) -> None:
+    """Removes reports after `step`: those of a part of the run that was lost and is now repeated."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except json.JSONDecodeError:  # the last line of a killed run may be cut
+            continue
+    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

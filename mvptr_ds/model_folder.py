@@ -1,0 +1,71 @@
+"""A trained model as a folder that needs nothing else: weights, vocabularies, configuration. Holds no pickle.
+
+    config.json  model.safetensors  vocab.txt  phrase_vocab.json  mvptr.yaml
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from mvptr_ds.assembly import Vocabs
+from mvptr_ds.checkpointing import CheckpointError
+from mvptr_ds.config import Config, load_config, save_config
+from mvptr_ds.data.phrases import PhraseVocab
+from mvptr_ds.data.wordpiece import WordPiece
+from mvptr_ds.model.config import MvptrConfig
+from mvptr_ds.model.mvptr import Mvptr
+
+STRUCTURE = (  # what two models must share for the weights of one to mean the same in the other
+    "num_words", "num_rows", "num_phrases", "hidden_size", "num_attention_heads", "intermediate_size",
+    "num_text_layers", "num_visual_layers", "num_cross_layers", "max_positions", "type_vocab_size", "layer_norm_eps",
+    "visual_source", "region_feature_dim", "roi_bins", "tie_word_heads",
+)  # fmt: skip
+
+
+def save_model_folder(path: Path, model: Mvptr, vocabs: Vocabs, config: Config) -> None:
+    """Writes the folder."""
+    path.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(path)
+    (path / "vocab.txt").write_text("\n".join(vocabs.words.tokens) + "\n", encoding="utf-8")
+    vocabs.phrases.save(path / "phrase_vocab.json")
+    save_config(config, path / "mvptr.yaml")
+
+
+def load_model_folder(path: Path) -> tuple[Mvptr, Vocabs, Config]:
+    """The model (float32, eval mode), its vocabularies and the configuration of the run that trained it."""
+    words = WordPiece(path / "vocab.txt")
+    vocabs = Vocabs(words, PhraseVocab.load(path / "phrase_vocab.json", words))
+    model = Mvptr.from_pretrained(path, dtype=torch.float32)
+    model.eval()
+    return model, vocabs, load_config(path / "mvptr.yaml")
+
+
+def init_from_folder(model: Mvptr, vocabs: Vocabs, path: Path) -> None:
+    """Gives `model` the weights of a model folder (the stage hand-over).
+
+    Raises:
+        CheckpointError: dimensions, vocabularies or schema differ, listing all that do with both values.
+    """
+    saved, ours = MvptrConfig.from_pretrained(path), model.config
+    words = WordPiece(path / "vocab.txt")
+    saved_phrases = PhraseVocab.load(path / "phrase_vocab.json", words)
+    problems = [
+        f"model {name}: {getattr(saved, name)!r} there, {getattr(ours, name)!r} here"
+        for name in STRUCTURE
+        if getattr(saved, name) != getattr(ours, name)
+    ]
+    for name, there, here in (
+        ("word vocabulary", words.fingerprint, vocabs.words.fingerprint),
+        ("phrase vocabulary", saved_phrases.fingerprint, vocabs.phrases.fingerprint),
+    ):
+        if there != here:
+            problems.append(f"{name}: {there[:12]} there, {here[:12]} here (sha256)")
+    if problems:
+        raise CheckpointError(
+            f"run.init_from: {path} does not fit this configuration:\n  - " + "\n  - ".join(problems)
+            + "\n  use the configuration of that run (its mvptr.yaml), or start fresh without run.init_from"
+        )
+    model.load_state_dict({k: v.to(torch.float32) for k, v in load_file(path / "model.safetensors").items()})

@@ -1,0 +1,149 @@
+"""Ranks: start-up, and the few collectives that training needs.
+
+With one process every collective is the identity, so nothing else asks how many ranks there are.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+if not torch.cuda.is_available():  # deepspeed picks its accelerator when it is first imported
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def init() -> torch.device:
+    """Joins the process group that the launcher described (or makes one of a single rank); returns this rank's device.
+
+    Every launcher that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT will do: `deepspeed`,
+    `torchrun`. Without them the process is the only rank.
+    """
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        _skip_shm_comm(deepspeed)
+        if "OMP_NUM_THREADS" not in os.environ:  # ranks of one machine share its cores
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_SIZE", "1"))))
+    if not dist.is_initialized():
+        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    return device
+
+
+def shut_down() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def _skip_shm_comm(deepspeed: Any) -> None:
+    """Keeps DeepSpeed from compiling its shared-memory collective, which training never calls.
+
+    The build takes minutes, and one that is killed leaves a lock on which every later run waits for ever. The
+    registry is private, hence the guard; constraints.txt pins the version it was read in.
+    """
+    ops = getattr(deepspeed.ops, "__compatible_ops__", None)
+    if isinstance(ops, dict) and "deepspeed_shm_comm" in ops:
+        ops["deepspeed_shm_comm"] = False
+
+
+def launched_as_main() -> bool:
+    """Whether the launcher made this process rank 0; also true before `init`."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def num_ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if num_ranks() > 1:
+        dist.barrier()
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's value on every rank (picklable, small)."""
+    if num_ranks() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, in the order of ranks, on every rank (picklable, small)."""
+    if num_ranks() == 1:
+        return [value]
+    out: list[Any] = [None] * num_ranks()
+    dist.all_gather_object(out, value)
+    return out
+
+
+def all_reduce_sum(value: Tensor) -> Tensor:
+    """Sum over ranks, without gradient; `value` itself is left alone."""
+    if num_ranks() == 1:
+        return value.detach()
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        parts = [torch.empty_like(local) for _ in range(num_ranks())]
+        dist.all_gather(parts, local.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Tensor:
+        (grad,) = grads
+        total = grad.contiguous().clone()
+        dist.all_reduce(total)
+        return total.chunk(num_ranks())[rank()]
+
+
+def gather(local: Tensor) -> Tensor:
+    """Concatenates every rank's tensor along dim 0, in the order of ranks; equal shapes on all ranks.
+
+    The gradient of a rank's part is the sum over all ranks of the gradients that reached it. With losses that are
+    local sums over a global count, and DeepSpeed's mean over ranks undone by a factor of `num_ranks()`, that is the
+    gradient of one process holding the whole batch.
+    """
+    if num_ranks() == 1:
+        return local
+    if not local.is_floating_point() or not local.requires_grad:
+        as_int = local.to(torch.uint8) if local.dtype == torch.bool else local
+        parts = [torch.empty_like(as_int) for _ in range(num_ranks())]
+        dist.all_gather(parts, as_int.contiguous())
+        return torch.cat(parts).to(local.dtype)
+    out: Tensor = _Gather.apply(local)
+    return out

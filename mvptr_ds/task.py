@@ -228,23 +228,23 @@ class Task(nn.Module):
     def _wpg(
         self, batch: Batch, text_BTD: Tensor, regions_BRD: Tensor, same_image_BN: Tensor, draws: Draws
     ) -> LossSum:
-        others_B = hard_negatives.choose("random", same_image_BN.float(), same_image_BN, draws.wpg_image_N)
-        all_regions_NRD, all_mask_NR = self._exchange(regions_BRD, batch.region_mask_BR, self.max_regions)
-        top_k, num_slots = self.config.wpg.top_k, text_BTD.shape[1]
-        phrase_mask_BT = batch.phrase_mask_BT
-        pos_B = losses.phrase_region_score(
-            text_BTD, phrase_mask_BT, regions_BRD, batch.region_mask_BR, draws.wpg_own_NT[:, :num_slots], top_k
-        )
-        neg_B = losses.phrase_region_score(
-            text_BTD,
-            phrase_mask_BT,
-            all_regions_NRD[others_B],
-            all_mask_NR[others_B],
-            draws.wpg_other_NT[:, :num_slots],
-            top_k,
-        )
-        counts_B = phrase_mask_BT.any(-1) & hard_negatives.has_negative(same_image_BN)
+        pos_B, neg_B = self.grounding_scores(batch, text_BTD, regions_BRD, same_image_BN, draws)
+        counts_B = batch.phrase_mask_BT.any(-1) & hard_negatives.has_negative(same_image_BN)
         return losses.wpg(pos_B, neg_B, counts_B, self.config.wpg.margin)
+
+    def grounding_scores(
+        self, batch: Batch, text_BTD: Tensor, regions_BRD: Tensor, same_image_BN: Tensor, draws: Draws
+    ) -> tuple[Tensor, Tensor]:
+        """How well a sample's phrases are grounded in its own image and in another one, [B] each."""
+        others_B = hard_negatives.choose("random", same_image_BN, same_image_BN, draws.wpg_image_N)
+        all_regions_NRD, all_mask_NR = self._exchange(regions_BRD, batch.region_mask_BR, self.max_regions)
+        num_slots = text_BTD.shape[1]
+        own = regions_BRD, batch.region_mask_BR, draws.wpg_own_NT[:, :num_slots]
+        other = all_regions_NRD[others_B], all_mask_NR[others_B], draws.wpg_other_NT[:, :num_slots]
+        return tuple(
+            losses.phrase_region_score(text_BTD, batch.phrase_mask_BT, *image, self.config.wpg.top_k)
+            for image in (own, other)
+        )
 
     @staticmethod
     def _exchange(states_BSD: Tensor, mask_BS: Tensor, max_slots: int) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,7 @@ class Trainer:
     def __init__(
         self, config: Config, stage: str, ds_content: dict[str, Any], device: torch.device, init_from: Path | None
     ) -> None:
+        self.started_s = time.perf_counter()
         self.config, self.device = config, device
         self.stage = config.stage(stage)
         self.dir = Path(config.run.dir) / stage
@@ -165,7 +166,8 @@ class Trainer:
         values = self.meters.report() | {
             "learning_rate": self.learning_rate,
             "grad_norm": float(norm) if norm is not None else float("nan"),
-            "scale": float(self.task.scale()),
+            "scale": float(self.task.scale().detach()),
+            "wall_s": now - self.started_s,
             "seconds_per_step": (now - since) / max(1, self.step - step),
         }
         self.last_report = (self.step, now)

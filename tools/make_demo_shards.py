@@ -1,6 +1,6 @@
 """Builds the demo shards: scenes of drawn shapes, or of photo cut-outs with region features.
 
-    python tools/make_demo_shards.py --source shapes --out runs/demo/shards
+python tools/make_demo_shards.py --source shapes --out runs/demo/shards
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path

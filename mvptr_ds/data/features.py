@@ -238,7 +238,7 @@ def read_features(members: Mapping[str, bytes], num_regions: int, feature_dim: i
     content = members["npy"]
     try:
         dtype, shape, start = _npy_layout(content[: 10 + int.from_bytes(content[8:10], "little")])
-        features_RF = np.frombuffer(content, dtype, math.prod(shape), start).reshape(shape)
+        features_RF: np.ndarray = np.frombuffer(content, dtype, math.prod(shape), start).reshape(shape)
     except _NPY_ERRORS as error:
         raise DataError(f"the npy member cannot be read: {error}; write it with numpy.save, float16 [R, F]") from error
     if len(features_RF) != num_regions:
@@ -264,7 +264,8 @@ def _npy_layout(header: bytes) -> tuple[np.dtype, tuple[int, int], int]:
     shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
     if len(shape) != 2 or fortran_order or dtype.kind != "f" or dtype.itemsize > 4:
         raise ValueError(f"{dtype} of shape {shape}, expected float16 or float32 [R, F] in C order")
-    return dtype, shape, len(header)
+    num_regions, feature_dim = shape
+    return dtype, (num_regions, feature_dim), len(header)
 
 
 def decode_image(members: Mapping[str, bytes], image_size: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from mvptr_ds.data.collate import Batch, Sample, collate
 from mvptr_ds.data.features import SampleBuilder
 from mvptr_ds.data.plan import Plan
-from mvptr_ds.data.schema import DataError
+from mvptr_ds.data.schema import DataError, Record, parse_record
 from mvptr_ds.data.shards import Index, read_record, record_key
 
 logger = logging.getLogger(__name__)
@@ -84,6 +84,13 @@ def load_sample(index: Index, builder: SampleBuilder, number: int, position: int
         raise DataError(f"{place.path}, key {key!r}, caption {place.caption}: {error}") from error
 
 
+def read_sample_record(index: Index, number: int) -> tuple[Record, int]:
+    """The record that sample `number` belongs to, and the number of its caption there."""
+    place = index.locate(number)
+    members = read_record(place.path, place.offset, place.num_bytes)
+    return parse_record(members["json"]), place.caption
+
+
 class _MicroBatches:
     """Batch sampler: this rank's positions of every micro-batch of the steps [start_step, end_step)."""
 
@@ -126,8 +133,8 @@ def make_loader(
         ValueError: the batch does not divide by ranks and accumulation steps, or the steps are out of order.
     """
     return DataLoader(
-        dataset,  # type: ignore[arg-type]
-        batch_sampler=_MicroBatches(plan, start_step, end_step, rank, num_ranks, accumulation_steps),  # type: ignore[arg-type]
+        dataset,  # type: ignore[arg-type]  # torch's stubs do not know that collate_fn changes the type
+        batch_sampler=_MicroBatches(plan, start_step, end_step, rank, num_ranks, accumulation_steps),
         num_workers=num_workers,
         prefetch_factor=max(1, prefetch_batches) if num_workers else None,
         pin_memory=pin_memory,

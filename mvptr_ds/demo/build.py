@@ -1,9 +1,9 @@
 """Demo shards: scenes drawn by several processes, written in order, with their vocabularies.
 
-    OUT/train/ OUT/held_out/     shards with manifest and index
-    OUT/word_vocab.txt           the wordpieces that the training split needs, in BERT's order
-    OUT/phrase_vocab.json        phrases of at least MIN_PHRASE_COUNT training captions
-    OUT/demo.json                the arguments; written last, so that a folder that has it is complete
+OUT/train/ OUT/held_out/     shards with manifest and index
+OUT/word_vocab.txt           the wordpieces that the training split needs, in BERT's order
+OUT/phrase_vocab.json        phrases of at least MIN_PHRASE_COUNT training captions
+OUT/demo.json                the arguments; written last, so that a folder that has it is complete
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def article(word: str) -> str:
 
 
 def relations(first: Box, second: Box) -> list[str]:
-    """The words for how the first box lies to the second (y grows downwards): one or two directions, perhaps next to."""
+    """How the first box lies to the second (y grows downwards): one or two directions, and "next to" when near."""
     dx = (first[0] + first[2] - second[0] - second[2]) / 2
     dy = (first[1] + first[3] - second[1] - second[3]) / 2
     words = []

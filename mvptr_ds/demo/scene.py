@@ -73,9 +73,7 @@ def make_scene(source: Source, rule: SplitRule, number: int) -> Scene:
     num_captions = 2 if rng.random() < TWO_CAPTIONS_FRACTION else 1
     captions = tuple(write_caption(rng, objects, rule) for _ in range(num_captions))
     key = f"{SPLITS[split]}-{number:06d}"
-    return Scene(
-        key, image_HW3, owner_HW, objects, Record(key, IMAGE_SIZE_PX, IMAGE_SIZE_PX, captions, tuple(regions))
-    )
+    return Scene(key, image_HW3, owner_HW, objects, Record(key, IMAGE_SIZE_PX, IMAGE_SIZE_PX, captions, tuple(regions)))
 
 
 def _place(rng: np.random.Generator, sprites: Sequence[np.ndarray]) -> list[tuple[int, int]]:
@@ -158,7 +156,7 @@ def _regions(
     num_parts = int(rng.integers(0, min(3, num_distractors) + 1))
     found = [(box, plan.noun, rng.uniform(0.6, 1.0)) for box, plan in zip(boxes, plans, strict=True)]
     for _ in range(num_parts):
-        found.append((_part_box(rng, boxes[rng.integers(len(boxes))]), PART_TAG, rng.uniform(0.2, 0.7)))
+        found.append((_part_box(rng, boxes[int(rng.integers(len(boxes)))]), PART_TAG, rng.uniform(0.2, 0.7)))
     for _ in range(num_distractors - num_parts):
         found.append((_background_box(rng, boxes), background_name, rng.uniform(0.2, 0.8)))
     order = rng.permutation(num_regions)

@@ -95,7 +95,7 @@ class ShapesSource:
         self.catalogue = Catalogue([Kind(noun, colour) for noun in SHAPES for colour in COLOURS_RGB])
 
     def sprite(self, kind: Kind, size_px: float, rng: np.random.Generator) -> np.ndarray:
-        """uint8 [h, w, 4]: the shape turned by up to 12 degrees, its colour varied a little and shaded from top to bottom."""
+        """uint8 [h, w, 4]: the shape, turned by up to 12 degrees, its colour varied a little and shaded."""
         assert kind.attribute is not None
         angle = np.deg2rad(rng.uniform(-12, 12))
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])

@@ -14,7 +14,7 @@ _NOT_PHOTOS = re.compile(
     r"cartoon/|^symbols/|^clothes/(t_|hats/|button)|flags/|roadsigns/|dreydl|planets/|naturalforces/|^seasonal/easter/"
     r"|halloween/(bat|black|ghost|skull|spider)|newyears/|menorah|holiday_candle|inukshuk-outline|/eye\.|arttools/high"
     r"|christmas/(Santa|bow|candy_cane|hard|lamp|santahat|star|stocking|tree|xmas_tp)|sedan_police|pizza|wheel256"
-    r"|lightning|^military/(final|fireman)|rambutan|dishes/(glass|mug)|tophat"
+    r"|lightning|^military/(final|fireman)|/hedgehog|rambutan|dishes/(glass|mug)|tophat"
 )
 # None: cannot be told, left out.
 _EXCEPTIONS: dict[str, Words | None] = {
@@ -50,7 +50,9 @@ _EXCEPTIONS: dict[str, Words | None] = {
 _ARTICLES = frozenset(("a", "an", "the", "another", "our", "your", "very", "some", "two"))
 _SIZES = frozenset(("small", "little", "large", "big", "tiny"))  # the scene draws a stamp at any size
 _GENERIC = frozenset(("fruit", "plant", "bulb", "root"))  # "an avocado fruit" shows an avocado
-_SENTENCE_GOES_ON = re.compile(r"[.,;:!?()—]|\s(resembles|lets|is|are|in|with|inside|covered|used|making|called|from)\s")
+_SENTENCE_GOES_ON = re.compile(
+    r"[.,;:!?()—]|\s(resembles|lets|is|are|in|with|inside|covered|used|making|called|from)\s"
+)
 _PLURAL = re.compile(r"(?<![sui])s$")
 
 
@@ -62,7 +64,7 @@ def is_photo(path: str) -> bool:
 def parse_description(path: str, line: str) -> Words | None:
     """(noun, attribute | None) of the first line of a stamp's text; None when it cannot be told.
 
-    "A Sumatran tiger." -> ("tiger", "sumatran"); "A head of red lettuce." -> ("lettuce", "red"); sizes are no attribute.
+    "A Sumatran tiger." -> ("tiger", "sumatran"); "A head of red lettuce." -> ("lettuce", "red"); sizes do not count.
     """
     stem = path.rsplit("/", 1)[-1].removesuffix(".png")
     if path == "plants/eggplant.png":

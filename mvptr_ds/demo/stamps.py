@@ -152,11 +152,12 @@ def dominant_colour(pixels: np.ndarray) -> str | None:
     hue_deg = hue * 360 / 255
     gray = saturation < 45
     warm = (hue_deg < 45) | (hue_deg >= 340)
+    earthy = (hue_deg >= 12) & (hue_deg < 45) & (value < 170)
     masks = {
         "black": value < 60,
         "white": gray & (value >= 185),
         "gray": gray & (value >= 60) & (value < 185),
-        "brown": ~gray & warm & (value >= 60) & ((value < 170) | (saturation < 110)),
+        "brown": ~gray & warm & (value >= 60) & (earthy | (saturation < 110)),
         "red": ~gray & ((hue_deg < 14) | (hue_deg >= 340)) & (value >= 100) & (saturation >= 130),
         "orange": ~gray & (hue_deg >= 18) & (hue_deg < 42) & (value >= 180) & (saturation >= 130),
         "yellow": ~gray & (hue_deg >= 45) & (hue_deg < 68) & (value >= 110),

@@ -251,7 +251,7 @@ def test_gradients_reach_every_parameter() -> None:
 
 
 def test_too_many_slots_are_refused() -> None:
-    with pytest.raises(ValueError, match="13 slots, max_positions is 12"):
+    with pytest.raises(ValueError, match="13 slots, but max_positions is 12"):
         tiny().encode_text(torch.zeros(1, 13, dtype=torch.int64), torch.ones(1, 13, dtype=torch.bool))
 
 

@@ -67,7 +67,8 @@ def _largest_difference(actual: Tensor, wanted: Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    "name", ["embeddings_text", "embeddings_tags", "img_embedding", "sim_mat", "pooled", "tag_mlm_logits", "text_mlm_logits"]
+    "name",
+    ["embeddings_text", "embeddings_tags", "img_embedding", "sim_mat", "pooled", "tag_mlm_logits", "text_mlm_logits"],
 )
 def test_whole_tensors_agree(name: str, results: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert _largest_difference(results[name], expected[name]) < TOLERANCE

@@ -1,0 +1,74 @@
+"""Retrieval: recall at 1, 5, 10 from the global states, and after re-ranking the best with the cross encoder.
+
+Legend: C captions, I images, M scored pairs, K re-ranked candidates.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mvptr_ds.evaluation.encode import EncodedSplit
+from mvptr_ds.model.mvptr import Mvptr
+
+RANKS = (1, 5, 10)
+
+
+def recalls(scores_CI: Tensor, image_of_C: Tensor) -> dict[str, float]:
+    """`t2i_r1` ... `i2t_r10`, fractions of 1.
+
+    A caption counts when its image is among the first K; an image when any of its captions is (COCO's protocol).
+    Candidates that tie with the right one stand before it, so that a constant score earns nothing.
+    """
+    num_captions, num_images = scores_CI.shape
+    own_CI = image_of_C[:, None] == torch.arange(num_images)[None, :]
+    text_rank_C = (scores_CI >= scores_CI[own_CI][:, None]).sum(1) - 1
+    best_own_I = scores_CI.masked_fill(~own_CI, float("-inf")).amax(0)
+    image_rank_I = ((scores_CI >= best_own_I[None, :]) & ~own_CI).sum(0)
+    assert len(text_rank_C) == num_captions
+    t2i = {f"t2i_r{k}": float((text_rank_C < k).float().mean()) for k in RANKS}
+    return t2i | {f"i2t_r{k}": float((image_rank_I < k).float().mean()) for k in RANKS}
+
+
+@torch.inference_mode()
+def rerank(
+    model: Mvptr, split: EncodedSplit, top_k: int, batch_size: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Scores for text->image and for image->text, [C, I] each, float64.
+
+    The `top_k` best of every caption (of every image) by global similarity are ordered by the ITM head; all others
+    keep their order behind them. A pair that both directions ask for is scored once.
+    """
+    sim_CI = split.sim_CI
+    top_k = min(top_k, *sim_CI.shape)
+    asked_t2i_CI = torch.zeros_like(sim_CI, dtype=torch.bool).scatter_(1, sim_CI.topk(top_k, dim=1).indices, True)
+    asked_i2t_CI = torch.zeros_like(sim_CI, dtype=torch.bool).scatter_(0, sim_CI.topk(top_k, dim=0).indices, True)
+    captions_M, images_M = (asked_t2i_CI | asked_i2t_CI).nonzero(as_tuple=True)
+    match_M = score_pairs(model, split, captions_M, images_M, batch_size, device)
+    match_CI = torch.zeros_like(sim_CI, dtype=torch.float64)
+    match_CI[captions_M, images_M] = match_M
+    # cosines lie in [-1, 1] and probabilities of a match in [0, 1]: with 2 added, all that were asked for come first
+    return torch.where(asked_t2i_CI, 2.0 + match_CI, sim_CI), torch.where(asked_i2t_CI, 2.0 + match_CI, sim_CI)
+
+
+@torch.inference_mode()
+def score_pairs(
+    model: Mvptr, split: EncodedSplit, captions_M: Tensor, images_M: Tensor, batch_size: int, device: torch.device
+) -> Tensor:
+    """Probability of a match of each pair by the cross encoder, float64 [M] on the CPU."""
+    scores = []
+    chunks = list(zip(captions_M.split(batch_size), images_M.split(batch_size), strict=True))
+    for captions, images in tqdm(chunks, desc="re-rank"):
+        text_mask, region_mask = split.text_mask_CT[captions], split.region_mask_IR[images]
+        num_text, num_regions = int(text_mask.sum(1).max()), int(region_mask.sum(1).max())
+        cross_BTD, _ = model.encode_cross(
+            split.text_CTD[captions, :num_text].to(device, model.dtype),
+            text_mask[:, :num_text].to(device),
+            split.regions_IRD[images, :num_regions].to(device, model.dtype),
+            region_mask[:, :num_regions].to(device),
+        )
+        logits_M2 = model.itm_logits(model.pool(cross_BTD)).double()
+        # in float64: two probabilities close to 1 would tie in float32, and a tie counts as wrong
+        scores.append((logits_M2[:, 0] - logits_M2[:, 1]).sigmoid().cpu())
+    return torch.cat(scores)

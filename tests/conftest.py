@@ -1,0 +1,22 @@
+"""What the tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two ranks and pytest itself share two cores
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+REPO = Path(__file__).resolve().parents[1]
+PARITY = REPO.parent / "shared" / "parity"
+
+
+@pytest.fixture(scope="session")
+def parity_folder() -> Path:
+    """Recorded numbers of the published code; they stand beside the checkout, not in it."""
+    if not PARITY.is_dir():
+        pytest.skip(f"the recorded reference numbers are not here ({PARITY.name} beside the checkout)")
+    return PARITY

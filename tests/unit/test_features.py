@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from mvptr_ds.data import features
+from mvptr_ds.data.collate import IGNORE, Sample
+from mvptr_ds.data.features import SampleBuilder, SampleOptions, decode_image, read_features, region_geometry
+from mvptr_ds.data.phrases import PhraseVocab
+from mvptr_ds.data.schema import Caption, DataError, Phrase, Record, Region
+from mvptr_ds.data.wordpiece import WordPiece
+
+WORDS = WordPiece()
+TEXT = "A brown dog chases frisbees."
+PHRASES = (
+    Phrase(("dog", "brown"), ((2, 7), (8, 11))),
+    Phrase(("unknown",), ((8, 11),)),
+    Phrase(("dog", "chase", "frisbees"), ((8, 11), (12, 18), (19, 27))),
+)
+VOCAB = PhraseVocab.build({("dog", "brown"): 2, ("dog", "chase", "frisbees"): 1}, WORDS, 1)
+REGIONS = (
+    Region((0, 0, 32, 24), "dog"),
+    Region((-5, 12, 700, 48), "frisbee"),
+    Region((8, 8, 8, 9), "dog"),
+)
+RECORD = Record("7", 64, 48, (Caption("nothing"), Caption(TEXT, PHRASES)), REGIONS)
+
+
+def _npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def _picture(image_format: str, mode: str = "RGB", size: tuple[int, int] = (64, 48)) -> bytes:
+    stream = io.BytesIO()
+    Image.new(mode, size, (200, 100, 50, 255)[: len(mode)] if mode != "L" else 90).save(stream, image_format)
+    return stream.getvalue()
+
+
+FEATURES = np.arange(12, dtype=np.float16).reshape(3, 4)
+MEMBERS = {"json": json.dumps(RECORD.to_json()).encode(), "npy": _npy(FEATURES), "jpg": _picture("JPEG")}
+
+
+def _build(members: dict[str, bytes] | None = None, caption: int = 1, seed: int = 0, **options: object) -> Sample:
+    builder = SampleBuilder(WORDS, VOCAB, SampleOptions(**options))  # type: ignore[arg-type]
+    return builder.build(members or MEMBERS, caption, 5, 9, np.random.default_rng(seed))
+
+
+def _names(ids: np.ndarray) -> list[str]:
+    return [WORDS.tokens[i] if i < len(WORDS) else "/".join(VOCAB.tuples[i - len(WORDS)]) for i in ids]
+
+
+def test_an_unmasked_sample() -> None:
+    sample = _build()
+    expected = ["[CLS]", "a", "brown", "dog", "chases", "fr", "##is", "##bee", "##s", "."]
+    assert _names(sample.text_ids_T) == [*expected, "dog/brown", "dog/chase/frisbees", "[SEP]"]
+    assert np.flatnonzero(sample.phrase_mask_T).tolist() == [10, 11]
+    assert _names(sample.tag_ids_G) == ["[CLS]", "dog", "fr", "##is", "##bee", "[SEP]"]  # distinct, in order
+    for labels in (sample.mlm_labels_T, sample.phrase_labels_T, sample.tag_labels_G):
+        assert (labels == IGNORE).all()
+    assert np.array_equal(sample.region_features_RF, FEATURES.astype(np.float32))
+    assert sample.region_features_RF is not None and sample.region_features_RF.dtype == np.float32
+    assert (sample.num_oov_phrases, sample.num_phrases, sample.image_index, sample.position) == (1, 2, 5, 9)
+    assert sample.image_3HW is None
+
+
+def test_geometry_is_clipped_to_the_picture() -> None:
+    geometry = region_geometry(RECORD, 4)
+    expected = [[0, 0, 0.5, 0.5, 0.5, 0.5], [0, 0.25, 1, 1, 1, 0.75], [0.125, 1 / 6, 0.125, 9 / 48, 0, 1 / 48]]
+    np.testing.assert_allclose(geometry, expected, atol=1e-6)  # float32
+    assert geometry.dtype == np.float32
+
+
+def test_no_boxes_gives_a_grid() -> None:
+    geometry = region_geometry(dataclasses.replace(RECORD, regions=()), 2)
+    np.testing.assert_allclose(geometry[1], [0.5, 0, 1, 0.5, 0.5, 0.5])
+    np.testing.assert_allclose(geometry[:, 4:], 0.5)
+    bare = {**MEMBERS, "json": json.dumps(dataclasses.replace(RECORD, regions=()).to_json()).encode()}
+    assert len(_build(bare, visual_source="image", grid_size=3).region_geometry_R6) == 9
+    with pytest.raises(DataError, match="3 rows of features for 16 regions"):
+        _build(bare)
+
+
+def test_regions_are_cut_after_the_check() -> None:
+    sample = _build(max_regions=2)
+    assert sample.region_features_RF is not None
+    assert len(sample.region_features_RF) == len(sample.region_geometry_R6) == 2
+
+
+def test_tokens_of_a_phrase_are_those_its_spans_touch() -> None:
+    words_of_PT = features._words_of_phrases(PHRASES, WORDS.encode(TEXT)[1], 13)
+    assert [np.flatnonzero(row).tolist() for row in words_of_PT] == [[2, 3], [3], [3, 4, 5, 6, 7, 8]]
+    inside = (Phrase(("is",), ((21, 23),)), Phrase(("none",), ((1, 2),)))  # a wordpiece of its own; a space
+    words_of_PT = features._words_of_phrases(inside, WORDS.encode(TEXT)[1], 13)
+    assert [np.flatnonzero(row).tolist() for row in words_of_PT] == [[6], []]
+
+
+def test_long_captions_are_cut_and_phrases_fill_the_rest() -> None:
+    caption = Caption("dog " * 50, tuple(Phrase(("dog", "brown"), ((196, 199),)) for _ in range(9)))
+    members = {**MEMBERS, "json": json.dumps(dataclasses.replace(RECORD, captions=(caption,)).to_json()).encode()}
+    sample = _build(members, 0, word_prob=0.5, phrase_prob=0.5, predict_phrases=True)
+    assert len(sample.text_ids_T) == 40 and sample.num_phrases == 5
+
+
+def test_masking_touches_neither_specials_nor_padding_rules() -> None:
+    for seed in range(200):
+        sample = _build(seed=seed, word_prob=0.5, phrase_prob=0.5, tag_prob=0.5, predict_phrases=True)
+        assert sample.text_ids_T[0] == WORDS.cls_id and sample.text_ids_T[-1] == WORDS.sep_id
+        assert sample.tag_labels_G[0] == sample.tag_labels_G[-1] == IGNORE
+        assert (sample.mlm_labels_T[sample.phrase_mask_T] == IGNORE).all()
+        assert (sample.phrase_labels_T[~sample.phrase_mask_T] == IGNORE).all()
+        assert set(sample.phrase_labels_T.tolist()) <= {IGNORE, 0, 1}
+
+
+def test_tag_noise() -> None:
+    tags = {"tag_list": ["cat"]}
+    assert _names(_build(tag_withhold_prob=1.0).tag_ids_G) == ["[CLS]", "[SEP]"]
+    dropped = {tuple(_names(_build(seed=s, tag_drop_prob=1.0).tag_ids_G)[1:-1]) for s in range(20)}
+    assert dropped == {("dog",), ("fr", "##is", "##bee")}
+    for seed in range(40):
+        sample = _build(seed=seed, tag_wrong_prob=1.0, tag_prob=1.0, **tags)
+        cat = WORDS.tokens.index("cat")
+        assert (sample.tag_ids_G == cat).sum() == 1  # neither masked
+        assert cat not in sample.tag_labels_G  # nor predicted
+        assert (sample.tag_labels_G != IGNORE).sum() in (1, 3)  # "dog" or the three pieces of "frisbee"
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
+def test_image_formats(image_format: str) -> None:
+    image = decode_image({image_format.lower(): _picture(image_format)}, 16)
+    assert image.shape == (3, 16, 16) and image.dtype == np.uint8
+    # a plain picture keeps its colour; 6 of 255 for what lossy coding rounds
+    assert np.abs(image.reshape(3, -1).astype(int) - np.array([[200], [100], [50]])).max() <= 6
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA"])
+def test_other_modes_become_rgb(mode: str) -> None:
+    assert decode_image({"png": _picture("PNG", mode)}, 8).shape == (3, 8, 8)
+
+
+def test_resizing_is_antialiased_and_draft_changes_little() -> None:
+    stripes = np.zeros((256, 256, 3), dtype=np.uint8)
+    stripes[:, ::2] = 255
+    stream = io.BytesIO()
+    Image.fromarray(stripes).save(stream, "PNG")
+    assert decode_image({"png": stream.getvalue()}, 32).std() < 10  # picking pixels would give 0 or 255
+    gradient = np.broadcast_to(np.arange(256, dtype=np.uint8)[None, :, None], (256, 256, 3))
+    stream = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(gradient)).save(stream, "JPEG", quality=95)
+    image = decode_image({"jpg": stream.getvalue()}, 32)[0].astype(float)
+    assert np.abs(image - (np.arange(32) * 8 + 3.5)[None]).max() < 8  # one step of the ramp
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({"npy": None}, {}, "no npy"),
+        ({"npy": b"garbage"}, {}, "cannot be read"),
+        ({"npy": MEMBERS["npy"][:-4]}, {}, "cannot be read"),
+        ({"npy": _npy(FEATURES[0])}, {}, r"expected float16 or float32 \[R, F\]"),
+        ({"npy": _npy(FEATURES.astype(np.int64))}, {}, r"expected float16 or float32 \[R, F\]"),
+        ({"npy": _npy(FEATURES[:2])}, {}, "2 rows of features for 3 regions"),
+        ({"npy": _npy(np.full_like(FEATURES, np.nan))}, {}, "NaN or infinity"),
+        ({}, {"feature_dim": 5}, "features have 4 numbers, visual.feature_dim is 5"),
+        ({"jpg": None}, {"visual_source": "image"}, "no image"),
+        ({"jpg": b"garbage"}, {"visual_source": "image"}, "cannot be decoded"),
+        ({"jpg": MEMBERS["jpg"][:200]}, {"visual_source": "image"}, "cannot be decoded"),
+        ({"json": None}, {}, "no json"),
+        ({"json": b"{}"}, {}, "schema is None"),
+    ],
+)
+def test_bad_members_are_data_errors(change: dict, options: dict, message: str) -> None:
+    members = {ext: content for ext, content in {**MEMBERS, **change}.items() if content is not None}
+    with pytest.raises(DataError, match=message):
+        _build(members, **options)
+
+
+def test_pickled_arrays_are_never_loaded() -> None:
+    stream = io.BytesIO()
+    np.save(stream, np.array([[print]], dtype=object), allow_pickle=True)
+    with pytest.raises(DataError, match="object"):
+        read_features({"npy": stream.getvalue()}, 1, None)
+
+
+def test_decompression_bombs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(DataError, match="64 x 48 pixels, at most 1000"):
+        decode_image(MEMBERS, 8)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    member=st.sampled_from(["npy", "jpg", "json"]),
+    place=st.floats(0, 1, exclude_max=True),
+    value=st.integers(0, 255),
+    length=st.floats(0, 1),
+)
+def test_damage_is_a_data_error_or_harmless(member: str, place: float, value: int, length: float) -> None:
+    content = bytearray(MEMBERS[member])
+    content[int(place * len(content))] = value
+    if place > length:
+        del content[int(length * len(content)) :]
+    try:
+        _build({**MEMBERS, member: bytes(content)}, visual_source="image" if member == "jpg" else "features")
+    except DataError:
+        return
+
+
+def test_options_are_checked() -> None:
+    for wrong in ({"visual_source": "pixels"}, {"word_prob": 1.5}, {"max_regions": 0}, {"image_size": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            SampleOptions(**wrong)  # type: ignore[arg-type]

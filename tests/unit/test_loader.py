@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import dataclasses
+import io
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mvptr_ds.data.collate import IGNORE, Batch, collate
+from mvptr_ds.data.features import SampleBuilder, SampleOptions
+from mvptr_ds.data.loader import ShardDataset, eval_batches, first_captions, make_loader
+from mvptr_ds.data.phrases import PhraseVocab
+from mvptr_ds.data.plan import Plan
+from mvptr_ds.data.schema import Caption, DataError, Phrase, Record, Region
+from mvptr_ds.data.shards import Index, write_shards
+from mvptr_ds.data.wordpiece import WordPiece
+
+WORDS = WordPiece()
+NOUNS = ["dog", "cat", "tree", "house", "frisbee", "cow"]
+VOCAB = PhraseVocab.build({(noun,): 1 for noun in NOUNS} | {(noun, "big"): 1 for noun in NOUNS}, WORDS, 1)
+OPTIONS = SampleOptions(
+    feature_dim=4,
+    word_prob=0.3,
+    phrase_prob=0.3,
+    tag_prob=0.5,
+    predict_phrases=True,
+    tag_drop_prob=0.2,
+    tag_wrong_prob=0.2,
+    tag_withhold_prob=0.1,
+    tag_list=NOUNS,
+)
+BATCH, STEPS, SEED = 8, 7, 3
+
+
+def _item(number: int, rng: np.random.Generator) -> tuple[str, Record, dict[str, bytes]]:
+    captions = []
+    for _ in range(1 + number % 3):
+        noun = NOUNS[rng.integers(6)]
+        text = f"picture {number} of a big {noun}" + " here" * int(rng.integers(4))
+        start = text.index(" big ") + 1
+        spans = ((start, start + 3), (start + 4, start + 4 + len(noun)))
+        captions.append(Caption(text, (Phrase((noun, "big"), spans), Phrase((noun,), spans[1:]))))
+    regions = tuple(Region((0, 0, 9 + r, 9), NOUNS[rng.integers(6)]) for r in range(1 + number % 4))
+    stream = io.BytesIO()
+    np.save(stream, rng.random((len(regions), 4)).astype(np.float16))
+    return f"k{number}", Record(f"id{number}", 64, 48, tuple(captions), regions), {"npy": stream.getvalue()}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """21 records, 42 samples, in uneven shards: 16 and 5 records."""
+    rng = np.random.default_rng(0)
+    write_shards(tmp_path, (_item(n, rng) for n in range(21)), records_per_shard=16)
+    return tmp_path
+
+
+def _dataset(folder: Path) -> ShardDataset:
+    index = Index.open(folder)
+    plan = Plan(len(index), BATCH, SEED, block_samples=4, window_blocks=3)
+    return ShardDataset(index, plan, SampleBuilder(WORDS, VOCAB, OPTIONS))
+
+
+def _assert_equal(first: Batch, second: Batch) -> None:
+    for field in dataclasses.fields(Batch):
+        a, b = getattr(first, field.name), getattr(second, field.name)
+        if isinstance(a, torch.Tensor):
+            assert a.dtype == b.dtype and torch.equal(a, b), field.name
+        else:
+            assert a == b, field.name
+
+
+def _rows(batch: Batch) -> list[dict[str, object]]:
+    """Each sample without its padding, so that shares of a batch compare with the whole one."""
+    masks = {
+        "T": batch.text_mask_BT,
+        "G": batch.tag_mask_BG,
+        "R": batch.region_mask_BR,
+    }
+    rows = []
+    for number in range(len(batch)):
+        row: dict[str, object] = {}
+        for field in dataclasses.fields(Batch):
+            value = getattr(batch, field.name)
+            if isinstance(value, torch.Tensor):
+                axis = field.name.rsplit("_", 1)[1][1:2]
+                kept = value[number][masks[axis][number]] if axis in masks else value[number]
+                row[field.name] = kept.tolist()
+        rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_global_batches_do_not_depend_on_the_number_of_ranks(
+    folder: Path, num_ranks: int, accumulation_steps: int
+) -> None:
+    dataset = _dataset(folder)
+    whole = [_rows(batch) for batch in make_loader(dataset, dataset.plan, 0, STEPS)]
+    shares = [
+        list(make_loader(dataset, dataset.plan, 0, STEPS, rank, num_ranks, accumulation_steps))
+        for rank in range(num_ranks)
+    ]
+    assert {len(share) for share in shares} == {STEPS * accumulation_steps}  # 5.25 epochs of uneven shards
+    for step in range(STEPS):
+        rows = [
+            row
+            for accumulation in range(accumulation_steps)
+            for share in shares
+            for row in _rows(share[step * accumulation_steps + accumulation])
+        ]
+        assert rows == whole[step]
+
+
+def test_number_of_workers_changes_nothing(folder: Path) -> None:
+    dataset = _dataset(folder)
+    for alone, helped in zip(
+        make_loader(dataset, dataset.plan, 0, STEPS),
+        make_loader(dataset, dataset.plan, 0, STEPS, num_workers=2, prefetch_batches=2),
+        strict=True,
+    ):
+        _assert_equal(alone, helped)
+
+
+def test_resume_gives_the_same_batches(folder: Path) -> None:
+    dataset, fresh = _dataset(folder), _dataset(folder)
+    whole = list(make_loader(dataset, dataset.plan, 0, STEPS))
+    rest = list(make_loader(fresh, fresh.plan, 4, STEPS))
+    assert len(rest) == STEPS - 4
+    for first, second in zip(whole[4:], rest, strict=True):
+        _assert_equal(first, second)
+
+
+def test_masking_differs_between_epochs_and_every_sample_comes_once(folder: Path) -> None:
+    dataset = _dataset(folder)
+    num = len(dataset.index)
+    first, second = (
+        sorted(
+            (s.image_index, tuple(s.text_ids_T[s.mlm_labels_T == IGNORE][:4]), s.mlm_labels_T.tobytes())
+            for s in (dataset[position] for position in range(epoch * num, (epoch + 1) * num))
+        )
+        for epoch in range(2)
+    )
+    assert [row[0] for row in first] == [row[0] for row in second]
+    assert len({row[0] for row in first}) == 21
+    assert first != second
+
+
+def _damage(folder: Path, record: int) -> str:
+    """Overwrites the features of one record, so that its samples cannot be built; its size stays."""
+    index = Index.open(folder)
+    place = index.locate(index.samples_of(record)[0])
+    content = bytearray(Path(place.path).read_bytes())
+    start = content.index(b"\x93NUMPY", place.offset)
+    content[start : start + 6] = b"broken"
+    Path(place.path).write_bytes(content)
+    return place.path
+
+
+def test_a_bad_sample_is_replaced_in_the_same_way_every_time(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = _dataset(folder)
+    good = [before[position] for position in range(len(before.index))]
+    path = _damage(folder, 5)
+    dataset = _dataset(folder)
+    with caplog.at_level(logging.WARNING):
+        first = [dataset[position] for position in range(len(dataset.index))]
+    again = _dataset(folder)
+    second = again.__getitems__(list(range(len(again.index))))
+    num_replaced = 0
+    for position, (was, now, then) in enumerate(zip(good, first, second, strict=True)):
+        _assert_equal(collate([now]), collate([then]))
+        assert now.position == position and now.image_index != 5
+        if was.image_index == 5:
+            num_replaced += 1
+        else:
+            _assert_equal(collate([was]), collate([now]))
+    assert num_replaced == len(dataset.index.samples_of(5)) == 3
+    assert path in caplog.text and "'k5'" in caplog.text and "npy member cannot be read" in caplog.text
+    sample, reasons = dataset.load(0, 0, dataset.index.samples_of(5)[0])
+    assert sample.image_index != 5 and reasons and all("'k5'" in reason for reason in reasons)
+
+
+def test_nothing_but_bad_samples_ends_with_the_reason(folder: Path) -> None:
+    for record in range(21):
+        _damage(folder, record)
+    with pytest.raises(DataError, match=r"9 samples in a row .* key 'k\d+'"):
+        _dataset(folder)[0]
+
+
+def test_indivisible_ranks_are_refused_before_reading(folder: Path) -> None:
+    dataset = _dataset(folder)
+    with pytest.raises(ValueError, match="3 ranks"):
+        make_loader(dataset, dataset.plan, 0, 1, 0, 3)
+    with pytest.raises(ValueError, match="the index holds 42"):
+        ShardDataset(dataset.index, Plan(41, 8, 0), dataset.builder)
+
+
+def test_eval_batches_run_in_order_without_masking(folder: Path) -> None:
+    index = Index.open(folder)
+    builder = SampleBuilder(WORDS, VOCAB, SampleOptions(feature_dim=4))
+    batches = list(eval_batches(index, builder, 10))
+    assert [len(batch) for batch in batches] == [10, 10, 10, 10, 2]
+    assert torch.cat([batch.position_B for batch in batches]).tolist() == list(range(42))
+    assert all((batch.mlm_labels_BT == IGNORE).all() and (batch.tag_labels_BG == IGNORE).all() for batch in batches)
+    numbers = first_captions(index, 5)
+    (batch,) = eval_batches(index, builder, 10, numbers)
+    assert batch.image_index_B.tolist() == [0, 1, 2, 3, 4]
+    assert batch.position_B.tolist() == numbers == [0, 1, 3, 6, 7]
+    _damage(folder, 2)
+    with pytest.raises(DataError, match="'k2'"):
+        list(eval_batches(Index.open(folder), builder, 10))

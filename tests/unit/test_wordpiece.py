@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+
+from mvptr_ds.data.schema import DataError
+from mvptr_ds.data.wordpiece import WordPiece
+
+
+def test_packaged_vocabulary_is_berts() -> None:
+    words = WordPiece()
+    assert len(words) == 30_522
+    assert (words.pad_id, words.unk_id, words.cls_id, words.sep_id, words.mask_id) == (0, 100, 101, 102, 103)
+    assert len(words.ordinary_ids) == 30_522 - 5 - 994  # specials, [unused0..993]
+
+
+def test_encode_lowers_splits_and_keeps_character_spans() -> None:
+    words = WordPiece()
+    text = "Two CAFÉ frisbees."
+    ids, spans = words.encode(text)
+    assert [words.tokens[i] for i in ids] == ["two", "cafe", "fr", "##is", "##bee", "##s", "."]
+    assert [text[a:b] for a, b in spans] == ["Two", "CAFÉ", "fr", "is", "bee", "s", "."]
+    assert words.encode_words(["two", "frisbees"]) == [ids[:1], ids[2:6]]
+    assert words.decode(ids) == "two cafe frisbees."
+
+
+def test_text_never_becomes_a_special_token() -> None:
+    words = WordPiece()
+    ids, _ = words.encode("a [MASK] [SEP] [CLS] [PAD] b")
+    assert not {words.mask_id, words.sep_id, words.cls_id, words.pad_id} & set(ids)
+
+
+def test_pickles_with_the_same_results() -> None:
+    words = WordPiece()
+    copy = pickle.loads(pickle.dumps(words))
+    assert copy.fingerprint == words.fingerprint
+    assert copy.encode("a brown dog") == words.encode("a brown dog")
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a"], r"lacks \[MASK\]"),
+        (["a", "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], "must be the first"),
+        (["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "a"], "'a' twice"),
+        (["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[unused0]"], "no ordinary piece"),
+    ],
+)
+def test_refuses_a_broken_vocabulary(tmp_path: Path, lines: list[str], message: str) -> None:
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(DataError, match=message):
+        WordPiece(path)
+
+
+def test_missing_vocabulary_names_the_setting(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.word_vocab"):
+        WordPiece(tmp_path / "none.txt")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -277,19 +278,17 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
     elif hint is str:
         if isinstance(value, (str, int, float)) and not isinstance(value, bool):
             return str(value)
-    elif hint is int:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-        if isinstance(value, (str, float)) and _number(value) is not None and _number(value) == int(_number(value) or 0):
-            return int(_number(value) or 0)
-    elif hint is float and not isinstance(value, bool) and _number(value) is not None:
-        return _number(value)
+    elif hint in (int, float) and not isinstance(value, bool):
+        number = _number(value)
+        if number is not None and (hint is float or number == int(number)):
+            return hint(number)
     wanted = hint.__name__ if isinstance(hint, type) else str(hint)
     raise ValueError(f"{name} is {value!r}, expected {wanted}")
 
 
 def _number(value: Any) -> float | None:
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError):
         return None
+    return number if math.isfinite(number) else None

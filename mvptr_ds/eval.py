@@ -50,7 +50,7 @@ def evaluate(run: Path, overrides: list[str], out: Path) -> dict[str, Any]:
     if config.data.held_out is None:
         raise DataError("data.held_out is not set: give data.held_out=FOLDER of shards to evaluate on")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device)
+    model.to(device)  # type: ignore[arg-type]  # transformers' wrapper of nn.Module.to hides its types
     index = ensure_index(config.data.held_out)
     samples = build_samples(config, vocabs, index, NO_MASKING, predict_phrases=False, tag_noise=False)
     logger.info("model %s on %d captions of %d images", path, len(index), index.num_records)

@@ -49,7 +49,7 @@ class Draws:
         )
 
 
-def choose(mode: str, sim_BN: Tensor, same_image_BN: Tensor, draw_B: Tensor, scale: float = 1.0) -> Tensor:
+def choose(mode: str, sim_BN: Tensor, same_image_BN: Tensor, draw_B: Tensor, scale: Tensor | float = 1.0) -> Tensor:
     """One negative for every row: the index of a sample of another image.
 
     Args:

@@ -8,7 +8,7 @@ T text slots, G tag slots, R regions, D hidden.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,10 @@ from torch import Tensor
 IGNORE = -100  # label of a slot that is not predicted
 
 
-class LossSum(NamedTuple):
+@dataclass(frozen=True)
+class LossSum:
+    """A loss before its division: the mean is `sum / count`, with the counts of all ranks added up."""
+
     sum: Tensor  # float32 or float64 scalar
     count: Tensor  # same dtype, scalar, no gradient
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mvptr_ds import parallel
 from mvptr_ds.data.collate import Batch
+from mvptr_ds.losses import LossSum
 
 logger = logging.getLogger(__name__)
 GIB = 2**30
@@ -32,10 +33,10 @@ class Meters:
         self.counts: dict[str, float] = defaultdict(float)
         self.since_s = time.perf_counter()
 
-    def add_parts(self, parts: dict[str, tuple[Tensor, Tensor]]) -> None:
+    def add_parts(self, parts: dict[str, LossSum]) -> None:
         """Adds each objective's local sum and count."""
-        for name, (total, count) in parts.items():
-            self.sums[name] += torch.stack([total, count]).double()
+        for name, part in parts.items():
+            self.sums[name] += torch.stack([part.sum, part.count]).double()
 
     def add_batch(self, batch: Batch, data_wait_s: float) -> None:
         """Counts samples, slots and phrases of a batch that is still on the host."""
@@ -45,6 +46,7 @@ class Meters:
         self.counts["valid"] += sum(int(mask.sum()) for mask in masks)
         self.counts["phrases"] += batch.num_phrases
         self.counts["oov_phrases"] += batch.num_oov_phrases
+        self.counts["bad_samples"] += batch.num_bad
         self.counts["data_wait_s"] += data_wait_s
 
     def report(self) -> dict[str, float]:
@@ -64,6 +66,7 @@ class Meters:
             "data/wait_frac": totals["data_wait_s"] / parallel.num_ranks() / elapsed_s,
             "data/padded_frac": 1.0 - totals["valid"] / totals["slots"],
             "data/oov_phrases_frac": totals["oov_phrases"] / phrases if phrases else 0.0,
+            "data/bad_frac": totals["bad_samples"] / (totals["samples"] + totals["bad_samples"]),
             "memory_gib": peak_memory_gib(self.device),
         }
         self._reset()

@@ -65,10 +65,14 @@ class Task(nn.Module):
         self.max_steps, self.seed = max_steps, seed
         known = STAGE1_OBJECTIVES if stage == "stage1" else STAGE2_OBJECTIVES
         if not self.weights or not set(self.weights) <= set(known):
-            raise ValueError(f"{stage}.weights sets {sorted(self.weights) or 'none'}; {stage} computes {', '.join(known)}")
+            given = ", ".join(self.weights) or "nothing"
+            raise ValueError(f"{stage}.weights sets {given}; {stage} computes {', '.join(known)}")
         joint = stage == "joint"
-        self.wpg_states = {"auto": "cross" if joint else "uni"}.get(config.wpg.states, config.wpg.states)
-        self.itm_negatives = {"auto": "hardest" if joint else "schedule"}.get(config.itm.negatives, config.itm.negatives)
+        self.wpg_states, self.itm_negatives = config.wpg.states, config.itm.negatives
+        if self.wpg_states == "auto":
+            self.wpg_states = "cross" if joint else "uni"
+        if self.itm_negatives == "auto":
+            self.itm_negatives = "hardest" if joint else "schedule"
         if self.wpg_states not in ("uni", "cross"):
             raise ValueError(f"task.wpg.states is {config.wpg.states!r}; choose from uni, cross, auto")
         if self.itm_negatives not in (*hard_negatives.MODES, "schedule"):
@@ -78,7 +82,7 @@ class Task(nn.Module):
             )
 
     def trained_parts(self) -> list[str]:
-        """The parts of the model (`Mvptr.parameters_of`) that the weighted objectives reach; the engine gets no others."""
+        """The parts of the model (`Mvptr.parameters_of`) that the objectives reach; the engine gets no others."""
         on = set(self.weights)
         crossed = bool(on & {"vsc", "wpg", "itm"}) or self.stage != "stage1"
         uses = {
@@ -241,9 +245,10 @@ class Task(nn.Module):
         num_slots = text_BTD.shape[1]
         own = regions_BRD, batch.region_mask_BR, draws.wpg_own_NT[:, :num_slots]
         other = all_regions_NRD[others_B], all_mask_NR[others_B], draws.wpg_other_NT[:, :num_slots]
-        return tuple(
-            losses.phrase_region_score(text_BTD, batch.phrase_mask_BT, *image, self.config.wpg.top_k)
-            for image in (own, other)
+        top_k = self.config.wpg.top_k
+        return (
+            losses.phrase_region_score(text_BTD, batch.phrase_mask_BT, *own, top_k),
+            losses.phrase_region_score(text_BTD, batch.phrase_mask_BT, *other, top_k),
         )
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Pre-trains MVPTR: `deepspeed mvptr_ds/train.py --deepspeed ds_configs/z2.json [--config FILE.yaml] [section.key=value ...]`."""
+"""Pre-trains MVPTR: `deepspeed mvptr_ds/train.py --deepspeed JSON [--config YAML] [section.key=value ...]`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # a script's own folder comes first on the path; there `config`, `optim` ... would shadow others
+if __name__ == "__main__":  # a script's own folder comes first on the path, where our modules could shadow others
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from mvptr_ds import parallel

@@ -175,10 +175,11 @@ class Trainer:
 
     def save(self) -> Path:
         """A checkpoint of this step; all ranks call it."""
+        batch_size, data = self.config.train.batch_size, self.dataset.index.fingerprint
         return checkpointing.save(
             self.dir / "checkpoints",
             self.step,
-            {"stage": self.dir.name, "batch_size": self.config.train.batch_size, "data": self.dataset.index.fingerprint},
+            {"stage": self.dir.name, "batch_size": batch_size, "data": data},
             lambda path: self.engine.save_checkpoint(str(path.parent), tag=path.name, save_latest=False),
             lambda path: model_folder.save_model_folder(path, self.model, self.vocabs, self.config),
             self.config.train.keep_checkpoints,

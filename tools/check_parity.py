@@ -25,6 +25,7 @@ from mvptr_ds.config import TaskConfig, WeightsConfig
 from mvptr_ds.data.collate import IGNORE, Batch
 from mvptr_ds.hard_negatives import Draws
 from mvptr_ds.model import convert
+from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.embeddings import TAG_SEGMENT, TEXT_SEGMENT
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.task import Task
@@ -63,6 +64,7 @@ def make_batch(inputs: dict[str, Tensor], feature_dim: int, dtype: torch.dtype) 
         position_B=torch.arange(num),
         num_oov_phrases=0,
         num_phrases=0,
+        num_bad=0,
     )
 
 
@@ -173,7 +175,8 @@ class Comparison:
     def _line(self, name: str, difference: float, problem: str | None) -> None:
         self.lines += 1
         self.failed += problem is not None
-        sys.stdout.write(f"{'FAIL' if problem else 'ok':4}  {name:70} {difference:9.2e}  {problem or ''}".rstrip() + "\n")
+        verdict = "FAIL" if problem else "ok"
+        sys.stdout.write(f"{verdict:4}  {name:70} {difference:9.2e}  {problem or ''}".rstrip() + "\n")
 
 
 def check_folder(folder: Path) -> Comparison:
@@ -193,7 +196,7 @@ def check_folder(folder: Path) -> Comparison:
 def _check_dtype(
     comparison: Comparison,
     dtype: torch.dtype,
-    config: Any,
+    config: MvptrConfig,
     state: dict[str, Tensor],
     inputs: dict[str, Tensor],
     expected: dict[str, Tensor],
@@ -202,7 +205,7 @@ def _check_dtype(
     tolerance, suffix = TOLERANCE[dtype], "fp64" if dtype == torch.float64 else "fp32"
     model = Mvptr(config)
     model.load_state_dict(convert.from_reference(state, config))
-    model.to(dtype).eval()
+    model.eval().to(dtype)
     batch = make_batch(inputs, config.region_feature_dim, dtype)
     weights = WeightsConfig(mcr_tags=1.0, mlm=1.0, vsc=1.0, wpg=1.0, itm=1.0)
     num_slots, num_regions = batch.text_ids_BT.shape[1], batch.region_mask_BR.shape[1]
@@ -231,14 +234,18 @@ def _check_dtype(
         else:
             bound = max(tolerance, TOLERANCE[expected[name].dtype]) if expected[name].is_floating_point() else 0.0
             comparison.add(f"{suffix} {name}", expected[name], tensors.get(name), bound, tensors.get(f"_mask.{name}"))
-    _check_gradients(comparison, suffix, model, expected, scalars["grad_norms_fp64"])
+    grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+    theirs = convert.to_reference(grads, config)
+    _check_gradients(comparison, suffix, theirs, expected, scalars["grad_norms_fp64"])
 
 
 def _check_gradients(
-    comparison: Comparison, suffix: str, model: Mvptr, expected: dict[str, Tensor], norms: dict[str, float]
+    comparison: Comparison,
+    suffix: str,
+    theirs: dict[str, Tensor],
+    expected: dict[str, Tensor],
+    norms: dict[str, float | None],
 ) -> None:
-    grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
-    theirs = convert.to_reference(grads, model.config)
     words = theirs["bert.embeddings.word_embeddings.weight"]
     for name in sorted(n for n in expected if n.startswith("grad32.") and n != f"grad32.{ROWS}"):
         found = words[expected[f"grad32.{ROWS}"]] if name == f"grad32.{ROWS}_grad" else theirs.get(name[7:])

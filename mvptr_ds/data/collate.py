@@ -31,6 +31,7 @@ class Sample:
     position: int  # place of the sample in the run (epoch x samples + position in the epoch)
     num_oov_phrases: int  # phrases dropped because the vocabulary lacks them
     num_phrases: int  # phrases kept
+    num_bad: int = 0  # samples that could not be read, in whose place this one stands
 
 
 @dataclass
@@ -53,6 +54,7 @@ class Batch:
     position_B: Tensor  # int64
     num_oov_phrases: int
     num_phrases: int
+    num_bad: int
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
@@ -101,4 +103,5 @@ def collate(samples: list[Sample]) -> Batch:
         position_B=torch.tensor([s.position for s in samples]),
         num_oov_phrases=sum(s.num_oov_phrases for s in samples),
         num_phrases=sum(s.num_phrases for s in samples),
+        num_bad=sum(s.num_bad for s in samples),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
@@ -35,16 +36,16 @@ class ShardDataset(Dataset[Sample]):
         self.builder = builder
 
     def __getitem__(self, position: int) -> Sample:
-        return self.load(position, *self.plan.sample_at(position))[0]
+        return self.load(position, *self.plan.sample_at(position))
 
     def __getitems__(self, positions: list[int]) -> list[Sample]:
         """Samples of a whole micro-batch (the name DataLoader looks for)."""
         epochs, numbers = self.plan.samples_at(np.array(positions, dtype=np.int64))
         places = zip(positions, epochs.tolist(), numbers.tolist(), strict=True)
-        return [self.load(position, epoch, number)[0] for position, epoch, number in places]
+        return [self.load(position, epoch, number) for position, epoch, number in places]
 
-    def load(self, position: int, epoch: int, number: int) -> tuple[Sample, list[str]]:
-        """The sample, and why others had to be passed over: shard, key and reason of each.
+    def load(self, position: int, epoch: int, number: int) -> Sample:
+        """The sample; its `num_bad` says how many others had to be passed over.
 
         A sample that cannot be read is replaced by one drawn by (seed, epoch, position), the same in every run.
 
@@ -56,7 +57,8 @@ class ShardDataset(Dataset[Sample]):
         while len(reasons) <= MAX_TRIES:
             rng = np.random.default_rng([_SAMPLE, self.plan.seed, epoch, position])
             try:
-                return load_sample(self.index, self.builder, number, position, rng), reasons
+                sample = load_sample(self.index, self.builder, number, position, rng)
+                return replace(sample, num_bad=len(reasons)) if reasons else sample
             except DataError as error:
                 reasons.append(str(error))
                 logger.warning("bad sample at position %d, taking another: %s", position, error)

@@ -17,6 +17,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 SCHEMA_VERSION = 1
+Words = tuple[str, ...]
+Spans = tuple[tuple[int, int], ...]
+Numbers = tuple[int, ...]
 
 
 class DataError(ValueError):
@@ -25,9 +28,9 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Phrase:
-    tuple: tuple[str, ...]  # (noun) | (noun, attribute) | (subject, relation, object)
-    spans: tuple[tuple[int, int], ...]  # characters of the caption, half open
-    regions: tuple[int, ...] = ()  # ground truth of grounding, where it is known
+    tuple: Words  # (noun) | (noun, attribute) | (subject, relation, object)
+    spans: Spans  # characters of the caption, half open
+    regions: Numbers = ()  # ground truth of grounding, where it is known
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def parse_record(content: bytes | dict[str, Any]) -> Record:
     if isinstance(content, bytes):
         try:
             content = json.loads(content)
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise DataError(f"the record is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise DataError(f"the record is a {type(content).__name__}, not a JSON object")

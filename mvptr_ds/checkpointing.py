@@ -45,7 +45,7 @@ def save(
     write_model: Callable[[Path], None],
     keep: int,
 ) -> Path:
-    """Writes `folder/step-N`, then its checksums, then points `latest` at it, then removes the oldest beyond `keep`.
+    """Writes `folder/step-N`, then its checksums, then points `latest` at it, then removes all but the last `keep`.
 
     Args:
         state: what `state.json` holds besides the step.
@@ -68,7 +68,10 @@ def save(
         _write_json(path / CHECKSUMS, checksums)
         (folder / f"{LATEST}.partial").write_text(path.name, encoding="utf-8")
         os.replace(folder / f"{LATEST}.partial", folder / LATEST)
-        for old in _complete(folder)[keep:]:
+        complete = _complete(folder)
+        # later ones come from a run that was started again, or are damaged: this run goes on without them
+        later = [p for p in complete if p.name > path.name]
+        for old in [*later, *complete[len(later) + max(1, keep) :]]:
             shutil.rmtree(old)
     parallel.barrier()
     return path
@@ -88,7 +91,12 @@ def newest_good(folder: Path) -> Path | None:
 
 def verify(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
-    expected = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))
+    try:
+        expected = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        expected = None
+    if not isinstance(expected, dict):
+        return f"{CHECKSUMS} cannot be read"
     found = _checksums(path)
     for name, digest in expected.items():
         if name not in found:
@@ -123,9 +131,9 @@ def find_model(path: Path) -> Path:
         if (candidate / "model.safetensors").is_file():
             return candidate
     for stage in (path, *(path / name for name in ("stage2", "joint", "stage1"))):
-        complete = _complete(stage / "checkpoints")
-        if complete:
-            return complete[0] / "model"
+        newest = newest_good(stage / "checkpoints")
+        if newest is not None:
+            return newest / "model"
     raise CheckpointError(f"{path} holds no complete checkpoint; give a run folder, a stage folder or a model folder")
 
 

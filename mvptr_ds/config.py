@@ -77,6 +77,7 @@ class ModelConfig:
     max_positions: int = 512
     dropout: float = 0.1
     attention_dropout: float = 0.1
+    initializer_range: float = 0.02  # standard deviation of fresh weights; about 0.55 / sqrt(hidden_size)
     tie_word_heads: bool = True
 
 
@@ -204,15 +205,20 @@ class Config:
 def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] = ()) -> Config:
     """Defaults < the YAML file < the overrides `section.key=value` (values are YAML).
 
-    A path that does not exist is also looked for among the packaged configs (`base` is configs/base.yaml).
+    A file may begin with `extends: OTHER` and then says only what differs. A path that does not exist is also looked
+    for among the packaged configs (`base` is configs/base.yaml).
 
     Raises:
         ValueError: unknown keys (the nearest ones are named) and values that do not fit their annotation.
     """
-    tree: dict[str, Any] = {}
-    if path is not None:
-        tree = yaml.safe_load(_find_config(path).read_text(encoding="utf-8")) or {}
-    return override_config(typing.cast(Config, _build(Config, tree, "")), overrides)
+    return override_config(Config() if path is None else _load_file(path), overrides)
+
+
+def _load_file(path: str | Path) -> Config:
+    found = _find_config(path)
+    tree = _parse_yaml(found.read_text(encoding="utf-8"), str(found)) or {}
+    base = tree.pop("extends", None) if isinstance(tree, dict) else None
+    return typing.cast(Config, _build(Config, tree, "", None if base is None else _load_file(base)))
 
 
 def override_config(config: Config, overrides: typing.Sequence[str]) -> Config:
@@ -221,7 +227,7 @@ def override_config(config: Config, overrides: typing.Sequence[str]) -> Config:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise ValueError(f"cannot read the argument {override!r}; overrides look like train.batch_size=64")
-        tree: Any = yaml.safe_load(value)
+        tree: Any = _parse_yaml(value, override)
         for name in reversed(key.split(".")):
             tree = {name: tree}
         _build(Config, tree, "", config)
@@ -231,6 +237,13 @@ def override_config(config: Config, overrides: typing.Sequence[str]) -> Config:
 def save_config(config: Config, path: Path) -> None:
     """Writes the resolved tree as YAML that `load_config` reads back to an equal tree."""
     path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
+
+
+def _parse_yaml(text: str, origin: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{origin} is not YAML: {' '.join(str(error).split())}") from error
 
 
 def _find_config(path: str | Path) -> Path:

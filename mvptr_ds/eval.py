@@ -38,7 +38,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("run", type=Path, help="run folder, stage folder, checkpoint or model folder")
     parser.add_argument("--out", type=Path, help="where to write (default: the folder given as RUN)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the configuration")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)  # overrides may stand before and behind options
 
 
 def evaluate(run: Path, overrides: list[str], out: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import resource
 import time
 from collections import defaultdict
@@ -91,10 +92,10 @@ class MetricsLog:
             _drop_lines_from(path, resumed_at)
 
     def write(self, step: int, max_steps: int, values: dict[str, float]) -> None:
-        """Appends one report. NaN (no sample had the objective) becomes null."""
+        """Appends one report. NaN (no sample had the objective) and infinity become null."""
         if not self.enabled:
             return
-        clean: dict[str, Any] = {k: v if v == v else None for k, v in values.items()}
+        clean: dict[str, Any] = {k: v if math.isfinite(v) else None for k, v in values.items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "time": time.time(), **clean}) + "\n")
         losses = " ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in values.items() if k.startswith("loss/"))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -63,9 +64,21 @@ def init_from_folder(model: Mvptr, vocabs: Vocabs, path: Path) -> None:
     ):
         if there != here:
             problems.append(f"{name}: {there[:12]} there, {here[:12]} here (sha256)")
+    state = load_file(path / "model.safetensors")
+    if not problems:  # what the list above does not tell apart, such as two backbones of equal width
+        problems = _differing_weights(state, model.state_dict())
     if problems:
         raise CheckpointError(
             f"run.init_from: {path} does not fit this configuration:\n  - " + "\n  - ".join(problems)
             + "\n  use the configuration of that run (its mvptr.yaml), or start fresh without run.init_from"
         )
-    model.load_state_dict({k: v.to(torch.float32) for k, v in load_file(path / "model.safetensors").items()})
+    model.load_state_dict(state)
+
+
+def _differing_weights(there: Mapping[str, torch.Tensor], here: Mapping[str, torch.Tensor]) -> list[str]:
+    kinds = {
+        "only there": sorted(there.keys() - here.keys()),
+        "only here": sorted(here.keys() - there.keys()),
+        "of another shape": sorted(n for n in there.keys() & here.keys() if there[n].shape != here[n].shape),
+    }
+    return [f"{len(names)} weights {kind}, the first {names[0]}" for kind, names in kinds.items() if names]

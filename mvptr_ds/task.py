@@ -84,12 +84,12 @@ class Task(nn.Module):
     def trained_parts(self) -> list[str]:
         """The parts of the model (`Mvptr.parameters_of`) that the objectives reach; the engine gets no others."""
         on = set(self.weights)
-        crossed = bool(on & {"vsc", "wpg", "itm"}) or self.stage != "stage1"
+        sees_image = self.stage != "stage1" or bool(on & {"mcr_tags", "mcr_regions"})
         uses = {
             "embeddings": True,
-            "text": crossed or bool(on & {"mlm", "mcr_phrases"}),
-            "visual": crossed or bool(on & {"mcr_tags", "mcr_regions"}),
-            "regions": crossed or bool(on & {"mcr_tags", "mcr_regions"}),
+            "text": bool(on - {"mcr_tags", "mcr_regions"}),
+            "visual": sees_image,
+            "regions": sees_image,
             "cross": self._crosses(),
             "globals": "vsc" in on,
             "token_head": "mlm" in on,

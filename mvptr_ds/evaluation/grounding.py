@@ -33,7 +33,10 @@ class GroundedPhrase:
 
 
 def ground_phrases(split: EncodedSplit, index: Index, phrases: PhraseVocab) -> list[GroundedPhrase]:
-    """The most similar region, by cosine of the uni-modal states, of every phrase that has a slot."""
+    """The most similar region, by cosine of the uni-modal states, of every phrase that has a slot.
+
+    Images without boxes are left out.
+    """
     sim_CTR = F.normalize(split.text_CTD, dim=-1) @ F.normalize(split.regions_IRD, dim=-1)[split.image_of_C].mT
     sim_CTR = sim_CTR.masked_fill(~split.region_mask_IR[split.image_of_C][:, None, :], float("-inf"))
     best_CT = sim_CTR.argmax(-1)
@@ -42,6 +45,8 @@ def ground_phrases(split: EncodedSplit, index: Index, phrases: PhraseVocab) -> l
     for caption in range(len(split.text_CTD)):
         slots = torch.nonzero(split.phrase_mask_CT[caption]).flatten().tolist()
         record, number = read_sample_record(index, caption)
+        if not record.regions:  # the cells of a grid are no regions of the record
+            continue
         known = [p for p in record.captions[number].phrases if phrases.index_of(p.tuple) is not None]
         for slot, phrase in zip(slots, known[: len(slots)], strict=True):
             found.append(GroundedPhrase(caption, phrase, int(best_CT[caption, slot]), int(num_regions_C[caption])))

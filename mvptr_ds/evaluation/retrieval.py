@@ -19,13 +19,13 @@ def recalls(scores_CI: Tensor, image_of_C: Tensor) -> dict[str, float]:
     """`t2i_r1` ... `i2t_r10`, fractions of 1.
 
     A caption counts when its image is among the first K; an image when any of its captions is (COCO's protocol).
-    Candidates that tie with the right one stand before it, so that a constant score earns nothing.
+    Candidates that tie with the right one stand before it, so that a constant score earns nothing; nor does NaN.
     """
     num_captions, num_images = scores_CI.shape
     own_CI = image_of_C[:, None] == torch.arange(num_images)[None, :]
-    text_rank_C = (scores_CI >= scores_CI[own_CI][:, None]).sum(1) - 1
+    text_rank_C = (~(scores_CI < scores_CI[own_CI][:, None])).sum(1) - 1
     best_own_I = scores_CI.masked_fill(~own_CI, float("-inf")).amax(0)
-    image_rank_I = ((scores_CI >= best_own_I[None, :]) & ~own_CI).sum(0)
+    image_rank_I = (~(scores_CI < best_own_I[None, :]) & ~own_CI).sum(0)
     assert len(text_rank_C) == num_captions
     t2i = {f"t2i_r{k}": float((text_rank_C < k).float().mean()) for k in RANKS}
     return t2i | {f"i2t_r{k}": float((image_rank_I < k).float().mean()) for k in RANKS}
@@ -41,9 +41,10 @@ def rerank(
     keep their order behind them. A pair that both directions ask for is scored once.
     """
     sim_CI = split.sim_CI
-    top_k = min(top_k, *sim_CI.shape)
-    asked_t2i_CI = torch.zeros_like(sim_CI, dtype=torch.bool).scatter_(1, sim_CI.topk(top_k, dim=1).indices, True)
-    asked_i2t_CI = torch.zeros_like(sim_CI, dtype=torch.bool).scatter_(0, sim_CI.topk(top_k, dim=0).indices, True)
+    best_t2i = sim_CI.topk(min(top_k, sim_CI.shape[1]), dim=1).indices
+    best_i2t = sim_CI.topk(min(top_k, sim_CI.shape[0]), dim=0).indices
+    asked_t2i_CI = torch.zeros_like(sim_CI, dtype=torch.bool).scatter_(1, best_t2i, True)
+    asked_i2t_CI = torch.zeros_like(sim_CI, dtype=torch.bool).scatter_(0, best_i2t, True)
     captions_M, images_M = (asked_t2i_CI | asked_i2t_CI).nonzero(as_tuple=True)
     match_M = score_pairs(model, split, captions_M, images_M, batch_size, device)
     match_CI = torch.zeros_like(sim_CI, dtype=torch.float64)

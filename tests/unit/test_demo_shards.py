@@ -267,11 +267,15 @@ def test_same_arguments_return_at_once_and_others_rebuild(
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_wrong_arguments_say_what_is_wrong(tmp_path: Path) -> None:
+def test_wrong_arguments_say_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="photos"):
         build_demo_shards(tmp_path / "a", "photos", 10, 10, 0, 1)
     with pytest.raises(DataError, match="each must be >= 1"):
         build_demo_shards(tmp_path / "a", "shapes", 0, 10, 0, 1)
+    monkeypatch.setenv("MVPTR_STAMPS", "/nowhere")
+    with pytest.raises(DataError, match="MVPTR_STAMPS is '/nowhere'"):
+        build_demo_shards(tmp_path / "a", "stamps", 10, 10, 0, 2)
+    assert not any(tmp_path.iterdir())
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("keep me")
     with pytest.raises(DataError, match="holds other files"):

@@ -1,0 +1,121 @@
+"""What interrupts a run: a signal to stop, a rank that hangs, gradients that are not finite, too many bad samples."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from mvptr_ds import parallel
+from mvptr_ds.data.schema import DataError
+
+logger = logging.getLogger(__name__)
+
+EXIT_STOPPED = 75  # a signal asked to stop: saved, start again to go on (EX_TEMPFAIL of sysexits.h)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what to try."""
+
+
+class StopSignal:
+    """Notes SIGTERM and SIGUSR1; the loop asks after each step, and all ranks stop after the same one.
+
+    Saving inside the handler would catch the ranks at different steps. A further signal changes nothing.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.received: str | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        self._previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+
+    def agreed(self) -> bool:
+        """Whether any rank was told to stop; a collective of one number."""
+        flag = torch.tensor([float(self.received is not None)], device=self.device)
+        return bool(parallel.all_reduce_sum(flag).item())
+
+
+class HangGuard:
+    """Ends this process with the stacks of its threads when `alive` was not called for `timeout_s`.
+
+    The timer is a C thread of the interpreter's own, so that it also fires while a kernel or a collective holds the
+    process. A rank that hangs stops the others in their next collective: every one of them writes its stacks.
+    """
+
+    def __init__(self, path: Path, timeout_s: float) -> None:
+        self.path, self.timeout_s = path, timeout_s
+
+    def __enter__(self) -> HangGuard:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("w", encoding="utf-8")
+        self.alive()
+        return self
+
+    def alive(self) -> None:
+        """Starts the time anew. 0 seconds means no limit."""
+        if self.timeout_s > 0:
+            faulthandler.dump_traceback_later(self.timeout_s, exit=True, file=self._file)
+
+    def __exit__(self, *_: object) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        self._file.close()
+        if self.path.stat().st_size == 0:
+            self.path.unlink()
+
+
+class SkippedSteps:
+    """Counts the steps that the engine left out because their gradient was not finite, on all ranks alike."""
+
+    def __init__(self, max_in_row: int) -> None:
+        self.max_in_row = max_in_row
+        self.in_row, self.total = 0, 0
+
+    def count(self, step: int, applied: bool) -> None:
+        """Raises TrainingError after `max_in_row` left out one after the other."""
+        self.in_row = 0 if applied else self.in_row + 1
+        self.total += not applied
+        if not applied:
+            logger.warning("step %d left out: its gradient is not finite (%d so far)", step, self.total)
+        if self.in_row >= self.max_in_row:
+            raise TrainingError(
+                f"{self.in_row} steps in a row had a gradient that is not finite, the last was step {step} "
+                "(train.max_skipped_in_row); lower the learning rate, lengthen warmup_steps, or use bf16 for fp16"
+            )
+
+
+class BadSamples:
+    """Counts samples that could not be read, over all ranks, and ends the run when they are too many."""
+
+    MIN_SAMPLES = 1_000  # one bad sample among the first few says nothing yet
+
+    def __init__(self, max_fraction: float) -> None:
+        self.max_fraction = max_fraction
+        self.bad, self.read = 0, 0
+
+    def count(self, bad: int, read: int) -> None:
+        """Raises DataError above the allowed fraction."""
+        self.bad += bad
+        self.read += read
+        if self.read >= self.MIN_SAMPLES and self.bad > self.max_fraction * self.read:
+            raise DataError(
+                f"{self.bad} of {self.read} samples could not be read, more than data.max_bad_fraction="
+                f"{self.max_fraction}; each was logged with shard, key and reason: check the folder with "
+                "tools/index_shards.py, or allow more"
+            )

@@ -1,0 +1,108 @@
+"""Run by every rank: collectives, then each stage on a ZeRO-2 engine; rank 0 writes FOLDER/ranks.pt."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+
+from mvptr_ds import parallel
+from mvptr_ds.assembly import on_main
+from mvptr_ds.data.schema import DataError
+from mvptr_ds.ds_config import fill_ds_config, load_ds_config
+from mvptr_ds.metrics import Meters
+from mvptr_ds.optim import build_optimizer, parameter_groups
+from tests.conftest import REPO
+from tests.distributed.steps import NUM_STEPS, OPTIM, STAGES, TRAIN, batch_of, build_task, learning_rate
+
+
+def check_gather() -> None:
+    """The gradient of a rank's part is the sum over ranks of what reached it."""
+    rank, num = parallel.rank(), parallel.num_ranks()
+    local = torch.full((2, 3), float(rank + 1), requires_grad=True)
+    joined = parallel.gather(local)
+    assert joined[:, 0].tolist() == [float(r + 1) for r in range(num) for _ in range(2)]
+    coefficients = torch.arange(6.0 * num).reshape(2 * num, 3)
+    (joined * coefficients * (rank + 1)).sum().backward()
+    assert local.grad is not None
+    assert torch.equal(local.grad, coefficients[2 * rank : 2 * rank + 2] * sum(range(1, num + 1)))
+    assert parallel.gather(torch.tensor([rank == 0])).tolist() == [r == 0 for r in range(num)]
+    assert parallel.gather(torch.tensor([rank])).tolist() == list(range(num))
+    assert not parallel.gather(local.detach()).requires_grad
+    total = torch.tensor([1.0 + rank])
+    assert parallel.all_reduce_sum(total).item() == num * (num + 1) / 2 and total.item() == 1.0 + rank
+
+
+def check_errors_of_rank_0() -> None:
+    class NotPicklable(Exception):
+        def __init__(self, first: str, second: str) -> None:
+            super().__init__(f"{first} {second}")
+
+    def fail_as_user() -> None:
+        raise DataError("shard 7 is cut")
+
+    def fail_oddly() -> None:
+        raise NotPicklable("odd", "failure")
+
+    for function, kind, text in ((fail_as_user, DataError, "shard 7 is cut"), (fail_oddly, Exception, "odd failure")):
+        try:
+            on_main(function)
+        except kind as error:
+            assert text in str(error), error
+        else:
+            raise AssertionError(f"rank {parallel.rank()} heard nothing of {text!r}")
+    ran: list[int] = []
+    on_main(lambda: ran.append(1))
+    assert len(ran) == (1 if parallel.is_main() else 0)
+
+
+def train(stage: str) -> dict[str, Any]:
+    rank, num = parallel.rank(), parallel.num_ranks()
+    task = build_task(stage)
+    model = task.model
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    optimizer = build_optimizer(parameter_groups(trained, OPTIM.weight_decay), OPTIM, 1e-3)
+    content = load_ds_config(REPO / "ds_configs" / "z2.json")
+    filled = fill_ds_config(content, TRAIN, OPTIM, num, bf16_supported=False, fp16_supported=False)
+    engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=filled)
+    assert engine.zero_optimization_stage() == 2
+    meters = Meters(torch.device("cpu"))
+    positions, losses, norms, reports = [], [], [], []
+    for step in range(NUM_STEPS):
+        for group in engine.optimizer.param_groups:
+            group["lr"] = learning_rate(stage, step)
+        for accumulation in range(TRAIN.accumulation_steps):
+            batch = batch_of(step, accumulation, rank, num)
+            positions.append(parallel.gather(batch.position_B).tolist())
+            output = engine(batch, step, accumulation)
+            engine.backward(output.loss)
+            engine.step()
+            losses.append(parallel.all_reduce_sum(output.loss).item() / num)
+            meters.add_parts(output.parts)
+            meters.add_batch(batch, 0.0)
+        assert engine.was_step_applied()
+        norms.append(float(engine.get_global_grad_norm()))
+        reports.append(meters.report())
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    checksum = torch.stack([p.double().sum() for p in weights.values()]).sum()
+    assert len(set(parallel.gather(checksum[None]).tolist())) == 1  # all ranks hold the same weights
+    engine.destroy()
+    return {"positions": positions, "losses": losses, "norms": norms, "reports": reports, "weights": weights}
+
+
+def main() -> None:
+    parallel.init()
+    check_gather()
+    check_errors_of_rank_0()
+    results = {stage: train(stage) for stage in STAGES}
+    if parallel.is_main():
+        torch.save(results, Path(sys.argv[1]) / "ranks.pt")
+    parallel.barrier()
+    parallel.shut_down()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Two real gloo ranks with DeepSpeed's ZeRO-2 against one process with torch's AdamW on the same global batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from mvptr_ds.metrics import Meters
+from mvptr_ds.optim import parameter_groups
+from tests.distributed.launch import run_ranks
+from tests.distributed.steps import NUM_STEPS, OPTIM, STAGES, TRAIN, batch_of, build_task, learning_rate
+
+# float32: sums over ranks run in another order, about 1e-7 relative a step, which AdamW's division by a small root of
+# the second moment raises; steps are 1e-3, so that a wrong factor or a lost sample shows at 1e-4 and more
+TOLERANCE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("zero2")
+    run_ranks("tests.distributed.ranks_zero2", 2, folder, timeout_s=200)
+    results: dict[str, Any] = torch.load(folder / "ranks.pt", weights_only=True)
+    return results
+
+
+def train_alone(stage: str) -> dict[str, Any]:
+    """The same steps without DeepSpeed and without ranks."""
+    task = build_task(stage)
+    trained = [(n, p) for n, p in task.model.named_parameters() if p.requires_grad]
+    groups = parameter_groups(trained, OPTIM.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(OPTIM.beta1, OPTIM.beta2), eps=OPTIM.eps)
+    meters = Meters(torch.device("cpu"))
+    positions, losses, norms, reports = [], [], [], []
+    for step in range(NUM_STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(stage, step)
+        optimizer.zero_grad()
+        for accumulation in range(TRAIN.accumulation_steps):
+            batch = batch_of(step, accumulation, 0, 1)
+            positions.append(batch.position_B.tolist())
+            output = task(batch, step, accumulation)
+            (output.loss / TRAIN.accumulation_steps).backward()
+            losses.append(output.loss.item())
+            meters.add_parts(output.parts)
+            meters.add_batch(batch, 0.0)
+        norms.append(float(torch.nn.utils.clip_grad_norm_([p for _, p in trained], OPTIM.clip_norm)))
+        optimizer.step()
+        reports.append(meters.report())
+    weights = {name: p.detach().clone() for name, p in task.model.named_parameters()}
+    return {"positions": positions, "losses": losses, "norms": norms, "reports": reports, "weights": weights}
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_ranks_train_like_one_process(ranks: dict[str, Any], stage: str) -> None:
+    alone, together = train_alone(stage), ranks[stage]
+    assert together["positions"] == alone["positions"]
+    torch.testing.assert_close(torch.tensor(together["losses"]), torch.tensor(alone["losses"]), **TOLERANCE)
+    torch.testing.assert_close(torch.tensor(together["norms"]), torch.tensor(alone["norms"]), rtol=1e-4, atol=1e-5)
+    assert max(alone["norms"]) > OPTIM.clip_norm  # clipping did act
+    for name, weight in alone["weights"].items():
+        difference = float((together["weights"][name] - weight).abs().max())
+        torch.testing.assert_close(together["weights"][name], weight, **TOLERANCE, msg=f"{name} by {difference:.2g}")
+    for one, two in zip(alone["reports"], together["reports"], strict=True):
+        assert one.keys() == two.keys()
+        for key in [k for k in one if k.startswith(("loss/", "data/oov"))]:
+            assert two[key] == pytest.approx(one[key], rel=1e-4, abs=1e-5, nan_ok=True), key
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_steps_did_train(stage: str) -> None:
+    """What the comparison above compares has moved, and only what the stage trains."""
+    before, after = build_task(stage), train_alone(stage)["weights"]
+    for name, parameter in before.model.named_parameters():
+        assert torch.equal(parameter, after[name]) is not parameter.requires_grad, name

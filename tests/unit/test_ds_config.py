@@ -1,0 +1,200 @@
+"""The DeepSpeed JSON: what is filled, what is refused; every shipped YAML with every shipped JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.runtime.config import DeepSpeedConfig
+
+from mvptr_ds.assembly import Vocabs, model_config
+from mvptr_ds.config import CONFIGS_DIR, Config, OptimConfig, TrainConfig, load_config
+from mvptr_ds.data.phrases import PhraseVocab
+from mvptr_ds.data.wordpiece import WordPiece
+from mvptr_ds.ds_config import fill_ds_config, load_ds_config, micro_batch_size
+from mvptr_ds.model.mvptr import Mvptr
+from mvptr_ds.task import Task
+from tests.conftest import REPO
+
+JSONS = sorted((REPO / "ds_configs").glob("*.json"))
+YAMLS = sorted(CONFIGS_DIR.glob("*.yaml"))
+
+
+def fill(content: dict[str, Any], num_ranks: int = 2, bf16: bool = False, fp16: bool = False) -> dict[str, Any]:
+    train = TrainConfig(batch_size=16, accumulation_steps=2)
+    return fill_ds_config(content, train, OptimConfig(), num_ranks, bf16_supported=bf16, fp16_supported=fp16)
+
+
+def test_auto_and_absent_are_filled_alike() -> None:
+    keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    content = {key: "auto" for key in keys} | {"zero_optimization": {"stage": 2}}
+    filled = fill(content)
+    assert [filled[key] for key in keys] == [16, 4, 2, 10.0]
+    assert fill({"zero_optimization": {"stage": 2}}) == filled
+    assert content["train_batch_size"] == "auto"  # what was given is left alone
+    assert fill({**content, "train_batch_size": 16, "gradient_clipping": 10}) == filled
+    assert filled["zero_optimization"] == {"stage": 2}
+
+
+def test_every_mismatch_is_listed_at_once() -> None:
+    content = {
+        "train_batch_size": 32,
+        "train_micro_batch_size_per_gpu": 3,
+        "gradient_accumulation_steps": 4,
+        "gradient_clipping": 1.0,
+        "optimizer": {"type": "AdamW"},
+        "scheduler": {"type": "WarmupLR"},
+        "bf16": {"enabled": True},
+        "fp16": {"enabled": True},
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"},
+    }
+    with pytest.raises(ValueError) as error:
+        fill(content)
+    expected = [
+        "train_batch_size is 32", "train.batch_size is 16", "train_micro_batch_size_per_gpu is 3", "is 4",
+        "gradient_accumulation_steps is 4", "train.accumulation_steps is 2", "gradient_clipping is 1.0",
+        "optim.clip_norm is 10.0", "'optimizer'", "'scheduler'", "both enabled", "zero_optimization.reduce_bucket_size",
+    ]  # fmt: skip
+    assert [part for part in expected if part not in str(error.value)] == []
+
+
+AUTO = {"enabled": "auto"}
+ON, OFF = {"enabled": True}, {"enabled": False}
+
+
+@pytest.mark.parametrize(
+    ("bf16", "fp16", "supported", "wanted"),
+    [
+        (AUTO, AUTO, (True, True), (True, False)),  # a GPU that computes bf16
+        (AUTO, AUTO, (False, True), (False, True)),  # V100
+        (AUTO, AUTO, (False, False), (False, False)),  # CPU
+        (AUTO, None, (True, True), (True, False)),
+        (AUTO, None, (False, True), (False, False)),  # fp16 was not asked for
+        (None, AUTO, (True, True), (False, True)),
+        (OFF, AUTO, (True, True), (False, True)),
+        (AUTO, ON, (True, True), (False, True)),
+        (ON, AUTO, (False, False), (True, False)),  # bf16 on a CPU works, when it is asked for
+        (None, None, (True, True), (False, False)),
+        (OFF, OFF, (True, True), (False, False)),
+    ],
+)
+def test_precision(bf16: Any, fp16: Any, supported: tuple[bool, bool], wanted: tuple[bool, bool]) -> None:
+    content = {name: dict(value) for name, value in (("bf16", bf16), ("fp16", fp16)) if value is not None}
+    filled = fill(content, bf16=supported[0], fp16=supported[1])
+    assert tuple(bool(filled[name].get("enabled")) for name in ("bf16", "fp16")) == wanted
+
+
+def test_precision_that_the_device_lacks_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"fp16 is enabled, but this machine has no GPU"):
+        fill({"fp16": {"enabled": True}})
+    with pytest.raises(ValueError, match="both enabled"):
+        fill({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, bf16=True, fp16=True)
+
+
+@pytest.mark.parametrize(("batch", "accumulation", "ranks", "micro"), [(1024, 1, 8, 128), (64, 4, 2, 8), (1, 1, 1, 1)])
+def test_micro_batch(batch: int, accumulation: int, ranks: int, micro: int) -> None:
+    assert micro_batch_size(TrainConfig(batch_size=batch, accumulation_steps=accumulation), ranks) == micro
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "ranks"), [(64, 1, 3), (64, 4, 5), (2, 1, 4), (3, 2, 1), (100, 3, 7)]
+)
+def test_a_batch_that_does_not_divide_names_numbers_that_do(batch: int, accumulation: int, ranks: int) -> None:
+    with pytest.raises(ValueError) as error:
+        micro_batch_size(TrainConfig(batch_size=batch, accumulation_steps=accumulation), ranks)
+    text = str(error.value)
+    assert f"train.batch_size={batch}" in text and f"{ranks} ranks" in text
+    named_ranks, named_batches = text.split("; use ")[1].split(" ranks, or a batch of ")
+    for number in named_batches.split(" or "):
+        assert micro_batch_size(TrainConfig(batch_size=int(number), accumulation_steps=accumulation), ranks) > 0
+    for number in [] if named_ranks == "no" else named_ranks.split(", "):
+        assert micro_batch_size(TrainConfig(batch_size=batch, accumulation_steps=accumulation), int(number)) > 0
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(0, 1), (-8, 1), (8, 0)])
+def test_sizes_below_one_are_refused(batch: int, accumulation: int) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        micro_batch_size(TrainConfig(batch_size=batch, accumulation_steps=accumulation), 1)
+
+
+def test_files(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no DeepSpeed JSON.*ds_configs/z2\.json"):
+        load_ds_config(tmp_path / "none.json")
+    for text, part in (("{", "not JSON"), ("[1]", "list")):
+        (tmp_path / "ds.json").write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=part):
+            load_ds_config(tmp_path / "ds.json")
+    (tmp_path / "ds.json").write_text('{"a": 1}', encoding="utf-8")
+    assert load_ds_config(tmp_path / "ds.json") == {"a": 1}
+
+
+class _Phrases(PhraseVocab):
+    """As many phrases as the published list, without its file."""
+
+    def __init__(self, words: WordPiece, num_phrases: int) -> None:
+        tuples = [(f"phrase{i}",) for i in range(num_phrases)]
+        super().__init__(tuples, range(len(words), len(words) + num_phrases), [1] * num_phrases, len(words), "")
+
+
+@pytest.fixture(scope="module")
+def vocabs() -> Vocabs:
+    words = WordPiece()
+    return Vocabs(words, _Phrases(words, 1000))
+
+
+def build_stages(config: Config, vocabs: Vocabs) -> list[Task]:
+    with torch.device("meta"):
+        model = Mvptr(model_config(config, vocabs))
+    return [
+        Task(
+            model,
+            stage,
+            config.stage(stage).weights,
+            config.task,
+            max_text_slots=config.data.max_text_slots,
+            max_regions=config.data.max_regions,
+            max_steps=config.stage(stage).max_steps,
+            seed=config.run.seed,
+        )
+        for stage in {*config.stage_names, "joint"}
+    ]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 8])
+@pytest.mark.parametrize("json_path", JSONS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("yaml_path", YAMLS, ids=lambda path: path.stem)
+def test_every_yaml_fits_every_json(yaml_path: Path, json_path: Path, num_ranks: int) -> None:
+    config = load_config(yaml_path)
+    for bf16, fp16 in ((False, False), (False, True), (True, True)):
+        filled = fill_ds_config(
+            load_ds_config(json_path), config.train, config.optim, num_ranks, bf16_supported=bf16, fp16_supported=fp16
+        )
+        assert filled["train_batch_size"] == (
+            filled["train_micro_batch_size_per_gpu"] * filled["gradient_accumulation_steps"] * num_ranks
+        )
+        assert '"auto"' not in json.dumps(filled)
+        assert not (filled["bf16"]["enabled"] and filled["fp16"]["enabled"])
+    if num_ranks == 1:
+        DeepSpeedConfig(filled)  # DeepSpeed's own validation; its batch arithmetic asks for the real number of ranks
+
+
+@pytest.mark.parametrize("yaml_path", YAMLS, ids=lambda path: path.stem)
+def test_every_yaml_builds_its_model_and_its_stages(yaml_path: Path, vocabs: Vocabs) -> None:
+    config = load_config(yaml_path)
+    for task in build_stages(config, vocabs):
+        names = task.model.parameters_of(task.trained_parts())
+        assert names and all(p.is_meta for p in task.parameters())
+
+
+def test_published_size() -> None:
+    """198,660,471 parameters tied, of which 86,051 rows; no phrase head there. Source: REFERENCE, Model."""
+    words = WordPiece()
+    phrases = _Phrases(words, 86051 - 30522)
+    config = model_config(Config(), Vocabs(words, phrases))
+    assert config.num_rows == 86051 and config.num_words == 30522
+    config.num_phrases = 0
+    with torch.device("meta"):
+        assert sum(p.numel() for p in Mvptr(config).parameters()) == 198_660_471

@@ -1,0 +1,104 @@
+"""Meters and `metrics.jsonl`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mvptr_ds.data.collate import collate
+from mvptr_ds.losses import LossSum
+from mvptr_ds.metrics import Meters, MetricsLog
+from tests.tiny import sample, whole_batch
+
+VALUES = {
+    "seconds_per_step": 0.1,
+    "learning_rate": 1e-3,
+    "grad_norm": 1.0,
+    "samples_per_s": 10.0,
+    "data/wait_frac": 0.0,
+    "data/padded_frac": 0.2,
+    "memory_gib": 1.0,
+}
+
+
+def part(total: float, count: float) -> LossSum:
+    return LossSum(torch.tensor(total), torch.tensor(count))
+
+
+def strict(path: Path) -> list[dict[str, Any]]:
+    """The lines as any JSON reader sees them: NaN and Infinity are not JSON."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_mean_is_sum_over_count_of_all_steps() -> None:
+    meters = Meters(torch.device("cpu"))
+    meters.add_parts({"mlm": part(6.0, 2), "wpg": part(0.0, 0)})
+    meters.add_parts({"mlm": part(1.0, 8), "wpg": part(0.0, 0)})
+    meters.add_batch(whole_batch(), 0.0)
+    report = meters.report()
+    assert report["loss/mlm"] == pytest.approx(0.7)  # not the mean 1.5625 of the two means
+    assert report["loss/wpg"] != report["loss/wpg"]  # NaN: nothing was asked
+    meters.add_parts({"mlm": part(3.0, 1)})
+    meters.add_batch(whole_batch(), 0.0)
+    assert meters.report()["loss/mlm"] == 3.0  # the first report reset it
+
+
+def test_shares_of_a_batch() -> None:
+    meters = Meters(torch.device("cpu"))
+    short = sample(0, 0, tokens=2, phrases=1, tags=1, regions=1)
+    long = sample(1, 1, tokens=6, phrases=1, tags=3, regions=5)
+    short.num_oov_phrases = 2
+    meters.add_batch(collate([short, long]), data_wait_s=0.0)
+    report = meters.report()
+    real = (5 + 9) + (3 + 5) + (1 + 5)
+    assert report["data/padded_frac"] == pytest.approx(1 - real / (2 * (9 + 5 + 5)))
+    assert report["data/oov_phrases_frac"] == 0.5  # two dropped, one kept in each sample
+    assert report["samples_per_s"] > 0 and report["memory_gib"] > 0
+
+
+def test_waiting_is_a_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 110.0, 110.0])
+    monkeypatch.setattr("mvptr_ds.metrics.time.perf_counter", lambda: next(clock))
+    meters = Meters(torch.device("cpu"))
+    meters.add_batch(whole_batch(), data_wait_s=2.5)
+    report = meters.report()
+    assert report["data/wait_frac"] == 0.25 and report["samples_per_s"] == 0.4
+
+
+def test_a_report_is_one_line_of_json_whatever_the_values(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "stage1" / "metrics.jsonl", 0)
+    log.write(10, 100, VALUES | {"loss/mlm": 2.0, "loss/wpg": float("nan"), "grad_norm": float("inf")})
+    log.write(20, 100, VALUES | {"loss/mlm": float("-inf")})
+    first, second = strict(tmp_path / "stage1" / "metrics.jsonl")
+    assert first["step"] == 10 and first["loss/mlm"] == 2.0
+    assert first["loss/wpg"] is None and first["grad_norm"] is None and second["loss/mlm"] is None
+
+
+def test_lines_after_the_resume_point_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, 0)
+    for step in (10, 20, 30, 40):
+        log.write(step, 100, VALUES)
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"step": 50, "loss/m')  # killed while writing
+    log = MetricsLog(path, 20)
+    assert [line["step"] for line in strict(path)] == [10, 20]
+    log.write(30, 100, VALUES)
+    assert [line["step"] for line in strict(path)] == [10, 20, 30]
+    MetricsLog(path, 0)
+    assert strict(path) == []
+
+
+def test_only_rank_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mvptr_ds.parallel.rank", lambda: 1)
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0)
+    log.write(10, 100, VALUES)
+    assert not (tmp_path / "metrics.jsonl").exists()

@@ -1,0 +1,228 @@
+"""Model + objectives of each stage on a tiny model: degenerate batches, what the engine gets, switches.
+
+Legend: B samples, T text slots, G tag slots, R regions, P phrases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from mvptr_ds import hard_negatives
+from mvptr_ds.config import Config, ItmConfig, TaskConfig, WeightsConfig, WpgConfig
+from mvptr_ds.data.collate import Batch, collate
+from mvptr_ds.hard_negatives import Draws
+from mvptr_ds.model.mvptr import Mvptr
+from mvptr_ds.task import STAGE1_OBJECTIVES, STAGE2_OBJECTIVES, Task
+from tests.tiny import REGIONS, TEXT_SLOTS, sample, tiny_model, whole_batch
+
+STAGES = ("stage1", "stage2", "joint")
+
+BATCHES: dict[str, Callable[[], Batch]] = {
+    "ordinary": whole_batch,
+    "no phrase": lambda: collate([sample(i, i, phrases=0) for i in range(3)]),
+    "no masked token": lambda: collate([sample(i, i, masked=False) for i in range(3)]),
+    "one sample": lambda: collate([sample(0, 0)]),
+    "images of one region": lambda: collate([sample(i, i, regions=1) for i in range(3)]),
+    "one image of one region": lambda: collate([sample(0, 0, regions=1), sample(1, 1, regions=5)]),
+    "the same image throughout": lambda: collate([sample(i, 0) for i in range(3)]),
+    "no tag": lambda: collate([sample(i, i, tags=0) for i in range(3)]),
+    "nothing at all": lambda: collate([sample(0, 0, tokens=1, phrases=0, tags=0, regions=1, masked=False)]),
+}
+
+
+def build(
+    stage: str, weights: WeightsConfig | None = None, config: TaskConfig | None = None, model: Mvptr | None = None
+) -> Task:
+    return Task(
+        model or tiny_model(),
+        stage,
+        weights or Config().stage(stage).weights,
+        config or TaskConfig(),
+        max_text_slots=TEXT_SLOTS,
+        max_regions=REGIONS,
+        max_steps=10,
+        seed=0,
+    )
+
+
+def only(*names: str) -> WeightsConfig:
+    return WeightsConfig(**dict.fromkeys(names, 1.0))
+
+
+CHOICES = [("stage1", "auto", "auto"), ("stage2", "cross", "sampled"), ("joint", "uni", "random")]
+CHOICES += [(stage, "auto", negatives) for stage in ("stage2", "joint") for negatives in ("auto", "sampled")]
+
+
+@pytest.mark.parametrize("kind", list(BATCHES))
+@pytest.mark.parametrize(("stage", "states", "negatives"), CHOICES)
+def test_every_batch_gives_a_finite_loss_and_gradients(stage: str, kind: str, states: str, negatives: str) -> None:
+    config = TaskConfig(wpg=WpgConfig(states=states), itm=ItmConfig(negatives=negatives))
+    task = build(stage, config=config)
+    for step in (0, 9):  # both halves of ITM's schedule
+        task.zero_grad()
+        out = task(BATCHES[kind](), step)
+        assert out.loss.shape == () and torch.isfinite(out.loss) and out.loss >= 0
+        out.loss.backward()
+        trained = task.model.parameters_of(task.trained_parts())
+        grads = {name: p.grad for name, p in task.model.named_parameters() if name in trained}
+        # every rank must hand every trained parameter to the engine's buckets, also with nothing to predict
+        assert [name for name, grad in grads.items() if grad is None] == []
+        assert [name for name, grad in grads.items() if grad is not None and not torch.isfinite(grad).all()] == []
+
+
+def test_counts_say_what_was_predicted() -> None:
+    out = build("stage2")(whole_batch(), 0)
+    counts = {name: float(part.count) for name, part in out.parts.items()}
+    assert counts == {"mcr_tags": 12, "mcr_regions": 12, "vsc": 4, "mlm": 4, "itm": 8, "wpg": 4}
+    none = build("stage2")(BATCHES["the same image throughout"](), 0)
+    counts = {name: float(part.count) for name, part in none.parts.items()}
+    assert counts["itm"] == 3 and counts["wpg"] == 0  # matches still count, mismatches do not exist
+    assert none.parts["vsc"].sum == 0
+
+
+def test_the_loss_is_the_weighted_sum_of_means() -> None:
+    weights = WeightsConfig(mlm=2.0, vsc=0.5, itm=3.0)
+    out = build("stage2", weights)(whole_batch(), 0)
+    wanted = sum(getattr(weights, name) * float(p.sum) / float(p.count) for name, p in out.parts.items())
+    assert set(out.parts) == {"mlm", "vsc", "itm"}
+    assert out.loss.item() == pytest.approx(wanted, rel=1e-6)  # float32 sum of three terms
+    assert not any(p.sum.requires_grad for p in out.parts.values())
+
+
+def reached(task: Task, step: int) -> set[str]:
+    task.zero_grad()
+    task(whole_batch(), step).loss.backward()
+    return {name for name, p in task.model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+
+
+def subsets(stage: str) -> list[WeightsConfig]:
+    """All objectives, all but one, and each alone."""
+    known = STAGE1_OBJECTIVES if stage == "stage1" else STAGE2_OBJECTIVES
+    return [only(*known), *(only(*(set(known) - {name})) for name in known), *(only(name) for name in known)]
+
+
+CASES = [(stage, weights) for stage in STAGES for weights in subsets(stage)] + [("joint", Config().joint.weights)]
+
+
+@pytest.mark.parametrize("states", ["uni", "cross"])
+@pytest.mark.parametrize(
+    ("stage", "weights"), CASES, ids=lambda v: v if isinstance(v, str) else "+".join(k for k, w in vars(v).items() if w)
+)
+def test_the_engine_gets_exactly_what_the_objectives_reach(stage: str, weights: WeightsConfig, states: str) -> None:
+    """A parameter without gradient would still be decayed by AdamW; one that is left out would never learn."""
+    task = build(stage, weights, TaskConfig(wpg=WpgConfig(states=states)), tiny_model(tie_word_heads=False))
+    given = set(task.model.parameters_of(task.trained_parts()))
+    found = reached(task, 0) | reached(task, 9)
+    assert found ^ given == set()
+
+
+def test_a_frozen_backbone_is_not_trained_and_a_live_one_is() -> None:
+    backbone = {"model_type": "convnext", "hidden_sizes": [4, 8], "depths": [1, 1], "num_stages": 2}
+    for freeze in (False, True):
+        model = tiny_model(visual_source="image", backbone_config=backbone, freeze_backbone=freeze)
+        task = build("stage2", model=model)
+        trained = set(model.parameters_of(task.trained_parts()))
+        assert any("backbone" in name for name in trained) is not freeze
+        batch = whole_batch()
+        generator = torch.Generator().manual_seed(0)
+        batch.region_features_BRF = None
+        batch.images_B3HW = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=generator)
+        task(batch, 0).loss.backward()
+        touched = {name for name, p in model.named_parameters() if p.grad is not None}
+        assert {name for name in touched if "backbone" in name} == {name for name in trained if "backbone" in name}
+
+
+@pytest.mark.parametrize(
+    ("stage", "weights", "named"),
+    [
+        ("stage1", only("mlm", "vsc"), "vsc"),
+        ("stage1", only("itm"), "itm"),
+        ("stage2", only("mcr_phrases", "vsc"), "mcr_phrases"),
+        ("joint", only("mcr_phrases"), "mcr_phrases"),
+        ("stage2", WeightsConfig(), "nothing"),
+    ],
+)
+def test_an_objective_that_the_stage_cannot_compute_is_refused(stage: str, weights: WeightsConfig, named: str) -> None:
+    with pytest.raises(ValueError, match=rf"{stage}\.weights.*{named}"):
+        build(stage, weights)
+
+
+def test_unknown_choices_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"task\.wpg\.states is 'both'"):
+        build("stage2", config=TaskConfig(wpg=WpgConfig(states="both")))
+    with pytest.raises(ValueError, match=r"task\.itm\.negatives is 'easy'"):
+        build("stage2", config=TaskConfig(itm=ItmConfig(negatives="easy")))
+
+
+@pytest.mark.parametrize(
+    ("stage", "negatives", "wanted"),
+    [
+        ("stage2", "auto", ["random"] * 6 + ["hardest"] * 4),
+        ("stage2", "sampled", ["sampled"] * 10),
+        ("joint", "auto", ["hardest"] * 10),
+        ("joint", "schedule", ["random"] * 6 + ["hardest"] * 4),
+    ],
+)
+def test_schedule_of_itm(monkeypatch: pytest.MonkeyPatch, stage: str, negatives: str, wanted: list[str]) -> None:
+    modes: list[str] = []
+    choose = hard_negatives.choose
+
+    def spy(mode: str, *rest: Any) -> torch.Tensor:
+        modes.append(mode)
+        return choose(mode, *rest)
+
+    monkeypatch.setattr(hard_negatives, "choose", spy)
+    task = build(stage, only("itm"), TaskConfig(itm=ItmConfig(negatives=negatives, random_until=0.6)))
+    for step in range(10):
+        task(whole_batch(), step)
+    assert modes == wanted
+
+
+def test_states_of_wpg() -> None:
+    def loss(stage: str, states: str) -> float:
+        weights = only("wpg")
+        return build(stage, weights, TaskConfig(wpg=WpgConfig(states=states)))(whole_batch(), 0).loss.item()
+
+    assert loss("stage2", "uni") != loss("stage2", "cross")
+    assert loss("stage2", "auto") == loss("stage2", "uni")
+    assert loss("joint", "auto") == loss("joint", "cross")
+
+
+def test_margin_and_top_k_and_temperature_are_used() -> None:
+    def wpg(**settings: Any) -> float:
+        return build("stage2", only("wpg"), TaskConfig(wpg=WpgConfig(**settings)))(whole_batch(), 0).loss.item()
+
+    assert wpg(margin=1.2) == pytest.approx(wpg(margin=0.2) + 1.0, abs=0.2)
+    assert wpg(top_k=1) != wpg(top_k=3)
+    model = tiny_model(initial_temperature=0.001)
+    task = build("stage2", model=model)
+    assert task.scale().item() == 100.0  # exp(logit_scale) would be 1000
+    task.config.vsc.max_scale = 20.0
+    assert task.scale().item() == 20.0
+
+
+def test_chance_is_keyed_by_seed_and_step() -> None:
+    def losses(seed: int, step: int, accumulation: int = 0) -> float:
+        task = build("stage2", only("wpg", "itm"))
+        task.seed = seed
+        return task(whole_batch(), step, accumulation).loss.item()
+
+    assert losses(0, 1) == losses(0, 1)
+    assert len({losses(0, 1), losses(0, 2), losses(1, 1), losses(0, 1, 1)}) == 4
+
+
+def test_padding_changes_no_objective() -> None:
+    """A sample counts the same beside longer ones: sums over a batch are sums of sums."""
+    task = build("stage1").double()
+    samples = [sample(i, i, tokens=2 + i, phrases=i, tags=1 + i, regions=1 + i) for i in range(4)]
+    draws = Draws.keyed(0, 0, 0, 4, TEXT_SLOTS)
+    whole = task.objectives(collate(samples), draws)
+    alone = [task.objectives(collate([s]), draws) for s in samples]
+    for name, part in whole.items():
+        # float64 of another order of sums
+        torch.testing.assert_close(part.sum, torch.stack([a[name].sum for a in alone]).sum(), rtol=1e-9, atol=1e-9)
+        assert part.count == sum(a[name].count for a in alone)

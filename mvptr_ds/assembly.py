@@ -14,7 +14,7 @@ from mvptr_ds import parallel
 from mvptr_ds.config import Config, DataConfig, MaskingConfig
 from mvptr_ds.data.features import SampleBuilder, SampleOptions
 from mvptr_ds.data.phrases import PhraseVocab
-from mvptr_ds.data.schema import DataError
+from mvptr_ds.data.schema import SCHEMA_VERSION, DataError
 from mvptr_ds.data.shards import Index, ensure_index
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.demo.build import build_demo_shards
@@ -138,6 +138,7 @@ def model_config(config: Config, vocabs: Vocabs) -> MvptrConfig:
         freeze_backbone=visual.freeze_backbone,
         image_size=visual.image_size,
         roi_bins=visual.roi_bins,
+        data_schema=SCHEMA_VERSION,
     )
 
 

@@ -21,16 +21,19 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from mvptr_ds import parallel
 
 logger = logging.getLogger(__name__)
 CHECKSUMS = "checksums.json"
 LATEST = "latest"
+UNREADABLE = "unreadable"
 
 
 class CheckpointError(ValueError):
@@ -44,37 +47,88 @@ def save(
     write_engine: Callable[[Path], None],
     write_model: Callable[[Path], None],
     keep: int,
-) -> Path:
-    """Writes `folder/step-N`, then its checksums, then points `latest` at it, then removes all but the last `keep`.
+    keep_every_steps: int = 0,
+) -> Path | None:
+    """Writes `folder/step-N`, then its checksums, then points `latest` at it, then removes what is not to be kept.
+
+    A write that fails on any rank (no space left) is reported, its remains are removed, and the older checkpoints
+    stay as they were: the run can go on.
 
     Args:
         state: what `state.json` holds besides the step.
-        write_engine: writes the engine's files below a folder, on every rank.
+        write_engine: writes the engine's files below a folder, on every rank; raises only when all its collectives
+            are done.
         write_model: writes the model folder, on rank 0.
+        keep: how many of the newest stay.
+        keep_every_steps: checkpoints at multiples of it stay for good; 0 keeps none of them.
+
+    Returns:
+        The checkpoint; None where it could not be written.
     """
     path = folder / f"step-{step:08d}"
+
+    def clear() -> None:
+        if parallel.is_main():
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir(parents=True)
+
+    def write_rest() -> None:
+        torch.save(_rng_state(), path / f"rng-rank{parallel.rank()}.pt")
+        if parallel.is_main():
+            write_model(path / "model")
+            _write_json(path / "state.json", {"step": step, "num_ranks": parallel.num_ranks(), **state})
+
+    def publish() -> None:
+        unreadable = {name: why for name, why in checksums.items() if why.startswith(UNREADABLE)}
+        if unreadable:
+            raise OSError(f"written, but then {unreadable}")
+        if parallel.is_main():
+            _write_json(path / CHECKSUMS, checksums)
+            (folder / f"{LATEST}.partial").write_text(path.name, encoding="utf-8")
+            os.replace(folder / f"{LATEST}.partial", folder / LATEST)
+
+    problem = _on_all(clear) or _on_all(lambda: write_engine(path / "engine")) or _on_all(write_rest)
+    if problem is None:
+        checksums = _checksums(path)
+        problem = _on_all(publish)
     if parallel.is_main():
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir(parents=True)
+        if problem is not None:
+            _remove(path)
+            logger.error("no checkpoint at step %d, going on without: %s", step, problem)
+        else:
+            _prune(folder, path, keep, keep_every_steps)
     parallel.barrier()
-    write_engine(path / "engine")
-    torch.save(_rng_state(), path / f"rng-rank{parallel.rank()}.pt")
-    if parallel.is_main():
-        write_model(path / "model")
-        _write_json(path / "state.json", {"step": step, "num_ranks": parallel.num_ranks(), **state})
-    parallel.barrier()
-    checksums = _checksums(path)
-    if parallel.is_main():
-        _write_json(path / CHECKSUMS, checksums)
-        (folder / f"{LATEST}.partial").write_text(path.name, encoding="utf-8")
-        os.replace(folder / f"{LATEST}.partial", folder / LATEST)
-        complete = _complete(folder)
-        # later ones come from a run that was started again, or are damaged: this run goes on without them
-        later = [p for p in complete if p.name > path.name]
-        for old in [*later, *complete[len(later) + max(1, keep) :]]:
-            shutil.rmtree(old)
-    parallel.barrier()
-    return path
+    return path if problem is None else None
+
+
+def _on_all(action: Callable[[], None]) -> str | None:
+    """Runs `action` on every rank; what went wrong on any of them, on all of them."""
+    problem = None
+    try:
+        action()
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
+        problem = f"rank {parallel.rank()}: {' '.join(str(error).split())[:500]}"
+    return next((p for p in parallel.gather_objects(problem) if p is not None), None)
+
+
+def _prune(folder: Path, newest: Path, keep: int, keep_every_steps: int) -> None:
+    complete = _complete(folder)
+    # later ones come from a run that was started again, or are damaged: this run goes on without them
+    later = [p for p in complete if p.name > newest.name]
+    for old in [*later, *complete[len(later) + max(1, keep) :]]:
+        step = int(old.name.removeprefix("step-"))
+        if old in later or not keep_every_steps or step % keep_every_steps:
+            _remove(old)
+    for torn in folder.glob("step-*"):  # remains of a save that was killed
+        if torn.name != newest.name and not (torn / CHECKSUMS).exists():
+            _remove(torn)
+
+
+def _remove(path: Path) -> None:
+    """Takes away its checksums first: cut short, it leaves what reads as a save that was killed, not as damage."""
+    with suppress(OSError):
+        (path / CHECKSUMS).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def newest_good(folder: Path) -> Path | None:
@@ -91,19 +145,24 @@ def newest_good(folder: Path) -> Path | None:
 
 def verify(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
-    try:
-        expected = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        expected = None
-    if not isinstance(expected, dict):
+    expected = parallel.broadcast_object(_read_checksums(path) if parallel.is_main() else None)
+    if expected is None:
         return f"{CHECKSUMS} cannot be read"
     found = _checksums(path)
     for name, digest in expected.items():
         if name not in found:
             return f"{name} is missing"
         if found[name] != digest:
-            return f"{name} has changed"
+            return f"{name} has changed" if not found[name].startswith(UNREADABLE) else f"{name} is {found[name]}"
     return None
+
+
+def _read_checksums(path: Path) -> dict[str, str] | None:
+    try:
+        content = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -143,17 +202,23 @@ def _complete(folder: Path) -> list[Path]:
 
 
 def _checksums(path: Path) -> dict[str, str]:
-    """sha256 of every file, the work shared among the ranks."""
-    names = sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file() and p.name != CHECKSUMS)
+    """sha256 of every file, the work shared among the ranks; of one that cannot be read: `unreadable` and why."""
+    names: list[str] = []
+    if parallel.is_main():  # whose listing holds for all: on network storage they may differ for a while
+        names = sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file() and p.name != CHECKSUMS)
+    names = parallel.broadcast_object(names)
     mine = {name: _sha256(path / name) for name in names[parallel.rank() :: parallel.num_ranks()]}
     return {name: digest for part in parallel.gather_objects(mine) for name, digest in part.items()}
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        return f"{UNREADABLE} ({error})"
     return digest.hexdigest()
 
 

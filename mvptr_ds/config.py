@@ -147,12 +147,23 @@ class OptimConfig:
 @dataclass
 class TrainConfig:
     batch_size: int = 1024  # samples of one optimiser step, over all ranks
+    round_batch_size: bool = False  # to what the ranks can share, instead of an error; the demo runs on any number
     accumulation_steps: int = 1  # the micro-batch of a rank follows: batch_size / (ranks x accumulation_steps)
     resume: str = "auto"  # auto: go on from the newest good checkpoint of run.dir | never
     log_every_steps: int = 10
     checkpoint_every_steps: int = 1_000
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest
+    keep_every_steps: int = 0  # and those at multiples of it, for good; 0: none
     max_skipped_in_row: int = 20  # steps with a non-finite gradient before the run gives up
+    hang_timeout_s: float = 1800.0  # without a step for so long: stacks are written and the run ends; 0: no limit
+    evaluate_every_steps: int = 0  # on data.held_out, by rank 0; 0: never
+
+
+@dataclass
+class WandbConfig:
+    mode: str = "disabled"  # online | offline | disabled
+    project: str = "mvptr_ds"
+    name: str | None = None  # default: the run folder and the stage
 
 
 @dataclass
@@ -186,6 +197,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def stage(self, name: str) -> StageConfig:
         """The section of one stage: `stage1`, `stage2` or `joint`."""
@@ -214,11 +226,14 @@ def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] 
     return override_config(Config() if path is None else _load_file(path), overrides)
 
 
-def _load_file(path: str | Path) -> Config:
+def _load_file(path: str | Path, inner: tuple[Path, ...] = ()) -> Config:
     found = _find_config(path)
+    if found in inner:
+        raise ValueError(f"{found} extends itself, through {', '.join(map(str, inner))}")
     tree = _parse_yaml(found.read_text(encoding="utf-8"), str(found)) or {}
     base = tree.pop("extends", None) if isinstance(tree, dict) else None
-    return typing.cast(Config, _build(Config, tree, "", None if base is None else _load_file(base)))
+    start = None if base is None else _load_file(base, (*inner, found))
+    return typing.cast(Config, _build(Config, tree, "", start))
 
 
 def override_config(config: Config, overrides: typing.Sequence[str]) -> Config:
@@ -236,6 +251,7 @@ def override_config(config: Config, overrides: typing.Sequence[str]) -> Config:
 
 def save_config(config: Config, path: Path) -> None:
     """Writes the resolved tree as YAML that `load_config` reads back to an equal tree."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
 
 

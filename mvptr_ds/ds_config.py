@@ -55,6 +55,12 @@ def micro_batch_size(train: TrainConfig, num_ranks: int) -> int:
     return batch // (num_ranks * accumulation)
 
 
+def rounded_batch_size(train: TrainConfig, num_ranks: int) -> int:
+    """The multiple of ranks x accumulation steps that is nearest to `train.batch_size`."""
+    unit = num_ranks * train.accumulation_steps
+    return max(1, round(train.batch_size / unit)) * unit
+
+
 def fill_ds_config(
     content: dict[str, Any],
     train: TrainConfig,
@@ -83,13 +89,13 @@ def fill_ds_config(
     for key, (name, value) in ours.items():
         given = filled.get(key, "auto")
         if given not in ("auto", value):
-            problems.append(f"{key} is {given!r}, but {name} is {value!r}: write \"auto\" in the JSON or change {name}")
+            problems.append(f'{key} is {given!r}, but {name} is {value!r}: write "auto" in the JSON or change {name}')
         filled[key] = value
     for key, owner in (("optimizer", "the section optim"), ("scheduler", "learning_rate and warmup_steps of a stage")):
         if key in filled:
             problems.append(f"{key!r} is set in the JSON, but belongs to {owner}: remove it from the JSON")
     problems += _fill_precision(filled, bf16_supported=bf16_supported, fp16_supported=fp16_supported)
-    problems += [f"{key} is \"auto\", which nothing here fills: give a value" for key in _autos(filled)]
+    problems += [f'{key} is "auto", which nothing here fills: give a value' for key in _autos(filled)]
     if problems:
         raise ValueError("the DeepSpeed JSON does not fit the configuration:\n  - " + "\n  - ".join(problems))
     return filled

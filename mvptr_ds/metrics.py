@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import resource
 import time
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ import torch
 from torch import Tensor
 
 from mvptr_ds import parallel
+from mvptr_ds.config import WandbConfig
 from mvptr_ds.data.collate import Batch
 from mvptr_ds.losses import LossSum
+from mvptr_ds.wandb_run import WandbRun
 
 logger = logging.getLogger(__name__)
 GIB = 2**30
@@ -67,7 +71,8 @@ class Meters:
             "data/wait_frac": totals["data_wait_s"] / parallel.num_ranks() / elapsed_s,
             "data/padded_frac": 1.0 - totals["valid"] / totals["slots"],
             "data/oov_phrases_frac": totals["oov_phrases"] / phrases if phrases else 0.0,
-            "data/bad_frac": totals["bad_samples"] / (totals["samples"] + totals["bad_samples"]),
+            "data/samples": totals["samples"],
+            "data/bad_samples": totals["bad_samples"],
             "memory_gib": peak_memory_gib(self.device),
         }
         self._reset()
@@ -82,22 +87,32 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class MetricsLog:
-    """Rank 0's log of a stage: a line on the console and one JSON object a report in `metrics.jsonl`."""
+    """Rank 0's log of a stage: a line on the console, one JSON object a report in `metrics.jsonl`, and wandb.
 
-    def __init__(self, path: Path, resumed_at: int) -> None:
-        self.path = path
+    What cannot be written (no space left) is kept and written with the first report that can be.
+
+    Args:
+        resumed_at: the step that the run goes on from; reports after it belong to a lost part and are dropped.
+        config: the resolved configuration, as wandb shows it.
+    """
+
+    def __init__(self, folder: Path, resumed_at: int, wandb: WandbConfig, config: dict[str, Any]) -> None:
+        self.path = folder / "metrics.jsonl"
         self.enabled = parallel.is_main()
+        self.wandb_id: str | None = None
+        self._pending: list[str] = []
         if self.enabled:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _drop_lines_from(path, resumed_at)
+            folder.mkdir(parents=True, exist_ok=True)
+            _drop_lines_from(self.path, resumed_at)
+            self.wandb = WandbRun(folder, wandb, config)
+            self.wandb_id = self.wandb.id
 
     def write(self, step: int, max_steps: int, values: dict[str, float]) -> None:
         """Appends one report. NaN (no sample had the objective) and infinity become null."""
         if not self.enabled:
             return
         clean: dict[str, Any] = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "time": time.time(), **clean}) + "\n")
+        self._append(step, clean)
         losses = " ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in values.items() if k.startswith("loss/"))
         seconds_left = (max_steps - step) * values["seconds_per_step"]
         logger.info(
@@ -106,6 +121,35 @@ class MetricsLog:
             values["samples_per_s"], 100 * values["data/wait_frac"], 100 * values["data/padded_frac"],
             values["memory_gib"], *divmod(int(seconds_left), 60),
         )  # fmt: skip
+
+    def write_scores(self, step: int, scores: dict[str, float]) -> None:
+        """Appends the scores of an evaluation."""
+        if self.enabled:
+            self._append(step, scores)
+            logger.info("%s %d evaluated: %s", self.path.parent.name, step, _in_percent(scores))
+
+    def close(self) -> None:
+        """Ends the wandb run, if there is one."""
+        if self.enabled:
+            self.wandb.close()
+
+    def _append(self, step: int, values: dict[str, Any]) -> None:
+        self._pending.append(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+        num_bytes = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(self._pending))
+            self._pending.clear()
+        except OSError as error:
+            logger.error("%s: %s; kept until it can be written", self.path, error)
+            with suppress(OSError):  # the part of a line that fitted
+                os.truncate(self.path, num_bytes)
+        self.wandb.log(step, values)
+
+
+def _in_percent(scores: dict[str, float]) -> str:
+    shown = ("eval/retrieval/t2i_r1", "eval/rerank/t2i_r1", "eval/grounding/accuracy", "eval/mcr/accuracy")
+    return ", ".join(f"{k.removeprefix('eval/')} {100 * scores[k]:.1f} %" for k in shown if k in scores)
 
 
 def _drop_lines_from(path: Path, step: int) -> None:
@@ -119,4 +163,6 @@ def _drop_lines_from(path: Path, step: int) -> None:
                 kept.append(line)
         except json.JSONDecodeError:  # the last line of a killed run may be cut
             continue
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    partial = path.with_name(path.name + ".partial")  # a run killed here must not lose the lines before
+    partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(partial, path)

@@ -1,6 +1,6 @@
 """A trained model as a folder that needs nothing else: weights, vocabularies, configuration. Holds no pickle.
 
-    config.json  model.safetensors  vocab.txt  phrase_vocab.json  mvptr.yaml
+config.json  model.safetensors  vocab.txt  phrase_vocab.json  mvptr.yaml
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ STRUCTURE = (  # what two models must share for the weights of one to mean the s
     "num_words", "num_rows", "num_phrases", "hidden_size", "num_attention_heads", "intermediate_size",
     "num_text_layers", "num_visual_layers", "num_cross_layers", "max_positions", "type_vocab_size", "layer_norm_eps",
     "visual_source", "region_feature_dim", "roi_bins", "tie_word_heads",
+    "data_schema",
 )  # fmt: skip
 
 
@@ -50,6 +51,18 @@ def init_from_folder(model: Mvptr, vocabs: Vocabs, path: Path) -> None:
     Raises:
         CheckpointError: dimensions, vocabularies or schema differ, listing all that do with both values.
     """
+    problems = differences(model, vocabs, path)
+    if problems:
+        raise CheckpointError(
+            f"run.init_from: {path} does not fit this configuration:\n  - "
+            + "\n  - ".join(problems)
+            + "\n  use the configuration of that run (its mvptr.yaml), or start fresh without run.init_from"
+        )
+    model.load_state_dict(load_file(path / "model.safetensors"))
+
+
+def differences(model: Mvptr, vocabs: Vocabs, path: Path) -> list[str]:
+    """Why the weights of a model folder would not fit `model`, each with both values; empty where they do."""
     saved, ours = MvptrConfig.from_pretrained(path), model.config
     words = WordPiece(path / "vocab.txt")
     saved_phrases = PhraseVocab.load(path / "phrase_vocab.json", words)
@@ -64,15 +77,9 @@ def init_from_folder(model: Mvptr, vocabs: Vocabs, path: Path) -> None:
     ):
         if there != here:
             problems.append(f"{name}: {there[:12]} there, {here[:12]} here (sha256)")
-    state = load_file(path / "model.safetensors")
     if not problems:  # what the list above does not tell apart, such as two backbones of equal width
-        problems = _differing_weights(state, model.state_dict())
-    if problems:
-        raise CheckpointError(
-            f"run.init_from: {path} does not fit this configuration:\n  - " + "\n  - ".join(problems)
-            + "\n  use the configuration of that run (its mvptr.yaml), or start fresh without run.init_from"
-        )
-    model.load_state_dict(state)
+        problems = _differing_weights(load_file(path / "model.safetensors"), model.state_dict())
+    return problems
 
 
 def _differing_weights(there: Mapping[str, torch.Tensor], here: Mapping[str, torch.Tensor]) -> list[str]:

@@ -31,9 +31,7 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig, learning_
     """
     if config.name != "adamw":
         raise ValueError(f"optim.name is {config.name!r}; choose from adamw")
-    return torch.optim.AdamW(
-        groups, lr=learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
-    )
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
 
 def learning_rate_at(step: int, stage: StageConfig) -> float:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import faulthandler
 import logging
 import signal
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,14 +26,19 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and what to try."""
 
 
+def agree(flags: Sequence[bool], device: torch.device) -> list[bool]:
+    """Each flag on all ranks: whether any rank has it set. One collective of a few numbers."""
+    counts = parallel.all_reduce_sum(torch.tensor([float(flag) for flag in flags], device=device))
+    return [count > 0 for count in counts.tolist()]
+
+
 class StopSignal:
-    """Notes SIGTERM and SIGUSR1; the loop asks after each step, and all ranks stop after the same one.
+    """Notes SIGTERM and SIGUSR1 from its entry on; the loop asks before each step, and all ranks stop at the same one.
 
     Saving inside the handler would catch the ranks at different steps. A further signal changes nothing.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self) -> None:
         self.received: str | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -46,10 +53,12 @@ class StopSignal:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
 
-    def agreed(self) -> bool:
-        """Whether any rank was told to stop; a collective of one number."""
-        flag = torch.tensor([float(self.received is not None)], device=self.device)
-        return bool(parallel.all_reduce_sum(flag).item())
+    def wait(self, timeout_s: float) -> bool:
+        """Waits for a signal, at most so long; whether there was one."""
+        deadline_s = time.monotonic() + timeout_s
+        while self.received is None and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        return self.received is not None
 
 
 class HangGuard:
@@ -91,7 +100,7 @@ class SkippedSteps:
         """Raises TrainingError after `max_in_row` left out one after the other."""
         self.in_row = 0 if applied else self.in_row + 1
         self.total += not applied
-        if not applied:
+        if not applied and parallel.is_main():
             logger.warning("step %d left out: its gradient is not finite (%d so far)", step, self.total)
         if self.in_row >= self.max_in_row:
             raise TrainingError(
@@ -103,7 +112,7 @@ class SkippedSteps:
 class BadSamples:
     """Counts samples that could not be read, over all ranks, and ends the run when they are too many."""
 
-    MIN_SAMPLES = 1_000  # one bad sample among the first few says nothing yet
+    MIN_SAMPLES = 1_000  # what the fraction is at least taken of: one bad among the first few says nothing yet
 
     def __init__(self, max_fraction: float) -> None:
         self.max_fraction = max_fraction
@@ -113,9 +122,9 @@ class BadSamples:
         """Raises DataError above the allowed fraction."""
         self.bad += bad
         self.read += read
-        if self.read >= self.MIN_SAMPLES and self.bad > self.max_fraction * self.read:
+        if self.bad > self.max_fraction * max(self.read, self.MIN_SAMPLES):
             raise DataError(
-                f"{self.bad} of {self.read} samples could not be read, more than data.max_bad_fraction="
-                f"{self.max_fraction}; each was logged with shard, key and reason: check the folder with "
+                f"{self.bad} samples could not be read among {self.read}, more than data.max_bad_fraction="
+                f"{self.max_fraction} allows; each was logged with shard, key and reason: check the folder with "
                 "tools/index_shards.py, or allow more"
             )

@@ -67,6 +67,11 @@ class Task(nn.Module):
         if not self.weights or not set(self.weights) <= set(known):
             given = ", ".join(self.weights) or "nothing"
             raise ValueError(f"{stage}.weights sets {given}; {stage} computes {', '.join(known)}")
+        if "mcr_phrases" in self.weights and not model.config.num_phrases:
+            raise ValueError(
+                f"{stage}.weights.mcr_phrases is {weights.mcr_phrases}, but there is no phrase vocabulary: set "
+                f"data.phrase_vocab, or {stage}.weights.mcr_phrases=0"
+            )
         joint = stage == "joint"
         self.wpg_states, self.itm_negatives = config.wpg.states, config.itm.negatives
         if self.wpg_states == "auto":
@@ -229,9 +234,7 @@ class Task(nn.Module):
         )
         return mismatched_BTD
 
-    def _wpg(
-        self, batch: Batch, text_BTD: Tensor, regions_BRD: Tensor, same_image_BN: Tensor, draws: Draws
-    ) -> LossSum:
+    def _wpg(self, batch: Batch, text_BTD: Tensor, regions_BRD: Tensor, same_image_BN: Tensor, draws: Draws) -> LossSum:
         pos_B, neg_B = self.grounding_scores(batch, text_BTD, regions_BRD, same_image_BN, draws)
         counts_B = batch.phrase_mask_BT.any(-1) & hard_negatives.has_negative(same_image_BN)
         return losses.wpg(pos_B, neg_B, counts_B, self.config.wpg.margin)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -11,22 +12,27 @@ if __name__ == "__main__":  # a script's own folder comes first on the path, whe
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from mvptr_ds import parallel
-from mvptr_ds.assembly import prepare_shards
+from mvptr_ds.assembly import on_main, prepare_shards
 from mvptr_ds.checkpointing import CheckpointError, find_model
 from mvptr_ds.config import load_config, save_config
 from mvptr_ds.data.schema import DataError
-from mvptr_ds.ds_config import load_ds_config
+from mvptr_ds.ds_config import load_ds_config, rounded_batch_size
+from mvptr_ds.safeguards import EXIT_STOPPED, StopSignal, TrainingError
 from mvptr_ds.trainer import Trainer
+from mvptr_ds.wandb_run import check_mode
 
 logger = logging.getLogger("mvptr_ds.train")
 REPO = Path(__file__).resolve().parents[1]
+OTHERS_WAIT_S = 10.0
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="Example: deepspeed --num_gpus 2 mvptr_ds/train.py --deepspeed ds_configs/z2.json --config demo_stamps "
-        "run.dir=runs/mine stage2.max_steps=500. Every key stands in mvptr_ds/config.py with its meaning.",
+        "run.dir=runs/mine stage2.max_steps=500. Every key stands in mvptr_ds/config.py with its meaning. "
+        "Exit codes: 0 done; 2 the message says what is wrong; 75 saved and stopped by SIGTERM or SIGUSR1, start it "
+        "again to go on; 1 anything else.",
     )
     parser.add_argument("--config", help="YAML file, or the name of a packaged one: demo (default), base, large ...")
     parser.add_argument("--deepspeed", default=str(REPO / "ds_configs/z2.json"), metavar="JSON", help="DeepSpeed JSON")
@@ -35,40 +41,51 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)  # overrides may stand before and behind options
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Every stage of `run.stages`, one after the other, each from the one before it."""
+def run(arguments: argparse.Namespace, stop: StopSignal) -> int:
+    """Every stage of `run.stages`, one after the other, each from the one before it. Returns the exit code."""
     config = load_config(arguments.config or "demo", arguments.overrides)
+    check_mode(config.wandb.mode)
     ds_content = load_ds_config(arguments.deepspeed)
     device = parallel.init()
     if arguments.config is None:
         logger.info("no --config given: this is the demo configuration (%s)", " then ".join(config.stage_names))
+    if config.train.round_batch_size:
+        config.train.batch_size = rounded_batch_size(config.train, parallel.num_ranks())
     prepare_shards(config.data, config.run.seed, parallel.num_ranks())
-    run_dir = Path(config.run.dir)
-    if parallel.is_main():
-        run_dir.mkdir(parents=True, exist_ok=True)
-        save_config(config, run_dir / "config.yaml")
+    on_main(lambda: save_config(config, Path(config.run.dir) / "config.yaml"))
     init_from = find_model(Path(config.run.init_from)) if config.run.init_from else None
     for stage in config.stage_names:
-        trainer = Trainer(config, stage, ds_content, device, init_from)
-        trainer.train()
-        init_from = find_model(trainer.dir)
+        trainer = Trainer(config, stage, ds_content, device, init_from, stop)
+        done = trainer.train()
         trainer.close()
+        if not done:
+            parallel.barrier()  # the first rank that ends makes the launcher end the others
+            return EXIT_STOPPED
+        init_from = find_model(trainer.dir)
+    return 0
 
 
 def main() -> int:
     arguments = parse_arguments()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("mvptr_ds").setLevel(logging.INFO if parallel.launched_as_main() else logging.WARNING)
-    try:
-        run(arguments)
-    except (DataError, CheckpointError, ValueError) as error:
-        logger.debug("where it was raised", exc_info=True)
-        if parallel.launched_as_main():
-            logger.error("error: %s", error)
-        return 2
-    finally:
-        parallel.shut_down()
-    return 0
+    with StopSignal() as stop:
+        try:
+            return run(arguments, stop)
+        except (DataError, CheckpointError, TrainingError, ValueError, OSError) as error:
+            logger.debug("where it was raised", exc_info=True)
+            _say(error, stop)
+            return 2
+        finally:
+            parallel.shut_down()
+
+
+def _say(error: Exception, stop: StopSignal) -> None:
+    """One message, though most errors are raised on every rank: the others wait until the launcher ends them."""
+    if parallel.launched_as_main():
+        logger.error("error: %s", error)
+    elif not stop.wait(OTHERS_WAIT_S):  # rank 0 has not failed, or nobody looks after the ranks
+        logger.error("error of rank %s: %s", os.environ["RANK"], error)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import deepspeed
 import torch
 
 from mvptr_ds import assembly, checkpointing, ds_config, model_folder, parallel
-from mvptr_ds.config import Config
+from mvptr_ds.config import STAGES, Config
 from mvptr_ds.data.collate import Batch
 from mvptr_ds.data.loader import ShardDataset, make_loader
 from mvptr_ds.data.plan import Plan
@@ -21,13 +22,11 @@ from mvptr_ds.data.schema import DataError
 from mvptr_ds.data.shards import Index
 from mvptr_ds.metrics import Meters, MetricsLog
 from mvptr_ds.optim import build_optimizer, learning_rate_at, parameter_groups
+from mvptr_ds.safeguards import BadSamples, HangGuard, SkippedSteps, StopSignal, agree
 from mvptr_ds.task import Task
+from mvptr_ds.versions import versions
 
 logger = logging.getLogger(__name__)
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why and what to try."""
 
 
 class Trainer:
@@ -36,16 +35,26 @@ class Trainer:
     Args:
         ds_content: the DeepSpeed JSON as written, with its `"auto"`.
         init_from: model folder whose weights the stage starts from, unless it resumes.
+        stop: what tells of a signal.
     """
 
     def __init__(
-        self, config: Config, stage: str, ds_content: dict[str, Any], device: torch.device, init_from: Path | None
+        self,
+        config: Config,
+        stage: str,
+        ds_content: dict[str, Any],
+        device: torch.device,
+        init_from: Path | None,
+        stop: StopSignal,
     ) -> None:
         self.started_s = time.perf_counter()
         self.config, self.device = config, device
         self.stage = config.stage(stage)
         self.dir = Path(config.run.dir) / stage
-        self.step, self.num_skipped_in_row = 0, 0
+        self.step, self.saved_step = 0, 0
+        self.skipped = SkippedSteps(config.train.max_skipped_in_row)
+        self.bad_samples = BadSamples(config.data.max_bad_fraction)
+        self.stop = stop
         self.vocabs = assembly.build_vocabs(config.data)
         bf16, fp16 = ds_config.precision_supported()
         filled = ds_config.fill_ds_config(
@@ -55,12 +64,12 @@ class Trainer:
         self._build_engine(stage, filled, init_from)
         self._resume()
         self.meters = Meters(device)
-        self.log = MetricsLog(self.dir / "metrics.jsonl", self.step)
-        if parallel.is_main():
-            (self.dir / "ds_config.json").write_text(json.dumps(filled, indent=1) + "\n", encoding="utf-8")
+        self.log = MetricsLog(self.dir, self.step, config.wandb, asdict(config))
+        content = json.dumps(filled, indent=1) + "\n"
+        assembly.on_main(lambda: (self.dir / "ds_config.json").write_text(content, encoding="utf-8"))
 
     def _build_data(self, predict_phrases: bool) -> None:
-        data, seed = self.config.data, self.config.run.seed
+        data, seed = self.config.data, self.seed
         index = Index.open(data.train)
         samples = assembly.build_samples(
             self.config, self.vocabs, index, self.stage.masking, predict_phrases, tag_noise=True
@@ -83,7 +92,7 @@ class Trainer:
             max_text_slots=config.data.max_text_slots,
             max_regions=config.data.max_regions,
             max_steps=self.stage.max_steps,
-            seed=config.run.seed,
+            seed=self.seed,
         )
         trained = set(model.parameters_of(self.task.trained_parts()))
         for name, parameter in model.named_parameters():
@@ -93,7 +102,8 @@ class Trainer:
         )
         optimizer = build_optimizer(groups, config.optim, self.stage.learning_rate)
         self.engine, *_ = deepspeed.initialize(model=self.task, optimizer=optimizer, config=filled)
-        torch.manual_seed(config.run.seed + 1_000_003 * (1 + parallel.rank()))  # dropout differs between ranks
+        self._catch_write_errors()
+        torch.manual_seed(self.seed + 1_000_003 * (1 + parallel.rank()))  # dropout differs between ranks
         num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         logger.info(
             "%s: %.1f M parameters trained on %d ranks (%s), %d samples a step, %d samples in %s",
@@ -105,22 +115,61 @@ class Trainer:
     def _precision(filled: dict[str, Any]) -> str:
         return next((name for name in ("bf16", "fp16") if filled[name].get("enabled")), "float32")
 
-    def train(self) -> None:
-        """Trains to `max_steps`; the last step is always saved."""
-        batches = iter(self._loader()) if self.step < self.stage.max_steps else iter(())
-        while self.step < self.stage.max_steps:
-            self._set_learning_rate()
-            for accumulation in range(self.config.train.accumulation_steps):
-                output = self.engine(self._next_batch(batches), self.step, accumulation)
-                self.engine.backward(output.loss)
-                self.engine.step()
-                self.meters.add_parts(output.parts)
-            self.step += 1
-            self._count_skipped()
-            if self.step % self.config.train.log_every_steps == 0 or self.step == self.stage.max_steps:
-                self._report()
-            if self.step % self.config.train.checkpoint_every_steps == 0 or self.step == self.stage.max_steps:
+    @property
+    def seed(self) -> int:
+        """Of everything random in this stage; stages of one run differ."""
+        return self.config.run.seed * len(STAGES) + STAGES.index(self.dir.name)
+
+    def train(self) -> bool:
+        """Trains to `max_steps`, or to the step at which a signal asks to stop; both are saved. True at the end."""
+        with HangGuard(self._stacks_path(), self.config.train.hang_timeout_s) as guard:
+            batches = iter(self._loader())
+            while self.step < self.stage.max_steps:
+                guard.alive()
+                micro_batches, problem = self._read(batches)
+                if self._must_stop(problem):
+                    return False
+                self._train_step(micro_batches)
+                self.step += 1
+                self.skipped.count(self.step, self.engine.was_step_applied())
+                if self._due(self.config.train.log_every_steps):
+                    self._report()
+                if self._due(self.config.train.checkpoint_every_steps) or self.step == self.stage.max_steps:
+                    self.save()
+                if self._due(self.config.train.evaluate_every_steps):
+                    self._evaluate()
+        return True
+
+    def _must_stop(self, problem: str | None) -> bool:
+        """Whether any rank got a signal: the step is then saved, and all of them stop.
+
+        Raises:
+            DataError: on all ranks, where one of them had a problem with its data.
+        """
+        stop, failed = agree([self.stop.received is not None, problem is not None], self.device)
+        if failed:
+            raise DataError(next(p for p in parallel.gather_objects(problem) if p is not None))
+        if stop:
+            if self.saved_step != self.step:
                 self.save()
+            logger.info(
+                "%s stopped at step %d, as asked (%s)", self.dir.name, self.step, self.stop.received or "another rank"
+            )
+        return stop
+
+    def _train_step(self, micro_batches: list[Batch]) -> None:
+        self._set_learning_rate()
+        for accumulation, batch in enumerate(micro_batches):
+            output = self.engine(batch.to(self.device, non_blocking=True), self.step, accumulation)
+            self.engine.backward(output.loss)
+            self.engine.step()
+            self.meters.add_parts(output.parts)
+
+    def _due(self, every_steps: int) -> bool:
+        return every_steps > 0 and (self.step % every_steps == 0 or self.step == self.stage.max_steps)
+
+    def _stacks_path(self) -> Path:
+        return self.dir / f"stacks-rank{parallel.rank()}.txt"
 
     def _loader(self) -> Any:
         data = self.config.data
@@ -138,32 +187,22 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
         )
 
-    def _next_batch(self, batches: Iterator[Batch]) -> Batch:
-        started = time.perf_counter()
-        try:
-            batch = next(batches)
-        except DataError as error:
-            if not parallel.is_main():  # what ends a run is printed by rank 0, which hears nothing of this
-                logger.error("error of rank %d: %s", parallel.rank(), error)
-            raise
-        self.meters.add_batch(batch, time.perf_counter() - started)
-        return batch.to(self.device, non_blocking=True)
+    def _read(self, batches: Iterator[Batch]) -> tuple[list[Batch], str | None]:
+        """The micro-batches of a step, still on the host, or what is wrong with the data."""
+        read = []
+        for _ in range(self.config.train.accumulation_steps):
+            started = time.perf_counter()
+            try:
+                read.append(next(batches))
+            except DataError as error:  # of a loader process: its own message is the end of a printed traceback
+                return [], str(error).rpartition("DataError: ")[2].strip()
+            self.meters.add_batch(read[-1], time.perf_counter() - started)
+        return read, None
 
     def _set_learning_rate(self) -> None:
         self.learning_rate = learning_rate_at(self.step, self.stage)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self.learning_rate
-
-    def _count_skipped(self) -> None:
-        """The engine skips a step whose gradient is not finite, on all ranks alike."""
-        self.num_skipped_in_row = 0 if self.engine.was_step_applied() else self.num_skipped_in_row + 1
-        if self.num_skipped_in_row:
-            logger.warning("step %d skipped: its gradient is not finite", self.step)
-        if self.num_skipped_in_row >= self.config.train.max_skipped_in_row:
-            raise TrainingError(
-                f"{self.num_skipped_in_row} steps in a row had a gradient that is not finite (the last is "
-                f"{self.step}); lower the learning rate, lengthen warmup_steps, or use bf16 in place of fp16"
-            )
 
     def _report(self) -> None:
         now = time.perf_counter()
@@ -173,23 +212,75 @@ class Trainer:
             "learning_rate": self.learning_rate,
             "grad_norm": float(norm) if norm is not None else float("nan"),
             "scale": float(self.task.scale().detach()),
+            "skipped_steps": self.skipped.total,
             "wall_s": now - self.started_s,
             "seconds_per_step": (now - since) / max(1, self.step - step),
         }
         self.last_report = (self.step, now)
         self.log.write(self.step, self.stage.max_steps, values)
+        self.bad_samples.count(int(values["data/bad_samples"]), int(values["data/samples"]))
 
-    def save(self) -> Path:
-        """A checkpoint of this step; all ranks call it."""
-        batch_size, data = self.config.train.batch_size, self.dataset.index.fingerprint
-        return checkpointing.save(
+    def _evaluate(self) -> None:
+        """Rank 0 evaluates on the held-out shards; the others wait in the next step's first collective."""
+        if not parallel.is_main() or self.config.data.held_out is None:
+            return
+        from mvptr_ds.evaluation.report import evaluate_model, flatten_scores
+
+        index = Index.open(self.config.data.held_out)
+        report = evaluate_model(self.model, self.vocabs, self.config, index, self.device)
+        self.log.write_scores(self.step, flatten_scores(report))
+        self.task.train()
+
+    def save(self) -> None:
+        """A checkpoint of this step; all ranks call it. One that cannot be written is reported, no more."""
+        state = {
+            "stage": self.dir.name,
+            "batch_size": self.config.train.batch_size,
+            "samples_seen": self.step * self.config.train.batch_size,
+            "data": self.dataset.index.fingerprint,
+            "trained_parts": self.task.trained_parts(),
+            "skipped_steps": self.skipped.total,
+            "samples": {"read": self.bad_samples.read, "bad": self.bad_samples.bad},
+            "wandb_id": self.log.wandb_id,
+            "versions": versions(),
+        }
+        path = checkpointing.save(
             self.dir / "checkpoints",
             self.step,
-            {"stage": self.dir.name, "batch_size": batch_size, "data": data},
-            lambda path: self.engine.save_checkpoint(str(path.parent), tag=path.name, save_latest=False),
+            state,
+            self._write_engine,
             lambda path: model_folder.save_model_folder(path, self.model, self.vocabs, self.config),
             self.config.train.keep_checkpoints,
+            self.config.train.keep_every_steps,
         )
+        if path is not None:
+            self.saved_step = self.step
+
+    def _catch_write_errors(self) -> None:
+        """Holds back errors of the engine's own writes: raised inside, one would leave the others in a barrier.
+
+        The second of them is private (the script that each checkpoint gets); constraints.txt pins the version.
+        """
+        self.write_errors: list[Exception] = []
+
+        def holding_back(write: Callable[..., Any]) -> Callable[..., Any]:
+            def held_back(*args: Any, **kwargs: Any) -> Any:
+                try:
+                    return write(*args, **kwargs)
+                except (OSError, RuntimeError) as error:
+                    self.write_errors.append(error)
+                    return False
+
+            return held_back
+
+        for owner, name in ((self.engine.checkpoint_engine, "save"), (self.engine, "_copy_recovery_script")):
+            setattr(owner, name, holding_back(getattr(owner, name)))
+
+    def _write_engine(self, path: Path) -> None:
+        self.write_errors.clear()
+        self.engine.save_checkpoint(str(path.parent), tag=path.name, save_latest=False)
+        if self.write_errors:
+            raise self.write_errors[0]
 
     def _resume(self) -> None:
         if self.config.train.resume not in ("auto", "never"):
@@ -209,13 +300,25 @@ class Trainer:
                 f"{path} was trained on other shards than {self.config.data.train} holds now: bring them back, "
                 f"or start elsewhere with run.dir=... run.init_from={self.dir}"
             )
+        problems = model_folder.differences(self.model, self.vocabs, path / "model")
+        if state["trained_parts"] != self.task.trained_parts():
+            problems.append(f"trained: {state['trained_parts']} there, {self.task.trained_parts()} here")
+        if problems:
+            raise checkpointing.CheckpointError(
+                f"{path} does not fit this configuration:\n  - "
+                + "\n  - ".join(problems)
+                + "\n  use that of the run (config.yaml beside it), another run.dir, or train.resume=never"
+            )
         self.engine.load_checkpoint(str(path), tag="engine")
         checkpointing.restore_rng(path)
-        self.step = state["step"]
+        self.step = self.saved_step = state["step"]
+        self.skipped.total = state["skipped_steps"]
+        self.bad_samples.count(state["samples"]["bad"], state["samples"]["read"])
         logger.info("%s goes on from step %d (%s)", self.dir.name, self.step, path)
 
     def close(self) -> None:
         """Frees the engine, so that the next stage has the memory."""
+        self.log.close()
         self.engine.destroy()
         del self.engine, self.task, self.model
         if self.device.type == "cuda":

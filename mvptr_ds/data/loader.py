@@ -7,10 +7,14 @@ changes nothing, and a resume asks for later positions and nothing else.
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mvptr_ds.data.collate import Batch, Sample, collate
@@ -115,6 +119,19 @@ class _MicroBatches:
         return len(self.steps) * self.share[2]
 
 
+def _heed_own_rank_only(worker: int) -> None:
+    """Launchers and SLURM signal loader processes too, whose rank still needs their batches: it alone may end them."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # a handler could not tell who sent it
+
+    def wait_for_own_rank() -> None:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait_for_own_rank, daemon=True).start()
+
+
 def make_loader(
     dataset: ShardDataset,
     plan: Plan,
@@ -141,6 +158,8 @@ def make_loader(
         prefetch_factor=max(1, prefetch_batches) if num_workers else None,
         pin_memory=pin_memory,
         collate_fn=collate,
+        worker_init_fn=_heed_own_rank_only if num_workers else None,
+        generator=torch.Generator(),  # else it takes a number from the one that dropout uses, and no resume is exact
     )
 
 

@@ -1,21 +1,44 @@
-"""Encodes a split once: every caption and every image by its own encoder, for retrieval, re-ranking and grounding.
+"""Reads a split once and encodes it: every caption and every image by its own encoder, pairs by the cross encoder.
 
-Legend: C captions, I images, T text slots, R regions, D hidden.
+    read_split -> SplitInput -> (without_tags, permute_regions) -> encode_images -> EncodedSplit -> cross_states
+
+Legend: C captions, I images, T text slots, G tag slots, R regions, D hidden, B pairs of a batch, M pairs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from mvptr_ds.data.collate import Batch
 from mvptr_ds.data.features import SampleBuilder
 from mvptr_ds.data.loader import eval_batches
 from mvptr_ds.data.shards import Index
 from mvptr_ds.model.mvptr import Mvptr
+
+_PERMUTATION = 31  # first word of the generator's key; those of data and training differ
+
+
+@dataclass
+class SplitInput:
+    """The text side of a split encoded, its visual side ready for the visual encoder; all on the CPU, padded."""
+
+    text_CTD: Tensor
+    text_mask_CT: Tensor
+    phrase_mask_CT: Tensor
+    text_global_CD: Tensor
+    image_of_C: Tensor  # int64 number of the image that a caption belongs to
+    embedded_IRD: Tensor  # regions after the projection of feature and geometry, float32
+    region_mask_IR: Tensor
+    tag_ids_IG: Tensor
+    tag_mask_IG: Tensor
 
 
 @dataclass
@@ -37,41 +60,145 @@ class EncodedSplit:
         return self.text_global_CD @ self.image_global_ID.T
 
 
-@torch.inference_mode()
-def encode_split(
-    model: Mvptr, index: Index, samples: SampleBuilder, batch_size: int, device: torch.device
-) -> EncodedSplit:
-    """Runs both uni-modal encoders over all captions and all images of a split.
+@dataclass
+class CrossStates:
+    """A batch of pairs after the cross encoder, on the model's device."""
+
+    rows_B: Tensor  # int64, which of the pairs asked for, on the CPU
+    text_BTD: Tensor
+    regions_BRD: Tensor
+    region_mask_BR: Tensor
+
+
+@contextmanager
+def evaluating(model: Mvptr) -> Iterator[None]:
+    """Evaluation mode without gradients; the model leaves as it came, so that training can go on."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def new_images(batch: Batch, seen: int) -> list[int]:
+    """Rows of a batch that show an image for the first time; captions of one image stand side by side.
 
     Args:
+        seen: images of the batches before.
+    """
+    numbers = batch.image_index_B.tolist()
+    return [i for i, n in enumerate(numbers) if n >= seen and (i == 0 or numbers[i - 1] != n)]
+
+
+@torch.inference_mode()
+def read_split(model: Mvptr, index: Index, samples: SampleBuilder, batch_size: int, device: torch.device) -> SplitInput:
+    """Encodes all captions and embeds the regions of all images.
+
+    Args:
+        model: in evaluation mode.
         samples: without masking and tag noise.
     """
-    model.eval()
     texts: list[list[Tensor]] = []
     images: list[list[Tensor]] = []
     image_of: list[Tensor] = []
     seen = 0
-    for batch in tqdm(eval_batches(index, samples, batch_size), total=-(-len(index) // batch_size), desc="encode"):
+    batches = eval_batches(index, samples, batch_size)
+    for batch in tqdm(batches, total=-(-len(index) // batch_size), desc="encode texts", disable=None, leave=False):
+        new, seen = new_images(batch, seen), int(batch.image_index_B[-1]) + 1
         image_of.append(batch.image_index_B)
         batch = batch.to(device)
         text_BTD = model.encode_text(batch.text_ids_BT, batch.text_mask_BT)
         masks = batch.text_mask_BT, batch.phrase_mask_BT
         texts.append([t.cpu() for t in (text_BTD.float(), *masks, model.text_global(text_BTD))])
-        # captions of one image stand side by side: an image is taken with the first of them
-        numbers = batch.image_index_B.tolist()
-        new = [i for i, n in enumerate(numbers) if n >= seen and (i == 0 or numbers[i - 1] != n)]
-        seen = numbers[-1] + 1
-        regions_BRD = model.embed_regions(batch.region_features_BRF, batch.images_B3HW, batch.region_geometry_BR6)
-        tags_BGD, regions_BRD = model.encode_visual(
-            batch.tag_ids_BG, batch.tag_mask_BG, regions_BRD, batch.region_mask_BR
-        )
-        globals_BD = model.visual_global(tags_BGD)
-        images.append([t[new].cpu() for t in (regions_BRD.float(), batch.region_mask_BR, globals_BD)])
+        if new:
+            features, pixels = batch.region_features_BRF, batch.images_B3HW
+            embedded_BRD = model.embed_regions(
+                None if features is None else features[new],
+                None if pixels is None else pixels[new],
+                batch.region_geometry_BR6[new],
+            )
+            rest = batch.region_mask_BR[new], batch.tag_ids_BG[new], batch.tag_mask_BG[new]
+            images.append([t.cpu() for t in (embedded_BRD.float(), *rest)])
     text_states, text_masks, phrase_masks, text_globals = (_join(part) for part in zip(*texts, strict=True))
-    regions, region_masks, image_globals = (_join(part) for part in zip(*images, strict=True))
+    return SplitInput(
+        text_states, text_masks, phrase_masks, text_globals, torch.cat(image_of),
+        *(_join(part) for part in zip(*images, strict=True)),
+    )  # fmt: skip
+
+
+def without_tags(split: SplitInput, cls_id: int, sep_id: int) -> SplitInput:
+    """The same split with all tags withheld: `[CLS] [SEP]` is left of them, as training with withheld tags sees it."""
+    tag_ids_IG = torch.tensor([cls_id, sep_id]).repeat(len(split.tag_ids_IG), 1)
+    return replace(split, tag_ids_IG=tag_ids_IG, tag_mask_IG=torch.ones_like(tag_ids_IG, dtype=torch.bool))
+
+
+def permute_regions(split: SplitInput, seed: int) -> SplitInput:
+    """The same split with its regions (feature and geometry together) shuffled among all images and all places.
+
+    Every image keeps its number of regions. Shuffling within batches would not do: an image would keep company with
+    its own regions, and retrieval among 500 would stay above chance.
+    """
+    real_ND = split.embedded_IRD[split.region_mask_IR]
+    order_N = np.random.default_rng([_PERMUTATION, seed]).permutation(len(real_ND))
+    permuted_IRD = torch.zeros_like(split.embedded_IRD)
+    permuted_IRD[split.region_mask_IR] = real_ND[torch.from_numpy(order_N)]
+    return replace(split, embedded_IRD=permuted_IRD)
+
+
+@torch.inference_mode()
+def encode_images(model: Mvptr, split: SplitInput, batch_size: int, device: torch.device) -> EncodedSplit:
+    """Runs the visual encoder over all images."""
+    parts: list[list[Tensor]] = []
+    numbers = torch.arange(len(split.embedded_IRD)).split(batch_size)
+    for images in tqdm(numbers, desc="encode images", disable=None, leave=False):
+        tags_BGD, regions_BRD = model.encode_visual(
+            split.tag_ids_IG[images].to(device),
+            split.tag_mask_IG[images].to(device),
+            split.embedded_IRD[images].to(device, model.dtype),
+            split.region_mask_IR[images].to(device),
+        )
+        parts.append([regions_BRD.float().cpu(), model.visual_global(tags_BGD).cpu()])
+    regions_IRD, image_global_ID = (torch.cat(part) for part in zip(*parts, strict=True))
     return EncodedSplit(
-        text_states, text_masks, phrase_masks, text_globals, regions, region_masks, image_globals, torch.cat(image_of)
+        text_CTD=split.text_CTD,
+        text_mask_CT=split.text_mask_CT,
+        phrase_mask_CT=split.phrase_mask_CT,
+        text_global_CD=split.text_global_CD,
+        regions_IRD=regions_IRD,
+        region_mask_IR=split.region_mask_IR,
+        image_global_ID=image_global_ID,
+        image_of_C=split.image_of_C,
     )
+
+
+def cross_states(
+    model: Mvptr,
+    split: EncodedSplit,
+    captions_M: Tensor,
+    images_M: Tensor,
+    batch_size: int,
+    device: torch.device,
+    name: str = "cross",
+) -> Iterator[CrossStates]:
+    """Batches of the pairs (captions_M[m], images_M[m]), int64 each, in order, cut to their longest text and image.
+
+    Args:
+        name: of the progress bar.
+    """
+    for rows in tqdm(torch.arange(len(captions_M)).split(batch_size), desc=name, disable=None, leave=False):
+        captions, images = captions_M[rows], images_M[rows]
+        text_mask, region_mask = split.text_mask_CT[captions], split.region_mask_IR[images]
+        num_text, num_regions = int(text_mask.sum(1).max()), int(region_mask.sum(1).max())
+        region_mask = region_mask[:, :num_regions].to(device)
+        text_BTD, regions_BRD = model.encode_cross(
+            split.text_CTD[captions, :num_text].to(device, model.dtype),
+            text_mask[:, :num_text].to(device),
+            split.regions_IRD[images, :num_regions].to(device, model.dtype),
+            region_mask,
+        )
+        yield CrossStates(rows, text_BTD, regions_BRD, region_mask)
 
 
 def _join(parts: tuple[Tensor, ...]) -> Tensor:

@@ -1,9 +1,8 @@
-"""Curves of a run and pictures of what its model finds, as PNG files."""
+"""Pictures of what a model finds, as PNG."""
 
 from __future__ import annotations
 
 import io
-import json
 import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
@@ -24,73 +23,82 @@ from mvptr_ds.evaluation.grounding import GroundedPhrase
 
 COLOURS = ("tab:red", "tab:blue", "tab:green", "tab:orange", "tab:purple", "tab:cyan")
 _COLUMNS = 4
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The reports of a `metrics.jsonl`."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def draw_curves(stage_dirs: Sequence[Path], path: Path) -> None:
-    """One panel an objective; the stages one after the other on the axis of steps."""
-    curves: dict[str, list[tuple[str, list[int], list[float]]]] = defaultdict(list)
-    start = 0
-    for stage in stage_dirs:
-        reports = read_metrics(stage / "metrics.jsonl")
-        for name in sorted({k for r in reports for k in r if k.startswith("loss/")}):
-            points = [(start + r["step"], r[name]) for r in reports if r.get(name) is not None]
-            curves[name.removeprefix("loss/")].append((stage.name, [p[0] for p in points], [p[1] for p in points]))
-        start += reports[-1]["step"]
-    rows = -(-len(curves) // _COLUMNS)
-    figure, axes = plt.subplots(rows, _COLUMNS, figsize=(3.2 * _COLUMNS, 2.4 * rows), squeeze=False, sharex=True)
-    for axis in axes.flat[len(curves) :]:
-        axis.set_axis_off()
-    for axis, (name, lines) in zip(axes.flat, sorted(curves.items()), strict=False):
-        for stage_name, steps, values in lines:
-            axis.plot(steps, values, label=stage_name, color="tab:blue" if stage_name == "stage1" else "tab:orange")
-        axis.set_title(name, fontsize=10)
-        axis.grid(alpha=0.3)
-        axis.set_xlabel("step")
-    axes.flat[0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+_MAX_PHRASES = len(COLOURS)
+Box = tuple[float, float, float, float]
+_MARK = {True: "right", False: "wrong", None: ""}
 
 
 def draw_grounding(index: Index, found: Sequence[GroundedPhrase], num_pictures: int, path: Path) -> None:
-    """Scenes with the region found for each phrase of a caption: solid where it is right, dashed where it is wrong."""
-    by_caption: dict[int, list[GroundedPhrase]] = defaultdict(list)
-    for grounded in found:
-        by_caption[grounded.caption].append(grounded)
-    with_image = (c for c in sorted(by_caption) if _image(index, c) is not None)
-    chosen = [c for c, _ in zip(with_image, range(num_pictures), strict=False)]
+    """Scenes with the region found for each phrase: solid where it is right, dashed where it is wrong.
+
+    Dots show a box that the phrase names and the model missed. Phrases without ground truth are left out unless the
+    split has none. Half of the scenes have a phrase that went wrong, as far as there are, whatever their real share.
+    """
+    chosen = choose_scenes(index, found, num_pictures)
     rows = -(-len(chosen) // _COLUMNS) or 1
-    figure, axes = plt.subplots(rows, _COLUMNS, figsize=(3.4 * _COLUMNS, 4.6 * rows), squeeze=False)
+    # caption, picture and list have their own axes: none can run into its neighbour
+    figure, axes = plt.subplots(
+        3 * rows, _COLUMNS, figsize=(3.3 * _COLUMNS, 5.1 * rows), squeeze=False, layout="constrained",
+        gridspec_kw={"height_ratios": (0.55, 3.4, 1.1) * rows},
+    )  # fmt: skip
     for axis in axes.flat:
         axis.set_axis_off()
-    for axis, caption in zip(axes.flat, chosen, strict=False):
-        _draw_scene(axis, index, caption, by_caption[caption])
-    figure.tight_layout()
+    for number, (caption, phrases) in enumerate(chosen):
+        row, column = divmod(number, _COLUMNS)
+        title, picture, listing = axes[3 * row : 3 * row + 3, column]
+        record, of_record = read_sample_record(index, caption)
+        text = "\n".join(textwrap.wrap(record.captions[of_record].text, 42, max_lines=3))
+        title.text(0.5, 0.05, text, fontsize=9, ha="center", va="bottom", transform=title.transAxes)
+        picture.imshow(_image(index, caption), extent=(0, record.width, record.height, 0))
+        _draw_phrases(picture, listing, [r.box for r in record.regions], phrases, record.width / 160)
+    if not chosen:
+        figure.text(0.5, 0.5, "no scene with an image and a phrase", ha="center")
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
-def _draw_scene(axis: Any, index: Index, caption: int, found: Sequence[GroundedPhrase]) -> None:
-    record, number = read_sample_record(index, caption)
-    axis.imshow(_image(index, caption))
-    axis.set_title("\n".join(textwrap.wrap(record.captions[number].text, 38)), fontsize=9)
-    for i, grounded in enumerate(found):
-        x1, y1, x2, y2 = record.regions[grounded.region].box
-        colour = COLOURS[i % len(COLOURS)]
-        style = "--" if grounded.right is False else "-"
-        inset = 0.6 * i  # boxes of several phrases on one region stay visible
-        box = (x1 + inset, y1 + inset), max(1.0, x2 - x1 - 2 * inset), max(1.0, y2 - y1 - 2 * inset)
-        axis.add_patch(Rectangle(*box, fill=False, edgecolor=colour, linestyle=style, linewidth=1.8))
-        mark = {True: "right", False: "wrong", None: ""}[grounded.right]
-        axis.text(
-            0.0, -0.03 - 0.065 * i, f"{' '.join(grounded.phrase.tuple)}  {mark}",
-            color=colour, fontsize=8, transform=axis.transAxes, va="top",
+def choose_scenes(
+    index: Index, found: Sequence[GroundedPhrase], num_pictures: int
+) -> list[tuple[int, list[GroundedPhrase]]]:
+    """(caption, phrases) by scene: one caption of each image, those with and without a wrong phrase in turn."""
+    shown = [g for g in found if g.right is not None] or found
+    by_caption: dict[int, list[GroundedPhrase]] = defaultdict(list)
+    for grounded in shown:
+        by_caption[grounded.caption].append(grounded)
+    kinds: tuple[list[int], list[int]] = ([], [])
+    images = set()
+    for caption in sorted(by_caption):
+        record = index.locate(caption).record
+        wrong = any(g.right is False for g in by_caption[caption][:_MAX_PHRASES])
+        if record in images or len(kinds[wrong]) >= num_pictures or _image(index, caption) is None:
+            continue
+        images.add(record)
+        kinds[wrong].append(caption)
+    num_wrong = min(len(kinds[True]), max(num_pictures // 2, num_pictures - len(kinds[False])))
+    chosen = sorted(kinds[True][:num_wrong] + kinds[False][: num_pictures - num_wrong])
+    return [(caption, by_caption[caption][:_MAX_PHRASES]) for caption in chosen]
+
+
+def _draw_phrases(
+    picture: Any, listing: Any, boxes: Sequence[Box], phrases: Sequence[GroundedPhrase], step_px: float
+) -> None:
+    """Args: step_px: how far boxes of several phrases on one region lie apart."""
+    for i, grounded in enumerate(phrases):
+        colour, inset = COLOURS[i], step_px * i
+        picture.add_patch(_rectangle(boxes[grounded.region], inset, colour, "--" if grounded.right is False else "-"))
+        if grounded.right is False:
+            for missed in grounded.phrase.regions:
+                picture.add_patch(_rectangle(boxes[missed], inset, colour, ":"))
+        listing.text(
+            0.0, 0.95 - i / _MAX_PHRASES, f"{', '.join(grounded.phrase.tuple)}   {_MARK[grounded.right]}",
+            color=colour, fontsize=9, transform=listing.transAxes, va="top",
         )  # fmt: skip
+
+
+def _rectangle(box: Box, inset: float, colour: str, style: str) -> Rectangle:
+    x1, y1, x2, y2 = box
+    width, height = max(1.0, x2 - x1 - 2 * inset), max(1.0, y2 - y1 - 2 * inset)
+    return Rectangle((x1 + inset, y1 + inset), width, height, fill=False, edgecolor=colour, linestyle=style, lw=1.8)
 
 
 def _image(index: Index, sample: int) -> Image.Image | None:

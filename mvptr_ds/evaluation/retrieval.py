@@ -1,15 +1,17 @@
 """Retrieval: recall at 1, 5, 10 from the global states, and after re-ranking the best with the cross encoder.
 
-Legend: C captions, I images, M scored pairs, K re-ranked candidates.
+Legend: C captions, I images, M scored pairs, B pairs of a batch, K re-ranked candidates.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from mvptr_ds.evaluation.encode import EncodedSplit
+from mvptr_ds.evaluation.encode import CrossStates, EncodedSplit, cross_states
 from mvptr_ds.model.mvptr import Mvptr
 
 RANKS = (1, 5, 10)
@@ -29,6 +31,18 @@ def recalls(scores_CI: Tensor, image_of_C: Tensor) -> dict[str, float]:
     assert len(text_rank_C) == num_captions
     t2i = {f"t2i_r{k}": float((text_rank_C < k).float().mean()) for k in RANKS}
     return t2i | {f"i2t_r{k}": float((image_rank_I < k).float().mean()) for k in RANKS}
+
+
+def chance_recalls(image_of_C: Tensor, num_images: int) -> dict[str, float]:
+    """What random scores earn: `t2i_r1` ... `i2t_r10`, as `recalls`."""
+    num_captions = len(image_of_C)
+    own = Counter(Counter(image_of_C.tolist()).values())  # how many images have how many captions
+    out = {f"t2i_r{k}": min(k, num_images) / num_images for k in RANKS}
+    for k in RANKS:
+        drawn = min(k, num_captions)
+        misses = sum(times * math.comb(num_captions - n, drawn) for n, times in own.items())
+        out[f"i2t_r{k}"] = 1.0 - misses / math.comb(num_captions, drawn) / num_images
+    return out
 
 
 @torch.inference_mode()
@@ -58,18 +72,12 @@ def score_pairs(
     model: Mvptr, split: EncodedSplit, captions_M: Tensor, images_M: Tensor, batch_size: int, device: torch.device
 ) -> Tensor:
     """Probability of a match of each pair by the cross encoder, float64 [M] on the CPU."""
-    scores = []
-    chunks = list(zip(captions_M.split(batch_size), images_M.split(batch_size), strict=True))
-    for captions, images in tqdm(chunks, desc="re-rank"):
-        text_mask, region_mask = split.text_mask_CT[captions], split.region_mask_IR[images]
-        num_text, num_regions = int(text_mask.sum(1).max()), int(region_mask.sum(1).max())
-        cross_BTD, _ = model.encode_cross(
-            split.text_CTD[captions, :num_text].to(device, model.dtype),
-            text_mask[:, :num_text].to(device),
-            split.regions_IRD[images, :num_regions].to(device, model.dtype),
-            region_mask[:, :num_regions].to(device),
-        )
-        logits_M2 = model.itm_logits(model.pool(cross_BTD)).double()
-        # in float64: two probabilities close to 1 would tie in float32, and a tie counts as wrong
-        scores.append((logits_M2[:, 0] - logits_M2[:, 1]).sigmoid().cpu())
-    return torch.cat(scores)
+    pairs = cross_states(model, split, captions_M, images_M, batch_size, device, "score pairs")
+    return torch.cat([torch.empty(0, dtype=torch.float64), *(match_probability(model, cross) for cross in pairs)])
+
+
+def match_probability(model: Mvptr, cross: CrossStates) -> Tensor:
+    """Probability of a match of each pair by the ITM head, float64 [B] on the CPU."""
+    logits_B2 = model.itm_logits(model.pool(cross.text_BTD)).double()
+    # in float64: two probabilities close to 1 would tie in float32, and a tie counts as wrong
+    return (logits_B2[:, 0] - logits_B2[:, 1]).sigmoid().cpu()

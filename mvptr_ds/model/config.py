@@ -67,6 +67,7 @@ class MvptrConfig(PretrainedConfig):
         tie_word_heads: bool = True,
         initial_temperature: float = 0.07,
         num_answers: int = 0,
+        data_schema: int = 1,
         **kwargs: Any,
     ) -> None:
         self.num_words = num_words  # wordpieces: the first rows of the embedding table
@@ -95,6 +96,7 @@ class MvptrConfig(PretrainedConfig):
         self.tie_word_heads = tie_word_heads
         self.initial_temperature = initial_temperature
         self.num_answers = num_answers  # the reference's qa_head; 0: none
+        self.data_schema = data_schema  # of the shards that the model was trained on
         self._check()
         # The library's own tying would share tensors; ours is functional (see heads.py).
         kwargs["tie_word_embeddings"] = False

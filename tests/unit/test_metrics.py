@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from mvptr_ds.config import WandbConfig
 from mvptr_ds.data.collate import collate
 from mvptr_ds.losses import LossSum
 from mvptr_ds.metrics import Meters, MetricsLog
@@ -23,6 +24,10 @@ VALUES = {
     "data/padded_frac": 0.2,
     "memory_gib": 1.0,
 }
+
+
+def log_in(folder: Path, resumed_at: int = 0) -> MetricsLog:
+    return MetricsLog(folder, resumed_at, WandbConfig(), {})
 
 
 def part(total: float, count: float) -> LossSum:
@@ -74,7 +79,7 @@ def test_waiting_is_a_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_report_is_one_line_of_json_whatever_the_values(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path / "stage1" / "metrics.jsonl", 0)
+    log = log_in(tmp_path / "stage1")
     log.write(10, 100, VALUES | {"loss/mlm": 2.0, "loss/wpg": float("nan"), "grad_norm": float("inf")})
     log.write(20, 100, VALUES | {"loss/mlm": float("-inf")})
     first, second = strict(tmp_path / "stage1" / "metrics.jsonl")
@@ -84,21 +89,59 @@ def test_a_report_is_one_line_of_json_whatever_the_values(tmp_path: Path) -> Non
 
 def test_lines_after_the_resume_point_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    log = MetricsLog(path, 0)
+    log = log_in(tmp_path)
     for step in (10, 20, 30, 40):
         log.write(step, 100, VALUES)
     with path.open("a", encoding="utf-8") as file:
         file.write('{"step": 50, "loss/m')  # killed while writing
-    log = MetricsLog(path, 20)
+    log = log_in(tmp_path, 20)
     assert [line["step"] for line in strict(path)] == [10, 20]
     log.write(30, 100, VALUES)
     assert [line["step"] for line in strict(path)] == [10, 20, 30]
-    MetricsLog(path, 0)
+    log_in(tmp_path)
     assert strict(path) == []
 
 
 def test_only_rank_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mvptr_ds.parallel.rank", lambda: 1)
-    log = MetricsLog(tmp_path / "metrics.jsonl", 0)
+    log = log_in(tmp_path)
     log.write(10, 100, VALUES)
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_what_cannot_be_written_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A full disk writes a part of a line and fails; when there is space again nothing is missing nor cut."""
+    path = tmp_path / "metrics.jsonl"
+    log = log_in(tmp_path)
+    log.write(10, 100, VALUES)
+    real_open = Path.open
+
+    def full(self: Path, *args: Any, **kwargs: Any) -> Any:
+        with real_open(self, "a", encoding="utf-8") as file:
+            file.write('{"step": 2')
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", full)
+        log.write(20, 100, VALUES)
+        log.write_scores(20, {"eval/x": 1.0})
+    assert "No space left" in caplog.text and [line["step"] for line in strict(path)] == [10]
+    log.write(30, 100, VALUES)
+    assert [line["step"] for line in strict(path)] == [10, 20, 20, 30]
+
+
+def test_a_kill_while_lines_are_dropped_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = log_in(tmp_path)
+    for step in (10, 20):
+        log.write(step, 100, VALUES)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mvptr_ds.metrics.os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        log_in(tmp_path, 10)
+    assert [line["step"] for line in strict(path)] == [10, 20]

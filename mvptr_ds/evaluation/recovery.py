@@ -1,0 +1,70 @@
+"""Masked concept recovering (MCR): are masked tags found from the regions, masked phrases from the caption.
+
+Legend: B samples, T text slots, G tag slots, R regions, D hidden, N asked slots.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mvptr_ds.data.collate import IGNORE
+from mvptr_ds.data.features import SampleBuilder
+from mvptr_ds.data.loader import eval_batches
+from mvptr_ds.data.shards import Index
+from mvptr_ds.evaluation.encode import SplitInput, new_images
+from mvptr_ds.model.mvptr import Mvptr
+
+
+@torch.inference_mode()
+def recover_concepts(
+    model: Mvptr, split: SplitInput, index: Index, samples: SampleBuilder, batch_size: int, device: torch.device
+) -> dict[str, Any]:
+    """`accuracy`, `majority` and `n` of tag wordpieces, each image once; `phrases`: the same of phrases, each caption.
+
+    Every asked slot is `[MASK]`: training leaves a tenth of them as they are, and those could be copied. Of half of the
+    phrases the words stay visible, of half they are masked too, as in training. The majority is the share of the most
+    frequent answer. The masks depend on the sample's number alone and are the same in every evaluation.
+
+    Args:
+        model: in evaluation mode.
+        samples: masks tags and phrases, with `predict_phrases`.
+    """
+    tags: list[tuple[Tensor, Tensor]] = []
+    phrases: list[tuple[Tensor, Tensor]] = []
+    mask_id = samples.words.mask_id
+    seen = 0
+    batches = eval_batches(index, samples, batch_size)
+    for batch in tqdm(batches, total=-(-len(index) // batch_size), desc="recover", disable=None, leave=False):
+        new, seen = new_images(batch, seen), int(batch.image_index_B[-1]) + 1
+        images_B = batch.image_index_B[new]
+        batch = batch.to(device)
+        if new:
+            labels_BG = batch.tag_labels_BG[new]
+            picked_BG = labels_BG != IGNORE
+            tags_BGD, _ = model.encode_visual(
+                batch.tag_ids_BG[new].masked_fill(picked_BG, mask_id),
+                batch.tag_mask_BG[new],
+                split.embedded_IRD[images_B].to(device, model.dtype),
+                split.region_mask_IR[images_B].to(device),
+            )
+            tags.append((model.tag_logits(tags_BGD[picked_BG]).argmax(-1).cpu(), labels_BG[picked_BG].cpu()))
+        picked_BT = batch.phrase_labels_BT != IGNORE
+        if model.config.num_phrases and picked_BT.any():
+            text_BTD = model.encode_text(batch.text_ids_BT.masked_fill(picked_BT, mask_id), batch.text_mask_BT)
+            answers_N = model.phrase_logits(text_BTD[picked_BT]).argmax(-1)
+            phrases.append((answers_N.cpu(), batch.phrase_labels_BT[picked_BT].cpu()))
+    return {**_accuracy(tags), "phrases": _accuracy(phrases)}
+
+
+def _accuracy(parts: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    """Of (answers, labels), int64 [N] each."""
+    num = sum(len(labels) for _, labels in parts)
+    if not num:
+        return {"accuracy": None, "majority": None, "n": 0}
+    answers_N, labels_N = (torch.cat(column) for column in zip(*parts, strict=True))
+    most = int(labels_N.unique(return_counts=True)[1].max())
+    return {"accuracy": float((answers_N == labels_N).double().mean()), "majority": most / num, "n": num}

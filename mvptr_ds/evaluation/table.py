@@ -1,0 +1,82 @@
+"""A report as one page of text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mvptr_ds.evaluation.grounding import SIZES
+from mvptr_ds.evaluation.retrieval import RANKS
+
+_FIRST, _CELL = 34, 9  # widths of the columns
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """The report for a person: shares in percent with one decimal, a dash where nothing was asked."""
+    parts = [_retrieval(report), _grounding(report), _masked_and_matched(report)]
+    lines = [f"held out: {report['num_scenes']} scenes, {report['num_captions']} captions; shares in %"]
+    for part in parts:
+        lines += ["", *part]
+    lines += ["", "wall time: " + ", ".join(f"{k} {v:.0f} s" for k, v in report["wall_s"].items())]
+    return "\n".join(lines)
+
+
+def _row(name: str, cells: Sequence[Any]) -> str:
+    return (f"{name:{_FIRST}}" + "".join(f"{_cell(c):>{_CELL}}" for c in cells)).rstrip()
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f}" if isinstance(value, float) else str(value)
+
+
+def _retrieval(report: Mapping[str, Any]) -> list[str]:
+    names = [f"{way}_r{k}" for way in ("t2i", "i2t") for k in RANKS]
+    rows = (
+        ("global states", report["retrieval"]),
+        ("re-ranked", report["rerank"]),
+        ("without tags: global states", report["without_tags"]["retrieval"]),
+        ("without tags: re-ranked", report["without_tags"]["rerank"]),
+        ("permuted regions: global states", report["permuted_regions"]["retrieval"]),
+        ("chance", report["chance"]),
+    )
+    half = _CELL * len(RANKS)
+    head = [f"{'':{_FIRST}}{'text -> image':>{half}}{'image -> text':>{half}}"]
+    head.append(_row("RETRIEVAL", [f"R@{k}" for k in RANKS] * 2))
+    return head + [_row(name, [part[n] for n in names]) for name, part in rows]
+
+
+def _grounding(report: Mapping[str, Any]) -> list[str]:
+    settings = (report, report["without_tags"], report["permuted_regions"])
+    parts = [setting["grounding"][states] for setting in settings for states in ("uni", "cross")]
+    heads = "".join(f"{name:>{2 * _CELL}}" for name in ("with tags", "without tags", "permuted"))
+    lines = [f"{'':{_FIRST + 2 * _CELL}}{heads}"]
+    lines.append(_row("GROUNDING", ["phrases", "chance", *["uni", "cross"] * 3]))
+    rows: list[tuple[str, list[Mapping[str, Any]]]] = [("all", parts)]
+    rows.append(("nouns", [p["noun"] for p in parts]))
+    rows.append(("nouns with attribute", [p["attribute"] for p in parts]))
+    bounds = [f"{100 * b:.1f} %" for b in report["grounding"]["size_bounds"]]
+    if bounds:
+        spans = (f"<= {bounds[0]}", f"<= {bounds[1]}", f"> {bounds[1]}")
+        named = zip(SIZES, spans, strict=True)
+        rows += [(f"{size} box ({span} of picture)", [p["by_size"][size] for p in parts]) for size, span in named]
+    rows.append(("attribute among boxes of one noun", [p["attribute_among_one_noun"] for p in parts]))
+    lines += [_row(name, [p[0]["n"], p[0]["chance"], *(q["accuracy"] for q in p)]) for name, p in rows]
+    left_out = report["grounding"]["num_without_slot"]
+    if left_out:
+        lines.append(f"({left_out} more phrases are not in the vocabulary or did not fit)")
+    return lines
+
+
+def _masked_and_matched(report: Mapping[str, Any]) -> list[str]:
+    mcr, itm = report["mcr"], report["itm"]
+    keys = ("n", "accuracy", "majority")
+    return [
+        _row("MASKED CONCEPTS", ["asked", "right", "majority"]),
+        _row("tag wordpieces, half masked", [mcr[k] for k in keys]),
+        _row("phrases, half masked", [mcr["phrases"][k] for k in keys]),
+        "",
+        _row("MATCHING", ["pairs", "right", "own", "hardest"]),
+        _row("own and hardest other image", [itm[k] for k in ("n", "accuracy", "match", "mismatch")]),
+    ]

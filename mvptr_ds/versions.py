@@ -1,0 +1,36 @@
+"""Which code and which packages a run was made with."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+PACKAGES = ("mvptr_ds", "torch", "deepspeed", "transformers", "tokenizers", "webdataset", "numpy")
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a run, and the commit of a checkout (`+` when changed)."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+            continue
+    commit = _git("rev-parse", "--short=12", "HEAD")
+    if commit:
+        found["commit"] = commit + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    return found
+
+
+def _git(*arguments: str) -> str:
+    try:
+        folder = str(Path(__file__).resolve().parents[1])
+        return subprocess.run(
+            ["git", "-C", folder, *arguments], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

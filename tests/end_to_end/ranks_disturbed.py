@@ -1,0 +1,124 @@
+"""Run by every rank: FOLDER/scenarios.json through the real entry point, each disturbed on purpose.
+
+Each scenario is {"name", "arguments", "disturb"}; the exit codes go to FOLDER/codes-rankN.json. The process group stays
+between them, since start-up is what takes the time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from mvptr_ds import parallel, train
+from mvptr_ds.data.loader import ShardDataset
+from mvptr_ds.data.schema import DataError
+from mvptr_ds.trainer import Trainer
+
+MAX_FILE_BYTES = 100_000  # above this program's log, below the smallest file of the engine
+POISONED_STEPS = (1, 4, 5, 6)  # counted from 0, as the step that is being made
+HUNG_STEP = 2
+FULL_STEP, RANK1_STEP = 4, 6
+
+train_step, save, load, build_engine = Trainer._train_step, Trainer.save, ShardDataset.load, Trainer._build_engine
+
+
+def poison(trainer: Trainer, micro_batches: list[Any]) -> None:
+    """Two boxes of rank 1 are infinite in some steps."""
+    if parallel.rank() == 1 and trainer.step in POISONED_STEPS:
+        micro_batches[-1].region_geometry_BR6[-2:] = float("inf")
+    train_step(trainer, micro_batches)
+
+
+def save_with_full_disk(trainer: Trainer) -> None:
+    """No space at one step (a full file system where FOLDER/disk is one), at another a limit of rank 1's alone."""
+    disk = Path(trainer.config.run.dir).parent
+    ballast = disk / "ballast"
+    if trainer.step == FULL_STEP and os.path.ismount(disk):
+        if parallel.is_main():
+            fill(ballast)
+        parallel.barrier()
+        save(trainer)
+        return
+    if parallel.is_main():
+        ballast.unlink(missing_ok=True)  # so that the reports between the two saves find no space either
+    parallel.barrier()
+    limited = (trainer.step == RANK1_STEP and parallel.rank() == 1) or (
+        trainer.step == FULL_STEP and parallel.is_main()
+    )
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if limited:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_FILE_BYTES, hard))
+    save(trainer)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def fill(path: Path) -> None:
+    with path.open("wb", buffering=0) as file:
+        for num_bytes in (1 << 20, 1 << 12, 1):
+            try:
+                while True:
+                    file.write(b"\0" * num_bytes)
+            except OSError:
+                continue
+
+
+def load_with_dead_storage(dataset: ShardDataset, position: int, epoch: int, number: int) -> Any:
+    if parallel.rank() == 1 and position >= 20:
+        raise DataError(f"position {position}: the storage of rank 1 is gone; look after it")
+    return load(dataset, position, epoch, number)
+
+
+def build_and_get_signal(trainer: Trainer, *arguments: Any) -> None:
+    build_engine(trainer, *arguments)
+    if parallel.rank() == 1:
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def hang(trainer: Trainer, micro_batches: list[Any]) -> None:
+    if parallel.rank() == 1 and trainer.step == HUNG_STEP:
+        sleep_for_ever()
+    train_step(trainer, micro_batches)
+
+
+def sleep_for_ever() -> None:
+    while True:
+        time.sleep(3600)
+
+
+DISTURBANCES: dict[str, tuple[type, str, Callable[..., Any]]] = {
+    "poison": (Trainer, "_train_step", poison),
+    "full disk": (Trainer, "save", save_with_full_disk),
+    "dead storage": (ShardDataset, "load", load_with_dead_storage),
+    "signal": (Trainer, "_build_engine", build_and_get_signal),
+    "hang": (Trainer, "_train_step", hang),
+}
+
+
+def main() -> None:
+    folder = Path(next(argument for argument in sys.argv[1:] if not argument.startswith("--")))
+    codes = {}
+    with patch.object(parallel, "shut_down", lambda: None):
+        for scenario in json.loads((folder / "scenarios.json").read_text(encoding="utf-8")):
+            print(f"=== {scenario['name']}", file=sys.stderr, flush=True)
+            with ExitStack() as stack:
+                stack.enter_context(patch.object(sys, "argv", ["train.py", *scenario["arguments"]]))
+                stack.enter_context(patch.object(train, "OTHERS_WAIT_S", 0.0))
+                if scenario["disturb"]:
+                    stack.enter_context(patch.object(*DISTURBANCES[scenario["disturb"]]))
+                codes[scenario["name"]] = train.main()
+    (folder / f"codes-rank{parallel.rank()}.json").write_text(json.dumps(codes), encoding="utf-8")
+    parallel.barrier()
+    parallel.shut_down()
+
+
+if __name__ == "__main__":
+    main()

@@ -43,17 +43,12 @@ def save_with_full_disk(trainer: Trainer) -> None:
     disk = Path(trainer.config.run.dir).parent
     ballast = disk / "ballast"
     if trainer.step == FULL_STEP and os.path.ismount(disk):
-        if parallel.is_main():
-            fill(ballast)
-        parallel.barrier()
+        fill(ballast)
         save(trainer)
+        fill(ballast)  # what the remains have freed: the reports until the next save find no space either
         return
-    if parallel.is_main():
-        ballast.unlink(missing_ok=True)  # so that the reports between the two saves find no space either
-    parallel.barrier()
-    limited = (trainer.step == RANK1_STEP and parallel.rank() == 1) or (
-        trainer.step == FULL_STEP and parallel.is_main()
-    )
+    ballast.unlink(missing_ok=True)
+    limited = parallel.rank() == {FULL_STEP: 0, RANK1_STEP: 1}.get(trainer.step)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     if limited:
         resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_FILE_BYTES, hard))
@@ -62,13 +57,15 @@ def save_with_full_disk(trainer: Trainer) -> None:
 
 
 def fill(path: Path) -> None:
-    with path.open("wb", buffering=0) as file:
+    parallel.barrier()
+    with path.open("ab", buffering=0) as file:
         for num_bytes in (1 << 20, 1 << 12, 1):
             try:
                 while True:
                     file.write(b"\0" * num_bytes)
             except OSError:
                 continue
+    parallel.barrier()
 
 
 def load_with_dead_storage(dataset: ShardDataset, position: int, epoch: int, number: int) -> Any:

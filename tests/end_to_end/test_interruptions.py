@@ -171,7 +171,12 @@ def outcomes(small: list[str], shards: Path, disk: Path, tmp_path_factory: pytes
     keys = damaged_copy(shards / "train", folder / "damaged", every=4)
     extra = {
         "nan": ["train.max_skipped_in_row=3", "train.log_every_steps=1", "stage1.max_steps=8"],
-        "bad samples": [f"data.train={folder / 'damaged'}", "data.max_bad_fraction=0.005", "stage1.max_steps=40"],
+        "bad samples": [
+            f"data.train={folder / 'damaged'}",
+            "data.demo_source=null",
+            "data.max_bad_fraction=0.005",
+            "stage1.max_steps=40",
+        ],
         "no data": ["stage1.max_steps=8"],
         "full disk": ["stage1.max_steps=8", "train.log_every_steps=1", "wandb.mode=online"],
         "signal": ["stage1.max_steps=8"],

@@ -61,8 +61,11 @@ class Trainer:
             ds_content, config.train, config.optim, parallel.num_ranks(), bf16_supported=bf16, fp16_supported=fp16
         )
         self._build_data(predict_phrases=stage == "stage1" and self.stage.weights.mcr_phrases > 0)
-        self._build_engine(stage, filled, init_from)
-        self._resume()
+        self._build_task(stage, init_from)
+        checkpoint = self._checkpoint()
+        self._build_engine(filled)
+        if checkpoint is not None:
+            self._resume(checkpoint)
         self.meters = Meters(device)
         self.log = MetricsLog(self.dir, self.step, config.wandb, asdict(config))
         content = json.dumps(filled, indent=1) + "\n"
@@ -77,7 +80,7 @@ class Trainer:
         self.plan = Plan(len(index), self.config.train.batch_size, seed, data.block_samples, data.window_blocks)
         self.dataset = ShardDataset(index, self.plan, samples)
 
-    def _build_engine(self, stage: str, filled: dict[str, Any], init_from: Path | None) -> None:
+    def _build_task(self, stage: str, init_from: Path | None) -> None:
         config = self.config
         model = assembly.build_model(config, self.vocabs)
         if init_from is not None:
@@ -97,17 +100,18 @@ class Trainer:
         trained = set(model.parameters_of(self.task.trained_parts()))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
-        groups = parameter_groups(
-            ((n, p) for n, p in model.named_parameters() if p.requires_grad), config.optim.weight_decay
-        )
+
+    def _build_engine(self, filled: dict[str, Any]) -> None:
+        config, parameters = self.config, [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        groups = parameter_groups(parameters, config.optim.weight_decay)
         optimizer = build_optimizer(groups, config.optim, self.stage.learning_rate)
         self.engine, *_ = deepspeed.initialize(model=self.task, optimizer=optimizer, config=filled)
         self._catch_write_errors()
         torch.manual_seed(self.seed + 1_000_003 * (1 + parallel.rank()))  # dropout differs between ranks
-        num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        num_trained = sum(p.numel() for _, p in parameters)
         logger.info(
             "%s: %.1f M parameters trained on %d ranks (%s), %d samples a step, %d samples in %s",
-            stage, num_trained / 1e6, parallel.num_ranks(), self._precision(filled), config.train.batch_size,
+            self.dir.name, num_trained / 1e6, parallel.num_ranks(), self._precision(filled), config.train.batch_size,
             self.plan.num_samples, config.data.train,
         )  # fmt: skip
 
@@ -282,12 +286,17 @@ class Trainer:
         if self.write_errors:
             raise self.write_errors[0]
 
-    def _resume(self) -> None:
+    def _checkpoint(self) -> Path | None:
+        """What to go on from, None for a fresh start.
+
+        Raises:
+            CheckpointError: it does not fit this run; found before the engine is built, which takes a while.
+        """
         if self.config.train.resume not in ("auto", "never"):
             raise ValueError(f"train.resume is {self.config.train.resume!r}; choose from auto, never")
         path = checkpointing.newest_good(self.dir / "checkpoints") if self.config.train.resume == "auto" else None
         if path is None:
-            return
+            return None
         state = checkpointing.read_state(path)
         for name, here in (("num_ranks", parallel.num_ranks()), ("batch_size", self.config.train.batch_size)):
             if state[name] != here:
@@ -309,6 +318,10 @@ class Trainer:
                 + "\n  - ".join(problems)
                 + "\n  use that of the run (config.yaml beside it), another run.dir, or train.resume=never"
             )
+        return path
+
+    def _resume(self, path: Path) -> None:
+        state = checkpointing.read_state(path)
         self.engine.load_checkpoint(str(path), tag="engine")
         checkpointing.restore_rng(path)
         self.step = self.saved_step = state["step"]

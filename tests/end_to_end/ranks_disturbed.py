@@ -45,7 +45,6 @@ def save_with_full_disk(trainer: Trainer) -> None:
     if trainer.step == FULL_STEP and os.path.ismount(disk):
         fill(ballast)
         save(trainer)
-        fill(ballast)  # what the remains have freed: the reports until the next save find no space either
         return
     ballast.unlink(missing_ok=True)
     limited = parallel.rank() == {FULL_STEP: 0, RANK1_STEP: 1}.get(trainer.step)
@@ -57,7 +56,6 @@ def save_with_full_disk(trainer: Trainer) -> None:
 
 
 def fill(path: Path) -> None:
-    parallel.barrier()
     with path.open("ab", buffering=0) as file:
         for num_bytes in (1 << 20, 1 << 12, 1):
             try:
@@ -74,8 +72,8 @@ def load_with_dead_storage(dataset: ShardDataset, position: int, epoch: int, num
     return load(dataset, position, epoch, number)
 
 
-def build_and_get_signal(trainer: Trainer, *arguments: Any) -> None:
-    build_engine(trainer, *arguments)
+def build_and_get_signal(trainer: Trainer, filled: dict[str, Any]) -> None:
+    build_engine(trainer, filled)
     if parallel.rank() == 1:
         os.kill(os.getpid(), signal.SIGUSR1)
 

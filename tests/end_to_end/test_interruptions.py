@@ -257,9 +257,7 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(outcomes: Outcomes) -> 
     checkpoints = sorted((outcome["dir"] / "checkpoints").glob("step-*"))
     assert [path.name for path in checkpoints] == ["step-00000002", "step-00000008"]
     assert all(verify(path) is None for path in checkpoints)
-    assert [line["step"] for line in reports(outcome["dir"])] == list(range(1, 9))  # those between came later
-    if os.path.ismount(outcome["dir"].parents[1]):
-        assert "kept until it can be written" in outcome["outputs"][0]
+    assert [line["step"] for line in reports(outcome["dir"])] == list(range(1, 9))
 
 
 def test_wandb_without_an_account_goes_offline_and_is_the_run_of_the_checkpoint(outcomes: Outcomes) -> None:

@@ -171,7 +171,7 @@ def test_evaluation(trained: Run, tmp_path: Path) -> None:
     assert {"stage1", "stage2", "evaluation"} <= set(report["wall_s"])
     for name in ("curves.png", "pictures.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
-    assert "text -> image" in output and "after re-ranking" in output
+    assert "text -> image" in output and "re-ranked" in output and "GROUNDING" in output
 
 
 def test_the_bare_command_on_a_fresh_checkout(tmp_path: Path) -> None:

@@ -1,0 +1,320 @@
+"""The errors that users make: one message with the values and the remedy, exit code 2, and a row in docs/errors.md."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mvptr_ds import parallel, train
+from mvptr_ds.config import load_config
+from mvptr_ds.demo.build import build_demo_shards
+from mvptr_ds.optim import build_optimizer
+from mvptr_ds.safeguards import BadSamples, SkippedSteps, StopSignal
+from mvptr_ds.trainer import Trainer
+from tests.conftest import REPO
+
+DOCS = REPO / "docs" / "errors.md"
+TINY = (
+    "model.hidden_size=16", "model.intermediate_size=16", "model.num_attention_heads=2", "model.num_text_layers=1",
+    "model.num_visual_layers=1", "model.num_cross_layers=1", "visual.image_size=32", "data.demo_source=null",
+    "run.stages=[1]", "train.batch_size=8", "train.round_batch_size=false", "stage1.max_steps=4",
+)  # fmt: skip
+
+
+@dataclass
+class Place:
+    """What a case may spoil: its own shards, a checkpoint at step 2 in run/, a DeepSpeed JSON, and the arguments."""
+
+    dir: Path
+    patch: pytest.MonkeyPatch
+    arguments: list[str] = field(default_factory=list)
+
+    @property
+    def shards(self) -> Path:
+        return self.dir / "shards"
+
+    @property
+    def tar(self) -> Path:
+        return self.shards / "train" / "shard-000000.tar"
+
+    def without_index(self) -> None:
+        for name in ("manifest.json", "index.npy"):
+            (self.shards / "train" / name).unlink()
+
+    def deepspeed(self, **changes: Any) -> None:
+        content = json.loads((REPO / "ds_configs/z2.json").read_text(encoding="utf-8")) | changes
+        (self.dir / "ds.json").write_text(json.dumps(content), encoding="utf-8")
+        self.arguments += ["--deepspeed", str(self.dir / "ds.json")]
+
+    def checkpoint(self, **changes: Any) -> None:
+        """Written by the trainer itself, but for the engine's files; then `state.json` is changed."""
+        config = load_config("demo", arguments_for(self))
+        trainer = Trainer(config, "stage1", {}, torch.device("cpu"), None, StopSignal())
+        trainer.step = 2
+        trainer.save()
+        path = self.dir / "run/stage1/checkpoints/step-00000002"
+        state = json.loads((path / "state.json").read_text(encoding="utf-8")) | changes
+        (path / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        sums = json.loads((path / "checksums.json").read_text(encoding="utf-8"))
+        sums["state.json"] = hashlib.sha256((path / "state.json").read_bytes()).hexdigest()
+        (path / "checksums.json").write_text(json.dumps(sums), encoding="utf-8")
+
+
+def arguments_for(place: Place) -> list[str]:
+    names = {"word_vocab": "word_vocab.txt", "phrase_vocab": "phrase_vocab.json"}
+    paths = {key: place.shards / names.get(key, key) for key in ("train", "held_out", *names)}
+    return [*TINY, *(f"data.{key}={path}" for key, path in paths.items()), f"run.dir={place.dir / 'run'}"]
+
+
+CASES: dict[str, Callable[[Place], Any]] = {}
+
+
+def case(function: Callable[[Place], Any]) -> Callable[[Place], Any]:
+    CASES[function.__name__.replace("_", "-")] = function
+    return function
+
+
+def overrides(name: str, *arguments: str) -> None:
+    CASES[name] = lambda place: place.arguments.extend(arguments)
+
+
+overrides("unknown-key", "train.batchsize=8")
+overrides("wrong-value", "train.batch_size=many")
+overrides("bad-override", "train.batch_size")
+overrides("not-yaml", "run.stages=[1")
+overrides("no-config", "--config", "nowhere.yaml")
+overrides("no-deepspeed-json", "--deepspeed", "nowhere.json")
+overrides("unknown-stage", "run.stages=[3]")
+overrides("objective-of-another-stage", "stage1.weights.vsc=1")
+overrides("resume-value", "train.resume=always")
+overrides("wandb-mode", "wandb.mode=live")
+overrides("slots-beyond-positions", "data.max_text_slots=100")
+overrides("no-phrase-vocabulary", "data.phrase_vocab=null")
+overrides("phrase-vocabulary-missing", "data.phrase_vocab=nowhere.json")
+overrides("phrase-vocabulary-of-other-words", "data.word_vocab=null")
+overrides("word-vocabulary-missing", "data.word_vocab=nowhere.txt")
+overrides("no-shards", "data.train=nowhere")
+overrides("init-from-nothing", "run.init_from=nowhere")
+overrides("no-backbone", "visual.backbone_config=null")
+overrides("unknown-demo-source", "data.demo_source=photos")
+
+
+@case
+def batch_not_divisible(place: Place) -> None:
+    """Three ranks; what needs the others is left out."""
+    place.patch.setattr("mvptr_ds.parallel.num_ranks", lambda: 3)
+    place.patch.setattr("mvptr_ds.train.prepare_shards", lambda *_: None)
+    place.patch.setattr("mvptr_ds.train.on_main", lambda function: function())
+
+
+@case
+def unknown_optimiser(place: Place) -> None:
+    place.arguments.append("optim.name=lamb")
+    place.patch.setattr(Trainer, "_build_engine", lambda trainer, _: build_optimizer([], trainer.config.optim, 0.1))
+
+
+@case
+def manifest_of_other_tars(place: Place) -> None:
+    place.tar.write_bytes(place.tar.read_bytes() + bytes(512))
+
+
+@case
+def shard_missing(place: Place) -> None:
+    place.tar.unlink()
+
+
+@case
+def index_of_another_manifest(place: Place) -> None:
+    path = place.shards / "train" / "index.npy"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+
+
+@case
+def shard_cut(place: Place) -> None:
+    place.without_index()
+    place.tar.write_bytes(place.tar.read_bytes()[:5000])
+
+
+@case
+def schema_of_shards(place: Place) -> None:
+    place.without_index()
+    place.tar.write_bytes(place.tar.read_bytes().replace(b'{"schema":1', b'{"schema":2'))
+
+
+@case
+def schema_of_index(place: Place) -> None:
+    path = place.shards / "train" / "manifest.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"schema": 1', '"schema": 2'), encoding="utf-8")
+
+
+@case
+def deepspeed_json_disagrees(place: Place) -> None:
+    place.deepspeed(train_batch_size=64, optimizer={"type": "AdamW"})
+
+
+@case
+def fp16_without_gpu(place: Place) -> None:
+    place.patch.setattr("mvptr_ds.ds_config.precision_supported", lambda: (False, False))
+    place.deepspeed(fp16={"enabled": True}, bf16={"enabled": False})
+
+
+@case
+def bf16_on_an_old_gpu(place: Place) -> None:
+    place.patch.setattr("mvptr_ds.ds_config.precision_supported", lambda: (False, True))
+    place.patch.setattr("torch.cuda.is_available", lambda: True)
+    place.patch.setattr("torch.cuda.get_device_name", lambda: "Tesla V100-SXM2-32GB")
+    place.deepspeed(bf16={"enabled": True})
+
+
+@case
+def run_folder_cannot_be_written(place: Place) -> None:
+    (place.dir / "file").write_text("", encoding="utf-8")
+    place.arguments.append(f"run.dir={place.dir / 'file' / 'run'}")
+
+
+@case
+def demo_folder_taken(place: Place) -> None:
+    (place.shards / "demo.json").unlink()
+    place.arguments.append("data.demo_source=shapes")
+
+
+@case
+def checkpoint_of_other_ranks(place: Place) -> None:
+    place.checkpoint(num_ranks=8)
+
+
+@case
+def checkpoint_of_another_batch(place: Place) -> None:
+    place.checkpoint()
+    place.arguments.append("train.batch_size=16")
+
+
+@case
+def checkpoint_of_other_shards(place: Place) -> None:
+    place.checkpoint(data="0" * 64)
+
+
+@case
+def checkpoint_of_another_model(place: Place) -> None:
+    place.checkpoint()
+    place.arguments += ["model.hidden_size=32", "model.tie_word_heads=false"]
+
+
+@case
+def checkpoint_of_other_objectives(place: Place) -> None:
+    place.checkpoint()
+    place.arguments.append("stage1.weights.mcr_phrases=0")
+
+
+@case
+def init_from_another_model(place: Place) -> None:
+    place.checkpoint()
+    place.arguments += [f"run.init_from={place.dir / 'run'}", f"run.dir={place.dir / 'new'}"]
+    place.arguments += ["model.hidden_size=32", "data.phrase_vocab=null", "stage1.weights.mcr_phrases=0"]
+
+
+@case
+def features_that_are_not_there(place: Place) -> None:
+    """Reads a sample, which training does later, in a loader process."""
+    place.arguments += ["visual.source=features", "visual.feature_dim=16"]
+    place.patch.setattr(Trainer, "_build_engine", lambda trainer, _: trainer.dataset[0])
+
+
+@case
+def too_many_bad_samples(place: Place) -> None:
+    place.patch.setattr(Trainer, "_build_engine", lambda *_: BadSamples(0.01).count(31, 3000))
+
+
+@case
+def not_finite(place: Place) -> None:
+    def skip(*_: object) -> None:
+        skipped = SkippedSteps(max_in_row=2)
+        for step in (7, 8):
+            skipped.count(step, applied=False)
+
+    place.patch.setattr(Trainer, "_build_engine", skip)
+
+
+@pytest.fixture(scope="module")
+def demo_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards") / "shards"
+    build_demo_shards(folder, "shapes", 48, 4, seed=0, num_processes=1)
+    return folder
+
+
+def message_of(name: str, place: Place, caplog: pytest.LogCaptureFixture) -> str:
+    """What `train.py` prints for a case, on its only rank; it must end with 2 before anything is trained."""
+
+    def build_engine(trainer: Trainer, filled: dict[str, Any]) -> None:
+        trainer.engine = None
+
+    place.patch.setattr(parallel, "init", lambda: torch.device("cpu"))
+    place.patch.setattr(Trainer, "_build_engine", build_engine)
+    place.patch.setattr(Trainer, "_write_engine", lambda _, path: path.mkdir())
+    place.patch.setattr(Trainer, "_resume", lambda *_: pytest.fail("the checkpoint was taken"))
+    place.patch.setattr(Trainer, "train", lambda *_: pytest.fail("it would have trained"))
+    CASES[name](place)
+    argv = ["train.py", "--config", "demo", *arguments_for(place), *place.arguments]
+    place.patch.setattr(sys, "argv", argv)
+    caplog.clear()
+    with caplog.at_level(logging.ERROR):
+        assert train.main() == 2
+    errors = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert len(errors) == 1 and errors[0].exc_info is None
+    message = errors[0].getMessage()
+    assert message.startswith("error: ") and "Traceback" not in message
+    return message.removeprefix("error: ")
+
+
+def rows() -> dict[str, list[str]]:
+    """id -> message, cause, remedy."""
+    found: dict[str, list[str]] = {}
+    for line in DOCS.read_text(encoding="utf-8").splitlines():
+        if re.match(r"\| `[a-z0-9-]+` \|", line):
+            name, *cells = (cell.strip() for cell in line.strip("|").split(" | "))
+            assert name.strip("` ") not in found, f"{name} has two rows"
+            found[name.strip("` ")] = cells
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_error_says_what_the_docs_say(
+    name: str,
+    demo_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The message in the docs is shortened at each `…`; its parts must be printed, in their order."""
+    shutil.copytree(demo_shards, tmp_path / "shards")
+    message = " ".join(message_of(name, Place(tmp_path, monkeypatch), caplog).split())
+    shown = rows()[name][0].strip("`")
+    parts = [re.escape(part.strip()) for part in shown.split("…")]
+    assert re.fullmatch(".*".join(parts), message), f"printed: {message}\nin {DOCS.name}: {shown}"
+
+
+def test_every_row_has_a_test_and_the_reverse() -> None:
+    assert sorted(rows()) == sorted(CASES)
+    assert all(len(cells) == 3 and all(cells) for cells in rows().values())
+
+
+def test_ranks_that_fail_alike_leave_the_message_to_rank_0(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "train.batchsize=8"])
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(StopSignal, "wait", lambda *_: True)  # ended by the launcher, because rank 0 has failed
+    assert train.main() == 2 and caplog.text == ""
+    monkeypatch.setattr(StopSignal, "wait", lambda *_: False)  # rank 0 lives: this one is alone with its error
+    assert train.main() == 2 and "error of rank 1: unknown configuration key" in caplog.text

@@ -1,0 +1,149 @@
+"""Signals, the guard against hanging, skipped steps, bad samples."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mvptr_ds.data.loader import ShardDataset, make_loader
+from mvptr_ds.data.plan import Plan
+from mvptr_ds.data.schema import DataError
+from mvptr_ds.safeguards import BadSamples, HangGuard, SkippedSteps, StopSignal, TrainingError, agree
+from tests.conftest import REPO
+from tests.tiny import sample
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_is_noted_and_a_second_changes_nothing(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with StopSignal() as stop:
+        assert stop.received is None and not stop.wait(0.0)
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.wait(5.0) and stop.received in (number.name, "SIGTERM")
+    assert signal.getsignal(number) == before
+
+
+def test_agreeing_is_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert agree([True, False], cpu) == [True, False]
+    monkeypatch.setattr("mvptr_ds.parallel.all_reduce_sum", lambda t: t + torch.tensor([2.0, 0.0, 1.0]))
+    assert agree([False, False, True], cpu) == [True, False, True]
+
+
+HANGING = """
+import sys, time
+from pathlib import Path
+from mvptr_ds.safeguards import HangGuard
+with HangGuard(Path(sys.argv[1]), 0.5) as guard:
+    for _ in range(4):
+        time.sleep(0.3)
+        guard.alive()
+    print("alive", flush=True)
+    def wait_for_a_rank_that_never_comes(): time.sleep(60)
+    wait_for_a_rank_that_never_comes()
+"""
+
+
+def test_a_process_that_hangs_ends_with_its_stacks(tmp_path: Path) -> None:
+    path, started_s = tmp_path / "deep/stacks.txt", time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", HANGING, str(path)], cwd=REPO, capture_output=True, text=True, timeout=50
+    )
+    assert done.returncode == 1 and "alive" in done.stdout  # not ended while it was told that all is well
+    assert time.monotonic() - started_s < 45.0
+    assert "Timeout" in path.read_text(encoding="utf-8")
+    assert "wait_for_a_rank_that_never_comes" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("timeout_s", [0.0, 30.0])
+def test_a_guard_that_was_not_needed_leaves_nothing(tmp_path: Path, timeout_s: float) -> None:
+    with HangGuard(tmp_path / "stacks.txt", timeout_s) as guard:
+        guard.alive()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_skipped_steps(caplog: pytest.LogCaptureFixture) -> None:
+    skipped = SkippedSteps(max_in_row=3)
+    for step, applied in enumerate([True, False, False, True, False, False], start=1):
+        skipped.count(step, applied)
+    assert (skipped.in_row, skipped.total) == (2, 4)
+    assert "step 6 left out: its gradient is not finite (4 so far)" in caplog.text
+    with pytest.raises(TrainingError, match=r"3 steps in a row .* step 7 \(train.max_skipped_in_row\)"):
+        skipped.count(7, False)
+
+
+def test_bad_samples_are_compared_with_what_was_read() -> None:
+    bad = BadSamples(max_fraction=0.01)
+    bad.count(10, 20)  # what 1,000 samples may have: too early to say more
+    bad.count(10, 1980)  # 20 of 2,000
+    with pytest.raises(DataError, match=r"21 samples could not be read among 2000, .*data.max_bad_fraction=0.01"):
+        bad.count(1, 0)
+
+
+def test_a_few_samples_can_have_too_many_bad_ones() -> None:
+    """A run that is shorter than the samples that the fraction is taken of ends, too."""
+    bad = BadSamples(max_fraction=0.01)
+    with pytest.raises(DataError, match="11 samples could not be read among 64"):
+        bad.count(11, 64)
+    with pytest.raises(DataError, match="1 samples could not be read among 8"):
+        BadSamples(max_fraction=0.0).count(1, 8)
+
+
+class SlowDataset(ShardDataset):
+    """Samples of two hundredths of a second each."""
+
+    def __init__(self) -> None:
+        self.plan = Plan(100, 4, 0)
+
+    def __getitems__(self, positions: list[int]) -> list:  # type: ignore[type-arg]
+        time.sleep(0.1)
+        return [sample(position, position) for position in positions]
+
+
+def children() -> list[int]:
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(os.getpid())], capture_output=True, text=True)
+    return [int(pid) for pid in listed.stdout.split()]
+
+
+def test_a_signal_to_the_loader_processes_does_not_end_them() -> None:
+    """launch.py and SLURM signal the whole tree; the rank still needs batches until it has stopped by itself."""
+    dataset = SlowDataset()
+    before = set(children())
+    batches = iter(make_loader(dataset, dataset.plan, 0, 8, num_workers=1, prefetch_batches=1))
+    seen = [next(batches).position_B.tolist()]
+    (worker,) = [pid for pid in set(children()) - before if is_python(pid)]
+    # a SIGTERM from another process than the rank, as launch.py sends it
+    subprocess.run(["sh", "-c", f"kill -TERM {worker}; kill -USR1 {worker}"], check=True)
+    seen += [batch.position_B.tolist() for batch in batches]
+    assert np.concatenate(seen).tolist() == list(range(32))
+
+
+def is_python(pid: int) -> bool:
+    try:
+        return "python" in Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return False
+
+
+CRASHING = """
+from tests.unit.test_safeguards import SlowDataset, make_loader
+dataset = SlowDataset()
+batches = iter(make_loader(dataset, dataset.plan, 0, 8, num_workers=1, prefetch_batches=1))
+next(batches)
+raise RuntimeError("a bug")
+"""
+
+
+def test_a_rank_that_crashes_does_not_wait_for_its_loader_processes() -> None:
+    """The interpreter ends them with SIGTERM at exit and waits: that one they must heed."""
+    done = subprocess.run([sys.executable, "-c", CRASHING], cwd=REPO, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "a bug" in done.stderr

@@ -14,7 +14,7 @@ from mvptr_ds.assembly import Vocabs, model_config
 from mvptr_ds.config import CONFIGS_DIR, Config, OptimConfig, TrainConfig, load_config
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.wordpiece import WordPiece
-from mvptr_ds.ds_config import fill_ds_config, load_ds_config, micro_batch_size
+from mvptr_ds.ds_config import fill_ds_config, load_ds_config, micro_batch_size, rounded_batch_size
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.task import Task
 from tests.conftest import REPO
@@ -198,3 +198,13 @@ def test_published_size() -> None:
     config.num_phrases = 0
     with torch.device("meta"):
         assert sum(p.numel() for p in Mvptr(config).parameters()) == 198_660_471
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "accumulation", "expected"), [(1, 1, 64), (3, 1, 63), (7, 1, 63), (100, 1, 100), (3, 5, 60)]
+)
+def test_the_demo_batch_fits_any_number_of_ranks(num_ranks: int, accumulation: int, expected: int) -> None:
+    train = TrainConfig(batch_size=64, accumulation_steps=accumulation)
+    train.batch_size = rounded_batch_size(train, num_ranks)
+    assert train.batch_size == expected
+    assert micro_batch_size(train, num_ranks) * num_ranks * accumulation == expected

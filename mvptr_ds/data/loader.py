@@ -168,7 +168,7 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Batches of the samples `indices` (all when None) in that order; `position_B` holds the sample numbers.
 
-    For one caption a record pass `first_captions(index)`. Without masking only if the builder masks nothing.
+    Without masking only if the builder masks nothing.
 
     Raises:
         DataError: a sample cannot be read: an evaluation on other samples than asked for would be wrong.
@@ -179,9 +179,3 @@ def eval_batches(
     for start in range(0, len(numbers), batch_size):
         chunk = [int(number) for number in numbers[start : start + batch_size]]
         yield collate([load_sample(index, builder, n, n, np.random.default_rng([_SAMPLE, 0, 0, n])) for n in chunk])
-
-
-def first_captions(index: Index, max_records: int | None = None) -> list[int]:
-    """Sample numbers of every record's first caption, of the first `max_records` records."""
-    num_records = index.num_records if max_records is None else min(max_records, index.num_records)
-    return [index.samples_of(record)[0] for record in range(num_records)]

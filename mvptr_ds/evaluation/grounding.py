@@ -103,12 +103,6 @@ def ground(sim_PR: Tensor, asked: Sequence[AskedPhrase]) -> list[GroundedPhrase]
     return [GroundedPhrase(a.caption, a.phrase, region) for a, region in zip(asked, best, strict=True)]
 
 
-def ground_phrases(split: EncodedSplit, index: Index, phrases: PhraseVocab) -> list[GroundedPhrase]:
-    """The region that the uni-modal encoders find for every phrase that has a slot."""
-    asked, _ = list_phrases(split, index, phrases)
-    return ground(similarities(split, asked), asked)
-
-
 def score_grounding(sim_PR: Tensor, asked: Sequence[AskedPhrase]) -> dict[str, Any]:
     """Accuracy, chance and number of phrases: all, by kind, by size, and attributes among the boxes of one noun.
 

@@ -11,7 +11,7 @@ import torch
 
 from mvptr_ds.data.collate import IGNORE, Batch, collate
 from mvptr_ds.data.features import SampleBuilder, SampleOptions
-from mvptr_ds.data.loader import ShardDataset, eval_batches, first_captions, make_loader
+from mvptr_ds.data.loader import ShardDataset, eval_batches, make_loader
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.plan import Plan
 from mvptr_ds.data.schema import Caption, DataError, Phrase, Record, Region
@@ -204,7 +204,7 @@ def test_eval_batches_run_in_order_without_masking(folder: Path) -> None:
     assert [len(batch) for batch in batches] == [10, 10, 10, 10, 2]
     assert torch.cat([batch.position_B for batch in batches]).tolist() == list(range(42))
     assert all((batch.mlm_labels_BT == IGNORE).all() and (batch.tag_labels_BG == IGNORE).all() for batch in batches)
-    numbers = first_captions(index, 5)
+    numbers = [index.samples_of(record)[0] for record in range(5)]
     (batch,) = eval_batches(index, builder, 10, numbers)
     assert batch.image_index_B.tolist() == [0, 1, 2, 3, 4]
     assert batch.position_B.tolist() == numbers == [0, 1, 3, 6, 7]

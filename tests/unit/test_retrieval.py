@@ -20,7 +20,7 @@ from mvptr_ds.data.schema import Caption, Phrase, Record, Region
 from mvptr_ds.data.shards import Index, ensure_index, write_shards
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.evaluation.encode import EncodedSplit
-from mvptr_ds.evaluation.grounding import ground_phrases
+from mvptr_ds.evaluation.grounding import ground, list_phrases, similarities
 from mvptr_ds.evaluation.pictures import draw_grounding
 from mvptr_ds.evaluation.retrieval import RANKS, recalls, rerank, score_pairs
 from tests.tiny import tiny_model
@@ -140,7 +140,8 @@ def test_grounding_finds_the_most_similar_region(tmp_path: Path, with_regions: b
         split.region_mask_IR[caption] = torch.tensor([True, True, False])
         split.regions_IRD[caption, 1] = split.text_CTD[caption, slot] * 3
         split.regions_IRD[caption, 2] = split.text_CTD[caption, slot]  # padding, though as similar
-    found = ground_phrases(split, index, phrases)
+    asked, _ = list_phrases(split, index, phrases)
+    found = ground(similarities(split, asked), asked)
     if with_regions:
         assert [(g.caption, g.phrase.tuple, g.region, g.right) for g in found] == [
             (0, ("cat",), 1, True),

@@ -1,0 +1,70 @@
+"""The arms of the ablation: each one fits the shipped configuration and differs from it as it says."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from mvptr_ds.config import load_config
+from mvptr_ds.model.config import MvptrConfig
+from mvptr_ds.model.mvptr import Mvptr
+from mvptr_ds.task import Task
+from tools import ablate
+
+ARMS = ablate.load_arms()
+BASE = load_config("demo_stamps")
+
+
+@pytest.mark.parametrize("name", list(ARMS))
+def test_every_arm_is_a_run_of_as_many_steps(name: str) -> None:
+    config = load_config("demo_stamps", ablate.arm_overrides(ARMS[name], BASE))
+    steps = sum(config.stage(stage).max_steps for stage in config.stage_names)
+    assert steps == BASE.stage1.max_steps + BASE.stage2.max_steps
+    changed = dataclasses.asdict(config)
+    assert (changed == dataclasses.asdict(BASE)) == (name == "full")
+    assert ARMS[name].shows
+
+
+@pytest.mark.parametrize("name", list(ARMS))
+def test_every_arm_is_a_task_of_each_of_its_stages(name: str) -> None:
+    config = load_config("demo_stamps", ablate.arm_overrides(ARMS[name], BASE))
+    num_phrases = 10 if config.data.phrase_vocab else 0
+    with torch.device("meta"):
+        model = Mvptr(
+            MvptrConfig(
+                num_words=40, num_rows=50, num_phrases=num_phrases, hidden_size=8, num_attention_heads=2,
+                intermediate_size=8, num_text_layers=1, num_visual_layers=1, num_cross_layers=1,
+                visual_source="features", region_feature_dim=4,
+            )
+        )  # fmt: skip
+    for stage in config.stage_names:
+        weights = config.stage(stage).weights
+        task = Task(model, stage, weights, config.task, max_text_slots=4, max_regions=2, max_steps=1, seed=0)
+        assert task.weights == {key: value for key, value in vars(weights).items() if value}
+
+
+def report(value: float, noun: float | None = 0.5) -> dict[str, Any]:
+    part = {"noun": {"accuracy": noun}, "attribute_among_one_noun": {"accuracy": 0.5}}
+    return {
+        "retrieval": {"t2i_r1": 0.4},
+        "mcr": {"accuracy": 0.1, "phrases": {"accuracy": None}},
+        "without_tags": {
+            "retrieval": {"t2i_r1": value},
+            "rerank": {"t2i_r1": 0.25},
+            "grounding": {"uni": part, "cross": part},
+        },
+    }
+
+
+def test_the_table_says_mean_and_deviation_over_the_seeds() -> None:
+    text = ablate.table({"full": [report(0.30), report(0.34)], "no_phrases": [report(0.2, noun=None)]}, ARMS)
+    rows = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in text.splitlines()[:4]}
+    assert rows["arm"] == ["seeds", *ablate.COLUMNS]
+    assert rows["full"][:3] == ["2", "32.0 ±2.8", "25.0 ±0.0"]
+    assert rows["no_phrases"][:3] == ["1", "20.0", "25.0"]
+    assert rows["no_phrases"][list(ablate.COLUMNS).index("noun, uni") + 1] == "-"
+    assert rows["full"][-1] == "-"
+    assert f"- full: {ARMS['full'].shows}" in text

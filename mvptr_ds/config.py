@@ -91,7 +91,7 @@ class VscConfig:
 class WpgConfig:
     states: str = "auto"  # uni | cross | auto: cross (published) in joint, uni in stage 2
     top_k: int = 3  # one of the k highest region similarities is drawn
-    margin: float = 0.2
+    margin: float = 0.2  # of cosine similarities
 
 
 @dataclass
@@ -115,6 +115,7 @@ class WeightsConfig:
     mlm: float = 0.0
     vsc: float = 0.0
     wpg: float = 0.0
+    wpg_cross: float = 0.0  # grounding by the cross encoder, against ITM's mismatched pairs
     itm: float = 0.0
 
 
@@ -188,7 +189,7 @@ class Config:
     )
     stage2: StageConfig = field(
         default_factory=lambda: StageConfig(
-            weights=WeightsConfig(mcr_tags=1.0, mcr_regions=1.0, mlm=1.0, vsc=1.0, wpg=1.0, itm=1.0)
+            weights=WeightsConfig(mcr_tags=1.0, mcr_regions=1.0, mlm=1.0, vsc=1.0, wpg=1.0, wpg_cross=1.0, itm=1.0)
         )
     )
     joint: StageConfig = field(

@@ -19,7 +19,7 @@ from mvptr_ds.losses import IGNORE, LossSum
 from mvptr_ds.model.mvptr import Mvptr
 
 STAGE1_OBJECTIVES = ("mcr_tags", "mcr_regions", "mcr_phrases", "mlm")
-STAGE2_OBJECTIVES = ("vsc", "wpg", "itm", "mlm", "mcr_tags", "mcr_regions")
+STAGE2_OBJECTIVES = ("vsc", "wpg", "wpg_cross", "itm", "mlm", "mcr_tags", "mcr_regions")
 
 
 @dataclass
@@ -28,6 +28,16 @@ class TaskOutput:
 
     loss: Tensor
     parts: dict[str, LossSum]
+
+
+@dataclass
+class CrossStates:
+    """What the cross encoder makes of pairs of a text and an image, with the masks that grounding needs."""
+
+    text_BTD: Tensor
+    phrase_mask_BT: Tensor
+    regions_BRD: Tensor
+    region_mask_BR: Tensor
 
 
 class Task(nn.Module):
@@ -106,7 +116,8 @@ class Task(nn.Module):
 
     def _crosses(self) -> bool:
         on = set(self.weights)
-        return self.stage != "stage1" and (bool(on & {"itm", "mlm"}) or ("wpg" in on and self.wpg_states == "cross"))
+        reads_cross = bool(on & {"itm", "mlm", "wpg_cross"}) or ("wpg" in on and self.wpg_states == "cross")
+        return self.stage != "stage1" and reads_cross
 
     def forward(self, batch: Batch, step: int, accumulation: int = 0) -> TaskOutput:
         """All objectives of one micro-batch, normalised over the global micro-batch.
@@ -162,23 +173,35 @@ class Task(nn.Module):
                 text_global_BD, image_global_BD, text_global_ND, image_global_ND, scale, same_image_BN, first
             )
         if self._crosses():
-            cross_text_BTD, cross_regions_BRD = model.encode_cross(
-                text_BTD, batch.text_mask_BT, regions_BRD, batch.region_mask_BR
-            )
+            matched = self._cross(text_BTD, batch.text_mask_BT, batch.phrase_mask_BT, regions_BRD, batch.region_mask_BR)
         if "mlm" in weights:
-            parts["mlm"] = self._mlm(batch, cross_text_BTD)
-        if "itm" in weights:
+            parts["mlm"] = self._mlm(batch, matched.text_BTD)
+        if weights.keys() & {"itm", "wpg_cross"}:
             sims = (text_global_BD @ image_global_ND.T, image_global_BD @ text_global_ND.T)
             others_B, takes_image_B = self._itm_negatives(sims, same_image_BN, draws, scale, step)
             mismatched = self._cross_with_others(batch, text_BTD, regions_BRD, others_B, takes_image_B)
-            parts["itm"] = losses.itm(
-                model.itm_logits(model.pool(cross_text_BTD)),
-                model.itm_logits(model.pool(mismatched)),
-                hard_negatives.has_negative(same_image_BN),
-            )
+            parts |= self._compare(matched, mismatched, hard_negatives.has_negative(same_image_BN), draws)
         if "wpg" in weights:
-            states = (cross_text_BTD, cross_regions_BRD) if self.wpg_states == "cross" else (text_BTD, regions_BRD)
+            from_cross = self.wpg_states == "cross"
+            states = (matched.text_BTD, matched.regions_BRD) if from_cross else (text_BTD, regions_BRD)
             parts["wpg"] = self._wpg(batch, *states, same_image_BN, draws)
+        return parts
+
+    def _compare(
+        self, matched: CrossStates, mismatched: CrossStates, has_negative_B: Tensor, draws: Draws
+    ) -> dict[str, LossSum]:
+        """What is learnt from pairs that match against pairs that do not."""
+        parts: dict[str, LossSum] = {}
+        if "itm" in self.weights:
+            logits = [self.model.itm_logits(self.model.pool(pairs.text_BTD)) for pairs in (matched, mismatched)]
+            parts["itm"] = losses.itm(logits[0], logits[1], has_negative_B)
+        if "wpg_cross" in self.weights:
+            pos_B, neg_B = (
+                self._score(p.text_BTD, p.phrase_mask_BT, p.regions_BRD, p.region_mask_BR, draw_BT)
+                for p, draw_BT in ((matched, draws.wpg_own_NT), (mismatched, draws.wpg_other_NT))
+            )
+            counts_B = matched.phrase_mask_BT.any(-1) & mismatched.phrase_mask_BT.any(-1) & has_negative_B
+            parts["wpg_cross"] = losses.wpg(pos_B, neg_B, counts_B, self.config.wpg.margin)
         return parts
 
     def scale(self) -> Tensor:
@@ -219,20 +242,34 @@ class Task(nn.Module):
 
     def _cross_with_others(
         self, batch: Batch, text_BTD: Tensor, regions_BRD: Tensor, others_B: Tensor, takes_image_B: Tensor
-    ) -> Tensor:
-        """Text states of the cross encoder on the mismatched pairs, [B, T, D]."""
-        all_text_NTD, all_text_mask_NT = self._exchange(text_BTD, batch.text_mask_BT, self.max_text_slots)
-        all_regions_NRD, all_region_mask_NR = self._exchange(regions_BRD, batch.region_mask_BR, self.max_regions)
+    ) -> CrossStates:
+        """The cross encoder on the mismatched pairs."""
+        all_text_NTD = self._exchange(text_BTD, self.max_text_slots)
+        all_text_mask_NT = self._exchange(batch.text_mask_BT, self.max_text_slots)
+        all_phrase_mask_NT = self._exchange(batch.phrase_mask_BT, self.max_text_slots)
+        all_regions_NRD = self._exchange(regions_BRD, self.max_regions)
+        all_region_mask_NR = self._exchange(batch.region_mask_BR, self.max_regions)
         own_B = torch.arange(len(batch), device=others_B.device) + parallel.rank() * len(batch)
         text_from_B = torch.where(takes_image_B, own_B, others_B)
         image_from_B = torch.where(takes_image_B, others_B, own_B)
-        mismatched_BTD, _ = self.model.encode_cross(
+        return self._cross(
             all_text_NTD[text_from_B],
             all_text_mask_NT[text_from_B],
+            all_phrase_mask_NT[text_from_B],
             all_regions_NRD[image_from_B],
             all_region_mask_NR[image_from_B],
         )
-        return mismatched_BTD
+
+    def _cross(
+        self,
+        text_BTD: Tensor,
+        text_mask_BT: Tensor,
+        phrase_mask_BT: Tensor,
+        regions_BRD: Tensor,
+        region_mask_BR: Tensor,
+    ) -> CrossStates:
+        states = self.model.encode_cross(text_BTD, text_mask_BT, regions_BRD, region_mask_BR)
+        return CrossStates(states[0], phrase_mask_BT, states[1], region_mask_BR)
 
     def _wpg(self, batch: Batch, text_BTD: Tensor, regions_BRD: Tensor, same_image_BN: Tensor, draws: Draws) -> LossSum:
         pos_B, neg_B = self.grounding_scores(batch, text_BTD, regions_BRD, same_image_BN, draws)
@@ -244,20 +281,25 @@ class Task(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """How well a sample's phrases are grounded in its own image and in another one, [B] each."""
         others_B = hard_negatives.choose("random", same_image_BN, same_image_BN, draws.wpg_image_N)
-        all_regions_NRD, all_mask_NR = self._exchange(regions_BRD, batch.region_mask_BR, self.max_regions)
-        num_slots = text_BTD.shape[1]
-        own = regions_BRD, batch.region_mask_BR, draws.wpg_own_NT[:, :num_slots]
-        other = all_regions_NRD[others_B], all_mask_NR[others_B], draws.wpg_other_NT[:, :num_slots]
-        top_k = self.config.wpg.top_k
+        all_regions_NRD = self._exchange(regions_BRD, self.max_regions)
+        all_mask_NR = self._exchange(batch.region_mask_BR, self.max_regions)
+        text = text_BTD, batch.phrase_mask_BT
         return (
-            losses.phrase_region_score(text_BTD, batch.phrase_mask_BT, *own, top_k),
-            losses.phrase_region_score(text_BTD, batch.phrase_mask_BT, *other, top_k),
+            self._score(*text, regions_BRD, batch.region_mask_BR, draws.wpg_own_NT),
+            self._score(*text, all_regions_NRD[others_B], all_mask_NR[others_B], draws.wpg_other_NT),
         )
 
+    def _score(
+        self, text_BTD: Tensor, phrase_mask_BT: Tensor, regions_BRD: Tensor, region_mask_BR: Tensor, draw_BT: Tensor
+    ) -> Tensor:
+        draw_BT = draw_BT[:, : text_BTD.shape[1]]
+        top_k = self.config.wpg.top_k
+        return losses.phrase_region_score(text_BTD, phrase_mask_BT, regions_BRD, region_mask_BR, draw_BT, top_k)
+
     @staticmethod
-    def _exchange(states_BSD: Tensor, mask_BS: Tensor, max_slots: int) -> tuple[Tensor, Tensor]:
-        """States and masks of all ranks, padded to the same length; differentiable."""
+    def _exchange(slots_BSx: Tensor, max_slots: int) -> Tensor:
+        """States [B, S, D] or a mask [B, S] of all ranks, padded to the same length; differentiable."""
         if parallel.num_ranks() > 1:
-            missing = max_slots - states_BSD.shape[1]
-            states_BSD, mask_BS = F.pad(states_BSD, (0, 0, 0, missing)), F.pad(mask_BS, (0, missing))
-        return parallel.gather(states_BSD), parallel.gather(mask_BS)
+            after_slots = (0, 0) * (slots_BSx.ndim - 2)
+            slots_BSx = F.pad(slots_BSx, (*after_slots, 0, max_slots - slots_BSx.shape[1]))
+        return parallel.gather(slots_BSx)

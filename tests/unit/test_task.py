@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mvptr_ds import hard_negatives
 from mvptr_ds.config import Config, ItmConfig, TaskConfig, WeightsConfig, WpgConfig
@@ -77,10 +78,11 @@ def test_every_batch_gives_a_finite_loss_and_gradients(stage: str, kind: str, st
 def test_counts_say_what_was_predicted() -> None:
     out = build("stage2")(whole_batch(), 0)
     counts = {name: float(part.count) for name, part in out.parts.items()}
-    assert counts == {"mcr_tags": 12, "mcr_regions": 12, "vsc": 4, "mlm": 4, "itm": 8, "wpg": 4}
+    assert counts == {"mcr_tags": 12, "mcr_regions": 12, "vsc": 4, "mlm": 4, "itm": 8, "wpg_cross": 4, "wpg": 4}
     none = build("stage2")(BATCHES["the same image throughout"](), 0)
     counts = {name: float(part.count) for name, part in none.parts.items()}
-    assert counts["itm"] == 3 and counts["wpg"] == 0  # matches still count, mismatches do not exist
+    assert counts["itm"] == 3  # matches still count, mismatches do not exist
+    assert counts["wpg"] == counts["wpg_cross"] == 0
     assert none.parts["vsc"].sum == 0
 
 
@@ -190,6 +192,34 @@ def test_states_of_wpg() -> None:
     assert loss("stage2", "uni") != loss("stage2", "cross")
     assert loss("stage2", "auto") == loss("stage2", "uni")
     assert loss("joint", "auto") == loss("joint", "cross")
+
+
+def test_grounding_by_the_cross_encoder_compares_the_own_pair_with_the_mismatched_one() -> None:
+    """Sample by sample, each pair by itself: the same hinge, with a mean over the phrases of the pair's own text."""
+    task = build("stage2", only("wpg_cross"), TaskConfig(wpg=WpgConfig(top_k=1), itm=ItmConfig(negatives="random"))).double()
+    model, batch = task.model, whole_batch()
+    draws = Draws.keyed(0, 0, 0, len(batch), TEXT_SLOTS)
+    found = task.objectives(batch, draws)["wpg_cross"]
+
+    same = batch.image_index_B[:, None] == batch.image_index_B[None, :]
+    others = hard_negatives.choose("random", same.double(), same, draws.itm_N).tolist()
+    text_BTD = model.encode_text(batch.text_ids_BT, batch.text_mask_BT)
+    _, regions_BRD = task._encode_visual(batch)
+
+    def score(text: int, image: int) -> float:
+        pair = slice(text, text + 1), slice(image, image + 1)
+        text_mask, region_mask = batch.text_mask_BT[pair[0]], batch.region_mask_BR[pair[1]]
+        words, regions = model.encode_cross(text_BTD[pair[0]], text_mask, regions_BRD[pair[1]], region_mask)
+        phrases = F.normalize(words[0][batch.phrase_mask_BT[text]], dim=-1)
+        sims = phrases @ F.normalize(regions[0][batch.region_mask_BR[image]], dim=-1).T
+        return float(sims.max(-1).values.mean().detach())
+
+    wanted = 0.0
+    for i, (other, takes_image) in enumerate(zip(others, draws.itm_takes_image_N.tolist(), strict=True)):
+        mismatched = score(i, other) if takes_image else score(other, i)
+        wanted += max(0.0, mismatched + 0.2 - score(i, i))
+    assert wanted > 0 and found.count == len(batch)
+    assert found.sum.item() == pytest.approx(wanted, rel=1e-9)  # float64
 
 
 def test_margin_and_top_k_and_temperature_are_used() -> None:

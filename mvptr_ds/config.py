@@ -90,6 +90,7 @@ class VscConfig:
 @dataclass
 class WpgConfig:
     states: str = "auto"  # uni | cross | auto: cross (published) in joint, uni in stage 2
+    negatives: str = "auto"  # hardest | sampled | random | auto: random (published) in joint, sampled in stage 2
     top_k: int = 3  # one of the k highest region similarities is drawn
     margin: float = 0.2  # of cosine similarities
 

@@ -83,13 +83,20 @@ class Task(nn.Module):
                 f"data.phrase_vocab, or {stage}.weights.mcr_phrases=0"
             )
         joint = stage == "joint"
-        self.wpg_states, self.itm_negatives = config.wpg.states, config.itm.negatives
+        self.wpg_states, self.wpg_negatives = config.wpg.states, config.wpg.negatives
+        self.itm_negatives = config.itm.negatives
         if self.wpg_states == "auto":
             self.wpg_states = "cross" if joint else "uni"
+        if self.wpg_negatives == "auto":
+            self.wpg_negatives = "random" if joint else "sampled"
         if self.itm_negatives == "auto":
             self.itm_negatives = "hardest" if joint else "schedule"
         if self.wpg_states not in ("uni", "cross"):
             raise ValueError(f"task.wpg.states is {config.wpg.states!r}; choose from uni, cross, auto")
+        if self.wpg_negatives not in hard_negatives.MODES:
+            raise ValueError(
+                f"task.wpg.negatives is {config.wpg.negatives!r}; choose from {', '.join(hard_negatives.MODES)}, auto"
+            )
         if self.itm_negatives not in (*hard_negatives.MODES, "schedule"):
             raise ValueError(
                 f"task.itm.negatives is {config.itm.negatives!r}; choose from "
@@ -176,15 +183,19 @@ class Task(nn.Module):
             matched = self._cross(text_BTD, batch.text_mask_BT, batch.phrase_mask_BT, regions_BRD, batch.region_mask_BR)
         if "mlm" in weights:
             parts["mlm"] = self._mlm(batch, matched.text_BTD)
+        text_to_image_BN, image_to_text_BN = text_global_BD @ image_global_ND.T, image_global_BD @ text_global_ND.T
         if weights.keys() & {"itm", "wpg_cross"}:
-            sims = (text_global_BD @ image_global_ND.T, image_global_BD @ text_global_ND.T)
+            sims = text_to_image_BN, image_to_text_BN
             others_B, takes_image_B = self._itm_negatives(sims, same_image_BN, draws, scale, step)
             mismatched = self._cross_with_others(batch, text_BTD, regions_BRD, others_B, takes_image_B)
             parts |= self._compare(matched, mismatched, hard_negatives.has_negative(same_image_BN), draws)
         if "wpg" in weights:
             from_cross = self.wpg_states == "cross"
             states = (matched.text_BTD, matched.regions_BRD) if from_cross else (text_BTD, regions_BRD)
-            parts["wpg"] = self._wpg(batch, *states, same_image_BN, draws)
+            others_B = hard_negatives.choose(
+                self.wpg_negatives, text_to_image_BN, same_image_BN, draws.wpg_image_N, scale.detach()
+            )
+            parts["wpg"] = self._wpg(batch, *states, others_B, same_image_BN, draws)
         return parts
 
     def _compare(
@@ -271,16 +282,23 @@ class Task(nn.Module):
         states = self.model.encode_cross(text_BTD, text_mask_BT, regions_BRD, region_mask_BR)
         return CrossStates(states[0], phrase_mask_BT, states[1], region_mask_BR)
 
-    def _wpg(self, batch: Batch, text_BTD: Tensor, regions_BRD: Tensor, same_image_BN: Tensor, draws: Draws) -> LossSum:
-        pos_B, neg_B = self.grounding_scores(batch, text_BTD, regions_BRD, same_image_BN, draws)
+    def _wpg(
+        self,
+        batch: Batch,
+        text_BTD: Tensor,
+        regions_BRD: Tensor,
+        others_B: Tensor,
+        same_image_BN: Tensor,
+        draws: Draws,
+    ) -> LossSum:
+        pos_B, neg_B = self.grounding_scores(batch, text_BTD, regions_BRD, others_B, draws)
         counts_B = batch.phrase_mask_BT.any(-1) & hard_negatives.has_negative(same_image_BN)
         return losses.wpg(pos_B, neg_B, counts_B, self.config.wpg.margin)
 
     def grounding_scores(
-        self, batch: Batch, text_BTD: Tensor, regions_BRD: Tensor, same_image_BN: Tensor, draws: Draws
+        self, batch: Batch, text_BTD: Tensor, regions_BRD: Tensor, others_B: Tensor, draws: Draws
     ) -> tuple[Tensor, Tensor]:
-        """How well a sample's phrases are grounded in its own image and in another one, [B] each."""
-        others_B = hard_negatives.choose("random", same_image_BN, same_image_BN, draws.wpg_image_N)
+        """How well a sample's phrases are grounded in its own image and in that of sample `others_B`, [B] each."""
         all_regions_NRD = self._exchange(regions_BRD, self.max_regions)
         all_mask_NR = self._exchange(batch.region_mask_BR, self.max_regions)
         text = text_BTD, batch.phrase_mask_BT
@@ -292,6 +310,7 @@ class Task(nn.Module):
     def _score(
         self, text_BTD: Tensor, phrase_mask_BT: Tensor, regions_BRD: Tensor, region_mask_BR: Tensor, draw_BT: Tensor
     ) -> Tensor:
+        """How well each text's phrases are grounded in the image beside it, [B]."""
         draw_BT = draw_BT[:, : text_BTD.shape[1]]
         top_k = self.config.wpg.top_k
         return losses.phrase_region_score(text_BTD, phrase_mask_BT, regions_BRD, region_mask_BR, draw_BT, top_k)

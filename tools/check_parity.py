@@ -111,7 +111,8 @@ def compute(model: Mvptr, task: Task, batch: Batch, draws: Draws, dice: Tensor) 
     pooled_BD, hard_pooled_BD = model.pool(cross_text_BTD), model.pool(hard_text_BTD)
     phrases_PD = F.normalize(cross_text_BTD[batch.phrase_mask_BT], dim=-1)
     picked_text, picked_tags = batch.mlm_labels_BT != IGNORE, batch.tag_labels_BG != IGNORE
-    pos_B, neg_B = task.grounding_scores(batch, cross_text_BTD, cross_regions_BRD, same_BB, draws)
+    others_B = hard_negatives.choose("random", sim_BB, same_BB, draws.wpg_image_N)
+    pos_B, neg_B = task.grounding_scores(batch, cross_text_BTD, cross_regions_BRD, others_B, draws)
     return {
         "embeddings_text": model.embeddings(batch.text_ids_BT, TEXT_SEGMENT),
         "embeddings_tags": model.embeddings(batch.tag_ids_BG, TAG_SEGMENT),

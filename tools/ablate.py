@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -120,8 +122,15 @@ def run_arm(folder: Path, ranks: int, config_name: str, overrides: Sequence[str]
 
 
 def _call(command: list[str], log: Path) -> None:
+    """Runs the command in a process group of its own, which gets a SIGTERM when this process is stopped."""
     with log.open("ab") as file:
-        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, cwd=REPO, check=False).returncode
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=REPO, start_new_session=True)
+    try:
+        status = process.wait()
+    except BaseException:  # Ctrl-C or SIGTERM: a launcher that is ended alone leaves its ranks behind
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+        raise
     if status != 0:
         raise AblationError(f"exit status {status} of {' '.join(command)}; its output is in {log}")
 
@@ -170,6 +179,7 @@ def main() -> int:
     arms = load_arms()
     arguments = parse_arguments(arms)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     out = arguments.out.resolve()
     try:
         if not arguments.table:

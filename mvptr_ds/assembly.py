@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +13,10 @@ import torch
 from mvptr_ds import parallel
 from mvptr_ds.config import Config, DataConfig, MaskingConfig
 from mvptr_ds.data.features import SampleBuilder, SampleOptions
+from mvptr_ds.data.joined import JoinedIndex, check_extractors, check_kinds, ensure_join
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.schema import SCHEMA_VERSION, DataError
-from mvptr_ds.data.shards import Index, ensure_index
+from mvptr_ds.data.shards import Index, SampleIndex, ensure_index
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.demo.build import build_demo_shards
 from mvptr_ds.model.config import MvptrConfig
@@ -70,8 +71,58 @@ def prepare_shards(data: DataConfig, seed: int, num_processes: int) -> None:
         for folder in (data.train, data.held_out):
             if folder is not None:
                 ensure_index(folder)
+        for folder in {*data.sidecars, *(data.held_out_sidecars or ())}:
+            ensure_index(folder)
 
     on_main(prepare)
+
+
+def open_train(data: DataConfig, stage: str, joins: Path) -> SampleIndex:
+    """The samples that a stage trains on; their indices must be there. All ranks call it.
+
+    Args:
+        joins: folder where the join with the sidecars is kept.
+
+    Raises:
+        DataError: the folders cannot be opened or joined, or the stage needs pairs and there are other samples.
+    """
+    index = _open(data, data.train, data.sidecars, joins)
+    if stage != "stage1":
+        _check_pairs(index, data.train, f"{stage} aligns both, so it needs", "leave it to stage 1 (run.stages=[1])")
+    return index
+
+
+def open_held_out(data: DataConfig, joins: Path) -> SampleIndex:
+    """The samples to evaluate on, like `open_train`; builds missing indices."""
+    if data.held_out is None:
+        raise DataError("data.held_out is not set: give data.held_out=FOLDER of shards to evaluate on")
+    sidecars = data.sidecars if data.held_out_sidecars is None else data.held_out_sidecars
+    on_main(lambda: [ensure_index(folder) for folder in (data.held_out, *sidecars) if folder is not None])
+    index = _open(data, data.held_out, sidecars, joins)
+    _check_pairs(index, data.held_out, "evaluation needs", "set data.held_out to others, or to null to do without")
+    return index
+
+
+def _open(data: DataConfig, folder: str, sidecars: Sequence[str], joins: Path) -> SampleIndex:
+    main = Index.open(folder)
+    opened = [Index.open(sidecar) for sidecar in sidecars]
+    if opened:
+        missing, allow_mixed = data.missing_partners, data.allow_mixed_extractors
+        on_main(lambda: ensure_join(main, opened, missing, allow_mixed, joins))
+        return JoinedIndex(main, opened, missing, joins)
+    check_kinds(main, ())
+    if not data.allow_mixed_extractors:
+        check_extractors(main)
+    return main
+
+
+def _check_pairs(index: SampleIndex, folder: str, who: str, remedy: str) -> None:
+    if index.num_text_only_samples or index.num_image_only_samples:
+        raise DataError(
+            f"{folder} holds {index.num_text_only_samples} text-only and {index.num_image_only_samples} image-only "
+            f"samples among {len(index)}; {who} image-text pairs: take them out, give what they lack in data.sidecars, "
+            f"or {remedy}"
+        )
 
 
 def build_vocabs(data: DataConfig) -> Vocabs:
@@ -82,7 +133,7 @@ def build_vocabs(data: DataConfig) -> Vocabs:
 
 
 def build_samples(
-    config: Config, vocabs: Vocabs, index: Index, masking: MaskingConfig, predict_phrases: bool, tag_noise: bool
+    config: Config, vocabs: Vocabs, index: SampleIndex, masking: MaskingConfig, predict_phrases: bool, tag_noise: bool
 ) -> SampleBuilder:
     """What turns a record's members into a sample; evaluation passes `NO_MASKING` and no tag noise."""
     data, visual = config.data, config.visual

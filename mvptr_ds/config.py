@@ -35,6 +35,10 @@ class RunConfig:
 class DataConfig:
     train: str = "runs/demo/shards/train"  # folder with manifest.json (made on first use when there is none)
     held_out: str | None = "runs/demo/shards/held_out"
+    sidecars: list[str] = field(default_factory=list)  # folders of regions, features or phrases, joined by key
+    held_out_sidecars: list[str] | None = None  # of `held_out`; null: `sidecars`
+    missing_partners: str = "drop"  # a record that a sidecar lacks: drop | keep (it is used as it is)
+    allow_mixed_extractors: bool = False  # regions or features of several extractors in one folder
     word_vocab: str | None = None  # WordPiece vocab.txt; null: bert-base-uncased's, shipped in the package
     phrase_vocab: str | None = "runs/demo/shards/phrase_vocab.json"
     demo_source: str | None = None  # shapes | stamps: build these demo shards when `train` is missing

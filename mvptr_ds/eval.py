@@ -14,10 +14,10 @@ if __name__ == "__main__":  # see train.py
 
 import torch
 
+from mvptr_ds.assembly import open_held_out
 from mvptr_ds.checkpointing import CheckpointError, find_model
 from mvptr_ds.config import STAGES, override_config
 from mvptr_ds.data.schema import DataError
-from mvptr_ds.data.shards import ensure_index
 from mvptr_ds.evaluation.curves import draw_curves, draw_scores, read_metrics, wall_s
 from mvptr_ds.evaluation.pictures import draw_grounding
 from mvptr_ds.evaluation.report import evaluate_split
@@ -45,11 +45,9 @@ def evaluate(run: Path, overrides: list[str], out: Path) -> dict[str, Any]:
     path = find_model(run)
     model, vocabs, config = load_model_folder(path)
     config = override_config(config, overrides)
-    if config.data.held_out is None:
-        raise DataError("data.held_out is not set: give data.held_out=FOLDER of shards to evaluate on")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)  # type: ignore[arg-type]  # transformers' wrapper of nn.Module.to hides its types
-    index = ensure_index(config.data.held_out)
+    index = open_held_out(config.data, out / "joins")
     logger.info("model %s on %d captions of %d images", path, len(index), index.num_records)
     evaluation = evaluate_split(model, vocabs, config, index, device, config.run.seed)
     out.mkdir(parents=True, exist_ok=True)

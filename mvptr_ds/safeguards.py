@@ -126,5 +126,5 @@ class BadSamples:
             raise DataError(
                 f"{self.bad} samples could not be read among {self.read}, more than data.max_bad_fraction="
                 f"{self.max_fraction} allows; each was logged with shard, key and reason: check the folder with "
-                "tools/index_shards.py, or allow more"
+                "tools/validate_shards.py, or allow more"
             )

@@ -19,7 +19,6 @@ from mvptr_ds.data.collate import Batch
 from mvptr_ds.data.loader import ShardDataset, make_loader
 from mvptr_ds.data.plan import Plan
 from mvptr_ds.data.schema import DataError
-from mvptr_ds.data.shards import Index
 from mvptr_ds.metrics import Meters, MetricsLog
 from mvptr_ds.optim import build_optimizer, learning_rate_at, parameter_groups
 from mvptr_ds.safeguards import BadSamples, HangGuard, SkippedSteps, StopSignal, agree
@@ -73,7 +72,10 @@ class Trainer:
 
     def _build_data(self, predict_phrases: bool) -> None:
         data, seed = self.config.data, self.seed
-        index = Index.open(data.train)
+        joins = Path(self.config.run.dir) / "joins"
+        index = assembly.open_train(data, self.dir.name, joins)
+        evaluates = data.held_out is not None and self.config.train.evaluate_every_steps > 0
+        self.held_out = assembly.open_held_out(data, joins) if evaluates else None
         samples = assembly.build_samples(
             self.config, self.vocabs, index, self.stage.masking, predict_phrases, tag_noise=True
         )
@@ -226,12 +228,11 @@ class Trainer:
 
     def _evaluate(self) -> None:
         """Rank 0 evaluates on the held-out shards; the others wait in the next step's first collective."""
-        if not parallel.is_main() or self.config.data.held_out is None:
+        if not parallel.is_main() or self.held_out is None:
             return
         from mvptr_ds.evaluation.report import evaluate_model, flatten_scores
 
-        index = Index.open(self.config.data.held_out)
-        report = evaluate_model(self.model, self.vocabs, self.config, index, self.device)
+        report = evaluate_model(self.model, self.vocabs, self.config, self.held_out, self.device)
         self.log.write_scores(self.step, flatten_scores(report))
         self.task.train()
 

@@ -25,7 +25,7 @@ class Sample:
     tag_ids_G: np.ndarray  # int64 [CLS] tags [SEP], masked
     tag_labels_G: np.ndarray  # int64 wordpiece, or IGNORE
     region_geometry_R6: np.ndarray  # float32 x1/W y1/H x2/W y2/H w/W h/H
-    region_features_RF: np.ndarray | None  # float32; None when regions are pooled from the image
+    region_features_RF: np.ndarray | None  # float32; None when regions are pooled from the image; R = 0: any F
     image_3HW: np.ndarray | None  # uint8; None when features are given
     image_index: int  # number of the record in its split: equal for captions of one image
     position: int  # place of the sample in the run (epoch x samples + position in the epoch)
@@ -71,7 +71,8 @@ class Batch:
 
 
 def _pad(rows: list[np.ndarray], fill: float) -> Tensor:
-    longest = max(len(row) for row in rows)
+    # at least one slot, though every sample be without regions: kernels differ in what they make of no slot at all
+    longest = max(1, *(len(row) for row in rows))
     out = np.full((len(rows), longest, *rows[0].shape[1:]), fill, dtype=rows[0].dtype)
     for padded, row in zip(out, rows, strict=True):
         padded[: len(row)] = row
@@ -82,8 +83,14 @@ def _mask(rows: list[np.ndarray]) -> Tensor:
     return _pad([np.ones(len(row), dtype=bool) for row in rows], False)
 
 
+def _pad_features(rows: list[np.ndarray]) -> Tensor:
+    """[B, R, F]; a sample without regions does not know F."""
+    feature_dim = max(row.shape[1] for row in rows)
+    return _pad([row if len(row) else row.reshape(0, feature_dim) for row in rows], 0.0)
+
+
 def collate(samples: list[Sample]) -> Batch:
-    """Pads text, tags and regions to the longest of the batch (word row 0 is [PAD])."""
+    """Pads text, tags and regions to the longest of the batch, and to one slot at least (word row 0 is [PAD])."""
     features = [s.region_features_RF for s in samples]
     images = [s.image_3HW for s in samples]
     return Batch(
@@ -97,7 +104,7 @@ def collate(samples: list[Sample]) -> Batch:
         tag_labels_BG=_pad([s.tag_labels_G for s in samples], IGNORE),
         region_geometry_BR6=_pad([s.region_geometry_R6 for s in samples], 0.0),
         region_mask_BR=_mask([s.region_geometry_R6 for s in samples]),
-        region_features_BRF=None if features[0] is None else _pad([f for f in features if f is not None], 0.0),
+        region_features_BRF=None if features[0] is None else _pad_features([f for f in features if f is not None]),
         images_B3HW=None if images[0] is None else torch.from_numpy(np.stack([i for i in images if i is not None])),
         image_index_B=torch.tensor([s.image_index for s in samples]),
         position_B=torch.tensor([s.position for s in samples]),

@@ -22,13 +22,14 @@ from mvptr_ds.data.collate import Sample
 from mvptr_ds.data.layout import layout_tags, layout_text, num_phrases_that_fit
 from mvptr_ds.data.masking import TextMasking, mask_text, mask_words
 from mvptr_ds.data.phrases import PhraseVocab
-from mvptr_ds.data.schema import Caption, DataError, Phrase, Record, parse_record
+from mvptr_ds.data.schema import Caption, DataError, Phrase, Record, check_size, parse_record
 from mvptr_ds.data.tars import IMAGE_EXTENSIONS
 from mvptr_ds.data.wordpiece import WordPiece
 
 VISUAL_SOURCES = ("features", "image")
 MAX_IMAGE_PIXELS = 64_000_000  # a larger picture is refused before it is decoded (decompression bombs)
 _MAX_KNOWN_TAGS = 100_000
+_NO_CAPTION = Caption("")  # of an image-only record
 _NPY_ERRORS = (OSError, ValueError, EOFError, SyntaxError, OverflowError, TypeError, tokenize.TokenError)
 _DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
@@ -91,27 +92,29 @@ class SampleBuilder:
         image_index: int,
         position: int,
         rng: np.random.Generator,
+        record: Record | None = None,
     ) -> Sample:
         """The sample of caption `caption_number`; all chance is drawn from `rng`.
+
+        A record without captions gives the text `[CLS] [SEP]`, one with nothing to see no regions at all.
+
+        Args:
+            record: what the members say, where that has been read already; else the json member is parsed.
 
         Raises:
             DataError: the record, its features or its image cannot be used, with the reason.
         """
-        if "json" not in members:
-            raise DataError(f"the record has no json member, only {sorted(members)}")
-        record = parse_record(members["json"])
-        if not 0 <= caption_number < len(record.captions):
-            raise DataError(f"caption {caption_number} of a record with {len(record.captions)}; rebuild the index")
+        if record is None:
+            if "json" not in members:
+                raise DataError(f"the record has no json member, only {sorted(members)}")
+            record = parse_record(members["json"])
+        captions = record.captions or (_NO_CAPTION,)
+        if not 0 <= caption_number < len(captions):
+            raise DataError(f"caption {caption_number} of a record with {len(captions)}; rebuild the index")
         # text, tags, then the picture: the draws of one must not depend on how the other is stored
-        text = self._text(record.captions[caption_number], rng)
+        text = self._text(captions[caption_number], rng)
         tag_ids_G, tag_labels_G = self._tags(record, rng)
-        geometry_R6 = region_geometry(record, self.options.grid_size)
-        features_RF = image_3HW = None
-        if self.options.visual_source == "features":
-            features_RF = read_features(members, len(geometry_R6), self.options.feature_dim)
-            features_RF = features_RF[: self.options.max_regions]
-        else:
-            image_3HW = decode_image(members, self.options.image_size)
+        geometry_R6, features_RF, image_3HW = self._picture(record, members)
         return Sample(
             text_ids_T=text.ids_T,
             phrase_mask_T=text.phrase_mask_T,
@@ -119,7 +122,7 @@ class SampleBuilder:
             phrase_labels_T=text.phrase_labels_T,
             tag_ids_G=tag_ids_G,
             tag_labels_G=tag_labels_G,
-            region_geometry_R6=geometry_R6[: self.options.max_regions],
+            region_geometry_R6=geometry_R6,
             region_features_RF=features_RF,
             image_3HW=image_3HW,
             image_index=image_index,
@@ -127,6 +130,24 @@ class SampleBuilder:
             num_oov_phrases=text.num_oov,
             num_phrases=int(text.phrase_mask_T.sum()),
         )
+
+    def _picture(
+        self, record: Record, members: Mapping[str, bytes]
+    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+        """Geometry float32 [R, 6], then features float32 [R, F] or the image uint8 [3, H, W]; R = 0 without any."""
+        options = self.options
+        uses_features = options.visual_source == "features"
+        if not (record.regions or "npy" in members or any(extension in members for extension in IMAGE_EXTENSIONS)):
+            nothing_R6 = np.zeros((0, 6), dtype=np.float32)
+            if uses_features:
+                return nothing_R6, np.zeros((0, options.feature_dim or 0), dtype=np.float32), None
+            return nothing_R6, None, np.zeros((3, options.image_size, options.image_size), dtype=np.uint8)
+        check_size(record.width, record.height)
+        geometry_R6 = region_geometry(record, options.grid_size)
+        cut_R6 = geometry_R6[: options.max_regions]
+        if uses_features:
+            return cut_R6, read_features(members, len(geometry_R6), options.feature_dim)[: options.max_regions], None
+        return cut_R6, None, decode_image(members, options.image_size)
 
     def _text(self, caption: Caption, rng: np.random.Generator) -> _Text:
         options = self.options

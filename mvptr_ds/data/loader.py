@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 from mvptr_ds.data.collate import Batch, Sample, collate
 from mvptr_ds.data.features import SampleBuilder
 from mvptr_ds.data.plan import Plan
-from mvptr_ds.data.schema import DataError, Record, parse_record
-from mvptr_ds.data.shards import Index, read_record, record_key
+from mvptr_ds.data.schema import DataError, Record
+from mvptr_ds.data.shards import SampleIndex, record_key
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ MAX_TRIES = 8
 class ShardDataset(Dataset[Sample]):
     """Sample at a position of the run. Picklable; each process opens its own files."""
 
-    def __init__(self, index: Index, plan: Plan, builder: SampleBuilder) -> None:
+    def __init__(self, index: SampleIndex, plan: Plan, builder: SampleBuilder) -> None:
         if plan.num_samples != len(index):
             raise ValueError(f"the plan is for {plan.num_samples} samples, the index holds {len(index)}")
         self.index = index
@@ -71,11 +71,13 @@ class ShardDataset(Dataset[Sample]):
             number = int(substitutes.integers(len(self.index)))
         raise DataError(
             f"position {position}: {len(reasons)} samples in a row cannot be used; the first: {reasons[0]}; check the "
-            "folder with tools/index_shards.py and that visual.source fits what the shards hold"
+            "folder with tools/validate_shards.py and that visual.source fits what the shards hold"
         )
 
 
-def load_sample(index: Index, builder: SampleBuilder, number: int, position: int, rng: np.random.Generator) -> Sample:
+def load_sample(
+    index: SampleIndex, builder: SampleBuilder, number: int, position: int, rng: np.random.Generator
+) -> Sample:
     """Reads and builds sample `number`.
 
     Raises:
@@ -83,18 +85,17 @@ def load_sample(index: Index, builder: SampleBuilder, number: int, position: int
     """
     place = index.locate(number)
     try:
-        members = read_record(place.path, place.offset, place.num_bytes)
-        return builder.build(members, place.caption, place.record, position, rng)
+        record, members = index.read(place)
+        return builder.build(members, place.caption, place.record, position, rng, record)
     except (DataError, OSError) as error:
         key = record_key(place.path, place.offset, place.num_bytes)
         raise DataError(f"{place.path}, key {key!r}, caption {place.caption}: {error}") from error
 
 
-def read_sample_record(index: Index, number: int) -> tuple[Record, int]:
+def read_sample_record(index: SampleIndex, number: int) -> tuple[Record, int]:
     """The record that sample `number` belongs to, and the number of its caption there."""
     place = index.locate(number)
-    members = read_record(place.path, place.offset, place.num_bytes)
-    return parse_record(members["json"]), place.caption
+    return index.read(place)[0], place.caption
 
 
 class _MicroBatches:
@@ -164,7 +165,7 @@ def make_loader(
 
 
 def eval_batches(
-    index: Index, builder: SampleBuilder, batch_size: int, indices: Sequence[int] | None = None
+    index: SampleIndex, builder: SampleBuilder, batch_size: int, indices: Sequence[int] | None = None
 ) -> Iterator[Batch]:
     """Batches of the samples `indices` (all when None) in that order; `position_B` holds the sample numbers.
 

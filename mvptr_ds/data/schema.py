@@ -1,4 +1,4 @@
-"""What one record of a shard says: `KEY.json` of schema 1, read and checked.
+"""What one record of a shard says: `KEY.json` of schema 1, read and checked; and one entry of a sidecar.
 
     {"schema": 1, "image_id": "...", "width": 640, "height": 480,
      "captions": [{"text": "A brown dog.", "phrases": [{"tuple": ["dog", "brown"], "spans": [[2, 7], [8, 11]]}]}],
@@ -7,16 +7,25 @@
 Boxes are pixels of the original image, spans are half-open character ranges of the caption. A phrase may name the
 regions it refers to (`"regions": [0]`, indices into the record's list): training never looks at them, the evaluation
 of phrase grounding does.
+
+`captions` may be empty (an image-only record), and width and height may be 0 where there is nothing to see (a text-only
+record). `"extractor": {"name": "...", "version": "..."}` says what made the regions, features or phrases.
+
+An entry of a sidecar has no image_id but an extractor, and any of width and height, regions, captions: what it has
+takes the place of the record's (data.sidecars).
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 SCHEMA_VERSION = 1
+MAX_SIDE_PX = 1_000_000  # of a picture
 Words = tuple[str, ...]
 Spans = tuple[tuple[int, int], ...]
 Numbers = tuple[int, ...]
@@ -46,6 +55,16 @@ class Region:
     score: float = 1.0
 
 
+class Extractor(NamedTuple):
+    """Who made regions, features or phrases: what is to be told apart bears another name or version."""
+
+    name: str
+    version: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.version}"
+
+
 @dataclass(frozen=True)
 class Record:
     image_id: str
@@ -53,65 +72,177 @@ class Record:
     height: int
     captions: tuple[Caption, ...]
     regions: tuple[Region, ...] = field(default=())
+    extractor: Extractor | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object written as `KEY.json`."""
-        out: dict[str, Any] = {"schema": SCHEMA_VERSION, **asdict(self)}
-        for caption in out["captions"]:
-            for phrase in caption["phrases"]:
-                if not phrase["regions"]:
-                    del phrase["regions"]
+        out: dict[str, Any] = {
+            "schema": SCHEMA_VERSION,
+            "image_id": self.image_id,
+            "width": self.width,
+            "height": self.height,
+            "captions": captions_json(self.captions),
+            "regions": [asdict(region) for region in self.regions],
+        }
+        if self.extractor is not None:
+            out["extractor"] = self.extractor._asdict()
         return out
 
 
+@dataclass(frozen=True)
+class SidecarEntry:
+    """What a sidecar says of one record; None is what it says nothing of."""
+
+    extractor: Extractor
+    width: int | None = None
+    height: int | None = None
+    captions: tuple[Caption, ...] | None = None
+    regions: tuple[Region, ...] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object written as `KEY.json`."""
+        out: dict[str, Any] = {"schema": SCHEMA_VERSION, "extractor": self.extractor._asdict()}
+        if self.width is not None and self.height is not None:
+            out |= {"width": self.width, "height": self.height}
+        if self.captions is not None:
+            out["captions"] = captions_json(self.captions)
+        if self.regions is not None:
+            out["regions"] = [asdict(region) for region in self.regions]
+        return out
+
+
+def captions_json(captions: Sequence[Caption]) -> list[dict[str, Any]]:
+    out = [asdict(caption) for caption in captions]
+    for phrase in (phrase for caption in out for phrase in caption["phrases"]):
+        if not phrase["regions"]:
+            del phrase["regions"]
+    return out
+
+
 def parse_record(content: bytes | dict[str, Any]) -> Record:
-    """Reads one `KEY.json`.
+    """Reads one `KEY.json` of a record.
 
     Raises:
         DataError: for anything that is not a record of schema 1, naming the field and its value.
     """
+    return _record(load_json(content))
+
+
+def parse_entry(content: bytes | dict[str, Any]) -> Record | SidecarEntry:
+    """Reads one `KEY.json`, of a record or of a sidecar.
+
+    Raises:
+        DataError: for anything that is neither, naming the field and its value.
+    """
+    content = load_json(content)
+    return _sidecar_entry(content) if "extractor" in content and "image_id" not in content else _record(content)
+
+
+def load_json(content: bytes | dict[str, Any]) -> dict[str, Any]:
+    """The JSON object of a `KEY.json` of this schema; its fields are still to be checked."""
     if isinstance(content, bytes):
         try:
             content = json.loads(content)
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of thousands of digits
             raise DataError(f"the record is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise DataError(f"the record is a {type(content).__name__}, not a JSON object")
     if content.get("schema") != SCHEMA_VERSION:
         raise DataError(f"schema is {content.get('schema')!r}, this version reads {SCHEMA_VERSION}")
-    try:
+    return content
+
+
+def _record(content: dict[str, Any]) -> Record:
+    with _naming_the_field():
         record = Record(
-            image_id=str(content["image_id"]),
-            width=int(content["width"]),
-            height=int(content["height"]),
+            image_id=_text(str(content["image_id"]), "image_id"),
+            width=_side(content, "width"),
+            height=_side(content, "height"),
             captions=tuple(_caption(c) for c in content["captions"]),
             regions=tuple(_region(r) for r in content.get("regions", ())),
+            extractor=_extractor(content["extractor"]) if "extractor" in content else None,
         )
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"a field is missing or of the wrong type: {error!r}") from error
-    if record.width < 1 or record.height < 1:
-        raise DataError(f"width x height is {record.width} x {record.height}, both must be at least 1")
-    if not record.captions:
-        raise DataError("the record has no caption")
-    for caption in record.captions:
-        for phrase in caption.phrases:
-            if any(not 0 <= r < len(record.regions) for r in phrase.regions):
-                raise DataError(f"phrase {phrase.tuple} names regions {phrase.regions} of {len(record.regions)}")
+    if (record.width, record.height) != (0, 0) or record.regions:
+        check_size(record.width, record.height)
+    check_phrase_regions(record.captions, len(record.regions))
     return record
 
 
+def _sidecar_entry(content: dict[str, Any]) -> SidecarEntry:
+    with _naming_the_field():
+        entry = SidecarEntry(
+            extractor=_extractor(content["extractor"]),
+            width=_side(content, "width") if "width" in content or "height" in content else None,
+            height=_side(content, "height") if "width" in content or "height" in content else None,
+            captions=tuple(_caption(c) for c in content["captions"]) if "captions" in content else None,
+            regions=tuple(_region(r) for r in content["regions"]) if "regions" in content else None,
+        )
+    if entry.width is not None and entry.height is not None:
+        check_size(entry.width, entry.height)
+    if entry.regions is not None:
+        check_phrase_regions(entry.captions or (), len(entry.regions))
+    return entry
+
+
+@contextmanager
+def _naming_the_field() -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"a field is missing or of the wrong type: {error!r}") from error
+
+
+def check_size(width: int, height: int) -> None:
+    """Raises DataError for a picture without an area."""
+    if width < 1 or height < 1:
+        raise DataError(f"width x height is {width} x {height}, both must be at least 1")
+
+
+def check_phrase_regions(captions: Iterable[Caption], num_regions: int) -> None:
+    """Raises DataError for a phrase that names a region that is not there."""
+    for phrase in (phrase for caption in captions for phrase in caption.phrases):
+        if any(not 0 <= r < num_regions for r in phrase.regions):
+            raise DataError(f"phrase {phrase.tuple} names regions {phrase.regions} of {num_regions}")
+
+
+def _side(content: dict[str, Any], name: str) -> int:
+    pixels = int(content[name])
+    if not 0 <= pixels <= MAX_SIDE_PX:
+        shown = str(pixels) if abs(pixels) < 10**12 else f"{str(pixels)[:12]}..."
+        raise DataError(f"{name} is {shown}, expected 0 to {MAX_SIDE_PX} pixels")
+    return pixels
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{name} is {value!r}, expected text")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{name} is {value!r}, which is no valid Unicode: half of a surrogate pair") from error
+    return value
+
+
+def _extractor(content: dict[str, Any]) -> Extractor:
+    name, version = (_text(content[key], f"extractor {key}").strip() for key in ("name", "version"))
+    if not name or not version:
+        raise DataError(f"extractor is {content!r}; its name and its version must not be empty")
+    return Extractor(name, version)
+
+
 def _caption(content: dict[str, Any]) -> Caption:
-    text = content["text"]
-    if not isinstance(text, str) or not text.strip():
+    text = _text(content["text"], "caption text")
+    if not text.strip():
         raise DataError(f"caption text is {text!r}; empty captions are rejected when shards are built")
     return Caption(text, tuple(_phrase(p, len(text)) for p in content.get("phrases", ())))
 
 
 def _phrase(content: dict[str, Any], text_len: int) -> Phrase:
     words = tuple(content["tuple"])
-    if not 1 <= len(words) <= 3 or not all(isinstance(w, str) and w for w in words):
+    if not 1 <= len(words) <= 3 or not all(_text(word, "phrase word") for word in words):
         raise DataError(f"phrase tuple is {words!r}, expected one to three words")
     spans = tuple((int(start), int(end)) for start, end in content["spans"])
     if any(not 0 <= start < end <= text_len for start, end in spans):
@@ -120,7 +251,11 @@ def _phrase(content: dict[str, Any], text_len: int) -> Phrase:
 
 
 def _region(content: dict[str, Any]) -> Region:
-    x1, y1, x2, y2 = (float(v) for v in content["box"])
-    if not all(math.isfinite(v) for v in (x1, y1, x2, y2)) or x2 < x1 or y2 < y1:
+    x1, y1, x2, y2 = map(float, content["box"])
+    # the sum, for speed: it is finite unless a number is not, or is absurd
+    if not (math.isfinite(x1 + y1 + x2 + y2) and x1 <= x2 and y1 <= y2):
         raise DataError(f"region box is {content['box']}, expected finite x1 <= x2 and y1 <= y2")
-    return Region((x1, y1, x2, y2), str(content["tag"]), float(content.get("score", 1.0)))
+    score = float(content.get("score", 1.0))
+    if not math.isfinite(score):
+        raise DataError(f"region score is {score}, expected a finite number")
+    return Region((x1, y1, x2, y2), _text(content["tag"], "region tag"), score)

@@ -12,15 +12,24 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from mvptr_ds.data.schema import DataError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MEMBER_EXTENSIONS = frozenset(("json", "npy", *IMAGE_EXTENSIONS))
-REBUILD = "rebuild the index with tools/index_shards.py"
+REBUILD = "rebuild the index with tools/validate_shards.py"
+MAX_JSON_BYTES = 16 << 20
+MAX_MEMBER_BYTES = 64 << 20  # of an image or of features
+MAX_RECORD_MEMBERS = 64
+MAX_RECORD_BYTES = 256 << 20  # of a record's span, other members included
+MAX_HEADER_BYTES = 64 << 10  # of a long name or of PAX settings
 _MAX_OPEN_FILES = 64
+_WHOLE_BYTES = 8 << 20  # a span up to this is read at once, a larger one member by member
 _BLOCK = tarfile.BLOCKSIZE
+# a tar may hide a sparse file, another name or another size behind these, which readers do not agree on
+_FOREIGN_PAX = ("GNU.sparse.", "linkpath")
+_GLOBAL_PAX = (*_FOREIGN_PAX, "path", "size")
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,8 @@ class TarError(DataError):
 
     def __init__(self, offset: int, reason: str) -> None:
         super().__init__(f"byte {offset}: {reason}")
+        self.offset = offset
+        self.reason = reason
 
 
 def iter_members(file: BinaryIO, num_bytes: int, whole: bool) -> Iterator[Member]:
@@ -49,7 +60,8 @@ def iter_members(file: BinaryIO, num_bytes: int, whole: bool) -> Iterator[Member
     damaged header in mid-file as if the archive ended there.
 
     Raises:
-        DataError: damaged header, cut content, missing end mark, content after it, or a link or device.
+        DataError: damaged header, cut content, missing end mark, content after it, a link, device or sparse file, a
+            name that leads out of the folder or is not UTF-8, or a long name or PAX header over MAX_HEADER_BYTES.
     """
     offset, start = 0, 0
     long_name: str | None = None
@@ -58,30 +70,66 @@ def iter_members(file: BinaryIO, num_bytes: int, whole: bool) -> Iterator[Member
         file.seek(offset)
         block = file.read(_BLOCK)
         if not block.strip(b"\0") and len(block) == _BLOCK and whole:
+            if start != offset:
+                raise TarError(start, "a long name or PAX header stands before the end mark, and no member behind it")
             _check_tail(file, offset)
             return
         try:
             info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:
             raise TarError(offset, f"damaged tar header ({error})") from error
-        size = int(pax.get("size", info.size)) if info.type in tarfile.REGULAR_TYPES else info.size
+        plain = info.type in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+        size = int(pax.get("size", info.size)) if plain else info.size
         member = Member(long_name or pax.get("path") or info.name, start, offset + _BLOCK, size)
         if member.end > num_bytes or size < 0:
             raise TarError(offset, f"{member.name!r} is cut: {size} bytes announced, the file ends before")
-        if info.type == tarfile.GNUTYPE_LONGNAME:
-            long_name = file.read(size).rstrip(b"\0").decode("utf-8", "surrogateescape")
-        elif info.type == tarfile.XHDTYPE:
-            pax = _parse_pax(file.read(size), offset)
-        elif info.type in tarfile.REGULAR_TYPES:
+        if info.type in _SETTINGS:
+            if start != offset:
+                raise TarError(
+                    offset, "a second long name or PAX header of one member; readers differ in which they take"
+                )
+            content = _read_settings(file, member, offset)
+            if info.type == tarfile.GNUTYPE_LONGNAME:
+                long_name = content.rstrip(b"\0").decode("utf-8", "surrogateescape")
+            elif info.type == tarfile.XHDTYPE:
+                pax = _parse_pax(content, offset, _FOREIGN_PAX)
+            else:
+                _parse_pax(content, offset, _GLOBAL_PAX)
+                start, long_name, pax = member.end, None, {}
+        elif plain:
+            _check_name(member.name, offset)
             yield member
             start, long_name, pax = member.end, None, {}
-        elif info.type in (tarfile.DIRTYPE, tarfile.XGLTYPE):
+        elif info.type == tarfile.DIRTYPE:
             start, long_name, pax = member.end, None, {}
         else:
-            raise TarError(offset, f"{member.name!r} is a link or device (type {info.type!r}); store plain files only")
+            raise TarError(
+                offset, f"{member.name!r} is a link or device or sparse (type {info.type!r}); store plain files only"
+            )
         offset = member.end
     if whole:
         raise TarError(offset, "the tar has no end mark, so its tail is missing")
+
+
+_SETTINGS = (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE)  # headers that say something of others
+
+
+def _read_settings(file: BinaryIO, member: Member, offset: int) -> bytes:
+    if member.size > MAX_HEADER_BYTES:
+        raise TarError(
+            offset, f"a long name or PAX header has {member.size} bytes, at most {MAX_HEADER_BYTES} are read"
+        )
+    return file.read(member.size)
+
+
+def _check_name(name: str, offset: int) -> None:
+    if "\0" in name or name.startswith("/") or ".." in name.split("/"):
+        raise TarError(offset, f"member name {name!r} leads out of the folder or holds a NUL; store plain names")
+    if not name.isascii():
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise TarError(offset, f"member name {name!r} is not UTF-8; rename it") from error
 
 
 def _check_tail(file: BinaryIO, offset: int) -> None:
@@ -91,17 +139,24 @@ def _check_tail(file: BinaryIO, offset: int) -> None:
             raise TarError(offset, "there is content after the tar's end mark (two tars joined?)")
 
 
-def _parse_pax(content: bytes, offset: int) -> dict[str, str]:
-    out = {}
-    while content.strip(b"\0"):
-        length, _, _ = content.partition(b" ")
-        if not length.isdigit() or not len(length) < int(length) <= len(content):
+def _parse_pax(content: bytes, offset: int, refused: tuple[str, ...]) -> dict[str, str]:
+    out: dict[str, str] = {}
+    content = content.rstrip(b"\0")
+    start = 0
+    while start < len(content):
+        digits = content[start : start + 8].partition(b" ")[0]
+        end = start + int(digits) if digits.isdigit() else start
+        if not start + len(digits) < end <= len(content):
             raise TarError(offset, "damaged PAX header")
-        name, _, value = content[len(length) + 1 : int(length) - 1].partition(b"=")
+        name, _, value = content[start + len(digits) + 1 : end - 1].partition(b"=")
         out[name.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
-        content = content[int(length) :]
-    if not out.get("size", "0").isdigit():
-        raise TarError(offset, f"PAX size {out['size']!r} is not a number")
+        start = end
+    for setting in out:
+        if setting.startswith(refused):
+            raise TarError(offset, f"a PAX header sets {setting!r}; store plain files under their own names")
+    size = out.get("size", "0")
+    if not (size.isascii() and size.isdigit() and len(size) < 20):
+        raise TarError(offset, f"PAX size {size[:40]!r} is not a number")
     return out
 
 
@@ -111,6 +166,37 @@ def split_name(member: Member) -> tuple[str, str]:
     if not key or not extension or "/" in extension or "." in key:
         raise TarError(member.start, f"member {member.name!r} is not KEY.extension with a key without dots")
     return key, extension.lower()
+
+
+def max_member_bytes(extension: str) -> int:
+    return MAX_JSON_BYTES if extension == "json" else MAX_MEMBER_BYTES
+
+
+def check_member(member: Member, extension: str) -> None:
+    """Refuses a member that this package would read when it is empty or over its cap.
+
+    Raises:
+        DataError: with its place, name, size and cap.
+    """
+    if extension not in MEMBER_EXTENSIONS:
+        return
+    if member.size == 0:
+        raise TarError(member.start, f"{member.name!r} is empty; leave it out or write it again")
+    cap = max_member_bytes(extension)
+    if member.size > cap:
+        raise TarError(member.start, f"{member.name!r} has {member.size} bytes, at most {cap} are read")
+
+
+def check_record(num_members: int, start: int, end: int) -> None:
+    """Refuses a record of too many members or bytes; to be asked at each of its members, before the next is read.
+
+    Raises:
+        DataError: with its place, size and cap.
+    """
+    if num_members > MAX_RECORD_MEMBERS:
+        raise TarError(start, f"the record has {num_members} members or more, at most {MAX_RECORD_MEMBERS} are read")
+    if end - start > MAX_RECORD_BYTES:
+        raise TarError(start, f"the record has {end - start} bytes or more, at most {MAX_RECORD_BYTES} are read")
 
 
 class _Files(threading.local):
@@ -137,34 +223,83 @@ open_files = _Files()
 
 
 def read_record(path: str, offset: int, num_bytes: int) -> dict[str, bytes]:
-    """The members of one record by extension, of those this package reads, by one `pread`.
+    """The members of one record by extension, of those this package reads: by one `pread`, or one a member if large.
 
     Raises:
-        DataError: the shard no longer holds a whole record there.
+        DataError: the shard no longer holds a whole record there, or one that is over a cap.
         OSError: the file cannot be read.
     """
-    _, members = _read_span(path, offset, num_bytes)
-    return members
+    return read_keyed_record(path, offset, num_bytes)[1]
 
 
 def record_key(path: str, offset: int, num_bytes: int) -> str:
     """Key of the record at that place, for messages; `?` when it cannot be read."""
     try:
-        return _read_span(path, offset, num_bytes)[0]
-    except (DataError, OSError):
+        return split_name(next(iter_members(_span(path, offset, num_bytes), num_bytes, whole=False)))[0]
+    except (DataError, OSError, StopIteration):
         return "?"
 
 
-def _read_span(path: str, offset: int, num_bytes: int) -> tuple[str, dict[str, bytes]]:
-    span = os.pread(open_files.get(path), num_bytes, offset)
-    if len(span) != num_bytes:
-        raise DataError(f"{path} ends {num_bytes - len(span)} bytes too early for its index; {REBUILD}")
-    keys, out = set(), {}
-    for member in iter_members(io.BytesIO(span), num_bytes, whole=False):
-        key, extension = split_name(member)
-        keys.add(key)
-        if extension in MEMBER_EXTENSIONS:
-            out[extension] = span[member.data : member.data + member.size]
+def read_keyed_record(path: str, offset: int, num_bytes: int) -> tuple[str, dict[str, bytes]]:
+    """The key of a record, and its members as `read_record` gives them; raises what that raises."""
+    file = _span(path, offset, num_bytes)
+    keys: set[str] = set()
+    out: dict[str, bytes] = {}
+    try:
+        for number, member in enumerate(iter_members(file, num_bytes, whole=False), start=1):
+            key, extension = split_name(member)
+            keys.add(key)
+            check_member(member, extension)
+            check_record(number, 0, member.end)
+            if extension in MEMBER_EXTENSIONS:
+                file.seek(member.data)
+                out[extension] = file.read(member.size)
+    except TarError as error:
+        raise TarError(offset + error.offset, error.reason) from error
     if len(keys) != 1 or "json" not in out:
         raise DataError(f"{path}, byte {offset}: expected one record, found keys {sorted(keys)}; {REBUILD}")
     return keys.pop(), out
+
+
+def _span(path: str, offset: int, num_bytes: int) -> BinaryIO:
+    """A record's bytes as a file. Raises DataError when it is over its cap or the shard ends before."""
+    check_record(1, offset, offset + num_bytes)
+    descriptor = open_files.get(path)
+    if num_bytes > _WHOLE_BYTES:
+        missing = offset + num_bytes - os.fstat(descriptor).st_size
+        file: BinaryIO = io.BufferedReader(_PartOfFile(descriptor, offset, num_bytes), _BLOCK)
+    else:
+        content = os.pread(descriptor, num_bytes, offset)
+        missing = num_bytes - len(content)
+        file = io.BytesIO(content)
+    if missing > 0:
+        raise DataError(f"{path} ends {missing} bytes too early for its index; {REBUILD}")
+    return file
+
+
+class _PartOfFile(io.RawIOBase):
+    """A range of an open file, read by `pread`; what is not asked for is not read."""
+
+    def __init__(self, descriptor: int, start: int, num_bytes: int) -> None:
+        self._descriptor, self._start, self._num_bytes = descriptor, start, num_bytes
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        assert whence == os.SEEK_SET
+        self._at = offset
+        return offset
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        content = os.pread(self._descriptor, min(len(buffer), self._num_bytes - self._at), self._start + self._at)
+        buffer[: len(content)] = content
+        self._at += len(content)
+        return len(content)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from mvptr_ds.data.collate import Batch
 from mvptr_ds.data.features import SampleBuilder
 from mvptr_ds.data.loader import eval_batches
-from mvptr_ds.data.shards import Index
+from mvptr_ds.data.shards import SampleIndex
 from mvptr_ds.model.mvptr import Mvptr
 
 _PERMUTATION = 31  # first word of the generator's key; those of data and training differ
@@ -93,7 +93,9 @@ def new_images(batch: Batch, seen: int) -> list[int]:
 
 
 @torch.inference_mode()
-def read_split(model: Mvptr, index: Index, samples: SampleBuilder, batch_size: int, device: torch.device) -> SplitInput:
+def read_split(
+    model: Mvptr, index: SampleIndex, samples: SampleBuilder, batch_size: int, device: torch.device
+) -> SplitInput:
     """Encodes all captions and embeds the regions of all images.
 
     Args:

@@ -16,7 +16,7 @@ from torch import Tensor
 from mvptr_ds.data.loader import read_sample_record
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.schema import Numbers, Phrase, Record
-from mvptr_ds.data.shards import Index
+from mvptr_ds.data.shards import SampleIndex
 from mvptr_ds.evaluation.encode import EncodedSplit
 
 SIZES = ("small", "medium", "large")  # thirds of the asked phrases by the area of the box they name
@@ -48,7 +48,7 @@ class GroundedPhrase:
         return self.region in self.phrase.regions if self.phrase.regions else None
 
 
-def list_phrases(split: EncodedSplit, index: Index, vocab: PhraseVocab) -> tuple[list[AskedPhrase], int]:
+def list_phrases(split: EncodedSplit, index: SampleIndex, vocab: PhraseVocab) -> tuple[list[AskedPhrase], int]:
     """The phrases to ground, by caption and slot; and how many with ground truth have no slot.
 
     Those are outside the vocabulary or did not fit the sequence. Relations are left out, and so are images without

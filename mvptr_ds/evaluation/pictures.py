@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from mvptr_ds.data.loader import read_sample_record
-from mvptr_ds.data.shards import Index, read_record
+from mvptr_ds.data.shards import SampleIndex, read_record
 from mvptr_ds.data.tars import IMAGE_EXTENSIONS
 from mvptr_ds.evaluation.grounding import GroundedPhrase
 
@@ -28,7 +28,7 @@ Box = tuple[float, float, float, float]
 _MARK = {True: "right", False: "wrong", None: ""}
 
 
-def draw_grounding(index: Index, found: Sequence[GroundedPhrase], num_pictures: int, path: Path) -> None:
+def draw_grounding(index: SampleIndex, found: Sequence[GroundedPhrase], num_pictures: int, path: Path) -> None:
     """Scenes with the region found for each phrase: solid where it is right, dashed where it is wrong.
 
     Dots show a box that the phrase names and the model missed. Phrases without ground truth are left out unless the
@@ -58,7 +58,7 @@ def draw_grounding(index: Index, found: Sequence[GroundedPhrase], num_pictures: 
 
 
 def choose_scenes(
-    index: Index, found: Sequence[GroundedPhrase], num_pictures: int
+    index: SampleIndex, found: Sequence[GroundedPhrase], num_pictures: int
 ) -> list[tuple[int, list[GroundedPhrase]]]:
     """(caption, phrases) by scene: one caption of each image, those with and without a wrong phrase in turn."""
     shown = [g for g in found if g.right is not None] or found
@@ -101,7 +101,7 @@ def _rectangle(box: Box, inset: float, colour: str, style: str) -> Rectangle:
     return Rectangle((x1 + inset, y1 + inset), width, height, fill=False, edgecolor=colour, linestyle=style, lw=1.8)
 
 
-def _image(index: Index, sample: int) -> Image.Image | None:
+def _image(index: SampleIndex, sample: int) -> Image.Image | None:
     place = index.locate(sample)
     members = read_record(place.path, place.offset, place.num_bytes)
     content = next((members[ext] for ext in IMAGE_EXTENSIONS if ext in members), None)

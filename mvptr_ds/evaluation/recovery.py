@@ -14,14 +14,14 @@ from tqdm import tqdm
 from mvptr_ds.data.collate import IGNORE
 from mvptr_ds.data.features import SampleBuilder
 from mvptr_ds.data.loader import eval_batches
-from mvptr_ds.data.shards import Index
+from mvptr_ds.data.shards import SampleIndex
 from mvptr_ds.evaluation.encode import SplitInput, new_images
 from mvptr_ds.model.mvptr import Mvptr
 
 
 @torch.inference_mode()
 def recover_concepts(
-    model: Mvptr, split: SplitInput, index: Index, samples: SampleBuilder, batch_size: int, device: torch.device
+    model: Mvptr, split: SplitInput, index: SampleIndex, samples: SampleBuilder, batch_size: int, device: torch.device
 ) -> dict[str, Any]:
     """`accuracy`, `majority` and `n` of tag wordpieces, each image once; `phrases`: the same of phrases, each caption.
 

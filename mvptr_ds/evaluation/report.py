@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mvptr_ds.assembly import NO_MASKING, Vocabs, build_samples
 from mvptr_ds.config import Config, EvalConfig, MaskingConfig
-from mvptr_ds.data.shards import Index
+from mvptr_ds.data.shards import SampleIndex
 from mvptr_ds.evaluation.encode import (
     EncodedSplit,
     encode_images,
@@ -49,14 +49,14 @@ class Evaluation:
 
 
 def evaluate_model(
-    model: Mvptr, vocabs: Vocabs, config: Config, index: Index, device: torch.device, seed: int = 0
+    model: Mvptr, vocabs: Vocabs, config: Config, index: SampleIndex, device: torch.device, seed: int = 0
 ) -> dict[str, Any]:
     """The report alone: see `evaluate_split`."""
     return evaluate_split(model, vocabs, config, index, device, seed).report
 
 
 def evaluate_split(
-    model: Mvptr, vocabs: Vocabs, config: Config, index: Index, device: torch.device, seed: int = 0
+    model: Mvptr, vocabs: Vocabs, config: Config, index: SampleIndex, device: torch.device, seed: int = 0
 ) -> Evaluation:
     """Retrieval, re-ranking, grounding, ITM and MCR; again without tags; again with permuted regions.
 

@@ -18,6 +18,10 @@ import torch
 
 from mvptr_ds import parallel, train
 from mvptr_ds.config import load_config
+from mvptr_ds.data.schema import Caption, Extractor, Record
+from mvptr_ds.data.shards import write_shards
+from mvptr_ds.data.sidecars import sidecar_json
+from mvptr_ds.data.tar_writer import write_tar
 from mvptr_ds.demo.build import build_demo_shards
 from mvptr_ds.optim import build_optimizer
 from mvptr_ds.safeguards import BadSamples, SkippedSteps, StopSignal
@@ -150,6 +154,61 @@ def shard_cut(place: Place) -> None:
 def schema_of_shards(place: Place) -> None:
     place.without_index()
     place.tar.write_bytes(place.tar.read_bytes().replace(b'{"schema":1', b'{"schema":2'))
+
+
+def sidecar(place: Place, *entries: tuple[str, str]) -> None:
+    """A sidecar of (key, version) without regions."""
+    (place.dir / "sidecar").mkdir()
+    items = [(key, {"json": sidecar_json(Extractor("detr", version), regions=())}) for key, version in entries]
+    write_tar(place.dir / "sidecar" / "shard-000000.tar", items)
+    place.arguments.append(f"data.sidecars=[{place.dir / 'sidecar'}]")
+
+
+@case
+def sidecar_of_other_keys(place: Place) -> None:
+    sidecar(place, ("391895", "1"))
+
+
+@case
+def sidecars_without_a_common_record(place: Place) -> None:
+    sidecar(place, ("train-000000", "1"))
+    shutil.move(place.dir / "sidecar", place.dir / "first")
+    sidecar(place, ("train-000001", "1"))
+    place.arguments[-1] = f"data.sidecars=[{place.dir / 'first'},{place.dir / 'sidecar'}]"
+
+
+@case
+def mixed_extractors(place: Place) -> None:
+    sidecar(place, ("train-000000", "1"), ("train-000001", "2"))
+
+
+@case
+def missing_partners_value(place: Place) -> None:
+    sidecar(place, ("train-000000", "1"))
+    place.arguments.append("data.missing_partners=skip")
+
+
+@case
+def sidecar_as_shards(place: Place) -> None:
+    sidecar(place, ("train-000000", "1"))
+    place.arguments[-1:] = [f"data.train={place.dir / 'sidecar'}"]
+
+
+@case
+def shards_as_sidecar(place: Place) -> None:
+    place.arguments.append(f"data.sidecars=[{place.shards / 'held_out'}]")
+
+
+@case
+def text_only_in_stage_2(place: Place) -> None:
+    write_shards(place.dir / "text", [("a", Record("a", 0, 0, (Caption("a red circle"),)), {})], 1)
+    place.arguments += [f"data.train={place.dir / 'text'}", "run.stages=[2]"]
+
+
+@case
+def text_only_held_out(place: Place) -> None:
+    write_shards(place.dir / "text", [("a", Record("a", 0, 0, (Caption("a red circle"),)), {})], 1)
+    place.arguments += [f"data.held_out={place.dir / 'text'}", "train.evaluate_every_steps=2"]
 
 
 @case

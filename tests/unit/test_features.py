@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mvptr_ds.data import features
-from mvptr_ds.data.collate import IGNORE, Sample
+from mvptr_ds.data.collate import IGNORE, Sample, collate
 from mvptr_ds.data.features import SampleBuilder, SampleOptions, decode_image, read_features, region_geometry
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.schema import Caption, DataError, Phrase, Record, Region
@@ -87,6 +87,55 @@ def test_no_boxes_gives_a_grid() -> None:
     assert len(_build(bare, visual_source="image", grid_size=3).region_geometry_R6) == 9
     with pytest.raises(DataError, match="3 rows of features for 16 regions"):
         _build(bare)
+
+
+def _json_of(record: Record) -> dict[str, bytes]:
+    return {"json": json.dumps(record.to_json()).encode()}
+
+
+@pytest.mark.parametrize("size", [(0, 0), (640, 480)])
+@pytest.mark.parametrize("source", ["features", "image"])
+def test_a_record_with_nothing_to_see_has_no_regions(source: str, size: tuple[int, int]) -> None:
+    members = _json_of(Record("7", *size, (Caption(TEXT, PHRASES),)))
+    sample = _build(members, 0, visual_source=source, feature_dim=4, image_size=8)
+    assert sample.num_phrases == 2 and _names(sample.tag_ids_G) == ["[CLS]", "[SEP]"]
+    assert sample.region_geometry_R6.shape == (0, 6) and sample.region_geometry_R6.dtype == np.float32
+    if source == "features":
+        assert sample.region_features_RF is not None and sample.region_features_RF.shape == (0, 4)
+        assert sample.image_3HW is None
+    else:
+        assert sample.image_3HW is not None and sample.image_3HW.shape == (3, 8, 8) and not sample.image_3HW.any()
+        assert sample.region_features_RF is None
+
+
+def test_a_record_without_captions_has_an_empty_text() -> None:
+    members = {**MEMBERS, **_json_of(dataclasses.replace(RECORD, captions=()))}
+    sample = _build(members, 0, word_prob=1.0, phrase_prob=1.0, predict_phrases=True)
+    assert _names(sample.text_ids_T) == ["[CLS]", "[SEP]"] and not sample.phrase_mask_T.any()
+    assert (sample.mlm_labels_T == IGNORE).all() and len(sample.region_geometry_R6) == 3
+    with pytest.raises(DataError, match="caption 1 of a record with 1"):
+        _build(members, 1)
+
+
+@pytest.mark.parametrize("source", ["features", "image"])
+def test_samples_of_one_modality_batch_with_each_other_and_with_pairs(source: str) -> None:
+    options = {"visual_source": source, "image_size": 8}
+    text = _build(_json_of(Record("7", 0, 0, (Caption(TEXT, PHRASES),))), 0, **options)
+    image = _build({**MEMBERS, **_json_of(dataclasses.replace(RECORD, captions=()))}, 0, **options)
+    batch = collate([text, image, _build(**options)])
+    assert batch.region_mask_BR.tolist() == [[False] * 3, [True] * 3, [True] * 3]
+    assert batch.text_mask_BT.sum(1).tolist() == [13, 2, 13]
+    if source == "features":
+        assert batch.region_features_BRF is not None and batch.region_features_BRF.shape == (3, 3, 4)
+    alone = collate([text, text])
+    assert alone.region_mask_BR.tolist() == [[False], [False]] and alone.region_geometry_BR6.shape == (2, 1, 6)
+
+
+def test_a_record_that_was_read_already_is_not_parsed_again() -> None:
+    builder = SampleBuilder(WORDS, VOCAB, SampleOptions())
+    other = dataclasses.replace(RECORD, captions=(Caption("a dog"),))
+    sample = builder.build(MEMBERS, 0, 0, 0, np.random.default_rng(0), other)
+    assert _names(sample.text_ids_T) == ["[CLS]", "a", "dog", "[SEP]"]
 
 
 def test_regions_are_cut_after_the_check() -> None:

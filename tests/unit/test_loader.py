@@ -211,3 +211,20 @@ def test_eval_batches_run_in_order_without_masking(folder: Path) -> None:
     _damage(folder, 2)
     with pytest.raises(DataError, match="'k2'"):
         list(eval_batches(Index.open(folder), builder, 10))
+
+
+def test_records_of_one_modality_are_read_in_their_places(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    key, record, members = _item(2, rng)
+    items = [
+        (key, record, members),
+        ("text", Record("t", 0, 0, record.captions[:2]), {}),
+        ("image", dataclasses.replace(record, captions=()), members),
+    ]
+    write_shards(tmp_path, items, 2)
+    dataset = _dataset(tmp_path)
+    (batch,) = eval_batches(dataset.index, SampleBuilder(WORDS, VOCAB, SampleOptions(feature_dim=4)), 10)
+    assert batch.image_index_B.tolist() == [0, 0, 0, 1, 1, 2]
+    assert batch.region_mask_BR.sum(1).tolist() == [3, 3, 3, 0, 0, 3]
+    assert batch.text_mask_BT[5].sum() == 2 and (batch.text_mask_BT[:5].sum(1) > 4).all()
+    assert [dataset[position].num_bad for position in range(12)] == [0] * 12

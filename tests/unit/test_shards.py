@@ -3,9 +3,8 @@ from __future__ import annotations
 import io
 import json
 import pickle
-import subprocess
-import sys
 import tarfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,10 +12,10 @@ import numpy as np
 import pytest
 import webdataset
 
-from mvptr_ds.data.schema import Caption, DataError, Record, Region
+from mvptr_ds.data import scan
+from mvptr_ds.data.index import key_hash
+from mvptr_ds.data.schema import Caption, DataError, Extractor, Record, Region
 from mvptr_ds.data.shards import Index, build_index, ensure_index, read_record, record_key, write_shards
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def _item(number: int, num_captions: int = 1) -> tuple[str, Record, dict[str, bytes]]:
@@ -27,6 +26,13 @@ def _item(number: int, num_captions: int = 1) -> tuple[str, Record, dict[str, by
 
 def _json(number: int) -> bytes:
     return json.dumps(_item(number)[1].to_json()).encode()
+
+
+EMPTY = json.dumps(Record("0", 0, 0, ()).to_json()).encode()
+
+
+def _sidecar(**content: object) -> bytes:
+    return json.dumps({"schema": 1, "extractor": {"name": "detr", "version": "1"}, **content}).encode()
 
 
 def _write_tar(path: Path, members: list[tuple[str, bytes]], tar_format: int = tarfile.USTAR_FORMAT) -> None:
@@ -86,8 +92,8 @@ def test_writer_refuses_bad_keys(tmp_path: Path, key: str) -> None:
 def test_writer_refuses_repeats_unknown_members_and_full_folders(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="used twice"):
         write_shards(tmp_path / "a", [_item(0), _item(1), _item(0)], 1)
-    with pytest.raises(DataError, match="neither an image"):
-        write_shards(tmp_path / "b", [("k", _item(0)[1], {})], 1)
+    with pytest.raises(DataError, match="neither a caption nor an image"):
+        write_shards(tmp_path / "b", [("k", Record("0", 0, 0, ()), {})], 1)
     with pytest.raises(DataError, match="pkl"):
         write_shards(tmp_path / "c", [("k", _item(0)[1], {"pkl": b""})], 1)
     with pytest.raises(DataError, match="already holds tars"):
@@ -106,7 +112,7 @@ def test_open_notices_missing_and_changed_files(folder: Path) -> None:
     tar = folder / "shard-000001.tar"
     content = tar.read_bytes()
     tar.write_bytes(content + b"\0" * 512)
-    with pytest.raises(DataError, match=r"shard-000001\.tar has .*index_shards"):
+    with pytest.raises(DataError, match=r"shard-000001\.tar has .*validate_shards"):
         Index.open(folder)
     tar.unlink()
     with pytest.raises(DataError, match=r"shard-000001\.tar is missing"):
@@ -118,7 +124,7 @@ def test_open_notices_missing_and_changed_files(folder: Path) -> None:
     with pytest.raises(DataError, match="not the one the manifest names"):
         Index.open(folder)
     (folder / "manifest.json").unlink()
-    with pytest.raises(DataError, match="index_shards"):
+    with pytest.raises(DataError, match="validate_shards"):
         Index.open(folder)
     assert len(ensure_index(folder)) == 19  # built again
 
@@ -151,8 +157,17 @@ def test_index_refuses_damaged_tars(folder: Path, damage: Callable[[bytes], byte
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ([("a.json", _json(0)), ("b.json", _json(1)), ("b.npy", b"1"), ("a.npy", b"0")], "neither an image"),
-        ([("a.json", _json(0)), ("a.npy", b""), ("b.json", _json(1)), ("b.npy", b""), ("a.jpg", b"")], "seen before"),
+        ([("a.json", _json(0)), ("b.json", _json(1)), ("b.npy", b"1"), ("a.npy", b"0")], "seen before"),
+        ([("a.json", _json(0)), ("a.npy", b"")], "'a.npy' is empty"),
+        ([("a.json", b""), ("a.npy", b"0")], "'a.json' is empty"),
+        ([("a.json", EMPTY)], "neither a caption nor an image"),
+        ([("a.json", EMPTY), ("a.jpg", b"0")], "0 x 0, both must be at least 1"),
+        ([("a.json", _json(0)), ("../a.npy", b"0")], "leads out of the folder"),
+        ([("/a.json", _json(0))], "leads out of the folder"),
+        ([("a.json", _json(0)), *((f"a.x{n}", b"") for n in range(64))], "65 members or more, at most 64"),
+        ([("a.json", _sidecar())], "neither regions, captions nor npy"),
+        ([("a.json", _sidecar(regions=[])), ("a.jpg", b"0")], r"a sidecar holds json and npy.*'jpg'"),
+        ([("a.json", _json(0)), ("b.json", _sidecar(regions=[]))], "kind 'sidecar', what came before to 'records'"),
         ([("a.npy", b"0")], "no json"),
         ([("a.json", b"{}"), ("a.npy", b"0")], "schema is None"),
         ([("a.json", b"{"), ("a.npy", b"0")], "not JSON"),
@@ -219,18 +234,139 @@ def test_read_record_notices_a_stale_place(folder: Path) -> None:
         read_record(first.path, first.offset + 512, first.num_bytes - 512)
 
 
-def test_tool(folder: Path, tmp_path: Path) -> None:
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        tool = [sys.executable, str(ROOT / "tools" / "index_shards.py")]
-        return subprocess.run([*tool, *arguments], capture_output=True, text=True, timeout=60)
-
-    done = run(str(folder))
-    assert done.returncode == 0 and "3 shards, 10 records, 19 samples" in done.stdout
-    bad = run(str(tmp_path / "none"))
-    assert bad.returncode == 1 and bad.stderr.startswith("error: ") and "Traceback" not in bad.stderr
-
-
 def test_index_dtype_is_the_documented_one(folder: Path) -> None:
     rows = np.load(folder / "index.npy", allow_pickle=False)
-    assert rows.dtype.names == ("offset", "num_bytes", "first_sample")
+    assert rows.dtype.names == ("block", "span", "first_sample", "key_hash") and rows.dtype.itemsize == 24
     assert rows["first_sample"].tolist() == [0, 1, 3, 6, 7, 9, 12, 13, 15, 18]
+    assert rows["key_hash"].tolist() == [key_hash(f"k{number:04d}") for number in range(10)]
+
+
+def test_records_of_one_modality_are_samples_and_counted(tmp_path: Path) -> None:
+    both, text, image = (
+        Record("0", 8, 8, (Caption("a"), Caption("b")), extractor=Extractor("detr", "2")),
+        Record("1", 0, 0, (Caption("c"), Caption("d"), Caption("e"))),
+        Record("2", 8, 8, ()),
+    )
+    boxes = Record("3", 8, 8, (Caption("f"),), (Region((0, 0, 1, 1), "dog"),))  # its features come from a sidecar
+    items = [("a", both, {"jpg": b"x"}), ("b", text, {}), ("c", image, {"jpg": b"x"}), ("d", boxes, {})]
+    write_shards(tmp_path, items, 3)
+    index = Index.open(tmp_path)
+    assert [index.locate(n)[3:] for n in range(len(index))] == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 0), (3, 0)]
+    assert (index.num_text_only_samples, index.num_image_only_samples, index.kind) == (3, 1, "records")
+    assert index.extractors == {"detr 2": 1}
+    assert index.holds == {"captions": 3, "image": 2, "regions": 1}
+    assert [index.read(index.place(n))[0] for n in range(4)] == [both, text, image, boxes]
+    assert index.flags().tolist() == [0, 1, 2, 0]
+    samples = list(webdataset.WebDataset([str(p) for p in sorted(tmp_path.glob("*.tar"))], shardshuffle=False))
+    assert [sorted(name for name in s if name[0] != "_") for s in samples] == [
+        ["jpg", "json"], ["json"], ["jpg", "json"], ["json"]
+    ]  # fmt: skip
+
+
+def _header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    return info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def _member(name: str, content: bytes) -> bytes:
+    return _header(name, len(content)) + content.ljust(-(-len(content) // 512) * 512, b"\0")
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("k.json", (16 << 20) + 1, "'k.json' has 16777217 bytes, at most 16777216"),
+        ("k.jpg", (64 << 20) + 1, "'k.jpg' has 67108865 bytes, at most 67108864"),
+        ("k.npy", 200 << 20, "'k.npy' has 209715200 bytes, at most 67108864"),
+        ("k.mp4", 1 << 30, "bytes or more, at most 268435456"),
+    ],
+)
+def test_members_over_their_cap_are_refused_unread_by_index_and_reader(
+    tmp_path: Path, name: str, size: int, message: str
+) -> None:
+    path = tmp_path / "s.tar"
+    with open(path, "wb") as file:  # sparse: as large as it says, and no byte of it written
+        head = b"" if name == "k.json" else _member("k.json", _json(0))
+        file.write(head + _header(name, size))
+        num_bytes = len(head) + 512 + -(-size // 512) * 512
+        file.truncate(num_bytes + 1024)
+    with pytest.raises(DataError, match=rf"s\.tar, key 'k': byte \d+: .*{message}"):
+        build_index(tmp_path)
+    with pytest.raises(DataError, match=message):
+        read_record(str(path), 0, num_bytes)
+
+
+def test_large_records_are_read_member_by_member(tmp_path: Path) -> None:
+    """What the package does not read is skipped, also where it is 100 MB."""
+    path = tmp_path / "s.tar"
+    with open(path, "wb") as file:
+        file.write(_member("k.json", _json(0)) + _header("k.mp4", 100 << 20))
+        file.seek(100 << 20, 1)
+        file.write(_member("k.npy", b"12345") + bytes(1024))
+    place = build_index(tmp_path).place(0)
+    assert place.num_bytes > 100 << 20
+    tracemalloc.start()
+    members = read_record(place.path, place.offset, place.num_bytes)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert members == {"json": _json(0), "npy": b"12345"} and peak < 1 << 20
+    assert record_key(place.path, place.offset, place.num_bytes) == "k"
+
+
+def _pax(settings: bytes, kind: bytes = tarfile.XHDTYPE) -> bytes:
+    return _header("././@PaxHeader", len(settings), kind) + _member("", settings)[512:]
+
+
+def _setting(name: str, value: bytes) -> bytes:
+    rest = f" {name}=".encode() + value + b"\n"
+    length = next(n for n in range(len(rest), len(rest) + 9) if n == len(rest) + len(str(n)))
+    return str(length).encode() + rest
+
+
+@pytest.mark.parametrize(
+    ("before", "message"),
+    [
+        (_header("././@LongLink", (64 << 10) + 1, tarfile.GNUTYPE_LONGNAME) + bytes(130 << 9), "at most 65536 are"),
+        (_pax(b"a" * 65537), "PAX header has 65537 bytes, at most 65536"),
+        (_pax(b"99 path=x\n"), "damaged PAX"),
+        (_pax(b"9" * 5000 + b" path=x\n"), "damaged PAX"),
+        (_pax(_setting("size", "\u00b2".encode())), "PAX size '\u00b2' is not a number"),
+        (_pax(_setting("size", b"9" * 5007)), "PAX size '9999"),
+        (_pax(_setting("GNU.sparse.major", b"1")), "sets 'GNU.sparse.major'"),
+        (_pax(_setting("path", b"b\0.json")), "holds a NUL"),
+        (_pax(_setting("path", b"../a.jpg")), "leads out"),
+        (_pax(_setting("path", b"\xff\xfe.json")), "not UTF-8"),
+        (_pax(_setting("path", b"b.json"), tarfile.XGLTYPE), "sets 'path'"),
+        (_header("k.jpg", 0, tarfile.GNUTYPE_SPARSE), "link or device or sparse"),
+    ],
+)
+def test_headers_that_readers_do_not_agree_on_are_refused(tmp_path: Path, before: bytes, message: str) -> None:
+    tail = _member("k.json", _json(0)) + bytes(1024)
+    (tmp_path / "s.tar").write_bytes(before + tail)
+    with pytest.raises(DataError, match=message):
+        build_index(tmp_path)
+    with pytest.raises(DataError, match=message):
+        read_record(str(tmp_path / "s.tar"), 0, len(before + tail) - 1024)
+
+
+def test_two_keys_of_one_hash_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No two such keys are known, so the hash is made worse."""
+    monkeypatch.setattr(scan, "key_hash", lambda key: 7)
+    with pytest.raises(DataError, match=r"shard-000001\.tar, key 'k0001': .*same 64-bit hash as key 'k0000' in .*0000"):
+        write_shards(tmp_path, [_item(0), _item(1)], 1)
+
+
+def test_an_index_of_an_older_version_is_built_again(folder: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    build_index(folder, elsewhere)
+    for where in (folder, elsewhere):
+        manifest = json.loads((where / "manifest.json").read_text())
+        (where / "manifest.json").write_text(json.dumps({**manifest, "version": 1}))
+        with pytest.raises(DataError, match="has version 1, schema 1; this version reads 2, 1"):
+            Index.open(where)
+        assert len(ensure_index(where)) == 19
+    assert Path(Index.open(elsewhere).locate(0).path).samefile(folder / "shard-000000.tar")
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "version": 3}))
+    with pytest.raises(DataError, match="has version 3"):
+        ensure_index(folder)

@@ -5,16 +5,18 @@ Legend: B samples, T text slots, G tag slots, R regions, P phrases.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from mvptr_ds import hard_negatives
 from mvptr_ds.config import Config, ItmConfig, TaskConfig, WeightsConfig, WpgConfig
-from mvptr_ds.data.collate import Batch, collate
+from mvptr_ds.data.collate import IGNORE, Batch, Sample, collate
 from mvptr_ds.hard_negatives import Draws
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.task import STAGE1_OBJECTIVES, STAGE2_OBJECTIVES, Task
@@ -73,6 +75,46 @@ def test_every_batch_gives_a_finite_loss_and_gradients(stage: str, kind: str, st
         # every rank must hand every trained parameter to the engine's buckets, also with nothing to predict
         assert [name for name, grad in grads.items() if grad is None] == []
         assert [name for name, grad in grads.items() if grad is not None and not torch.isfinite(grad).all()] == []
+
+
+def text_only(i: int) -> Sample:
+    return sample(i, i, tags=0, regions=0)
+
+
+def image_only(i: int) -> Sample:
+    nothing_T = np.full(2, IGNORE)
+    return dataclasses.replace(sample(i, i, tokens=0, phrases=0), mlm_labels_T=nothing_T)
+
+
+@pytest.mark.parametrize("source", ["features", "image"])
+@pytest.mark.parametrize(
+    ("kinds", "counts"),
+    [
+        ([text_only] * 3, {"mlm": 3, "mcr_phrases": 6, "mcr_tags": 0, "mcr_regions": 0}),
+        ([image_only] * 3, {"mlm": 0, "mcr_phrases": 0, "mcr_tags": 9, "mcr_regions": 9}),
+        ([text_only, image_only, text_only], {"mlm": 2, "mcr_phrases": 4, "mcr_tags": 3, "mcr_regions": 3}),
+    ],
+    ids=["text only", "image only", "both"],
+)
+def test_stage_1_trains_on_one_modality(
+    kinds: list[Callable[[int], Sample]], counts: dict[str, float], source: str
+) -> None:
+    backbone = {"model_type": "convnext", "hidden_sizes": [4, 8], "depths": [1, 1], "num_stages": 2}
+    model = tiny_model(visual_source="image", backbone_config=backbone) if source == "image" else tiny_model()
+    samples = [kind(i) for i, kind in enumerate(kinds)]
+    for one in samples if source == "image" else ():
+        one.region_features_RF, one.image_3HW = None, np.zeros((3, 32, 32), dtype=np.uint8)
+    task = build("stage1", model=model)
+    out = task(collate(samples), 0)
+    assert {name: float(part.count) for name, part in out.parts.items()} == counts
+    assert torch.isfinite(out.loss) and out.loss > 0
+    out.loss.backward()
+    given = set(model.parameters_of(task.trained_parts()))
+    grads = {name: p.grad for name, p in model.named_parameters() if name in given}
+    assert [name for name, grad in grads.items() if grad is None or not torch.isfinite(grad).all()] == []
+    text = [grad.abs().sum() > 0 for name, grad in grads.items() if grad is not None and "text_encoder" in name]
+    visual = [grad.abs().sum() > 0 for name, grad in grads.items() if grad is not None and "visual_encoder" in name]
+    assert any(text) == (counts["mlm"] > 0) and any(visual) == (counts["mcr_tags"] > 0)
 
 
 def test_counts_say_what_was_predicted() -> None:

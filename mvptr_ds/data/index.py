@@ -1,0 +1,194 @@
+"""The index of a folder of shards: sample number -> place of its record, from a mapped file.
+
+    folder/manifest.json   shards, counts, tags, extractors, sha256 of the index
+    folder/index.npy       one row a record: where it lies, its first sample, its key's hash
+
+Tars lie in blocks of 512 bytes, so blocks are counted: a row has 24 bytes.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+import json
+import os
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from mvptr_ds.data.schema import SCHEMA_VERSION, DataError, Record, parse_record
+from mvptr_ds.data.tars import REBUILD, open_files, read_record
+
+MANIFEST_NAME = "manifest.json"
+INDEX_NAME = "index.npy"
+INDEX_VERSION = 2
+RECORDS, SIDECAR = "records", "sidecar"  # kinds of folders
+BLOCK = 512  # bytes
+ROW = np.dtype([("block", "<u4"), ("span", "<u4"), ("first_sample", "<u8"), ("key_hash", "<u8")])
+SPAN_BITS = 24  # of `span`: the record's blocks; above them, flags
+NOT_VISUAL, NO_CAPTION = 1, 2  # flags
+
+
+def key_hash(key: str) -> int:
+    """64 bits of a key, by which folders are joined."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+
+
+class Place(NamedTuple):
+    """Where a sample lies."""
+
+    path: str  # of its shard
+    offset: int  # bytes
+    num_bytes: int
+    record: int  # number of the record in the index
+    caption: int  # number of the caption in the record
+
+
+class SampleIndex(ABC):
+    """Samples by number. `len()` counts samples: image-text pairs, text-only records' captions, image-only records.
+
+    Pickles without its arrays: another process maps the same files.
+    """
+
+    num_records: int
+    num_samples: int
+    num_text_only_samples: int  # of records with nothing to see
+    num_image_only_samples: int  # one of each record without captions
+    tags: dict[str, int]  # regions per tag, most frequent first
+    fingerprint: str  # equal for equal samples in equal order
+    _first: np.ndarray  # first sample of each record
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def locate(self, sample: int) -> Place:
+        """Place of a sample. Raises IndexError outside 0 <= sample < len(self)."""
+        if not 0 <= sample < self.num_samples:
+            raise IndexError(f"sample {sample} of {self.num_samples}")
+        # bisect, not searchsorted: the column is strided in the file, and searchsorted would copy it at every call
+        record = bisect.bisect_right(self._first, sample) - 1
+        return self.place(record, sample - int(self._first[record]))
+
+    def samples_of(self, record: int) -> range:
+        """Numbers of the samples (captions) of a record."""
+        if not 0 <= record < self.num_records:
+            raise IndexError(f"record {record} of {self.num_records}")
+        end = self._first[record + 1] if record + 1 < self.num_records else self.num_samples
+        return range(int(self._first[record]), int(end))
+
+    @abstractmethod
+    def place(self, record: int, caption: int = 0) -> Place:
+        """Place of a caption of a record, by the record's number."""
+
+    @abstractmethod
+    def read(self, place: Place) -> tuple[Record, dict[str, bytes]]:
+        """The record at a place of this index, and its members by extension, whatever they are put together from.
+
+        Raises:
+            DataError: it cannot be used, with the reason.
+            OSError: a file cannot be read.
+        """
+
+
+class Index(SampleIndex):
+    """The samples of one folder of shards; of a sidecar's folder, its entries as samples without captions."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder = folder
+        self.kind = str(manifest["kind"])
+        self.num_records = int(manifest["num_records"])
+        self.num_samples = int(manifest["num_samples"])
+        self.num_text_only_samples = int(manifest["num_text_only_samples"])
+        self.num_image_only_samples = int(manifest["num_image_only_samples"])
+        self.tags = dict(manifest["tags"])
+        self.extractors: dict[str, int] = dict(manifest["extractors"])  # "name version" -> records that name it
+        self.holds: dict[str, int] = dict(manifest["holds"])  # regions, npy, ... -> records that hold some
+        self.fingerprint = str(manifest["sha256"])
+        self.num_bytes = sum(int(shard["num_bytes"]) for shard in manifest["shards"])
+        self.num_shards = len(manifest["shards"])
+        tars = folder / manifest.get("folder", ".")
+        self._paths = [str(tars / shard["name"]) for shard in manifest["shards"]]
+        self._sizes = [int(shard["num_bytes"]) for shard in manifest["shards"]]
+        self._record_ends = list(itertools.accumulate(int(shard["num_records"]) for shard in manifest["shards"]))
+        self._map()
+
+    def _map(self) -> None:
+        self._rows = np.load(self.folder / INDEX_NAME, mmap_mode="r", allow_pickle=False)
+        self._first = self._rows["first_sample"]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Index:
+        """Maps the index and checks it cheaply: its hash, and the size of every tar.
+
+        Raises:
+            DataError: manifest or index missing, of another version, not of a pair, or a tar is missing or has changed.
+        """
+        folder = Path(folder)
+        open_files.close()
+        try:
+            manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+            if manifest["version"] != INDEX_VERSION or manifest["schema"] != SCHEMA_VERSION:
+                raise DataError(
+                    f"{folder / MANIFEST_NAME} has version {manifest['version']}, schema {manifest['schema']}; this "
+                    f"version reads {INDEX_VERSION}, {SCHEMA_VERSION}; {REBUILD}"
+                )
+            with open(folder / INDEX_NAME, "rb") as file:
+                if _sha256(file) != manifest["sha256"]:
+                    raise DataError(f"{folder / INDEX_NAME} is not the one the manifest names; {REBUILD}")
+            index = cls(folder, manifest)
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise DataError(f"cannot open the index of {folder}: {error}; {REBUILD}") from error
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{folder / MANIFEST_NAME} is not a manifest: {error!r}; {REBUILD}") from error
+        index._check_tars()
+        return index
+
+    def _check_tars(self) -> None:
+        if self._rows.dtype != ROW or len(self._rows) != self.num_records or self.num_samples < 1:
+            raise DataError(f"{self.folder / INDEX_NAME} does not fit its manifest; {REBUILD}")
+        for path, expected in zip(self._paths, self._sizes, strict=True):
+            try:
+                size = os.stat(path).st_size
+            except OSError as error:
+                raise DataError(f"shard {path} is missing ({error}); bring it back or {REBUILD}") from error
+            if size != expected:
+                raise DataError(f"shard {path} has {size} bytes, the index was built for {expected}; {REBUILD}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_rows", "_first")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._map()
+
+    def place(self, record: int, caption: int = 0) -> Place:
+        row = self._rows[record]
+        path = self._paths[bisect.bisect_right(self._record_ends, record)]
+        num_blocks = int(row["span"]) & ((1 << SPAN_BITS) - 1)
+        return Place(path, int(row["block"]) * BLOCK, num_blocks * BLOCK, record, caption)
+
+    def read(self, place: Place) -> tuple[Record, dict[str, bytes]]:
+        members = read_record(place.path, place.offset, place.num_bytes)
+        return parse_record(members["json"]), members
+
+    def key_hashes(self) -> np.ndarray:
+        """Of all records, uint64 [num_records]; a copy."""
+        return np.array(self._rows["key_hash"])
+
+    def first_samples(self) -> np.ndarray:
+        """Of all records, int64 [num_records]; a copy."""
+        return self._first.astype(np.int64)
+
+    def flags(self) -> np.ndarray:
+        """NOT_VISUAL and NO_CAPTION of all records, uint8 [num_records]; a copy."""
+        return (self._rows["span"] >> SPAN_BITS).astype(np.uint8)
+
+
+def _sha256(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,234 @@
+"""Shards joined with their sidecars by key: the samples of the shards, each record put together when it is read.
+
+    DIR/joined-0123456789abcdef.npy    one row a record that is kept: its number, its first sample, its partners
+    DIR/joined-0123456789abcdef.json   counts, and the size of the rows
+
+The name is a hash of the indices of all folders and of what becomes of records without partner, so that a changed
+folder gives another join. Computed once, by sorted search, then mapped by every process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mvptr_ds.data.index import NO_CAPTION, NOT_VISUAL, RECORDS, SIDECAR, Index, Place, SampleIndex
+from mvptr_ds.data.schema import DataError, Record, SidecarEntry, parse_entry, parse_record
+from mvptr_ds.data.sidecars import merge_sidecar
+from mvptr_ds.data.tars import read_keyed_record, record_key
+
+logger = logging.getLogger(__name__)
+
+DROP, KEEP = "drop", "keep"  # a record that lacks a partner
+_NONE = np.uint32(0xFFFFFFFF)  # no partner
+_JOIN_VERSION = 1
+
+
+def join_path(main: Index, sidecars: Sequence[Index], missing: str, folder: str | Path) -> Path:
+    """Where the join of these folders is kept."""
+    content = [_JOIN_VERSION, main.fingerprint, *(sidecar.fingerprint for sidecar in sidecars), missing]
+    name = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    return Path(folder) / f"joined-{name}.json"
+
+
+def ensure_join(main: Index, sidecars: Sequence[Index], missing: str, allow_mixed: bool, folder: str | Path) -> None:
+    """Joins the records of `main` with their partners in each sidecar and writes the join, unless it is there.
+
+    Args:
+        missing: what becomes of records that lack a partner: drop, or keep (they are used as they are).
+        allow_mixed: whether regions or features of several extractors may come together.
+
+    Raises:
+        DataError: a folder is of the wrong kind, extractors are mixed, a sidecar has no partner for any record, or no
+            record has all of them.
+    """
+    if missing not in (DROP, KEEP):
+        raise DataError(f"data.missing_partners is {missing!r}; choose from {DROP}, {KEEP}")
+    check_kinds(main, sidecars)
+    if not allow_mixed:
+        for index in (main, *sidecars):
+            check_extractors(index)
+    path = join_path(main, sidecars, missing, folder)
+    if _is_there(path):
+        found = json.loads(path.read_text(encoding="utf-8"))["partners"]
+        num_missing = [main.num_records - num for num in found]
+    else:
+        partners_SR = np.stack([_partners(main, sidecar) for sidecar in sidecars])
+        num_missing = (partners_SR == _NONE).sum(1).tolist()
+        _write(path, main, sidecars, partners_SR, missing)
+    if missing == KEEP and not allow_mixed:
+        _check_kept(main, sidecars, num_missing)
+
+
+def check_kinds(main: Index, sidecars: Sequence[Index]) -> None:
+    """Raises DataError where a folder of records stands for a sidecar, or a sidecar for records."""
+    if main.kind != RECORDS:
+        raise DataError(f"{main.folder} is a sidecar; name it in data.sidecars, and a folder of records as the shards")
+    for sidecar in sidecars:
+        if sidecar.kind != SIDECAR:
+            raise DataError(f"{sidecar.folder} holds records and is no sidecar; take it out of data.sidecars")
+
+
+def check_extractors(index: Index) -> None:
+    """Raises DataError where the folder's regions, features or phrases come from several extractors."""
+    if len(index.extractors) > 1:
+        found = ", ".join(f"{name}: {number} of {index.num_records}" for name, number in index.extractors.items())
+        raise DataError(
+            f"{index.folder} mixes extractors ({found}), whose regions and features do not fit each other; make it "
+            "with one, or set data.allow_mixed_extractors=true"
+        )
+
+
+def _check_kept(main: Index, sidecars: Sequence[Index], num_missing: Sequence[int]) -> None:
+    """Records without partner keep their own regions: those of another extractor are a mixture, too."""
+    own = set(main.extractors)
+    for sidecar, num in zip(sidecars, num_missing, strict=True):
+        if num and own - set(sidecar.extractors) and ("regions" in sidecar.holds or "npy" in sidecar.holds):
+            raise DataError(
+                f"{num} records of {main.folder} have no partner in {sidecar.folder} and would keep the regions of "
+                f"{', '.join(sorted(own))} beside those of {', '.join(sidecar.extractors)}; set "
+                "data.missing_partners=drop, or data.allow_mixed_extractors=true"
+            )
+
+
+def _partners(main: Index, sidecar: Index) -> np.ndarray:
+    """Number of each record's entry in the sidecar, uint32 [num_records]; _NONE where it has none."""
+    hashes = sidecar.key_hashes()
+    order = np.argsort(hashes)
+    hashes = hashes[order]
+    wanted = main.key_hashes()
+    at = np.minimum(np.searchsorted(hashes, wanted), len(hashes) - 1)
+    partners = np.where(hashes[at] == wanted, order[at], int(_NONE)).astype(np.uint32)
+    num = int((partners != _NONE).sum())
+    if num == 0:
+        keys = [record_key(*index.place(0)[:3]) for index in (main, sidecar)]
+        raise DataError(
+            f"no record of {main.folder} has a partner in the sidecar {sidecar.folder}: a key there is {keys[1]!r}, a "
+            f"key here {keys[0]!r}; make both with the same keys (for held-out shards, see data.held_out_sidecars)"
+        )
+    return partners
+
+
+def _write(path: Path, main: Index, sidecars: Sequence[Index], partners_SR: np.ndarray, missing: str) -> None:
+    kept = np.flatnonzero((partners_SR != _NONE).all(0)) if missing == DROP else np.arange(main.num_records)
+    if not len(kept):
+        raise DataError(
+            f"no record of {main.folder} has a partner in each of {', '.join(str(s.folder) for s in sidecars)}; set "
+            "data.missing_partners=keep, or make sidecars of the same records"
+        )
+    first = np.append(main.first_samples(), main.num_samples)
+    num_samples = np.diff(first)[kept]
+    flags = main.flags()[kept]
+    not_visual = (flags & NOT_VISUAL).astype(bool)
+    rows = np.empty(len(kept), dtype=_row(len(sidecars)))
+    rows["record"] = kept
+    rows["first_sample"] = np.cumsum(num_samples) - num_samples
+    for number, sidecar in enumerate(sidecars):
+        partners = partners_SR[number][kept]
+        rows["partners"][:, number] = partners
+        has = partners != _NONE
+        not_visual[has] &= (sidecar.flags()[partners[has]] & NOT_VISUAL).astype(bool)
+    buffer = io.BytesIO()
+    np.save(buffer, rows, allow_pickle=False)
+    content = {
+        "version": _JOIN_VERSION,
+        "num_records": len(kept),
+        "num_samples": int(num_samples.sum()),
+        "num_text_only_samples": int(num_samples[not_visual].sum()),
+        "num_image_only_samples": int((flags & NO_CAPTION).astype(bool).sum()),
+        "partners": [int((partners != _NONE).sum()) for partners in partners_SR],
+        "num_bytes": len(buffer.getbuffer()),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # the counts last: they vouch for the rows by their size
+    text = json.dumps(content, indent=1) + "\n"
+    for target, data in ((path.with_suffix(".npy"), buffer.getbuffer()), (path, text.encode())):
+        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+        partial.write_bytes(data)
+        os.replace(partial, target)
+
+
+def _row(num_sidecars: int) -> np.dtype:
+    return np.dtype([("record", "<u4"), ("first_sample", "<u8"), ("partners", "<u4", (num_sidecars,))])
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return bool(content["num_bytes"] == path.with_suffix(".npy").stat().st_size and len(content["partners"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+class JoinedIndex(SampleIndex):
+    """The samples of a folder of shards whose records are put together with sidecars.
+
+    Raises:
+        DataError: the join is missing (see `ensure_join`).
+    """
+
+    def __init__(self, main: Index, sidecars: Sequence[Index], missing: str, folder: str | Path) -> None:
+        self.main, self.sidecars = main, list(sidecars)
+        self._path = join_path(main, sidecars, missing, folder)
+        if not _is_there(self._path):
+            raise DataError(f"the join {self._path} is missing or cut; start again, rank 0 writes it")
+        content: dict[str, Any] = json.loads(self._path.read_text(encoding="utf-8"))
+        self.num_records = int(content["num_records"])
+        self.num_samples = int(content["num_samples"])
+        self.num_text_only_samples = int(content["num_text_only_samples"])
+        self.num_image_only_samples = int(content["num_image_only_samples"])
+        self.fingerprint = self._path.stem.removeprefix("joined-")
+        self.tags = next((s.tags for s in reversed(self.sidecars) if "regions" in s.holds), main.tags)
+        for sidecar, num in zip(self.sidecars, content["partners"], strict=True):
+            logger.info(
+                "sidecar %s (%s): %d of %d records have a partner, the others are %s",
+                sidecar.folder, ", ".join(sidecar.extractors), num, main.num_records,
+                "left out" if missing == DROP else "used as they are",
+            )  # fmt: skip
+        self._map()
+
+    def _map(self) -> None:
+        self._rows = np.load(self._path.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
+        self._first = self._rows["first_sample"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_rows", "_first")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._map()
+
+    def place(self, record: int, caption: int = 0) -> Place:
+        """Of the record in the shards; `Place.record` counts the records that are kept."""
+        return self.main.place(int(self._rows["record"][record]), caption)._replace(record=record)
+
+    def read(self, place: Place) -> tuple[Record, dict[str, bytes]]:
+        key, members = read_keyed_record(place.path, place.offset, place.num_bytes)
+        record = parse_record(members["json"])
+        for sidecar, partner in zip(self.sidecars, self._rows["partners"][place.record].tolist(), strict=True):
+            if partner == _NONE:
+                continue
+            beside = sidecar.place(partner)
+            try:
+                record, members = _read_partner(beside, key, record, members)
+            except (DataError, OSError) as error:
+                raise DataError(f"sidecar {beside.path}: {error}") from error
+        return record, members
+
+
+def _read_partner(place: Place, key: str, record: Record, members: dict[str, bytes]) -> tuple[Record, dict[str, bytes]]:
+    own_key, own_members = read_keyed_record(place.path, place.offset, place.num_bytes)
+    if own_key != key:
+        raise DataError(f"key {own_key!r} stands where {key!r} was: the folder has changed; index it again")
+    entry = parse_entry(own_members["json"])
+    if not isinstance(entry, SidecarEntry):
+        raise DataError(f"key {own_key!r} is a record and no entry of a sidecar; index the folder again")
+    return merge_sidecar(record, members, entry, own_members.get("npy"))

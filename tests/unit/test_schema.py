@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from mvptr_ds.data.schema import Caption, DataError, Extractor, Phrase, Record, Region, parse_record
+
+WHOLE = Record(
+    "7",
+    64,
+    48,
+    (Caption("Füße 🐕", (Phrase(("füße",), ((0, 4),), (0,)), Phrase(("🐕",), ((5, 6),)))),),
+    (Region((0, 0, 1.5, 2), "dog", 0.25),),
+    Extractor("facebook/detr-resnet-50", "0123456789ab"),
+)
+
+
+@pytest.mark.parametrize(
+    "record", [WHOLE, Record("", 0, 0, (Caption("a"),)), Record("a", 640, 480, (Caption("a"),)), Record("1", 2, 3, ())]
+)
+def test_a_record_reads_as_it_was_written(record: Record) -> None:
+    assert parse_record(json.dumps(record.to_json()).encode()) == record
+    assert ("extractor" in record.to_json()) == (record.extractor is not None)
+
+
+def changed(**changes: Any) -> bytes:
+    return json.dumps({**WHOLE.to_json(), **changes}).encode()
+
+
+def region(**changes: Any) -> list[dict[str, Any]]:
+    return [{"box": [0, 0, 1, 1], "tag": "dog", **changes}]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"schema": 1, "width": ' + b"9" * 5_000 + b"}", "not JSON"),
+        (b"[]", "a list, not a JSON object"),
+        (changed(schema=2), "schema is 2"),
+        (changed(width=0), "0 x 48, both must be at least 1"),
+        (changed(width=0, height=0), "0 x 0, both must be at least 1"),
+        (changed(width=0, captions=[], regions=[]), "0 x 48, both"),
+        (changed(width=-1), "width is -1"),
+        (changed(height=10**400), r"height is 100000000000\.\.\., expected 0 to 1000000 pixels"),
+        (changed(width=float("nan")), "wrong type"),
+        (changed(width=float("inf")), "wrong type"),
+        (changed(width=[1]), "wrong type"),
+        (changed(captions=None), "wrong type"),
+        (changed(captions=[{"text": " \t"}]), "empty captions"),
+        (changed(captions=[{"text": 3}]), "caption text is 3, expected text"),
+        (changed(captions=[{"text": "a \ud800 b"}]), "no valid Unicode"),
+        (changed(captions=["a"]), "wrong type"),
+        (changed(captions=[{"text": "ab", "phrases": [{"tuple": ["a"], "spans": [[1, 3]]}]}]), "spans"),
+        (changed(captions=[{"text": "ab", "phrases": [{"tuple": [""], "spans": []}]}]), "one to three words"),
+        (changed(captions=[{"text": "ab", "phrases": [{"tuple": ["\udfff"], "spans": []}]}]), "no valid Unicode"),
+        (changed(captions=[{"text": "a", "phrases": [{"tuple": ["a"], "spans": [], "regions": [1]}]}]), "regions"),
+        (changed(regions=region(box=[0, 0, float("nan"), 1])), "region box"),
+        (changed(regions=region(box=[0, 0, 1])), "wrong type"),
+        (changed(regions=region(tag=None)), "region tag is None"),
+        (changed(regions=region(score=float("inf"))), "score is inf"),
+        (changed(extractor={"name": "a", "version": 1}), "extractor version is 1, expected text"),
+        (changed(extractor={"name": " ", "version": "1"}), "must not be empty"),
+        (changed(image_id="\ud800"), "no valid Unicode"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_no_record_is_refused_with_its_reason(content: bytes, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        parse_record(content)

@@ -1,0 +1,102 @@
+#!/usr/bin/env python3
+"""Runs an object detector over image shards and writes a sidecar: boxes, tags, scores, region features if asked for."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mvptr_ds.data.detection import RegionChoice
+from mvptr_ds.data.schema import DataError
+
+EPILOG = """\
+MODEL is a local folder (config.json, preprocessor_config.json, weights), for which the network is never asked, or a
+name on the Hugging Face hub. The sidecar is joined to the shards by key (data.sidecars=[DIR]).
+
+  %(prog)s shards/train --model PekingU/rtdetr_r50vd_coco_o365 --out sidecars/train_rtdetr --features
+  %(prog)s shards/train --model models/detr --out /tmp/try --limit 100    # what will it cost?
+
+Interrupted, the same command goes on with the missing shards. docs/regions.md names models, and says what is dropped.
+Exit status: 0 done, 1 something is wrong (one line on stderr), 2 wrong usage."""
+
+
+def main() -> int:
+    """Returns the exit status."""
+    parser = _parser()
+    args = parser.parse_args()
+    for name in ("batch_size", "processes", "limit"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, must be at least 1")
+    try:
+        choice = RegionChoice(args.score_threshold, args.nms_iou, args.max_regions)
+    except ValueError as error:
+        parser.error(str(error))
+    # torch and transformers take seconds to import, which --help and wrong usage need not wait for
+    from mvptr_ds.data.extraction import extract_regions
+
+    try:
+        summary = extract_regions(
+            args.shards,
+            args.model,
+            args.out,
+            choice,
+            revision=args.revision,
+            features=args.features,
+            batch_size=args.batch_size,
+            device=args.device,
+            precision=args.precision,
+            num_processes=args.processes,
+            limit=args.limit,
+        )
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print("\n".join([f"{args.out}:", *summary.lines()]))
+    if not summary.counts["records"]:
+        print("error: no picture could be used; the reasons stand above", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("shards", type=Path, metavar="SHARDS", help="folder of image shards")
+    parser.add_argument("--model", required=True, help="detector: folder or hub name")
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub model")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the sidecar")
+    parser.add_argument("--features", action="store_true", help="write KEY.npy: the last decoder state of each region")
+    parser.add_argument("--score-threshold", type=float, default=0.3, metavar="X", help="default %(default)s")
+    parser.add_argument(
+        "--nms-iou",
+        type=float,
+        default=0.5,
+        metavar="X",
+        help="of two boxes of one tag that overlap more, the better stays (default %(default)s; 1 keeps all)",
+    )
+    parser.add_argument("--max-regions", type=int, default=50, metavar="N", help="of a picture (default %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures (default %(default)s)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default %(default)s")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="auto: bfloat16 on a GPU that computes it",
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="each with the model, also on a GPU, where 2 to 4 keep it busy while pictures are decoded (default 1)",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N records only")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+#!/usr/bin/env python3
+"""Turns region features and predictions of VinVL or Oscar (.tsv files) into a sidecar of boxes, tags and KEY.npy."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mvptr_ds.data.schema import DataError
+from mvptr_ds.data.vinvl import FEATURE_DIM, KeyRule, import_vinvl
+
+EPILOG = """\
+The sidecar is joined to image shards by key (data.sidecars), so --keys must be what build_shards.py was given. COCO's
+keys have twelve digits, while these files say 391895: --key-width 12.
+
+  %(prog)s --features coco/features.tsv --predictions coco/predictions.tsv --key-width 12 \\
+      --version x152c4 --out sidecars/coco_vinvl
+  %(prog)s --predictions gqa/predictions.tsv --version x152c4 --out sidecars/gqa_tags    # boxes and tags only
+
+.lineidx files and imageid2idx.json beside the .tsv files are used and checked; they may be absent. Interrupted, the
+same command goes on with what is missing. docs/regions.md says what is dropped and why.
+Exit status: 0 done, 1 something is wrong (one line on stderr), 2 wrong usage."""
+
+
+def main() -> int:
+    """Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--predictions", type=Path, required=True, metavar="TSV", help="predictions.tsv or label.tsv")
+    parser.add_argument("--features", type=Path, metavar="TSV", help="features.tsv; without it, boxes and tags only")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the sidecar")
+    parser.add_argument("--version", required=True, help="of the extractor (whose name is vinvl), e.g. x152c4")
+    parser.add_argument(
+        "--feature-dim",
+        type=int,
+        default=FEATURE_DIM,
+        metavar="N",
+        help="numbers a box in features.tsv, the 6 of its geometry included (default %(default)s)",
+    )
+    parser.add_argument("--keys", choices=("image-id", "hash"), default="image-id", help="as the shards were built")
+    parser.add_argument("--key-width", type=int, default=0, metavar="N", help="digits of a key (COCO: 12)")
+    parser.add_argument("--max-regions", type=int, default=50, metavar="N", help="of a picture (default %(default)s)")
+    parser.add_argument("--records-per-shard", type=int, default=10_000, metavar="N", help="default %(default)s")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="default %(default)s")
+    args = parser.parse_args()
+    for name, least in (
+        ("feature_dim", 7),
+        ("key_width", 0),
+        ("max_regions", 1),
+        ("records_per_shard", 1),
+        ("processes", 1),
+    ):
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, must be at least {least}")
+    try:
+        summary = import_vinvl(
+            args.predictions,
+            args.features,
+            args.out,
+            args.version,
+            KeyRule(args.keys, args.key_width),
+            feature_dim=args.feature_dim,
+            records_per_shard=args.records_per_shard,
+            max_regions=args.max_regions,
+            num_processes=args.processes,
+        )
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print("\n".join([f"{args.out}:", *summary.lines()]))
+    if not summary.counts["records"]:
+        print("error: no image could be used; the reasons stand above", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

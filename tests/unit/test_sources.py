@@ -1,0 +1,588 @@
+"""Readers of annotation formats, pictures, keys, splits, and the plan of the shards made from them."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from mvptr_ds.data.build import parse_shares, split_by_hash
+from mvptr_ds.data.features import decode_image
+from mvptr_ds.data.gather import GatherOptions, PlannedRecord, gather, read_plan
+from mvptr_ds.data.jobs import Summary
+from mvptr_ds.data.pictures import PictureError, PictureOptions, check_picture, read_picture
+from mvptr_ds.data.record_keys import make_key
+from mvptr_ds.data.schema import DataError
+from mvptr_ds.data.sources import rows as rows_module
+from mvptr_ds.data.sources.annotations import read_coco, read_flickr30k, read_karpathy, read_visual_genome
+from mvptr_ds.data.sources.img2dataset import list_tars, read_caption, scan_tar
+from mvptr_ds.data.sources.plain import read_image_folder, read_text
+from mvptr_ds.data.sources.rows import Row, clean_caption, iter_array
+from mvptr_ds.data.sources.tables import read_csv, read_jsonl, read_parquet
+
+UNREADABLE = "row: cannot be read"
+
+
+def write(path: Path, content: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = content if isinstance(content, (str, bytes)) else json.dumps(content)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def read(reader: Callable[..., Iterator[Row]], *arguments: Any) -> tuple[list[Row], dict[str, int]]:
+    summary = Summary()
+    return list(reader(*arguments, summary)), dict(summary.dropped)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7, 1 << 20])
+def test_arrays_are_read_element_by_element(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(rows_module, "_CHUNK_CHARS", chunk)
+    content = {"year": 12.5, "info": {"a": [1]}, "other": [1, 2], "empty": [], "list": [{"é": '\\"'}, 10, -1.5e3, "x"]}
+    path = write(tmp_path / "a.json", json.dumps(content, indent=1))
+    assert list(iter_array(path, "list")) == content["list"]
+    assert list(iter_array(path, "empty")) == []
+    assert list(iter_array(write(tmp_path / "b.json", [[], {}, None]))) == [[], {}, None]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"images": [{"id": 1}', "the value is cut; is the file whole"),
+        ('{"images": [{"id": 1', "is the file whole"),
+        ('{"images": [1 2]}', "expected ','"),
+        ('{"images": 3}', r"expected '\['"),
+        ('{"annotations": []}', r"no field 'images', only \['annotations'\]"),
+        ("", "expected '{', found ''"),
+        ("[" * 100_000, "expected '{'"),
+        ('{"a": ' + "[" * 100_000, "character"),
+        ('{"images": [' + "9" * 5000 + "]}", "character 12"),
+    ],
+)
+def test_what_is_no_such_array_is_an_error_with_its_place(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        list(iter_array(write(tmp_path / "a.json", text), "images"))
+
+
+def test_a_missing_annotation_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.json is not a file"):
+        read(read_coco, tmp_path / "none.json")
+
+
+COCO = {
+    "info": {"description": "COCO 2014 Dataset", "year": 2014},
+    "images": [
+        {"license": 5, "file_name": "COCO_train2014_000000057870.jpg", "height": 48, "width": 64, "id": 57870},
+        {"license": 2, "file_name": "COCO_train2014_000000000009.jpg", "height": 30, "width": 40, "id": 9},
+        {"license": 2, "file_name": "COCO_train2014_000000000025.jpg", "height": 30, "width": 40, "id": 25},
+    ],
+    "licenses": [{"id": 1, "name": "a"}],
+    "annotations": [
+        {"image_id": 9, "id": 661611, "caption": "Closeup of bins of food."},
+        {"image_id": 57870, "id": 787980, "caption": "A restaurant has modern wooden tables and chairs."},
+        {"image_id": 9, "id": 661977, "caption": "A meal in bins.\n"},
+        {"image_id": 1234, "id": 3, "caption": "of no image"},
+        {"image_id": 9, "id": 4},
+        {"image_id": 9, "id": 5, "caption": 5},
+        {"image_id": [9], "id": 5, "caption": "x"},
+        "not an object",
+    ],
+}
+
+
+def test_coco(tmp_path: Path) -> None:
+    rows, dropped = read(read_coco, write(tmp_path / "captions_train2014.json", COCO))
+    assert rows == [
+        Row("000000000009", ("Closeup of bins of food.",), "COCO_train2014_000000000009.jpg", 40, 30),
+        Row("000000057870", (COCO["annotations"][1]["caption"],), "COCO_train2014_000000057870.jpg", 64, 48),  # type: ignore[index]
+        Row("000000000009", ("A meal in bins.\n",), "COCO_train2014_000000000009.jpg", 40, 30),
+    ]
+    assert dropped == {
+        "row: of an image that the file does not list": 1,
+        UNREADABLE: 4,
+        "image: listed without a caption": 1,
+    }
+
+
+def test_karpathy(tmp_path: Path) -> None:
+    def entry(number: int, split: str, **more: Any) -> dict[str, Any]:
+        sentences = [
+            {"tokens": ["a"], "raw": f"Sentence {number}.{s}", "imgid": number, "sentid": 5 * number + s}
+            for s in (0, 1)
+        ]
+        name = {"filename": f"COCO_val2014_{number:012d}.jpg", "imgid": number, "sentids": [1, 2]}
+        return {**name, "split": split, "sentences": sentences, **more}
+
+    images = [
+        entry(391895, "test", filepath="val2014", cocoid=391895),
+        entry(60623, "restval", filepath="val2014", cocoid=60623),
+        entry(7, "train"),  # Flickr30k: no folder, no cocoid
+        entry(8, "../../escape"),
+        {"filename": "x.jpg"},
+    ]
+    source = write(tmp_path / "dataset_coco.json", {"images": images, "dataset": "coco"})
+    rows, dropped = read(read_karpathy, source, True)
+    assert rows == [
+        Row(
+            "000000391895",
+            ("Sentence 391895.0", "Sentence 391895.1"),
+            "val2014/COCO_val2014_000000391895.jpg",
+            split="test",
+        ),
+        Row(
+            "000000060623",
+            ("Sentence 60623.0", "Sentence 60623.1"),
+            "val2014/COCO_val2014_000000060623.jpg",
+            split="train",
+        ),
+        Row(
+            "COCO_val2014_000000000007.jpg",
+            ("Sentence 7.0", "Sentence 7.1"),
+            "COCO_val2014_000000000007.jpg",
+            split="train",
+        ),
+    ]
+    assert dropped == {UNREADABLE: 2}
+    rows, dropped = read(read_karpathy, source, False)
+    assert [row.split for row in rows] == ["test", "train"]
+    assert dropped == {UNREADABLE: 2, "image: of the split restval (--no-restval)": 1}
+
+
+def test_flickr30k_token_file_and_table(tmp_path: Path) -> None:
+    token = "1000092795.jpg#0\tTwo young guys .\n1000092795.jpg#1\tTwo | men .\n\n10002456.jpg#0\tSeveral men .\n"
+    rows, dropped = read(read_flickr30k, write(tmp_path / "results_20130124.token", token))
+    expected = [
+        ("1000092795.jpg", "Two young guys ."),
+        ("1000092795.jpg", "Two | men ."),
+        ("10002456.jpg", "Several men ."),
+    ]
+    assert [(row.image_id, *row.captions) for row in rows] == expected and dropped == {UNREADABLE: 1}
+    assert {row.image for row in rows} == {"1000092795.jpg", "10002456.jpg"}
+    # the published table has one row without its second bar
+    table = (
+        "image_name| comment_number| comment\r\n"
+        "1000092795.jpg| 0| Two young guys .\r\n1000092795.jpg| 1| Two | men .\r\n"
+        "2199200615.jpg| 4   A dog runs across the grass .\r\n10002456.jpg| 0| Several men .\r\n"
+    )
+    rows, dropped = read(read_flickr30k, write(tmp_path / "results.csv", table))
+    assert [(row.image_id, *row.captions) for row in rows] == expected and dropped == {UNREADABLE: 1}
+
+
+def test_visual_genome(tmp_path: Path) -> None:
+    def region(image_id: int, phrase: str) -> dict[str, Any]:
+        return {"region_id": 1, "width": 8, "height": 9, "image_id": image_id, "phrase": phrase, "y": 4, "x": 2}
+
+    descriptions = [
+        {"regions": [region(1, "the clock is green"), region(1, "shade")], "id": 1},
+        {"regions": [region(2, "a man")], "id": 2},
+        {"regions": [region(3, "a dog")]},
+        {"regions": [{"x": 1}], "id": 4},
+    ]
+    source = write(tmp_path / "region_descriptions.json", descriptions)
+    url = "https://cs.stanford.edu/people/rak248/{}/{}.jpg"
+    data = [
+        {
+            "width": 80,
+            "url": url.format("VG_100K_2", 1),
+            "height": 60,
+            "image_id": 1,
+            "coco_id": None,
+            "flickr_id": None,
+        },
+        {"width": 90, "url": url.format("VG_100K", 2), "height": 60, "image_id": 2, "coco_id": None, "flickr_id": None},
+    ]
+    rows, dropped = read(read_visual_genome, source, write(tmp_path / "image_data.json", data), None)
+    assert rows[:2] == [
+        Row("1", ("the clock is green", "shade"), "VG_100K_2/1.jpg", 80, 60),
+        Row("2", ("a man",), "VG_100K/2.jpg", 90, 60),
+    ]
+    assert rows[2].image_id == "3" and dropped == {UNREADABLE: 1}
+    for place in ("VG_100K/1.jpg", "VG_100K_2/2.jpg", "3.jpg"):
+        write(tmp_path / "images" / place, b"x")
+    rows, _ = read(read_visual_genome, source, None, tmp_path / "images")
+    assert [row.image for row in rows] == ["VG_100K/1.jpg", "VG_100K_2/2.jpg", "3.jpg"]
+    with pytest.raises(DataError, match=r"image_data\.json"):
+        read(read_visual_genome, source, write(tmp_path / "image_data.json", [{"id": 3}]), None)
+
+
+TABLE = [("a/1.jpg", "one"), ("2.png", ["two", "zwei"]), ("a/1.jpg", "uno")]
+TABLE_ROWS = [
+    Row("a/1.jpg", ("one",), "a/1.jpg"),
+    Row("2.png", ("two", "zwei"), "2.png"),
+    Row("a/1.jpg", ("uno",), "a/1.jpg"),
+]
+
+
+def test_jsonl(tmp_path: Path) -> None:
+    lines = [json.dumps({"file": image, "text": text, "more": 1}) for image, text in TABLE]
+    bad = ["{broken", "[1]", "[" * 5000, '{"file": "3.jpg", "text": 3}', '{"file": 3, "text": "x"}', '{"text": "x"}']
+    rows, dropped = read(read_jsonl, write(tmp_path / "a.jsonl", "\n".join([*lines, "", *bad])), "file", "text")
+    assert rows == TABLE_ROWS and dropped == {UNREADABLE: len(bad)}
+    with pytest.raises(
+        DataError, match=r"no column \['image', 'caption'\], only \['file', 'text', 'more'\].*--image-column"
+    ):
+        read(read_jsonl, tmp_path / "a.jsonl", "image", "caption")
+
+
+def test_overlong_lines_are_dropped_and_reading_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_module, "_MAX_LINE_CHARS", 20)
+    rows, dropped = read(read_text, write(tmp_path / "a.txt", "x" * 95 + "\nshort\n" + "y" * 19 + "\nlast"))
+    assert [row.captions[0][:5] for row in rows] == ["short", "yyyyy", "last"] and dropped == {UNREADABLE: 1}
+
+
+@pytest.mark.parametrize(("name", "mark"), [("a.csv", ","), ("a.tsv", "\t")])
+def test_csv(tmp_path: Path, name: str, mark: str) -> None:
+    cells = [
+        ("file", "text"),
+        ("a/1.jpg", "one"),
+        ("2.png", '"[""two"", ""zwei""]"'),
+        ("a/1.jpg", "uno"),
+        ("3.jpg", "[sic"),
+    ]
+    text = (
+        "\ufeff"
+        + "".join(mark.join(row) + "\r\n" for row in cells)
+        + f"{mark}no image\r\n4.jpg\r\n5.jpg{mark}"
+        + "x" * 140_000
+    )
+    rows, dropped = read(read_csv, write(tmp_path / name, text), "file", "text")
+    assert rows == [*TABLE_ROWS, Row("3.jpg", ("[sic",), "3.jpg"), Row("4.jpg", ("",), "4.jpg")]
+    assert dropped == {UNREADABLE: 2}
+    with pytest.raises(DataError, match="no column"):
+        read(read_csv, tmp_path / name, "image", "text")
+    with pytest.raises(DataError, match="no column"):
+        read(read_csv, write(tmp_path / name, ""), "image", "text")
+
+
+def test_parquet(tmp_path: Path) -> None:
+    source = tmp_path / "a.parquet"
+    images, texts = [image for image, _ in TABLE], [[t] if isinstance(t, str) else t for _, t in TABLE]
+    pyarrow.parquet.write_table(pyarrow.table({"file": images, "text": texts, "n": [1, 2, 3]}), source)
+    assert read(read_parquet, source, "file", "text") == (TABLE_ROWS, {})
+    pyarrow.parquet.write_table(pyarrow.table({"file": [b"\xff\xd8", None], "text": ["x", "y"]}), source)
+    assert read(read_parquet, source, "file", "text") == ([], {UNREADABLE: 2})
+    with pytest.raises(DataError, match="no column"):
+        read(read_parquet, source, "image", "text")
+    for content in (b"", b"PAR1 no", source.read_bytes()[:-20]):
+        with pytest.raises(DataError, match="cannot be read as Parquet"):
+            read(read_parquet, write(source, content), "file", "text")
+
+
+def test_parquet_without_pyarrow_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    with pytest.raises(DataError, match="pip install pyarrow"):
+        read(read_parquet, tmp_path / "a.parquet", "file", "text")
+
+
+def test_text_ids_are_those_of_the_sentence(tmp_path: Path) -> None:
+    rows, _ = read(read_text, write(tmp_path / "a.txt", b"One dog.\r\n  One   dog. \nTwo dogs.\n\xff\xfe\n"))
+    assert [row.captions[0] for row in rows] == ["One dog.", "  One   dog. ", "Two dogs.", "\udcff\udcfe"]
+    assert rows[0].image_id == rows[1].image_id != rows[2].image_id
+    assert all(row.image is None for row in rows)
+
+
+def test_image_folder(tmp_path: Path) -> None:
+    for name in ("b.JPG", "a/x.png", "a/c/y.webp", "a/notes.txt"):
+        write(tmp_path / "pictures" / name, b"x")
+    rows, dropped = read(read_image_folder, tmp_path / "pictures")
+    assert [(row.image_id, row.image, row.captions) for row in rows] == [
+        (name, name, ()) for name in ("b.JPG", "a/x.png", "a/c/y.webp")
+    ]
+    assert dropped == {"file: no picture by its name": 1}
+    with pytest.raises(DataError, match="not a folder"):
+        read(read_image_folder, tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (" A dog \t runs.\n", "A dog runs."),
+        ("A\x00dog\x07", "A dog"),
+        ("", ""),
+        ("\u00a0\u3000 \r\n", ""),
+        ("\x00\x1f\x85", ""),
+        ("\u200b\ufeff\u00ad", ""),
+        ("犬が\u3000走る", "犬が 走る"),
+        (".", "."),
+    ],
+)
+def test_clean_captions(text: str, expected: str) -> None:
+    assert clean_caption(text) == expected
+
+
+def tar_of(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def scan(tar: Path) -> tuple[dict[str, str], dict[str, int]]:
+    summary = Summary()
+    with open(tar, "rb") as file:
+        return {k: read_caption(file, m) for k, m in scan_tar(tar, file, summary).items()}, dict(summary.dropped)
+
+
+def test_img2dataset_records_up_to_a_damage(tmp_path: Path) -> None:
+    members = [
+        (f"{n:09d}.{extension}", content)
+        for n in range(4)
+        for extension, content in (
+            ("jpg", b"j" * 700),
+            ("json", b'{"caption": "json"}'),
+            ("txt", f"caption {n}".encode()),
+        )
+    ]
+    captions = {f"{n:09d}": f"caption {n}" for n in range(4)}
+    assert scan(tar_of(tmp_path / "00000.tar", members)) == (captions, {})
+    content = (tmp_path / "00000.tar").read_bytes()
+    record = 512 * 7  # three headers, 700 bytes in two blocks, two small members in one each
+    damaged = {
+        "cut at a member": content[: 2 * record],
+        "cut in a header": content[: 2 * record + 100],
+        "zero block": content[: 2 * record] + bytes(512) + content[2 * record + 512 :],
+        "garbage": content[: 2 * record] + b"\xaa" * 512 + content[2 * record + 512 :],
+    }
+    for name, bad in damaged.items():
+        kept, dropped = scan(write_tar_bytes(tmp_path / "bad.tar", bad))
+        assert list(kept) == [f"{0:09d}"], name  # record 1 ends at the damage: whether it is whole cannot be known
+        assert dropped == {"tar: damaged, skipped from there on": 1}, name
+
+
+def write_tar_bytes(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def test_img2dataset_captions_and_odd_members(tmp_path: Path) -> None:
+    members = [
+        ("a.jpg", b"1"), ("a.json", b'{"caption": "from json"}'),
+        ("b.jpg", b"1"), ("b.json", b'{"caption": null}'),
+        ("a.txt", b"late"), ("b.jpg", b"2"), ("c.d.jpg", b"3"), ("e.txt", b"\xff"),
+    ]  # fmt: skip
+    kept, dropped = scan(tar_of(tmp_path / "00000.tar", members))
+    assert kept == {"a": "from json", "b": "", "e": "\udcff"}
+    assert dropped == {"member: its key was seen before in the tar": 2, "member: name is not KEY.extension": 1}
+
+
+def test_img2dataset_lists_tars(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    tars = [tar_of(tmp_path / "a" / name, []) for name in ("00001.tar", "00000.tar")]
+    assert list_tars([tmp_path / "a"]) == tars[::-1]
+    with pytest.raises(DataError, match=r"holds no \.tar"):
+        list_tars([tmp_path / "b"])
+    tar_of(tmp_path / "b" / "00000.tar", [])
+    with pytest.raises(DataError, match=r"two tars are named 00000\.tar"):
+        list_tars([tmp_path / "a", tmp_path / "b"])
+
+
+def picture(picture_format: str, size: tuple[int, int] = (40, 24), mode: str = "RGB", **options: Any) -> bytes:
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).convert(mode).save(buffer, picture_format, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("picture_format", "mode", "extension"),
+    [
+        ("JPEG", "RGB", "jpg"),
+        ("JPEG", "L", "jpg"),
+        ("JPEG", "CMYK", "jpg"),
+        ("PNG", "RGBA", "png"),
+        ("PNG", "I;16", "png"),
+        ("WEBP", "RGB", "webp"),
+    ],
+)
+def test_pictures_pass_through(picture_format: str, mode: str, extension: str) -> None:
+    content = picture(picture_format, mode=mode)
+    assert check_picture(content, PictureOptions()) == (extension, content, 40, 24)
+    decode_image({extension: content}, 32)
+
+
+@pytest.mark.parametrize(("picture_format", "mode"), [("GIF", "P"), ("BMP", "RGB"), ("TIFF", "RGBA")])
+def test_other_formats_become_jpeg(picture_format: str, mode: str) -> None:
+    extension, content, width, height = check_picture(picture(picture_format, mode=mode), PictureOptions())
+    assert (extension, width, height) == ("jpg", 40, 24)
+    assert Image.open(io.BytesIO(content)).format == "JPEG"
+
+
+def test_exif_is_kept_by_passing_through_and_applied_by_encoding() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    content = picture("JPEG", exif=exif)
+    # as the training reader decodes it, which looks at no EXIF
+    assert check_picture(content, PictureOptions()) == ("jpg", content, 40, 24)
+    stored = check_picture(content, PictureOptions(reencode=90))
+    assert (stored.width, stored.height) == (24, 40) == Image.open(io.BytesIO(stored.content)).size
+    assert not Image.open(io.BytesIO(stored.content)).getexif()
+    damaged = content.replace(b"Exif\0\0MM", b"Exif\0\0ZZ").replace(b"Exif\0\0II", b"Exif\0\0ZZ")
+    assert damaged != content and check_picture(damaged, PictureOptions(reencode=90))[2:] == (40, 24)
+
+
+def test_encoding_again_shrinks_but_never_enlarges() -> None:
+    options = PictureOptions(reencode=50, max_side=20)
+    assert check_picture(picture("PNG"), options)[::2] == ("jpg", 20)
+    assert check_picture(picture("PNG", (10, 8)), options)[2:] == (10, 8)
+
+
+def big_png(side: int) -> bytes:
+    header = b"IHDR" + side.to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
+    small = picture("PNG", (1, 1))
+    return small[:12] + header + zlib.crc32(header).to_bytes(4, "big") + small[33:]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "cannot be decoded"),
+        (b"GIF89a", "cannot be decoded"),
+        (b"%PDF-1.4 no picture", "cannot be decoded"),
+        (picture("JPEG", (200, 200))[:-2000], "cannot be decoded"),
+        (picture("PNG", (200, 200))[:-2000], "cannot be decoded"),
+        (picture("WEBP", (200, 200))[:-2000], "cannot be decoded"),
+        (picture("GIF", (200, 200), "P")[:-9000], "cannot be decoded"),
+        (big_png(9500), "over 89 megapixels"),
+        (big_png(30000), "over 89 megapixels"),
+        (picture("JPEG", (40, 9)), "below 10 pixels"),
+    ],
+    ids=range(10),
+)
+def test_pictures_that_cannot_be_used(content: bytes, reason: str) -> None:
+    with pytest.raises(PictureError) as error:
+        check_picture(content, PictureOptions(min_side=10))
+    assert error.value.reason == f"picture: {reason}"
+
+
+def test_a_picture_that_training_would_refuse_is_dropped_or_made_smaller() -> None:
+    buffer = io.BytesIO()
+    Image.new("1", (8200, 8200)).save(buffer, "PNG")
+    with pytest.raises(PictureError, match="64 megapixels that training reads"):
+        check_picture(buffer.getvalue(), PictureOptions())
+    assert check_picture(buffer.getvalue(), PictureOptions(reencode=50, max_side=100))[2:] == (100, 100)
+
+
+def test_pictures_are_read_below_their_folder_only(tmp_path: Path) -> None:
+    write(tmp_path / "images" / "a" / "1.jpg", b"one"), write(tmp_path / "secret.jpg", b"secret")
+    folder = tmp_path / "images"
+    assert read_picture(folder, "a/1.jpg") == read_picture(folder, "./a/../a/1.jpg") == b"one"
+    assert read_picture(folder, str(folder / "a" / "1.jpg")) == b"one"
+    os.mkfifo(folder / "pipe")
+    for name, reason in {
+        "../secret.jpg": "its path leads out of --images",
+        str(tmp_path / "secret.jpg"): "its path leads out of --images",
+        "a/2.jpg": "file is missing",
+        "a": "no plain file",
+        "pipe": "no plain file",
+        "a\0b": "file cannot be read",
+        "n" * 5000: "file cannot be read",
+    }.items():
+        with pytest.raises(PictureError) as error:
+            read_picture(folder, name)
+        assert error.value.reason == f"picture: {reason}", name
+
+
+def test_keys() -> None:
+    assert make_key("image-id", "000000391895", 3) == "000000391895"
+    assert make_key("image-id", "a b/ü.x.JPEG", 3) == "a_b___x"
+    assert make_key("number", "x", 3) == "000000003"
+    assert make_key("hash", "a.jpg", 3) != make_key("hash", "a.png", 3)
+    assert len(make_key("hash", "x" * 1000, 3)) == 32
+
+
+def test_splits_are_a_function_of_the_id() -> None:
+    shares = parse_shares("train=0.9,held_out=.1")
+    splits = [split_by_hash(f"image {n}", shares) for n in range(4000)]
+    assert 320 < splits.count("held_out") < 480  # 4 standard deviations about 400
+    # a smaller share of the first takes from it only: what was held out stays so
+    smaller = [split_by_hash(f"image {n}", parse_shares("train=0.8,held_out=0.2")) for n in range(4000)]
+    assert all(now == "held_out" for before, now in zip(splits, smaller, strict=True) if before == "held_out")
+    assert split_by_hash("x", ()) == "train"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "train", "train=0.5", "a=0.5,a=0.5", "a=1.5,b=-0.5", "a=nan", "a=0,b=1", "../x=1", "a b=1", "a=1,"]
+)
+def test_wrong_shares(text: str) -> None:
+    with pytest.raises(ValueError, match=r"train=0\.98"):
+        parse_shares(text)
+
+
+OPTIONS = GatherOptions("image-id", records_per_shard=4, seed=0, max_caption_chars=30, image_only=False)
+
+
+def planned(folder: Path, rows: list[Row], options: GatherOptions = OPTIONS) -> tuple[list[PlannedRecord], Summary]:
+    summary = Summary()
+    shards, _ = gather(rows, folder, lambda row: row.split or "train", options, summary)
+    assert all(1 <= shard.num_records <= options.records_per_shard for shard in shards)
+    assert [shard.first_record for shard in shards] == list(np.cumsum([0, *(s.num_records for s in shards)]))[:-1]
+    return [record for shard in shards for record in read_plan(shard.plan, shard.offset, shard.num_records)], summary
+
+
+def test_rows_of_one_image_become_one_record_in_an_order_of_its_own(tmp_path: Path) -> None:
+    rows = [Row(f"{n % 30}.jpg", (f"caption {n}",), f"{n % 30}.jpg", 5, 4) for n in range(60)]
+    records, summary = planned(tmp_path, rows)
+    assert {r.image_id: r.captions for r in records} == {
+        f"{n}.jpg": [f"caption {n}", f"caption {n + 30}"] for n in range(30)
+    }
+    assert records[0][1:4] == (records[0].image_id, 5, 4)
+    order = [int(record.image_id[:-4]) for record in records]
+    assert order != sorted(order)
+    # another order of the source changes the order of an image's captions only, more images not that of the others
+    shuffled = random.Random(0).sample(rows, len(rows))
+    assert [r.image_id for r in planned(tmp_path, shuffled)[0]] == [r.image_id for r in records]
+    more = [r.image_id for r in planned(tmp_path, [Row("new", ("x",)), *rows])[0] if r.image_id != "new"]
+    assert more == [r.image_id for r in records]
+    other = GatherOptions("image-id", 4, 1, 30, False)
+    assert [r.image_id for r in planned(tmp_path, rows, other)[0]] != [r.image_id for r in records]
+    assert (summary.counts["source_images"], summary.counts["source_captions"], summary.dropped) == (30, 60, {})
+
+
+def test_captions_that_cannot_be_used_are_counted(tmp_path: Path) -> None:
+    rows = [
+        Row("a", (" A  dog.", "", "x" * 31, "A dog.\n", "\x00", "bad \ud800", "A dog")),
+        Row("b", ("\u200b",)),
+        Row("c\udcff", ("lost",)),
+        Row("d", ("x" * 30,)),
+    ]
+    records, summary = planned(tmp_path, rows)
+    assert {r.image_id: r.captions for r in records} == {"a": ["A dog.", "A dog"], "d": ["x" * 30]}
+    assert summary.dropped == {
+        "caption: empty": 3,
+        "caption: over 30 characters": 1,
+        "caption: repeated in its record": 1,
+        "caption: not valid Unicode": 1,
+        "record: no caption left": 1,
+        "row: image id is not valid Unicode": 1,
+    }
+    assert all(summary.examples.values())
+
+
+def test_two_images_of_one_key_are_an_error_with_a_remedy(tmp_path: Path) -> None:
+    rows = [Row("a/b.jpg", ("one",)), Row("c", ("two",)), Row("a_b.png", ("three",), split="test")]
+    with pytest.raises(DataError, match=r"both come to the key 'a_b'.*--keys number or --keys hash"):
+        planned(tmp_path, rows)
+    assert len(planned(tmp_path, rows, GatherOptions("hash", 4, 0, 30, False))[0]) == 3
+    with pytest.raises(DataError, match="91 characters, at most 90 fit; use --keys"):
+        planned(tmp_path, [Row("k" * 91, ("x",))])
+
+
+def test_nothing_left_says_why(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no record is left.*caption: empty"):
+        planned(tmp_path, [Row("a", ("",))])
+    with pytest.raises(DataError, match="the source is empty"):
+        planned(tmp_path, [])

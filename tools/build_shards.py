@@ -1,0 +1,215 @@
+#!/usr/bin/env python3
+"""Builds shards from annotations and pictures: OUT/SPLIT/shard-000000.tar ... with manifest and index."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mvptr_ds.data.build import BuildOptions, build_listed, build_streamed, finish, parse_shares
+from mvptr_ds.data.jobs import Summary
+from mvptr_ds.data.pictures import PictureOptions
+from mvptr_ds.data.record_keys import KEY_SCHEMES
+from mvptr_ds.data.schema import DataError
+from mvptr_ds.data.sources.annotations import read_coco, read_flickr30k, read_karpathy, read_visual_genome
+from mvptr_ds.data.sources.plain import read_image_folder, read_text
+from mvptr_ds.data.sources.rows import Row
+from mvptr_ds.data.sources.tables import read_csv, read_jsonl, read_parquet
+
+FORMATS = {
+    "coco": "captions JSON of COCO: captions_train2014.json and its like; keys are the image ids in twelve digits",
+    "karpathy": "Karpathy's dataset_coco.json, dataset_flickr30k.json, dataset_flickr8k.json, with their own splits",
+    "flickr30k": "results_20130124.token (NAME.jpg#0<TAB>caption), or results.csv (NAME.jpg| 0| caption)",
+    "visual-genome": "region_descriptions.json: the description of each region is a caption of its image",
+    "img2dataset": "tars of KEY.jpg KEY.txt KEY.json, or folders of them; a shard of each split for every tar",
+    "jsonl": "one JSON object a line, with an image and a caption field; a caption field may hold a list",
+    "csv": "a table with a heading (.tsv: separated by tabs); a caption cell may hold a JSON list",
+    "parquet": "a table in Parquet (needs pyarrow); the image column holds paths, a caption cell may hold a list",
+    "text": "one sentence a line, for stage 1: records without pictures",
+    "image-folder": "every picture below a folder, for stage 1: records without captions",
+}
+TABLES: dict[str, Callable[[Path, str, str, Summary], Iterator[Row]]] = {
+    "jsonl": read_jsonl,
+    "csv": read_csv,
+    "parquet": read_parquet,
+}
+EXAMPLES = """\
+examples:
+  build_shards.py karpathy dataset_coco.json --images coco/ --out shards/coco
+  build_shards.py coco captions_train2017.json --images train2017/ --out shards/coco17 --split train=0.98,held_out=0.02
+  build_shards.py coco captions_train2014.json --images none --out shards/coco     (features come from a sidecar)
+  build_shards.py csv Train_GCC.tsv --image-column path --images cc3m/ --out shards/cc3m --reencode 90 --max-side 512
+  build_shards.py text sentences.txt --out shards/text
+
+Rows of one image become one record. Interrupted, the same command goes on where it stopped and gives the same bytes.
+Memory: the plan is made on disk (OUT/.plan, twice the text of the corpus), 1/128 of it in memory at a time, and
+8 bytes a record; coco holds the list of images besides, a few hundred bytes each.
+Exit status: 0 done, whatever was dropped; 1 nothing left, more dropped than allowed, or something is wrong;
+2 wrong usage.
+"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=raw)
+    formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT", help="FORMAT --help tells more")
+    for name, text in FORMATS.items():
+        _add_arguments(name, formats.add_parser(name, help=text, description=text))
+    arguments = parser.parse_args()
+    if getattr(arguments, "max_side", None) is not None and arguments.reencode is None:
+        parser.error("--max-side changes pictures only when they are encoded again; give --reencode QUALITY too")
+    return arguments
+
+
+def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("source", type=Path, nargs=1 if name == "image-folder" else "+", metavar="SOURCE", help="as said above")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder of the shards, below it one folder a split")
+    if name not in ("img2dataset", "text", "image-folder"):
+        add("--images", required=True, metavar="DIR", help="folder of the pictures; none: records without pictures")
+    if name == "karpathy":
+        add("--no-restval", action="store_true", help="leave restval out, which joins train otherwise")
+    else:
+        add(
+            "--split",
+            type=_shares,
+            default=(),
+            metavar="NAME=SHARE,...",
+            help="by a hash of the image id (all is train)",
+        )
+    if name == "visual-genome":
+        add("--image-data", type=Path, metavar="FILE", help="image_data.json: sizes and folders of the pictures")
+    if name in TABLES:
+        add("--image-column", default="image", metavar="NAME", help="paths below --images (%(default)s)")
+        add("--caption-column", default="caption", metavar="NAME", help="(%(default)s)")
+    keys = "the source's own id, a running number, or a hash of the id (%(default)s)"
+    add("--keys", choices=KEY_SCHEMES, default=KEY_SCHEMES[0], help=keys)
+    if name != "img2dataset":
+        add("--records-per-shard", type=_number(1), default=10_000, metavar="N", help="(%(default)s)")
+        add("--shuffle-seed", type=int, default=0, metavar="S", help="of the order of the records (%(default)s)")
+    if name != "image-folder":
+        add("--max-caption-chars", type=_number(1), default=1000, metavar="N", help="longer ones go (%(default)s)")
+    if name != "text":
+        add("--min-side", type=_number(1), default=1, metavar="PX", help="smaller pictures are dropped (%(default)s)")
+        reencode = (
+            "store every picture as JPEG of this quality, 1 to 100, turned as EXIF says; without it JPEG, PNG and "
+        )
+        add("--reencode", type=_number(1, 100), metavar="QUALITY", help=reencode + "WebP are stored byte by byte")
+        add("--max-side", type=_number(1), metavar="PX", help="with --reencode: shrink to this longer side")
+    limit = "exit 1 when more of the captions (pictures) are dropped (%(default)s)"
+    add("--max-dropped-fraction", type=_fraction, default=0.5, metavar="X", help=limit)
+    add("--processes", type=_number(1), default=os.cpu_count() or 1, metavar="P", help="(%(default)s)")
+
+
+def _number(least: int, most: int | None = None) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(
+                f"{value} is not at least {least}" + (f" and at most {most}" if most else "")
+            )
+        return value
+
+    return number
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def _shares(text: str) -> tuple[tuple[str, float], ...]:
+    try:
+        return parse_shares(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def rows_of(arguments: argparse.Namespace, images: Path | None, source: Path, summary: Summary) -> Iterator[Row]:
+    """The rows of one source."""
+    match arguments.format:
+        case "coco":
+            return read_coco(source, summary)
+        case "karpathy":
+            return read_karpathy(source, not arguments.no_restval, summary)
+        case "flickr30k":
+            return read_flickr30k(source, summary)
+        case "visual-genome":
+            return read_visual_genome(source, arguments.image_data, images, summary)
+        case "text":
+            return read_text(source, summary)
+        case "image-folder":
+            return read_image_folder(source, summary)
+    return TABLES[arguments.format](source, arguments.image_column, arguments.caption_column, summary)
+
+
+def build(arguments: argparse.Namespace) -> Summary:
+    """Builds the shards the arguments ask for."""
+    image_folder = arguments.source[0] if arguments.format == "image-folder" else getattr(arguments, "images", "none")
+    images = None if str(image_folder) == "none" else Path(image_folder)
+    if images is not None and not images.is_dir():
+        raise DataError(f"--images {images} is not a folder; give the folder of the pictures, or none")
+    defaults = BuildOptions()
+    options = BuildOptions(
+        images=None if images is None else str(images),
+        key_scheme=arguments.keys,
+        records_per_shard=getattr(arguments, "records_per_shard", defaults.records_per_shard),
+        shares=getattr(arguments, "split", ()),
+        seed=getattr(arguments, "shuffle_seed", defaults.seed),
+        max_caption_chars=getattr(arguments, "max_caption_chars", defaults.max_caption_chars),
+        image_only=arguments.format == "image-folder",
+        pictures=PictureOptions(
+            min_side=getattr(arguments, "min_side", defaults.pictures.min_side),
+            reencode=getattr(arguments, "reencode", None),
+            max_side=getattr(arguments, "max_side", None),
+        ),
+    )
+    source: dict[str, Any] = {"format": arguments.format, "sources": [str(path) for path in arguments.source]}
+    if arguments.format == "img2dataset":
+        summary = build_streamed(arguments.source, arguments.out, options, source, arguments.processes)
+    else:
+        planned = Summary()
+        rows = chain.from_iterable(rows_of(arguments, images, path, planned) for path in arguments.source)
+        summary = build_listed(rows, planned, arguments.out, options, source, arguments.processes)
+    return summary
+
+
+def main() -> int:
+    """Returns the exit status: 0 done, 1 something is wrong, 2 wrong usage."""
+    arguments = parse_arguments()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
+    try:
+        summary = build(arguments)
+        print("\n".join(summary.lines()))
+        image_only = arguments.format == "image-folder"
+        for name, index in finish(arguments.out, summary, image_only, arguments.max_dropped_fraction).items():
+            print(
+                f"{name}: {index.num_shards} shards, {index.num_records} records, {len(index)} samples, "
+                f"{index.num_bytes / 2**20:.1f} MiB"
+            )
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+#!/usr/bin/env python3
+"""Writes one HTML page of a folder of shards: records with their boxes and phrases, and statistics."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mvptr_ds.data.preview.page import write_preview
+from mvptr_ds.data.schema import DataError
+
+_MAX_BAD_LINES = 5
+EPILOG = """\
+examples:
+  python tools/preview_shards.py shards/train --out preview.html
+  python tools/preview_shards.py shards/train --out preview.html --num 60 --seed 7 --stats-records 20000 --processes 4
+  python tools/preview_shards.py shards/train --out preview.html --sidecars shards/regions shards/phrases
+
+The page opens from the disk, in any browser and without a network; the pictures are inside, scaled to 480 pixels.
+A record or picture that cannot be read is shown with the reason. With sidecars the page shows what training reads:
+records with a partner in each. A folder gets its index when it has none.
+
+exit status: 0 done, 1 something is wrong (one line on stderr), 2 wrong usage
+"""
+
+
+def _count(least: int, text: str) -> int:
+    number = int(text)
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{number} is below {least}")
+    return number
+
+
+def _natural(text: str) -> int:
+    return _count(0, text)
+
+
+def _positive(text: str) -> int:
+    return _count(1, text)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder that holds the .tar files")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="the page to write, such as preview.html"
+    )
+    parser.add_argument("--num", type=_natural, default=24, metavar="N", help="records to show (default: %(default)s)")
+    parser.add_argument("--seed", type=_natural, default=0, help="draws the records (default: %(default)s)")
+    parser.add_argument(
+        "--sidecars",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="folders joined to it by key, as in training",
+    )
+    parser.add_argument(
+        "--stats-records", type=_natural, default=2000, metavar="N", help="records to count (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--processes", type=_positive, default=1, metavar="N", help="that count records (default: %(default)s)"
+    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Returns the exit status: 0 done, 1 something is wrong, 2 wrong usage."""
+    args = _arguments()
+    try:
+        preview = write_preview(
+            args.folder, args.out, args.num, args.stats_records, args.seed, args.processes, args.sidecars
+        )
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    bad = preview.measures.bad
+    print(
+        f"{args.out}: {preview.num_shown} of {preview.num_records} records shown, "
+        f"{preview.measures.records['read']} counted, {len(bad)} unreadable, "
+        f"{os.path.getsize(args.out) / 2**20:.1f} MiB"
+    )
+    for line in bad[:_MAX_BAD_LINES]:
+        print(f"  unreadable: {line}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

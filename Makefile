@@ -1,4 +1,4 @@
-# make demo [SOURCE=stamps] | make test | make faults | make lint      .venv is set up first; safe to repeat
+# make demo [SOURCE=stamps] | make test | make faults | make fuzz | make lint      .venv is set up first; safe to repeat
 SOURCE ?= shapes
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,7 @@ RANKS ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | wc -l); [ $$n -gt 0 ] && echo 
 DEMO_CONFIG := $(if $(filter shapes,$(SOURCE)),demo,demo_$(SOURCE))
 DEMO_DIR := $(if $(filter shapes,$(SOURCE)),runs/demo,runs/demo-$(SOURCE))
 
-.PHONY: install demo test faults lint clean
+.PHONY: install demo test faults fuzz lint clean
 install: $(VENV)/.installed
 
 # torch first and pinned: a looser requirement may pull another build of several GB
@@ -31,6 +31,10 @@ test: install
 # kills a run 50 times at random instants and compares what it comes to with an undisturbed one
 faults: install
 	$(BIN)/python tools/faults.py --tries 50 --out runs/faults
+
+# 100,000 damaged tars, records, features and pictures: each is read or refused, nothing else
+fuzz: install
+	$(BIN)/python -m tests.fuzz --inputs 100000
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

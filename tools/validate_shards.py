@@ -1,0 +1,96 @@
+#!/usr/bin/env python3
+"""Validates a folder of shards or of sidecar tars; writes its index, or a folder of what is sound in it.
+
+Every tar is walked to its end, behind damage too, every record is read and its picture decoded. All that is wrong is
+counted, with examples that name shard, byte and key.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mvptr_ds.data.schema import DataError
+from mvptr_ds.data.validation import Result, validate
+
+EPILOG = """examples:
+  python tools/validate_shards.py shards/train                         index it, if nothing is wrong
+  python tools/validate_shards.py shards/train --repair shards/sound   what is sound, in a folder of its own
+  python tools/validate_shards.py /mnt/shards --out indices/train      the index elsewhere: data.train=indices/train
+  python tools/validate_shards.py shards/train --no-decode             quicker: of pictures, only the headers
+
+Exit status: 0 nothing is wrong and the index is written, or the repair is; 1 something is wrong; 2 wrong usage.
+An interrupted run goes on where it was, given the same command and the same tars.
+"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder that holds the .tar files")
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument("--out", type=Path, metavar="DIR", help="write the index there, when FOLDER is read-only")
+    target.add_argument(
+        "--repair", type=Path, metavar="OUT", help="write the sound records there, members as they are, and their index"
+    )
+    parser.add_argument(
+        "--decode",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="decode every picture to its end (%(default)s)",
+    )
+    parser.add_argument(
+        "--processes", type=int, default=os.cpu_count() or 1, metavar="P", help="processes, a tar each (%(default)s)"
+    )
+    parser.add_argument(
+        "--max-examples", type=int, default=5, metavar="N", help="cases shown of each reason, at most 5 of one shard"
+    )
+    return parser.parse_args()
+
+
+def report(result: Result) -> None:
+    for name, number in result.summary.counts.items():
+        print(f"{name}: {number:,}")
+    for reason, number in sorted(result.summary.dropped.items(), key=lambda item: (-item[1], item[0])):
+        print(f"wrong {number:,}: {reason}")
+        for case in result.examples.get(reason, ()):
+            print(f"    {case}")
+    for warning in result.warnings:
+        print(f"note: {warning}")
+    if result.index is not None:
+        index = result.index
+        print(f"index of {index.folder}: {index.num_shards} shards, {index.num_records} records, {len(index)} samples")
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        result = validate(
+            arguments.folder,
+            arguments.out,
+            arguments.repair,
+            arguments.decode,
+            arguments.processes,
+            arguments.max_examples,
+        )
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    report(result)
+    if result.index is None:
+        num_wrong = sum(result.summary.dropped.values())
+        remedy = "" if arguments.repair else "; --repair OUT writes what is sound"
+        print(f"error: {arguments.folder}: {num_wrong} things are wrong, no index was written{remedy}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

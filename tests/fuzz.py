@@ -35,10 +35,10 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from webdataset import tariterators
 
+from mvptr_ds.corpus.record_checks import check_content
+from mvptr_ds.corpus.salvage import Break, Piece, pieces
 from mvptr_ds.data.features import SampleBuilder, SampleOptions, decode_image, read_features
 from mvptr_ds.data.phrases import PhraseVocab
-from mvptr_ds.data.record_checks import check_content
-from mvptr_ds.data.salvage import Break, Piece, pieces
 from mvptr_ds.data.schema import DataError, Record, SidecarEntry, parse_entry, parse_record
 from mvptr_ds.data.shards import build_index, read_record
 from mvptr_ds.data.sidecars import merge_sidecar

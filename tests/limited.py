@@ -50,7 +50,7 @@ class Limited:
 
 
 def _validate(folder: str) -> Any:
-    from mvptr_ds.data.validation import validate
+    from mvptr_ds.corpus.validation import validate
 
     return dict(validate(Path(folder)).summary.dropped)
 

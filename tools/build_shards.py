@@ -16,15 +16,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mvptr_ds.data.build import BuildOptions, build_listed, build_streamed, finish, parse_shares
-from mvptr_ds.data.jobs import Summary
-from mvptr_ds.data.pictures import PictureOptions
-from mvptr_ds.data.record_keys import KEY_SCHEMES
+from mvptr_ds.corpus.build import BuildOptions, build_listed, build_streamed, finish, parse_shares
+from mvptr_ds.corpus.jobs import Summary
+from mvptr_ds.corpus.pictures import PictureOptions
+from mvptr_ds.corpus.record_keys import KEY_SCHEMES
+from mvptr_ds.corpus.sources.annotations import read_coco, read_flickr30k, read_karpathy, read_visual_genome
+from mvptr_ds.corpus.sources.plain import read_image_folder, read_text
+from mvptr_ds.corpus.sources.rows import Row
+from mvptr_ds.corpus.sources.tables import read_csv, read_jsonl, read_parquet
 from mvptr_ds.data.schema import DataError
-from mvptr_ds.data.sources.annotations import read_coco, read_flickr30k, read_karpathy, read_visual_genome
-from mvptr_ds.data.sources.plain import read_image_folder, read_text
-from mvptr_ds.data.sources.rows import Row
-from mvptr_ds.data.sources.tables import read_csv, read_jsonl, read_parquet
 
 FORMATS = {
     "coco": "captions JSON of COCO: captions_train2014.json and its like; keys are the image ids in twelve digits",

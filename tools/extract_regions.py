@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mvptr_ds.data.detection import RegionChoice
+from mvptr_ds.corpus.detection import RegionChoice
 from mvptr_ds.data.schema import DataError
 
 EPILOG = """\
@@ -35,7 +35,7 @@ def main() -> int:
     except ValueError as error:
         parser.error(str(error))
     # torch and transformers take seconds to import, which --help and wrong usage need not wait for
-    from mvptr_ds.data.extraction import extract_regions
+    from mvptr_ds.corpus.extraction import extract_regions
 
     try:
         summary = extract_regions(

@@ -9,8 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from mvptr_ds.corpus.vinvl import FEATURE_DIM, KeyRule, import_vinvl
 from mvptr_ds.data.schema import DataError
-from mvptr_ds.data.vinvl import FEATURE_DIM, KeyRule, import_vinvl
 
 EPILOG = """\
 The sidecar is joined to image shards by key (data.sidecars), so --keys must be what build_shards.py was given. COCO's

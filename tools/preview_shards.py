@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mvptr_ds.data.preview.page import write_preview
+from mvptr_ds.corpus.preview.page import write_preview
 from mvptr_ds.data.schema import DataError
 
 _MAX_BAD_LINES = 5

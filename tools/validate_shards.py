@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from mvptr_ds.corpus.validation import Result, validate
 from mvptr_ds.data.schema import DataError
-from mvptr_ds.data.validation import Result, validate
 
 EPILOG = """examples:
   python tools/validate_shards.py shards/train                         index it, if nothing is wrong

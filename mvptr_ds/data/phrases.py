@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,13 +19,14 @@ from mvptr_ds.data.wordpiece import WordPiece
 
 _SCHEMA = 1
 PhraseTuple = tuple[str, ...]
+KINDS = {1: "objects", 2: "attributes", 3: "relations"}  # by the number of words of the tuple
 
 
 class PhraseVocab:
     """Phrases in a fixed order; `rows[i]` is the embedding row of phrase i (int64 [P]).
 
     A one-word phrase whose word is a single wordpiece shares that wordpiece's row; all others own a row each, from
-    `len(words)` on. Source: REFERENCE, Inputs.
+    `len(words)` on. Source: REFERENCE, Inputs. A published list may leave some of these rows unused.
     """
 
     def __init__(
@@ -40,7 +42,7 @@ class PhraseVocab:
         self.counts = list(counts)
         self.num_words = num_words
         self.word_fingerprint = word_fingerprint
-        self.num_rows = num_words + int((self.rows >= num_words).sum())  # V: size of the embedding table
+        self.num_rows = max(num_words, int(self.rows.max(initial=-1)) + 1)  # V: size of the embedding table
         self._index = {phrase: index for index, phrase in enumerate(self.tuples)}
         listing = json.dumps([num_words, word_fingerprint, self.tuples, self.rows.tolist()], ensure_ascii=False)
         self.fingerprint = hashlib.sha256(listing.encode()).hexdigest()
@@ -49,19 +51,38 @@ class PhraseVocab:
     def build(cls, counts: Mapping[PhraseTuple, int], words: WordPiece, min_count: int) -> PhraseVocab:
         """The phrases seen at least `min_count` times, most frequent first, equal counts by tuple."""
         kept = sorted((p for p, count in counts.items() if count >= min_count), key=lambda p: (-counts[p], p))
-        taken: set[int] = set()
-        rows = []
-        next_row = len(words)
-        for phrase in kept:
-            pieces = words.encode_words(phrase)[0] if len(phrase) == 1 else []
+        return cls.empty(words).extended({phrase: counts[phrase] for phrase in kept}, words)
+
+    def extended(self, counts: Mapping[PhraseTuple, int], words: WordPiece) -> PhraseVocab:
+        """This vocabulary with more phrases: its own keep label index and row, new ones come behind in their order.
+
+        Counts of a phrase that is there already are added.
+        """
+        tuples, rows = list(self.tuples), self.rows.tolist()
+        total = dict(zip(self.tuples, self.counts, strict=True))
+        taken = set(rows)
+        next_row = self.num_rows
+        for phrase, count in counts.items():
+            if phrase in total:
+                total[phrase] += count
+                continue
+            total[phrase] = count
+            row = shared_row(phrase, words)
             # "Dog" and "dog" are one wordpiece: the second comer owns a row, or two labels would share one decoder row
-            if len(pieces) == 1 and pieces[0] != words.unk_id and pieces[0] not in taken:
-                taken.add(pieces[0])
-                rows.append(pieces[0])
-            else:
-                rows.append(next_row)
-                next_row += 1
-        return cls(kept, rows, [counts[p] for p in kept], len(words), words.fingerprint)
+            if row is None or row in taken:
+                row, next_row = next_row, next_row + 1
+            taken.add(row)
+            tuples.append(phrase)
+            rows.append(row)
+        return PhraseVocab(tuples, rows, [total[phrase] for phrase in tuples], self.num_words, self.word_fingerprint)
+
+    @classmethod
+    def merge(cls, vocabs: Sequence[PhraseVocab], words: WordPiece) -> PhraseVocab:
+        """All phrases of several vocabularies of the same words; those of the first keep label index and row."""
+        merged = vocabs[0]
+        for other in vocabs[1:]:
+            merged = merged.extended(dict(zip(other.tuples, other.counts, strict=True)), words)
+        return merged
 
     @classmethod
     def empty(cls, words: WordPiece) -> PhraseVocab:
@@ -88,15 +109,17 @@ class PhraseVocab:
 
     def save(self, path: str | Path) -> None:
         """Writes the JSON file through a temporary name, so that no reader sees half of it."""
-        content = {
+        content: dict[str, Any] = {
             "schema": _SCHEMA,
             "num_words": self.num_words,
             "word_fingerprint": self.word_fingerprint,
-            "phrases": [
-                {"tuple": list(phrase), "row": int(row), "count": int(count)}
-                for phrase, row, count in zip(self.tuples, self.rows, self.counts, strict=True)
-            ],
         }
+        if self.num_unused_rows():
+            content["num_rows"] = self.num_rows
+        content["phrases"] = [
+            {"tuple": list(phrase), "row": int(row), "count": int(count)}
+            for phrase, row, count in zip(self.tuples, self.rows, self.counts, strict=True)
+        ]
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
@@ -128,10 +151,14 @@ class PhraseVocab:
             if isinstance(error, DataError):
                 raise
             raise DataError(f"{path} is not a phrase vocabulary: {error!r}; build it again") from error
-        vocab._check(path, words)
+        vocab._check(path, words, content.get("num_rows"))
         return vocab
 
-    def _check(self, path: str | Path, words: WordPiece) -> None:
+    def num_unused_rows(self) -> int:
+        """Rows behind the words that no phrase owns."""
+        return self.num_rows - self.num_words - int((self.rows >= self.num_words).sum())
+
+    def _check(self, path: str | Path, words: WordPiece, num_rows: Any) -> None:
         if (self.num_words, self.word_fingerprint) != (len(words), words.fingerprint):
             raise DataError(
                 f"{path} was built for a word vocabulary of {self.num_words} rows (sha256 "
@@ -140,6 +167,13 @@ class PhraseVocab:
             )
         if len(self._index) != len(self.tuples) or len(np.unique(self.rows)) != len(self.rows):
             raise DataError(f"{path} holds a phrase or a row twice; build it again")
-        own = np.sort(self.rows[self.rows >= self.num_words])
-        if (self.rows < 0).any() or not np.array_equal(own, np.arange(self.num_words, self.num_rows)):
+        num_unused = self.num_unused_rows()
+        # a list with unused rows says so itself; as many as the used ones are a mistake that would cost memory
+        if (self.rows < 0).any() or (num_unused and (num_rows != self.num_rows or 2 * num_unused > self.num_rows)):
             raise DataError(f"{path}: own rows must run from {self.num_words} without a gap; build it again")
+
+
+def shared_row(phrase: PhraseTuple, words: WordPiece) -> int | None:
+    """The wordpiece row that a phrase of one word shares, None where the word is no single wordpiece."""
+    pieces = words.encode_words(phrase)[0] if len(phrase) == 1 else []
+    return pieces[0] if len(pieces) == 1 and pieces[0] != words.unk_id else None

@@ -19,11 +19,11 @@ import pytest
 import webdataset
 from PIL import Image
 
-from mvptr_ds.data.detection import RegionChoice, choose_regions
-from mvptr_ds.data.detector import Detector, DetectorSource
-from mvptr_ds.data.extraction import extract_regions
+from mvptr_ds.corpus.detection import RegionChoice, choose_regions
+from mvptr_ds.corpus.detector import Detector, DetectorSource
+from mvptr_ds.corpus.extraction import extract_regions
+from mvptr_ds.corpus.jobs import Summary
 from mvptr_ds.data.features import read_features, region_geometry
-from mvptr_ds.data.jobs import Summary
 from mvptr_ds.data.schema import Caption, DataError, Record, SidecarEntry, parse_entry
 from mvptr_ds.data.shards import write_shards
 from mvptr_ds.data.sidecars import merge_sidecar

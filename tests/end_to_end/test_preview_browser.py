@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from mvptr_ds.data.preview.page import write_preview
+from mvptr_ds.corpus.preview.page import write_preview
 from mvptr_ds.data.shards import write_shards
 from tests.preview_items import hostile_texts, items
 

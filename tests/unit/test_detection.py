@@ -11,8 +11,8 @@ import torch
 import transformers
 from PIL import Image
 
-from mvptr_ds.data.detection import Detections, RegionChoice, choose_regions, clip_boxes, nms, tag_of
-from mvptr_ds.data.detector import Detector, DetectorSource, choose_device, find_model
+from mvptr_ds.corpus.detection import Detections, RegionChoice, choose_regions, clip_boxes, nms, tag_of
+from mvptr_ds.corpus.detector import Detector, DetectorSource, choose_device, find_model
 from mvptr_ds.data.schema import DataError
 from tests.tiny_detector import HIDDEN, NUM_QUERIES, fix_heads, save_detector
 

@@ -56,14 +56,19 @@ def test_the_reading_of_imports_itself() -> None:
     assert offenders(("mvptr_ds.trainer",), ("deepspeed",)) == ["mvptr_ds.trainer imports deepspeed"]
 
 
-M, L, D = "mvptr_ds.model", "mvptr_ds.losses", "mvptr_ds.data"
+M, L, D, C = "mvptr_ds.model", "mvptr_ds.losses", "mvptr_ds.data", "mvptr_ds.corpus"
 OURS_ABOVE = ("config", "ds_config", "task", "trainer", "train", "parallel", "optim", "assembly", "demo", "evaluation")
 ABOVE = ("deepspeed", *(f"mvptr_ds.{name}" for name in OURS_ABOVE))
 
 
-@pytest.mark.parametrize(("part", "others"), [(M, (L, D)), (L, (M, D)), (D, (M, L))])
+@pytest.mark.parametrize(("part", "others"), [(M, (L, D)), (L, (M, D)), (D, (M, L)), (C, (M, L))])
 def test_model_losses_and_data_know_neither_each_other_nor_what_is_above(part: str, others: tuple[str, ...]) -> None:
     assert offenders((part,), (*others, *ABOVE)) == []
+
+
+def test_training_reads_shards_without_what_makes_them() -> None:
+    assert offenders(("mvptr_ds",), (C,), but=(C,)) == []
+    assert offenders((C,), (D,)) != []
 
 
 def test_only_trainer_and_parallel_import_deepspeed() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mvptr_ds.data.jobs import PROGRESS_NAME, SUMMARY_NAME, Summary, finished_summary, run_units
+from mvptr_ds.corpus.jobs import PROGRESS_NAME, SUMMARY_NAME, Summary, finished_summary, run_units
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.data.tars import TarError
 
@@ -115,7 +115,7 @@ def test_a_killed_process_is_an_error_that_says_so(tmp_path: Path) -> None:
 PROGRAM = """
 import functools, sys
 from pathlib import Path
-from mvptr_ds.data.jobs import run_units
+from mvptr_ds.corpus.jobs import run_units
 from tests.unit.test_jobs import ARGUMENTS, linger
 if __name__ == "__main__":
     folder = Path(sys.argv[1])

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from mvptr_ds.data.phrase_words import is_form_of, wrong_spans
+from mvptr_ds.corpus.phrase_words import is_form_of, wrong_spans
 from mvptr_ds.data.schema import Phrase
 
 INFLECTED = (

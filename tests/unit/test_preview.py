@@ -12,14 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mvptr_ds.data.collate import Sample, collate
-from mvptr_ds.data.features import SampleBuilder, SampleOptions
-from mvptr_ds.data.phrases import PhraseVocab
-from mvptr_ds.data.preview import measures
-from mvptr_ds.data.preview.card import NUM_COLOURS, colours_of, place_labels, segments
-from mvptr_ds.data.preview.charts import bins_of
-from mvptr_ds.data.preview.markup import Html, element, escaped, readable
-from mvptr_ds.data.preview.measures import (
+from mvptr_ds.corpus.preview import measures
+from mvptr_ds.corpus.preview.card import NUM_COLOURS, colours_of, place_labels, segments
+from mvptr_ds.corpus.preview.charts import bins_of
+from mvptr_ds.corpus.preview.markup import Html, element, escaped, readable
+from mvptr_ds.corpus.preview.measures import (
     Sizes,
     cut_shares,
     draw_records,
@@ -28,7 +25,10 @@ from mvptr_ds.data.preview.measures import (
     sequence_lengths,
     suggested_sizes,
 )
-from mvptr_ds.data.preview.page import write_preview
+from mvptr_ds.corpus.preview.page import write_preview
+from mvptr_ds.data.collate import Sample, collate
+from mvptr_ds.data.features import SampleBuilder, SampleOptions
+from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.schema import Caption, DataError, Extractor, Phrase, Record, Region
 from mvptr_ds.data.shards import Index, build_index, read_record, write_shards
 from mvptr_ds.data.sidecars import sidecar_json
@@ -38,7 +38,7 @@ from tests.conftest import REPO
 from tests.preview_items import CAPTION, PHRASES, REGIONS, features, hostile_texts, items, jpeg
 
 WORDS = WordPiece()
-PAGE_FILES = REPO / "mvptr_ds" / "data" / "preview"
+PAGE_FILES = REPO / "mvptr_ds" / "corpus" / "preview"
 
 
 class _Page(HTMLParser):

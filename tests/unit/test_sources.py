@@ -18,19 +18,19 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from mvptr_ds.data.build import parse_shares, split_by_hash
+from mvptr_ds.corpus.build import parse_shares, split_by_hash
+from mvptr_ds.corpus.gather import GatherOptions, PlannedRecord, gather, read_plan
+from mvptr_ds.corpus.jobs import Summary
+from mvptr_ds.corpus.pictures import PictureError, PictureOptions, check_picture, read_picture
+from mvptr_ds.corpus.record_keys import make_key
+from mvptr_ds.corpus.sources import rows as rows_module
+from mvptr_ds.corpus.sources.annotations import read_coco, read_flickr30k, read_karpathy, read_visual_genome
+from mvptr_ds.corpus.sources.img2dataset import list_tars, read_caption, scan_tar
+from mvptr_ds.corpus.sources.plain import read_image_folder, read_text
+from mvptr_ds.corpus.sources.rows import Row, clean_caption, iter_array
+from mvptr_ds.corpus.sources.tables import read_csv, read_jsonl, read_parquet
 from mvptr_ds.data.features import decode_image
-from mvptr_ds.data.gather import GatherOptions, PlannedRecord, gather, read_plan
-from mvptr_ds.data.jobs import Summary
-from mvptr_ds.data.pictures import PictureError, PictureOptions, check_picture, read_picture
-from mvptr_ds.data.record_keys import make_key
 from mvptr_ds.data.schema import DataError
-from mvptr_ds.data.sources import rows as rows_module
-from mvptr_ds.data.sources.annotations import read_coco, read_flickr30k, read_karpathy, read_visual_genome
-from mvptr_ds.data.sources.img2dataset import list_tars, read_caption, scan_tar
-from mvptr_ds.data.sources.plain import read_image_folder, read_text
-from mvptr_ds.data.sources.rows import Row, clean_caption, iter_array
-from mvptr_ds.data.sources.tables import read_csv, read_jsonl, read_parquet
 
 UNREADABLE = "row: cannot be read"
 

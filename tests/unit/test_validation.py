@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import webdataset
 
-from mvptr_ds.data import validation
-from mvptr_ds.data.jobs import PROGRESS_NAME
+from mvptr_ds.corpus import validation
+from mvptr_ds.corpus.jobs import PROGRESS_NAME
+from mvptr_ds.corpus.validation import Result, validate
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.data.shards import build_index
 from mvptr_ds.data.tars import MAX_JSON_BYTES, MAX_MEMBER_BYTES, MAX_RECORD_MEMBERS
-from mvptr_ds.data.validation import Result, validate
 from tests.hostile import (
     HEIGHT,
     TEXT,

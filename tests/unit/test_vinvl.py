@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import webdataset
 
-from mvptr_ds.data.record_keys import make_key
+from mvptr_ds.corpus.record_keys import make_key
+from mvptr_ds.corpus.tsv import Table
+from mvptr_ds.corpus.vinvl import KeyRule, import_vinvl, plan_rows
+from mvptr_ds.corpus.vinvl_rows import RowError, parse_features, parse_predictions
 from mvptr_ds.data.schema import DataError
-from mvptr_ds.data.tsv import Table
-from mvptr_ds.data.vinvl import KeyRule, import_vinvl, plan_rows
-from mvptr_ds.data.vinvl_rows import RowError, parse_features, parse_predictions
 from tests.conftest import REPO
 
 FEATURE_DIM = 10  # 4 numbers of the feature, 6 of the geometry

@@ -1,0 +1,139 @@
+"""Annotation files of COCO, Karpathy's splits, Flickr30k and Visual Genome."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mvptr_ds.corpus.jobs import Summary
+from mvptr_ds.corpus.sources.rows import (
+    UNREADABLE,
+    Row,
+    captions_of,
+    iter_array,
+    iter_lines,
+    number_or_name,
+    size_of,
+)
+from mvptr_ds.data.schema import DataError
+
+_WRONG = (KeyError, TypeError, ValueError, AttributeError, IndexError)  # what an entry of another layout gives
+_KARPATHY_SPLITS = ("train", "restval", "val", "test")
+_GENOME_FOLDERS = ("VG_100K", "VG_100K_2")
+
+
+def read_coco(source: Path, summary: Summary) -> Iterator[Row]:
+    """Captions of COCO.
+
+    `{"images": [{"id", "file_name", "width", "height"}], "annotations": [{"image_id", "caption"}]}`
+
+    Raises:
+        DataError: not JSON, or without these two fields.
+    """
+    images: dict[int | str, tuple[str, int, int]] = {}
+    for number, entry in enumerate(iter_array(source, "images")):
+        try:
+            number_or_name(entry["id"])
+            images[entry["id"]] = (str(entry["file_name"]), *size_of(entry))
+        except _WRONG as error:
+            summary.drop(UNREADABLE, f"{source.name}, images[{number}]: {error!r}")
+    with_caption = set()
+    for number, entry in enumerate(iter_array(source, "annotations")):
+        try:
+            image_id, captions = entry["image_id"], captions_of(entry["caption"])
+            if image_id not in images:
+                summary.drop("row: of an image that the file does not list", f"{source.name}, image {image_id}")
+                continue
+        except _WRONG as error:
+            summary.drop(UNREADABLE, f"{source.name}, annotations[{number}]: {error!r}")
+            continue
+        with_caption.add(image_id)
+        yield Row(number_or_name(image_id), captions, *images[image_id])
+    for image_id in (image_id for image_id in images if image_id not in with_caption):
+        summary.drop("image: listed without a caption", f"{source.name}, image {image_id}")
+
+
+def read_karpathy(source: Path, use_restval: bool, summary: Summary) -> Iterator[Row]:
+    """Karpathy's `dataset_*.json` with its splits; `restval` joins train, or is left out.
+
+    Raises:
+        DataError: not JSON, or without the field `images`.
+    """
+    for number, entry in enumerate(iter_array(source, "images")):
+        try:
+            name, split = str(entry["filename"]), entry["split"]
+            if split not in _KARPATHY_SPLITS:
+                raise ValueError(f"split is {_short(split)}, expected one of {', '.join(_KARPATHY_SPLITS)}")
+            captions = captions_of([sentence["raw"] for sentence in entry["sentences"]])
+            image_id = number_or_name(entry.get("cocoid", name))
+            path = str(PurePosixPath(str(entry.get("filepath", "")), name))
+        except _WRONG as error:
+            summary.drop(UNREADABLE, f"{source.name}, images[{number}]: {error!r}")
+            continue
+        if split == "restval" and not use_restval:
+            summary.drop("image: of the split restval (--no-restval)", f"{source.name}, {name}")
+            continue
+        yield Row(image_id, captions, path, split="train" if split == "restval" else split)
+
+
+def read_flickr30k(source: Path, summary: Summary) -> Iterator[Row]:
+    """Flickr30k's `NAME.jpg#0<TAB>caption` lines, or the table `NAME.jpg| 0| caption` with a heading."""
+    for number, line in iter_lines(source, summary):
+        name, tab, caption = line.partition("\t")
+        if tab:
+            name, _, count = name.rpartition("#")
+        else:
+            name, count, caption = (*(part.strip() for part in line.split("|", 2)), "", "")[:3]
+        if not tab and number == 1 and not count.isdigit():
+            continue  # the heading
+        if not name or not count.isdigit():
+            summary.drop(UNREADABLE, f"{source.name}, line {number}: {line[:80]!r}")
+            continue
+        yield Row(name, (caption,), name)
+
+
+def read_visual_genome(source: Path, image_data: Path | None, images: Path | None, summary: Summary) -> Iterator[Row]:
+    """Visual Genome's `region_descriptions.json`: the description of each region is a caption of its image.
+
+    Sizes and folders come from `image_data.json` where it is given; otherwise the picture is looked for in `images`
+    and its folders VG_100K and VG_100K_2.
+
+    Raises:
+        DataError: not JSON, or not an array.
+    """
+    known = dict(_genome_images(image_data)) if image_data is not None else {}
+    for number, entry in enumerate(iter_array(source)):
+        try:
+            regions = entry["regions"]
+            image_id = entry["id"] if "id" in entry else regions[0]["image_id"]
+            captions = captions_of([region["phrase"] for region in regions])
+            folder, width, height = known.get(image_id, ("", 0, 0))
+            row = Row(str(int(image_id)), captions, _genome_path(image_id, folder, images), width, height)
+        except _WRONG as error:
+            summary.drop(UNREADABLE, f"{source.name}, [{number}]: {error!r}")
+            continue
+        yield row
+
+
+def _genome_images(image_data: Path) -> Iterator[tuple[int, tuple[str, int, int]]]:
+    for number, entry in enumerate(iter_array(image_data)):
+        try:
+            folder = PurePosixPath(str(entry["url"])).parent.name
+            yield int(entry["image_id"]), (folder if folder in _GENOME_FOLDERS else "", *size_of(entry))
+        except _WRONG as error:
+            raise DataError(
+                f"{image_data}, [{number}] is {_short(entry)}: {error!r}; give Visual Genome's image_data.json"
+            ) from error
+
+
+def _genome_path(image_id: int, folder: str, images: Path | None) -> str:
+    name = f"{int(image_id)}.jpg"
+    places = [f"{place}/{name}" for place in ([folder] if folder else _GENOME_FOLDERS)]
+    if images is None:
+        return places[0]
+    return next((place for place in (*places, name) if (images / place).exists()), places[0])
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:80]

@@ -1,0 +1,80 @@
+"""Tars of img2dataset: KEY.jpg, KEY.txt, KEY.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+from mvptr_ds.corpus.jobs import Summary
+from mvptr_ds.data.schema import DataError
+from mvptr_ds.data.tars import IMAGE_EXTENSIONS, Member, iter_members, split_name
+
+_READ = frozenset(("txt", "json", *IMAGE_EXTENSIONS))
+_MAX_TEXT_BYTES = 1 << 20
+
+
+def list_tars(sources: Iterable[Path]) -> list[Path]:
+    """The tars named, and those in the folders named, in the order of their names.
+
+    Raises:
+        DataError: none there, or two of one name.
+    """
+    tars: list[Path] = []
+    for source in sources:
+        found = sorted(source.glob("*.tar")) if source.is_dir() else [source]
+        if not found or not all(tar.is_file() for tar in found):
+            raise DataError(f"{source} holds no .tar file; give img2dataset's output folder (output_format webdataset)")
+        tars += found
+    names = [tar.name for tar in tars]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"two tars are named {twice}; build the folders one by one")
+    return tars
+
+
+def scan_tar(tar: Path, file: BinaryIO, summary: Summary) -> dict[str, dict[str, Member]]:
+    """The members to read of every whole record, by key and extension, from the headers; nothing from a damage on."""
+    records: dict[str, dict[str, Member]] = {}
+    key = None
+    try:
+        for member in iter_members(file, tar.stat().st_size, whole=True):
+            try:
+                member_key, extension = split_name(member)
+            except DataError as error:
+                summary.drop("member: name is not KEY.extension", f"{tar.name}: {error}")
+                continue
+            if member_key != key and member_key in records:
+                summary.drop("member: its key was seen before in the tar", f"{tar.name}, {member.name}")
+                continue
+            key = member_key
+            members = records.setdefault(key, {})
+            if extension in members:
+                summary.drop("member: its key was seen before in the tar", f"{tar.name}, {member.name}")
+            elif extension in _READ:
+                members[extension] = member
+    except DataError as error:
+        summary.drop("tar: damaged, skipped from there on", f"{tar.name}: {error}")
+        if key is not None:
+            del records[key]  # its members may be among what is lost
+    return records
+
+
+def read_caption(file: BinaryIO, members: Mapping[str, Member]) -> str:
+    """The caption of a record: its txt member, or `caption` of its json member; "" when there is none.
+
+    Bytes that are not UTF-8 become lone surrogates, which the check of captions counts.
+    """
+    if "txt" in members:
+        return _text(file, members["txt"])
+    try:
+        caption = json.loads(_text(file, members["json"]))["caption"]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return ""
+    return caption if isinstance(caption, str) else ""
+
+
+def _text(file: BinaryIO, member: Member) -> str:
+    file.seek(member.data)
+    return file.read(min(member.size, _MAX_TEXT_BYTES)).decode("utf-8", "surrogateescape")

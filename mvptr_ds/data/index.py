@@ -59,7 +59,23 @@ class SampleIndex(ABC):
     num_image_only_samples: int  # one of each record without captions
     tags: dict[str, int]  # regions per tag, most frequent first
     fingerprint: str  # equal for equal samples in equal order
-    _first: np.ndarray  # first sample of each record
+    _rows: np.ndarray  # one a record, mapped
+    _first: np.ndarray  # its column first_sample
+
+    @abstractmethod
+    def _rows_path(self) -> Path:
+        """The npy file of the rows."""
+
+    def _map(self) -> None:
+        self._rows = np.load(self._rows_path(), mmap_mode="r", allow_pickle=False)
+        self._first = self._rows["first_sample"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_rows", "_first")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._map()
 
     def __len__(self) -> int:
         return self.num_samples
@@ -115,9 +131,8 @@ class Index(SampleIndex):
         self._record_ends = list(itertools.accumulate(int(shard["num_records"]) for shard in manifest["shards"]))
         self._map()
 
-    def _map(self) -> None:
-        self._rows = np.load(self.folder / INDEX_NAME, mmap_mode="r", allow_pickle=False)
-        self._first = self._rows["first_sample"]
+    def _rows_path(self) -> Path:
+        return self.folder / INDEX_NAME
 
     @classmethod
     def open(cls, folder: str | Path) -> Index:
@@ -156,13 +171,6 @@ class Index(SampleIndex):
                 raise DataError(f"shard {path} is missing ({error}); bring it back or {REBUILD}") from error
             if size != expected:
                 raise DataError(f"shard {path} has {size} bytes, the index was built for {expected}; {REBUILD}")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_rows", "_first")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._map()
 
     def place(self, record: int, caption: int = 0) -> Place:
         row = self._rows[record]

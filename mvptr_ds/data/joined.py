@@ -195,16 +195,8 @@ class JoinedIndex(SampleIndex):
             )  # fmt: skip
         self._map()
 
-    def _map(self) -> None:
-        self._rows = np.load(self._path.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
-        self._first = self._rows["first_sample"]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_rows", "_first")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._map()
+    def _rows_path(self) -> Path:
+        return self._path.with_suffix(".npy")
 
     def place(self, record: int, caption: int = 0) -> Place:
         """Of the record in the shards; `Place.record` counts the records that are kept."""

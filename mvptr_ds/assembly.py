@@ -13,7 +13,7 @@ import torch
 from mvptr_ds import parallel
 from mvptr_ds.config import Config, DataConfig, MaskingConfig
 from mvptr_ds.data.features import SampleBuilder, SampleOptions
-from mvptr_ds.data.joined import JoinedIndex, check_extractors, check_kinds, ensure_join
+from mvptr_ds.data.joined import JoinedIndex, check_extractors, check_kinds, ensure_join, visual_extractors
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.schema import SCHEMA_VERSION, DataError
 from mvptr_ds.data.shards import Index, SampleIndex, ensure_index
@@ -73,8 +73,25 @@ def prepare_shards(data: DataConfig, seed: int, num_processes: int) -> None:
                 ensure_index(folder)
         for folder in {*data.sidecars, *(data.held_out_sidecars or ())}:
             ensure_index(folder)
+        if data.held_out is not None and not data.allow_mixed_extractors:
+            _check_same_extractors(data)
 
     on_main(prepare)
+
+
+def _check_same_extractors(data: DataConfig) -> None:
+    held_out_sidecars = data.sidecars if data.held_out_sidecars is None else data.held_out_sidecars
+    found = []
+    for folder, names in ((data.train, data.sidecars), (data.held_out or "", held_out_sidecars)):
+        main, sidecars = Index.open(folder), [Index.open(name) for name in names]
+        check_kinds(main, sidecars)
+        found.append(visual_extractors(main, sidecars, [0] * len(sidecars)))
+    if found[0] and found[1] and found[0] != found[1]:
+        train, held_out = (", ".join(sorted(extractors)) for extractors in found)
+        raise DataError(
+            f"the regions of data.train are of {train}, those of data.held_out of {held_out}: make both with one "
+            "extractor, or set data.allow_mixed_extractors=true"
+        )
 
 
 def open_train(data: DataConfig, stage: str, joins: Path) -> SampleIndex:

@@ -21,7 +21,7 @@ from PIL import Image
 
 from mvptr_ds.corpus.detection import Detections, RegionChoice, choose_regions
 from mvptr_ds.corpus.detector import Detector, DetectorSource, choose_device, find_model, load_detector
-from mvptr_ds.corpus.jobs import Summary, run_units
+from mvptr_ds.corpus.jobs import Summary, refuse_foreign_tars, run_units
 from mvptr_ds.data.features import MAX_IMAGE_PIXELS
 from mvptr_ds.data.schema import DataError, Extractor, parse_record
 from mvptr_ds.data.shards import MANIFEST_NAME, Index, ensure_index
@@ -116,6 +116,7 @@ def extract_regions(
     }
     extraction = Extraction(str(shards), str(out), source, extractor, choice, batch_size)
     work = functools.partial(extract_shard, extraction)
+    refuse_foreign_tars(out, shards)
     summary = run_units(out, arguments, _parts(shards, limit), work, num_processes, "regions")
     if summary.counts["records"]:
         ensure_index(out)

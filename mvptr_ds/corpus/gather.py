@@ -133,7 +133,9 @@ def _records_of_bucket(path: Path, options: GatherOptions, summary: Summary) -> 
         for line in file:
             split, *fields = json.loads(line)
             row = Row(*fields)
-            images.setdefault(row.image_id, (split, row))
+            if images.setdefault(row.image_id, (split, row))[0] != split:
+                summary.drop("caption: of an image that is in another split, too", row.image_id, len(row.captions))
+                continue
             captions.setdefault(row.image_id, []).extend(row.captions)
     path.unlink()
     summary.counts["source_images"] += len(images)

@@ -127,6 +127,20 @@ def run_units(
     return total
 
 
+def refuse_foreign_tars(out: Path, *inputs: Path) -> None:
+    """For work that writes tars into `out`: nothing that something else has written there may be lost.
+
+    Raises:
+        DataError: `out` is one of the inputs, or holds tars that no work of this kind has begun there.
+    """
+    for folder in inputs:
+        if Path(out).resolve() == Path(folder).resolve():
+            raise DataError(f"{out} is what is read; write to another folder")
+    begun = (Path(out) / SUMMARY_NAME).exists() or (Path(out) / PROGRESS_NAME).exists()
+    if not begun and any(Path(out).glob("*.tar")):
+        raise DataError(f"{out} already holds tars; remove them or name another folder")
+
+
 def finished_summary(out: Path, arguments: dict[str, Any]) -> Summary | None:
     """The summary of a finished folder, None for one that is not.
 

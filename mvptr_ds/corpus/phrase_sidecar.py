@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from mvptr_ds.corpus.captions import read_entries, shard_paths
 from mvptr_ds.corpus.concepts.text_files import count_phrases, get_parser
-from mvptr_ds.corpus.jobs import Summary, run_units
+from mvptr_ds.corpus.jobs import Summary, refuse_foreign_tars, run_units
 from mvptr_ds.data.index import RECORDS
 from mvptr_ds.data.phrases import KINDS
 from mvptr_ds.data.schema import Caption, DataError, Extractor, Record
@@ -79,8 +79,7 @@ def extract_phrases(shards: str | Path, out: str | Path, backend: str, num_proce
     index = ensure_index(shards)
     if index.kind != RECORDS:
         raise DataError(f"{shards} is a sidecar; give the folder of records whose captions are to be parsed")
-    if out.resolve() == shards.resolve():
-        raise DataError(f"{out} is the folder of the shards; write the sidecar to another one")
+    refuse_foreign_tars(out, shards)
     extractor = Extractor(f"mvptr_ds phrases ({backend})", get_parser(backend).version)
     if num_processes > 1:
         get_parser.cache_clear()  # the processes have their own

@@ -37,6 +37,7 @@ class Checked:
     num_captions: int = 0
     feature_dim: int = 0  # F of its features; 0 without
     extractor: str | None = None  # name and version
+    lacks_picture: bool = False  # says how large it is, and brings neither it nor features
 
 
 def check_content(members: Mapping[str, bytes], decode: bool) -> Checked:
@@ -53,7 +54,8 @@ def check_content(members: Mapping[str, bytes], decode: bool) -> Checked:
     problems += _box_problems(entry)
     problems += _phrase_problems(entry.captions or ())
     extractor = None if entry.extractor is None else str(entry.extractor)
-    return Checked(problems, kind == SIDECAR, len(entry.captions or ()), feature_dim, extractor)
+    lacks_picture = isinstance(entry, Record) and entry.width > 0 and not set(members) & {"npy", *IMAGE_EXTENSIONS}
+    return Checked(problems, kind == SIDECAR, len(entry.captions or ()), feature_dim, extractor, lacks_picture)
 
 
 def _picture_problems(members: Mapping[str, bytes], record: Record, decode: bool) -> Iterator[Problem]:

@@ -22,13 +22,13 @@ from pathlib import Path
 
 import numpy as np
 
-from mvptr_ds.corpus.jobs import PROGRESS_NAME, SUMMARY_NAME, Summary, run_units
+from mvptr_ds.corpus.jobs import Summary, refuse_foreign_tars, run_units
 from mvptr_ds.corpus.record_checks import Checked, check_content
 from mvptr_ds.corpus.salvage import Break, Piece, first_key, pieces
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.data.shards import MANIFEST_NAME, Index, build_index
 from mvptr_ds.data.tar_writer import check_key, write_tar
-from mvptr_ds.data.tars import MEMBER_EXTENSIONS, read_keyed_record, read_record
+from mvptr_ds.data.tars import IMAGE_EXTENSIONS, MEMBER_EXTENSIONS, read_keyed_record, read_record
 
 ROW = np.dtype(
     [
@@ -46,6 +46,7 @@ EXTRACTOR = "records by "  # and its name and version: a count of the summary
 
 TWICE = "a key that comes twice"
 APART = "members of one key that are not neighbours"
+NO_PICTURE = "a record that says a picture's size and lacks the picture that others have"
 BESIDE = "a record beside damage that lacks members others have"
 OTHER_KIND = "records and entries of a sidecar in one folder"
 OTHER_SIZE = "features of another size than the folder's"
@@ -88,7 +89,7 @@ def validate(
     if not tars:
         raise DataError(f"{folder} holds no .tar file; name a folder of shards")
     if repair is not None:
-        _check_repair(folder, repair)
+        refuse_foreign_tars(repair, folder)
     target = repair or out or folder
     arguments = {
         "folder": str(folder.resolve()),
@@ -128,14 +129,6 @@ def _size_and_time(tar: Path) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _check_repair(folder: Path, repair: Path) -> None:
-    if repair.resolve() == folder.resolve():
-        raise DataError(f"{repair} is the folder itself; a repair is written to another one")
-    begun = (repair / SUMMARY_NAME).exists() or (repair / PROGRESS_NAME).exists()
-    if not begun and any(repair.glob("*.tar")):
-        raise DataError(f"{repair} already holds tars; remove them or name another folder")
-
-
 def inspect_shard(unit: Unit, work: Path, decode: bool, writable_keys: bool) -> Summary:
     """Finds what is wrong within a tar; writes a row a record and the findings into `work`."""
     number, path = unit
@@ -166,13 +159,16 @@ class _Inspection:
 
     def run(self) -> None:
         beside: list[tuple[int, Piece]] = []
+        without_picture: list[tuple[int, Piece]] = []
         with open(self.path, "rb") as file:
             for item in pieces(file, self.path.stat().st_size):
                 if isinstance(item, Break):
                     key = "" if item.key is None else f", key {item.key!r}"
                     self.summary.drop(item.reason, f"{self.path.name}, byte {item.start}{key}: {item.detail}")
                     continue
-                self._inspect(item)
+                checked = self._inspect(item)
+                if checked.lacks_picture and self.columns[-1][-1] == SOUND:
+                    without_picture.append((len(self.columns[-1]) - 1, item))
                 if item.beside_loss and self.columns[-1][-1] == SOUND:
                     beside.append((len(self.columns[-1]) - 1, item))
                 elif self.columns[-1][-1] == SOUND:
@@ -182,8 +178,13 @@ class _Inspection:
             if missing := wanted - set(piece.extensions):
                 self.columns[-1][row] = INCOMPLETE
                 self._drop(piece, BESIDE, f"no {sorted(missing)}")
+        for row, piece in without_picture if self.extensions & {"npy", *IMAGE_EXTENSIONS} else ():
+            alone = self.columns[0].count(self.columns[0][row]) == 1  # else its picture may lie elsewhere
+            if self.columns[-1][row] == SOUND and alone:
+                self.columns[-1][row] = INCOMPLETE
+                self._drop(piece, NO_PICTURE, f"only {piece.extensions}")
 
-    def _inspect(self, piece: Piece) -> None:
+    def _inspect(self, piece: Piece) -> Checked:
         """Appends the piece's row, and counts what is wrong with it."""
         state, checked = INCOMPLETE, Checked([])
         if piece.broken is not None:
@@ -206,6 +207,7 @@ class _Inspection:
         self.summary.counts["members"] += piece.num_members
         if num_foreign := sum(extension not in MEMBER_EXTENSIONS for extension in piece.extensions):
             self.summary.counts["members of other kinds, not read"] += num_foreign
+        return checked
 
     def _check(self, piece: Piece) -> Checked:
         """What a piece with all its members is."""

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mvptr_ds.corpus.detection import clip_boxes
-from mvptr_ds.corpus.jobs import Summary, run_units
+from mvptr_ds.corpus.jobs import Summary, refuse_foreign_tars, run_units
 from mvptr_ds.corpus.record_keys import make_key
 from mvptr_ds.corpus.tsv import Table
 from mvptr_ds.corpus.vinvl_rows import (
@@ -123,6 +123,7 @@ def import_vinvl(
     conversion = Conversion(
         str(features) if features else None, str(predictions), str(out), extractor, feature_dim, key_rule, max_regions
     )
+    refuse_foreign_tars(out)
     summary = run_units(out, arguments, parts, functools.partial(convert_part, conversion), num_processes, "vinvl")
     if summary.counts["records"]:
         ensure_index(out)

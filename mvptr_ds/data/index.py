@@ -30,6 +30,7 @@ BLOCK = 512  # bytes
 ROW = np.dtype([("block", "<u4"), ("span", "<u4"), ("first_sample", "<u8"), ("key_hash", "<u8")])
 SPAN_BITS = 24  # of `span`: the record's blocks; above them, flags
 NOT_VISUAL, NO_CAPTION = 1, 2  # flags
+UNNAMED_EXTRACTOR = "an unnamed extractor"  # of regions or features that name none
 
 
 def key_hash(key: str) -> int:
@@ -171,6 +172,10 @@ class Index(SampleIndex):
                 raise DataError(f"shard {path} is missing ({error}); bring it back or {REBUILD}") from error
             if size != expected:
                 raise DataError(f"shard {path} has {size} bytes, the index was built for {expected}; {REBUILD}")
+        known = {os.path.basename(path) for path in self._paths}
+        others = sorted(tar.name for tar in Path(self._paths[0]).parent.glob("*.tar") if tar.name not in known)
+        if others:
+            raise DataError(f"{self.folder}: {len(others)} tars are not in the index, such as {others[0]}; {REBUILD}")
 
     def place(self, record: int, caption: int = 0) -> Place:
         row = self._rows[record]

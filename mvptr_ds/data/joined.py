@@ -87,16 +87,27 @@ def check_extractors(index: Index) -> None:
         )
 
 
+def visual_extractors(main: Index, sidecars: Sequence[Index], num_missing: Sequence[int]) -> set[str]:
+    """Whose regions and features are read: those of the last sidecar that has some; where partners are missing, what
+    comes before it, too."""
+    found: set[str] = set()
+    for index, missing in [*zip(reversed(sidecars), reversed(num_missing), strict=True), (main, 0)]:
+        if "regions" in index.holds or "npy" in index.holds:
+            found |= set(index.extractors)
+            if not missing:
+                break
+    return found
+
+
 def _check_kept(main: Index, sidecars: Sequence[Index], num_missing: Sequence[int]) -> None:
-    """Records without partner keep their own regions: those of another extractor are a mixture, too."""
-    own = set(main.extractors)
-    for sidecar, num in zip(sidecars, num_missing, strict=True):
-        if num and own - set(sidecar.extractors) and ("regions" in sidecar.holds or "npy" in sidecar.holds):
-            raise DataError(
-                f"{num} records of {main.folder} have no partner in {sidecar.folder} and would keep the regions of "
-                f"{', '.join(sorted(own))} beside those of {', '.join(sidecar.extractors)}; set "
-                "data.missing_partners=drop, or data.allow_mixed_extractors=true"
-            )
+    """Records without partner keep the regions that they have otherwise: those of another extractor are a mixture."""
+    found = visual_extractors(main, sidecars, num_missing)
+    if len(found) > 1:
+        lacking = ", ".join(f"{num} in {s.folder}" for s, num in zip(sidecars, num_missing, strict=True) if num)
+        raise DataError(
+            f"records of {main.folder} without a partner ({lacking}) would keep other regions than the rest: they are "
+            f"of {', '.join(sorted(found))}; set data.missing_partners=drop, or data.allow_mixed_extractors=true"
+        )
 
 
 def _partners(main: Index, sidecar: Index) -> np.ndarray:

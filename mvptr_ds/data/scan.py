@@ -27,6 +27,7 @@ from mvptr_ds.data.index import (
     ROW,
     SIDECAR,
     SPAN_BITS,
+    UNNAMED_EXTRACTOR,
     Index,
     key_hash,
 )
@@ -175,6 +176,8 @@ def _add_record(file: BinaryIO, key: str | None, members: dict[str, Member], sca
     scan.tags.update(region.tag for region in entry.regions or ())
     if entry.extractor is not None:
         scan.extractors[str(entry.extractor)] += 1
+    elif entry.regions or "npy" in members:
+        scan.extractors[UNNAMED_EXTRACTOR] += 1
 
 
 def describe(entry: Record | SidecarEntry, members: Collection[str], holds: Counter[str]) -> tuple[str, int]:

@@ -24,6 +24,7 @@ MAX_MEMBER_BYTES = 64 << 20  # of an image or of features
 MAX_RECORD_MEMBERS = 64
 MAX_RECORD_BYTES = 256 << 20  # of a record's span, other members included
 MAX_HEADER_BYTES = 64 << 10  # of a long name or of PAX settings
+MAX_TAIL_BYTES = 2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE  # end mark and padding, as every tar program writes them
 _MAX_OPEN_FILES = 64
 _WHOLE_BYTES = 8 << 20  # a span up to this is read at once, a larger one member by member
 _BLOCK = tarfile.BLOCKSIZE
@@ -134,9 +135,15 @@ def _check_name(name: str, offset: int) -> None:
 
 def _check_tail(file: BinaryIO, offset: int) -> None:
     file.seek(offset)
+    num_zeros = 0
     while chunk := file.read(1 << 20):
         if chunk.strip(b"\0"):
             raise TarError(offset, "there is content after the tar's end mark (two tars joined?)")
+        num_zeros += len(chunk)
+    if num_zeros > MAX_TAIL_BYTES:
+        raise TarError(
+            offset, f"{num_zeros} zero bytes end the tar, where at most {MAX_TAIL_BYTES} pad one: its tail was lost"
+        )
 
 
 def _parse_pax(content: bytes, offset: int, refused: tuple[str, ...]) -> dict[str, str]:

@@ -327,6 +327,11 @@ def test_karpathys_splits(build: Build, corpus: Corpus) -> None:
         assert code == 0, errors
         found = {path.name: set(records_of(path)) for path in out.iterdir() if path.is_dir()}
         assert found == {"train": train, "val": {"000000000003"}, "test": {"000000000004"}}
+    content["images"].append({**content["images"][3], "split": "train"})
+    source = corpus.write("twice.json", content)
+    code, output, errors = build("karpathy", source, "--images", corpus.images, "--out", corpus.folder / "twice")
+    assert code == 0 and "of an image that is in another split, too" in output + errors
+    assert len(records_of(corpus.folder / "twice/train")) == 2
 
 
 @pytest.mark.parametrize(

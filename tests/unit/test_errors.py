@@ -183,6 +183,17 @@ def mixed_extractors(place: Place) -> None:
 
 
 @case
+def held_out_of_another_extractor(place: Place) -> None:
+    sidecar(place, ("train-000000", "1"))
+    place.arguments.append("data.held_out_sidecars=[]")
+
+
+@case
+def tars_beside_the_index(place: Place) -> None:
+    shutil.copy(place.tar, place.tar.with_name("more.tar"))
+
+
+@case
 def missing_partners_value(place: Place) -> None:
     sidecar(place, ("train-000000", "1"))
     place.arguments.append("data.missing_partners=skip")

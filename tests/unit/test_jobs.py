@@ -11,7 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from mvptr_ds.corpus.jobs import PROGRESS_NAME, SUMMARY_NAME, Summary, finished_summary, run_units
+from mvptr_ds.corpus.jobs import (
+    PROGRESS_NAME,
+    SUMMARY_NAME,
+    Summary,
+    finished_summary,
+    refuse_foreign_tars,
+    run_units,
+)
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.data.tars import TarError
 
@@ -177,3 +184,16 @@ def test_summaries_add_up_and_read_well() -> None:
         "dropped 16: empty caption (e.g. line 0)",
         "dropped 1: no image (e.g. x.jpg: cut)",
     ]
+
+
+def test_tars_of_something_else_are_not_written_over(tmp_path: Path) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    out.mkdir()
+    refuse_foreign_tars(out, other)
+    (out / "shard-000000.tar").write_bytes(b"pictures")
+    with pytest.raises(DataError, match="already holds tars; remove them or name another folder"):
+        refuse_foreign_tars(out, other)
+    (out / PROGRESS_NAME).mkdir()
+    refuse_foreign_tars(out, other)  # begun by this work
+    with pytest.raises(DataError, match="is what is read"):
+        refuse_foreign_tars(out, other, out)

@@ -97,7 +97,7 @@ def test_records_that_cannot_be_used_are_dropped_and_counted(tmp_path: Path) -> 
 
 def test_folders_that_do_not_go(tmp_path: Path) -> None:
     shards = write(tmp_path / "shards", 3)
-    with pytest.raises(DataError, match="to another one"):
+    with pytest.raises(DataError, match="write to another folder"):
         extract_phrases(shards, shards, "default", 1)
     extract_phrases(shards, tmp_path / "sidecar", "default", 1)
     with pytest.raises(DataError, match="is a sidecar; give the folder of records"):

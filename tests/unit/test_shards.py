@@ -241,6 +241,16 @@ def test_index_dtype_is_the_documented_one(folder: Path) -> None:
     assert rows["key_hash"].tolist() == [key_hash(f"k{number:04d}") for number in range(10)]
 
 
+def test_a_tar_that_came_later_is_noticed(tmp_path: Path) -> None:
+    record = Record("0", 8, 8, (Caption("a"),))
+    write_shards(tmp_path / "a", [("a", record, {"jpg": b"x"})], 3)
+    write_shards(tmp_path / "b", [("b", record, {"jpg": b"x"})], 3)
+    (tmp_path / "b/shard-000000.tar").rename(tmp_path / "a/more.tar")
+    with pytest.raises(DataError, match=r"1 tars are not in the index, such as more\.tar; rebuild"):
+        Index.open(tmp_path / "a")
+    assert len(build_index(tmp_path / "a")) == 2
+
+
 def test_records_of_one_modality_are_samples_and_counted(tmp_path: Path) -> None:
     both, text, image = (
         Record("0", 8, 8, (Caption("a"), Caption("b")), extractor=Extractor("detr", "2")),
@@ -253,7 +263,7 @@ def test_records_of_one_modality_are_samples_and_counted(tmp_path: Path) -> None
     index = Index.open(tmp_path)
     assert [index.locate(n)[3:] for n in range(len(index))] == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 0), (3, 0)]
     assert (index.num_text_only_samples, index.num_image_only_samples, index.kind) == (3, 1, "records")
-    assert index.extractors == {"detr 2": 1}
+    assert index.extractors == {"an unnamed extractor": 1, "detr 2": 1}  # the boxes of "d" name none
     assert index.holds == {"captions": 3, "image": 2, "regions": 1}
     assert [index.read(index.place(n))[0] for n in range(4)] == [both, text, image, boxes]
     assert index.flags().tolist() == [0, 1, 2, 0]

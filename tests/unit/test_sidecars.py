@@ -293,11 +293,43 @@ def test_kept_records_with_regions_of_their_own_are_a_mixture(tmp_path: Path) ->
     assert len(opened(tmp_path, config(tmp_path / "own", some))) == 1
     for _ in range(2):  # also when the join is there already
         with pytest.raises(
-            DataError, match=r"1 records of .*own have no partner in .*regions of vinvl 1 beside .*detr 3"
+            DataError, match=r"records of .*own without a partner \(1 in .*some\) would keep .* of detr 3, vinvl 1;"
         ):
             opened(tmp_path, config(tmp_path / "own", some, missing_partners="keep"))
     beside = write(tmp_path / "phrases", phrases_of([0]))  # says nothing of regions
     assert len(opened(tmp_path, config(tmp_path / "own", beside, missing_partners="keep"))) == 2
+
+
+def test_kept_records_with_the_regions_of_an_earlier_sidecar_are_a_mixture(tmp_path: Path, images: Path) -> None:
+    first = write(tmp_path / "first", boxes_of(range(12)))
+    second = write(tmp_path / "second", boxes_of(range(12, NUM), Extractor("detr", "4")))
+    with pytest.raises(DataError, match=r"of detr 3, detr 4; set data\.missing_partners=drop"):
+        opened(tmp_path, config(images, first, second, missing_partners="keep"))
+    everywhere = write(tmp_path / "everywhere", boxes_of(range(NUM), Extractor("detr", "5")))
+    assert len(opened(tmp_path, config(images, first, everywhere, missing_partners="keep"))) == 30
+
+
+def test_regions_that_name_no_extractor_are_of_one_of_their_own(tmp_path: Path) -> None:
+    captions = (Caption("a"),)
+    own = [
+        (key(n), Record(str(n), 9, 9, captions, regions(0), DETR if n else None), {"npy": npy_bytes(features(0))})
+        for n in range(2)
+    ]
+    write_shards(tmp_path / "own", own, 9)
+    with pytest.raises(DataError, match=r"mixes extractors \(an unnamed extractor: 1 of 2, detr 3: 1 of 2\)"):
+        assembly.open_train(config(tmp_path / "own"), "stage1", tmp_path)
+
+
+def test_train_and_held_out_shards_need_one_extractor(tmp_path: Path, images: Path, boxes: Path) -> None:
+    other = write(tmp_path / "other", boxes_of(range(NUM), Extractor("detr", "4")))
+    data = config(images, boxes)
+    data.held_out, data.held_out_sidecars = str(images), [str(other)]
+    with pytest.raises(DataError, match=r"data\.train are of detr 3, those of data\.held_out of detr 4"):
+        assembly.prepare_shards(data, 0, 1)
+    data.allow_mixed_extractors = True
+    assembly.prepare_shards(data, 0, 1)
+    data.allow_mixed_extractors, data.held_out_sidecars = False, None
+    assembly.prepare_shards(data, 0, 1)
 
 
 def test_folders_of_the_wrong_kind_are_named(tmp_path: Path, images: Path, boxes: Path) -> None:
@@ -459,7 +491,7 @@ def joined_pairs(tmp_path: Path, images: Path, boxes: Path) -> DataConfig:
 def mixed_modalities(tmp_path: Path, images: Path, boxes: Path) -> DataConfig:
     write_shards(tmp_path / "mixed", of_one_modality(), 7)
     beside = write(tmp_path / "some", boxes_of(range(2, NUM, 3)))
-    return config(tmp_path / "mixed", beside, missing_partners="keep")
+    return config(tmp_path / "mixed", beside, missing_partners="keep", allow_mixed_extractors=True)
 
 
 @pytest.mark.parametrize("kind", [joined_pairs, mixed_modalities])

@@ -116,6 +116,28 @@ def test_coco(tmp_path: Path) -> None:
     }
 
 
+def test_coco_ids_that_a_table_program_made_floats_of(tmp_path: Path) -> None:
+    images = [{"id": 4.0, "file_name": "a.jpg", "width": 1, "height": 1}]
+    annotations = [{"image_id": 4.0, "caption": "one"}, {"image_id": 4, "caption": "two"}]
+    annotations += [{"image_id": True, "caption": "x"}, {"image_id": 4.5, "caption": "x"}]
+    source = write(tmp_path / "a.json", {"images": images, "annotations": annotations})
+    rows, dropped = read(read_coco, source)
+    assert [(row.image_id, row.captions) for row in rows] == [("000000000004", ("one",)), ("000000000004", ("two",))]
+    assert sum(dropped.values()) == 2
+
+
+def test_rows_that_would_lose_text_are_dropped(tmp_path: Path) -> None:
+    text = "file,text\na.jpg,A dog, brown and big, runs\nb.jpg,a cat\n"
+    rows, dropped = read(read_csv, write(tmp_path / "a.csv", text), "file", "text")
+    assert [row.captions for row in rows] == [("a cat",)] and dropped == {"row: more cells than the heading": 1}
+
+
+def test_a_stray_quote_swallows_no_rows(tmp_path: Path) -> None:
+    text = 'file\ttext\na.jpg\t"unclosed\nb.jpg\ta "big" cat\nc.jpg\t"she said ""no"" twice"\n'
+    rows, dropped = read(read_csv, write(tmp_path / "a.tsv", text), "file", "text")
+    assert [row.captions[0] for row in rows] == ['"unclosed', 'a "big" cat', 'she said "no" twice'] and not dropped
+
+
 def test_karpathy(tmp_path: Path) -> None:
     def entry(number: int, split: str, **more: Any) -> dict[str, Any]:
         sentences = [

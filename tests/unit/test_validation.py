@@ -480,6 +480,26 @@ def test_records_without_captions_or_without_pictures(tmp_path: Path) -> None:
     assert result.index is not None and result.index.num_records == 2
 
 
+def test_a_zeroed_tail(folder: Path) -> None:
+    """As a download that allocates first leaves it; webdataset reads what is before."""
+    tar = min(folder.glob("*.tar"))
+    with tarfile.open(tar) as opened:
+        keys = [(member.name.split(".")[0], member.offset) for member in opened]
+    border = next(offset for name, offset in keys if name == keys[-1][0])  # where the last record begins
+    num_before = len({name for name, _ in keys}) - 1
+    tar.write_bytes(tar.read_bytes()[:border] + bytes(1 << 20))
+    assert len(read_by_webdataset(tar)) == num_before
+    result = refused(folder)
+    assert any("its tail was lost" in case for cases in result.examples.values() for case in cases)
+
+
+def test_a_picture_that_is_missing_among_others(tmp_path: Path) -> None:
+    folder = _shards(tmp_path, [*named_members([0, 1]), *named_members([2], jpg=None, npy=None)])
+    result = validate(folder)
+    assert not result.is_clean and result.summary.dropped == {validation.NO_PICTURE: 1}
+    assert ALL[2] in result.examples[validation.NO_PICTURE][0]
+
+
 def test_pieces_of_a_foreign_tar(tmp_path: Path) -> None:
     """Long names, folders and other members are sound; their keys cannot be written again, and a repair says so."""
     long = [("d/" + "x" * 120 + name, data) for name, data in named_members([0])]
@@ -578,7 +598,7 @@ def test_nothing_sound(tmp_path: Path) -> None:
 def test_what_cannot_be_done(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds no \.tar"):
         validate(tmp_path / "none")
-    with pytest.raises(DataError, match="is the folder itself"):
+    with pytest.raises(DataError, match="is what is read"):
         validate(folder, repair=folder)
     with pytest.raises(DataError, match="already holds tars"):
         validate(folder, repair=sound_folder(tmp_path / "full"))

@@ -318,6 +318,12 @@ def test_missing_files_and_another_run_in_the_folder(tmp_path: Path) -> None:
     places = _write(tmp_path, None, [IMAGES[0].prediction_line()])
     with pytest.raises(DataError, match="absent or empty"):
         run_import(**{**places, "features": tmp_path / "none.tsv"})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/shard-000000.tar").write_bytes(b"pictures")
+    with pytest.raises(DataError, match="already holds tars"):
+        run_import(**places)
+    assert (tmp_path / "out/shard-000000.tar").read_bytes() == b"pictures"
+    (tmp_path / "out/shard-000000.tar").unlink()
     run_import(**places)
     before = (tmp_path / "out" / "shard-000000.tar").read_bytes()
     assert run_import(**places).counts["records"] == 1  # done already

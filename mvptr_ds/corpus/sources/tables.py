@@ -35,13 +35,17 @@ def read_jsonl(source: Path, image_column: str, caption_column: str, summary: Su
 
 
 def read_csv(source: Path, image_column: str, caption_column: str, summary: Summary) -> Iterator[Row]:
-    """A heading, then a row a line; separated by tabs when the name ends in .tsv. A cell may hold a JSON list.
+    """A heading, then a row a line; separated by tabs, and never quoted, when the name ends in
+    .tsv. A cell may hold a JSON list.
 
     Raises:
         DataError: the heading lacks a column.
     """
     with open_text(source, newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t" if source.suffix.lower() == ".tsv" else ",")
+        if source.suffix.lower() == ".tsv":
+            reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)  # a stray quote would swallow rows
+        else:
+            reader = csv.DictReader(file, strict=True)
         try:
             _check_columns(source, reader.fieldnames or (), (image_column, caption_column))
         except csv.Error as error:
@@ -54,8 +58,21 @@ def read_csv(source: Path, image_column: str, caption_column: str, summary: Summ
                 continue
             if entry is None:
                 return
+            if None in entry:
+                summary.drop("row: more cells than the heading", f"{source.name}, line {reader.line_num}")
+                continue
+            if reader.reader.dialect.quoting == csv.QUOTE_NONE:
+                entry = {name: _unquoted(cell) for name, cell in entry.items()}
             entry[caption_column] = _list_in(entry[caption_column])
             yield from _row(entry, image_column, caption_column, f"{source.name}, line {reader.line_num}", summary)
+
+
+def _unquoted(cell: str | None) -> str | None:
+    """A cell that is quoted as a whole, as spreadsheets write those with quotes in them, without its quotes."""
+    if cell is None or len(cell) < 2 or not (cell[0] == cell[-1] == '"'):
+        return cell
+    inner = cell[1:-1]
+    return inner.replace('""', '"') if '"' not in inner.replace('""', "") else cell
 
 
 def _list_in(cell: str | None) -> Any:

@@ -17,7 +17,7 @@ MODEL is a local folder (config.json, preprocessor_config.json, weights), for wh
 name on the Hugging Face hub. The sidecar is joined to the shards by key (data.sidecars=[DIR]).
 
   %(prog)s shards/train --model PekingU/rtdetr_r50vd_coco_o365 --out sidecars/train_rtdetr --features
-  %(prog)s shards/train --model models/detr --out /tmp/try --limit 100    # what will it cost?
+  %(prog)s shards/train --model models/detr --out try --limit 100    # what will it cost?
 
 Interrupted, the same command goes on with the missing shards. docs/regions.md names models, and says what is dropped.
 Exit status: 0 done, 1 something is wrong (one line on stderr), 2 wrong usage."""

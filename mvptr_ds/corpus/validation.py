@@ -325,7 +325,7 @@ def _stale_index(folder: Path) -> list[str]:
     if not (folder / MANIFEST_NAME).exists():
         return []
     try:
-        Index.open(folder)
+        Index.open(folder).verify()
     except DataError as error:
         return [f"the index in {folder} is of other shards: {error}"]
     return [f"the index in {folder} was left as it is, though not all that it points to is sound"]

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 DROP, KEEP = "drop", "keep"  # a record that lacks a partner
 _NONE = np.uint32(0xFFFFFFFF)  # no partner
-_JOIN_VERSION = 1
+_JOIN_VERSION = 2
 
 
 def join_path(main: Index, sidecars: Sequence[Index], missing: str, folder: str | Path) -> Path:
@@ -168,7 +168,7 @@ def _write(path: Path, main: Index, sidecars: Sequence[Index], partners_SR: np.n
 
 
 def _row(num_sidecars: int) -> np.dtype:
-    return np.dtype([("record", "<u4"), ("first_sample", "<u8"), ("partners", "<u4", (num_sidecars,))])
+    return np.dtype([("record", "<u4"), ("first_sample", "<u4"), ("partners", "<u4", (num_sidecars,))])
 
 
 def _is_there(path: Path) -> bool:

@@ -21,6 +21,7 @@ from mvptr_ds.data.index import (
     INDEX_NAME,
     INDEX_VERSION,
     MANIFEST_NAME,
+    MAX_SAMPLES,
     NO_CAPTION,
     NOT_VISUAL,
     RECORDS,
@@ -30,6 +31,7 @@ from mvptr_ds.data.index import (
     UNNAMED_EXTRACTOR,
     Index,
     key_hash,
+    probe,
 )
 from mvptr_ds.data.schema import SCHEMA_VERSION, DataError, Record, SidecarEntry, check_size, parse_entry
 from mvptr_ds.data.tars import (
@@ -53,7 +55,7 @@ class _Scan:
 
     blocks: array[int] = field(default_factory=lambda: array("I"))
     spans: array[int] = field(default_factory=lambda: array("I"))
-    first_samples: array[int] = field(default_factory=lambda: array("Q"))
+    first_samples: array[int] = field(default_factory=lambda: array("I"))
     key_hashes: array[int] = field(default_factory=lambda: array("Q"))
     tags: Counter[str] = field(default_factory=Counter)
     extractors: Counter[str] = field(default_factory=Counter)
@@ -170,6 +172,8 @@ def _add_record(file: BinaryIO, key: str | None, members: dict[str, Member], sca
     scan.key_hashes.append(key_hash(key))
     num_samples = max(1, len(entry.captions)) if isinstance(entry, Record) else 1
     scan.num_samples += num_samples
+    if scan.num_samples > MAX_SAMPLES:
+        raise TarError(start, f"the folder holds more than {MAX_SAMPLES} samples; spread the shards over several")
     if isinstance(entry, Record):
         scan.num_text_only_samples += num_samples * bool(flags & NOT_VISUAL)
         scan.num_image_only_samples += bool(flags & NO_CAPTION)
@@ -237,6 +241,7 @@ def _check_unique(tars: list[Path], num_records: list[int], rows: np.ndarray) ->
 def _write_index(folder: Path, out: Path, scan: _Scan, rows: np.ndarray, shards: list[dict[str, Any]]) -> None:
     buffer = io.BytesIO()
     np.save(buffer, rows, allow_pickle=False)
+    sha256 = hashlib.sha256(buffer.getbuffer()).hexdigest()
     tags = sorted(scan.tags.items(), key=lambda item: (-item[1], item[0]))[:_MAX_TAGS]
     manifest = {
         "schema": SCHEMA_VERSION,
@@ -251,12 +256,13 @@ def _write_index(folder: Path, out: Path, scan: _Scan, rows: np.ndarray, shards:
         "holds": dict(sorted(scan.holds.items())),
         "extractors": dict(sorted(scan.extractors.items())),
         "tags": dict(tags),
-        "sha256": hashlib.sha256(buffer.getbuffer()).hexdigest(),
+        "sha256": sha256,
+        "probe": probe(buffer, sha256),
     }
     out.mkdir(parents=True, exist_ok=True)
     content = json.dumps(manifest, ensure_ascii=False, indent=1) + "\n"
     # the manifest last: it vouches for the index by its hash
-    for name, data in ((INDEX_NAME, buffer.getvalue()), (MANIFEST_NAME, content.encode())):
+    for name, data in ((INDEX_NAME, buffer.getbuffer()), (MANIFEST_NAME, content.encode())):
         partial = out / f"{name}.{os.getpid()}.partial"
         partial.write_bytes(data)
         os.replace(partial, out / name)

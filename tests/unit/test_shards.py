@@ -129,6 +129,33 @@ def test_open_notices_missing_and_changed_files(folder: Path) -> None:
     assert len(ensure_index(folder)) == 19  # built again
 
 
+def test_opening_reads_places_of_the_index_and_verify_all_of_it(tmp_path: Path) -> None:
+    """4,000 rows: more than is looked at when it is opened."""
+    write_shards(tmp_path, ((f"k{n}", Record(f"{n}", 0, 0, (Caption("a"),)), {}) for n in range(4000)), 4000)
+    path = tmp_path / "index.npy"
+    content = path.read_bytes()
+    Index.open(tmp_path).verify()
+    for start, end in ((len(content) - 20, len(content)), (0, 128), (len(content) // 2, len(content))):
+        path.write_bytes(content[:start] + bytes(end - start) + content[end:])
+        with pytest.raises(DataError, match="not the one the manifest names"):
+            Index.open(tmp_path)
+    path.write_bytes(content[:-20])
+    with pytest.raises(DataError, match="not the one the manifest names"):
+        Index.open(tmp_path)
+    changed = bytearray(content)
+    changed[4096 + 100] ^= 1  # between the first two places
+    path.write_bytes(changed)
+    index = Index.open(tmp_path)
+    with pytest.raises(DataError, match=r"index\.npy is not the one the manifest names; rebuild"):
+        index.verify()
+
+
+def test_more_samples_than_a_row_can_count_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, "MAX_SAMPLES", 5)
+    with pytest.raises(DataError, match="more than 5 samples; spread the shards over several"):
+        write_shards(tmp_path, [_item(0, 3), _item(1, 3)], 2)
+
+
 def _cut_member(tar: bytes) -> bytes:
     return tar[:1300]
 
@@ -236,7 +263,7 @@ def test_read_record_notices_a_stale_place(folder: Path) -> None:
 
 def test_index_dtype_is_the_documented_one(folder: Path) -> None:
     rows = np.load(folder / "index.npy", allow_pickle=False)
-    assert rows.dtype.names == ("block", "span", "first_sample", "key_hash") and rows.dtype.itemsize == 24
+    assert rows.dtype.names == ("block", "span", "first_sample", "key_hash") and rows.dtype.itemsize == 20
     assert rows["first_sample"].tolist() == [0, 1, 3, 6, 7, 9, 12, 13, 15, 18]
     assert rows["key_hash"].tolist() == [key_hash(f"k{number:04d}") for number in range(10)]
 
@@ -373,10 +400,10 @@ def test_an_index_of_an_older_version_is_built_again(folder: Path, tmp_path: Pat
     for where in (folder, elsewhere):
         manifest = json.loads((where / "manifest.json").read_text())
         (where / "manifest.json").write_text(json.dumps({**manifest, "version": 1}))
-        with pytest.raises(DataError, match="has version 1, schema 1; this version reads 2, 1"):
+        with pytest.raises(DataError, match="has version 1, schema 1; this version reads 3, 1"):
             Index.open(where)
         assert len(ensure_index(where)) == 19
     assert Path(Index.open(elsewhere).locate(0).path).samefile(folder / "shard-000000.tar")
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "version": 3}))
-    with pytest.raises(DataError, match="has version 3"):
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "version": 4}))
+    with pytest.raises(DataError, match="has version 4"):
         ensure_index(folder)

@@ -6,6 +6,7 @@ import faulthandler
 import logging
 import signal
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -65,7 +66,8 @@ class HangGuard:
     """Ends this process with the stacks of its threads when `alive` was not called for `timeout_s`.
 
     The timer is a C thread of the interpreter's own, so that it also fires while a kernel or a collective holds the
-    process. A rank that hangs stops the others in their next collective: every one of them writes its stacks.
+    process. A rank that hangs stops the others in their next collective: every one of them writes its stacks, or, if
+    another one's end made that collective fail before its own time was up, where it waited.
     """
 
     def __init__(self, path: Path, timeout_s: float) -> None:
@@ -79,11 +81,16 @@ class HangGuard:
 
     def alive(self) -> None:
         """Starts the time anew. 0 seconds means no limit."""
+        self._alive_s = time.monotonic()
         if self.timeout_s > 0:
             faulthandler.dump_traceback_later(self.timeout_s, exit=True, file=self._file)
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         faulthandler.cancel_dump_traceback_later()
+        waited_s = time.monotonic() - self._alive_s
+        if error is not None and 0 < self.timeout_s < 2 * waited_s:
+            self._file.write(f"Failed after {waited_s:.0f} s without a step:\n")
+            self._file.writelines(traceback.format_exception(error))
         self._file.close()
         if self.path.stat().st_size == 0:
             self.path.unlink()

@@ -276,7 +276,7 @@ def test_a_signal_before_the_first_step_stops_as_well(outcomes: Outcomes) -> Non
 
 
 def test_a_rank_that_hangs_ends_the_run_with_everyones_stacks(small: list[str], tmp_path: Path) -> None:
-    limit_s = 8.0
+    limit_s = 15.0
     arguments = [
         "--config",
         "demo",
@@ -293,8 +293,8 @@ def test_a_rank_that_hangs_ends_the_run_with_everyones_stacks(small: list[str], 
         code = launcher.wait(LIMIT_S)
         assert code == 1, (tmp_path / "log").read_text(encoding="utf-8")
         stacks = [(tmp_path / f"run/stage1/stacks-rank{rank}.txt").read_text(encoding="utf-8") for rank in range(2)]
-        wait_until(lambda: not group_of(launcher), 15.0)  # loader processes look after their rank every 5 s
-    assert "sleep_for_ever" in stacks[1] and "train.py" in stacks[0] and "in train" in stacks[0]
+        wait_until(lambda: not group_of(launcher), 60.0)  # loader processes look after their rank every 5 s
+    assert "sleep_for_ever" in stacks[1] and "without a step" in stacks[0] and "in train" in stacks[0]
     assert (tmp_path / f"run/stage1/checkpoints/step-{HUNG_STEP:08d}").is_dir()
 
 

@@ -324,6 +324,10 @@ def test_score_counts_by_kind(tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match="line 1"):
             read_known(_write(path, [bad]))
+    with pytest.raises(DataError, match="holds no captions"):  # no figures of nothing
+        read_known(_write(path, []))
+    with pytest.raises(DataError, match="is not a file; give one of"):
+        read_known(tmp_path / "nowhere.jsonl")
 
 
 def test_marks_stand_under_their_words() -> None:

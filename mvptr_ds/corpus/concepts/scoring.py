@@ -11,6 +11,7 @@ from typing import Any
 
 from mvptr_ds.data.schema import DataError, Phrase, Words
 
+_EXPECTED = '{"caption": "...", "tuples": [["dog"], ["dog", "brown"], ["dog", "cat", "chase"]]}'
 KINDS = {1: "object", 2: "attribute", 3: "relation"}  # by the number of words
 
 
@@ -61,8 +62,10 @@ def read_known(path: Path) -> list[Known]:
     """Reads JSON lines {"caption", "tuples"}, relations written (subject, object, relation) as SPICE orders them.
 
     Raises:
-        DataError: naming the line that is not of this kind.
+        DataError: it is not a file or holds no line; or naming the line that is not of this kind.
     """
+    if not path.is_file():
+        raise DataError(f"{path} is not a file; give one of {_EXPECTED} a line")
     out = []
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
@@ -70,10 +73,9 @@ def read_known(path: Path) -> list[Known]:
                 content = json.loads(line)
                 out.append(Known(content["caption"], frozenset(map(_in_our_order, content["tuples"]))))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise DataError(
-                    f'{path}, line {number}: {error!r}; expected {{"caption": "...", "tuples": [["dog"], '
-                    '["dog", "brown"], ["dog", "cat", "chase"]]}'
-                ) from error
+                raise DataError(f"{path}, line {number}: {error!r}; expected {_EXPECTED}") from error
+    if not out:
+        raise DataError(f"{path} holds no captions; expected {_EXPECTED} a line")
     return out
 
 

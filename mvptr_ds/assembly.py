@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,13 @@ from pathlib import Path
 import torch
 
 from mvptr_ds import parallel
-from mvptr_ds.config import Config, DataConfig, MaskingConfig
+from mvptr_ds.config import Config, DataConfig, MaskingConfig, SourceConfig
 from mvptr_ds.data.features import SampleBuilder, SampleOptions
 from mvptr_ds.data.joined import JoinedIndex, check_extractors, check_kinds, ensure_join, visual_extractors
+from mvptr_ds.data.loader import ShardDataset
+from mvptr_ds.data.mixture import MixedDataset, Mixture, default_block, source_seed
 from mvptr_ds.data.phrases import PhraseVocab
+from mvptr_ds.data.plan import Plan
 from mvptr_ds.data.schema import SCHEMA_VERSION, DataError
 from mvptr_ds.data.shards import Index, SampleIndex, ensure_index
 from mvptr_ds.data.wordpiece import WordPiece
@@ -60,6 +64,11 @@ def prepare_shards(data: DataConfig, seed: int, num_processes: int) -> None:
 
     def prepare() -> None:
         if data.demo_source is not None:
+            if data.train is None:
+                raise DataError(
+                    f"data.demo_source={data.demo_source} builds the shards of data.train, which is null; set "
+                    "data.demo_source=null"
+                )
             build_demo_shards(
                 Path(data.train).parent,
                 data.demo_source,
@@ -68,49 +77,124 @@ def prepare_shards(data: DataConfig, seed: int, num_processes: int) -> None:
                 seed,
                 num_processes,
             )
-        for folder in (data.train, data.held_out):
-            if folder is not None:
-                ensure_index(folder)
-        for folder in {*data.sidecars, *(data.held_out_sidecars or ())}:
+        splits = splits_of(data)
+        for folder in {folder for split in splits.values() for folder in (split.shards, *split.sidecars)}:
             ensure_index(folder)
-        if data.held_out is not None and not data.allow_mixed_extractors:
-            _check_same_extractors(data)
+        if not data.allow_mixed_extractors:
+            _check_same_extractors(splits)
 
     on_main(prepare)
 
 
-def _check_same_extractors(data: DataConfig) -> None:
-    held_out_sidecars = data.sidecars if data.held_out_sidecars is None else data.held_out_sidecars
-    found = []
-    for folder, names in ((data.train, data.sidecars), (data.held_out or "", held_out_sidecars)):
-        main, sidecars = Index.open(folder), [Index.open(name) for name in names]
-        check_kinds(main, sidecars)
-        found.append(visual_extractors(main, sidecars, [0] * len(sidecars)))
-    if found[0] and found[1] and found[0] != found[1]:
-        train, held_out = (", ".join(sorted(extractors)) for extractors in found)
+def sources_of(data: DataConfig) -> dict[str, SourceConfig]:
+    """What to train on by name: `data.sources`, or `data.train` alone, whose name is empty.
+
+    Raises:
+        DataError: both or neither are given, or a source has a name or a weight that cannot be used, or no shards.
+    """
+    if not data.sources:
+        if data.train is None:
+            raise DataError("neither data.train nor data.sources is set: give data.train=FOLDER of shards")
+        return {"": SourceConfig(data.train, None, data.sidecars)}
+    if data.train is not None or data.sidecars:
+        own = f"data.train={data.train}" if data.train is not None else f"data.sidecars={data.sidecars}"
         raise DataError(
-            f"the regions of data.train are of {train}, those of data.held_out of {held_out}: make both with one "
-            "extractor, or set data.allow_mixed_extractors=true"
+            f"{own} and data.sources ({', '.join(data.sources)}) are given both: set data.train=null data.sidecars=[] "
+            "(each source names its own sidecars), or data.sources=null"
         )
+    for name, source in data.sources.items():
+        if not re.fullmatch(r"[\w-]+", name):
+            raise DataError(f"data.sources has a source {name!r}: name it with letters, digits, _ and - alone")
+        if not source.shards:
+            raise DataError(f"data.sources.{name}.shards is not set: give the source's folder of shards")
+        if source.weight is not None and source.weight <= 0:
+            raise DataError(
+                f"data.sources.{name}.weight is {source.weight}, must be above 0; data.sources.{name}=null "
+                "leaves the source out"
+            )
+    without = [name for name, source in data.sources.items() if source.weight is None]
+    if 0 < len(without) < len(data.sources):
+        raise DataError(
+            f"data.sources.{without[0]} has no weight, but others have: give all of them one, or none (then the "
+            "numbers of samples are the weights)"
+        )
+    return data.sources
 
 
-def open_train(data: DataConfig, stage: str, joins: Path) -> SampleIndex:
-    """The samples that a stage trains on; their indices must be there. All ranks call it.
+def splits_of(data: DataConfig) -> dict[str, SourceConfig]:
+    """Every folder of shards that a run reads, by the key of the configuration that names it."""
+    splits = {f"data.sources.{name}" if name else "data.train": source for name, source in sources_of(data).items()}
+    if data.held_out is not None:
+        sidecars = data.sidecars if data.held_out_sidecars is None else data.held_out_sidecars
+        splits["data.held_out"] = SourceConfig(data.held_out, None, sidecars)
+    return splits
+
+
+def _check_same_extractors(splits: dict[str, SourceConfig]) -> None:
+    first: tuple[str, set[str]] | None = None
+    for name, split in splits.items():
+        main, sidecars = Index.open(split.shards), [Index.open(sidecar) for sidecar in split.sidecars]
+        check_kinds(main, sidecars)
+        found = visual_extractors(main, sidecars, [0] * len(sidecars))
+        if not found:
+            continue
+        first = first or (name, found)
+        if found != first[1]:
+            one, other = (", ".join(sorted(extractors)) for extractors in (first[1], found))
+            raise DataError(
+                f"the regions of {first[0]} are of {one}, those of {name} of {other}: make both with one extractor, "
+                "or set data.allow_mixed_extractors=true"
+            )
+
+
+def open_sources(data: DataConfig, stage: str, joins: Path) -> dict[str, SampleIndex]:
+    """The samples of each source that a stage trains on; their indices must be there. All ranks call it.
 
     Args:
-        joins: folder where the join with the sidecars is kept.
+        joins: folder where the joins with the sidecars are kept.
 
     Raises:
         DataError: the folders cannot be opened or joined, or the stage needs pairs and there are other samples.
     """
-    index = _open(data, data.train, data.sidecars, joins)
-    if stage != "stage1":
-        _check_pairs(index, data.train, f"{stage} aligns both, so it needs", "leave it to stage 1 (run.stages=[1])")
-    return index
+    indices = {}
+    for name, source in sources_of(data).items():
+        indices[name] = _open(data, source.shards, source.sidecars, joins)
+        if stage != "stage1":
+            folder = f"source {name} ({source.shards})" if name else source.shards
+            remedy = "leave it to stage 1 (run.stages=[1])"
+            _check_pairs(indices[name], folder, f"{stage} aligns both, so it needs", remedy)
+    return indices
+
+
+def build_dataset(config: Config, vocabs: Vocabs, stage: str, seed: int, joins: Path) -> ShardDataset | MixedDataset:
+    """The samples of a stage by their positions in the run. All ranks call it.
+
+    Wrong tags are drawn from the list of the own source, which has the vocabulary of its detector.
+
+    Raises:
+        DataError: as `open_sources`, or blocks of the mixture that are too short.
+    """
+    data, section = config.data, config.stage(stage)
+    predict_phrases = stage == "stage1" and section.weights.mcr_phrases > 0
+    datasets = {}
+    for name, index in open_sources(data, stage, joins).items():
+        own_seed = source_seed(seed, name) if name else seed
+        plan = Plan(len(index), own_seed, data.block_samples, data.window_blocks)
+        builder = build_samples(config, vocabs, index, section.masking, predict_phrases, tag_noise=True)
+        datasets[name] = ShardDataset(index, plan, builder)
+    if not data.sources:
+        return datasets[""]
+    weights = [float(source.weight or datasets[name].num_samples) for name, source in data.sources.items()]
+    block_samples = data.mixture_block_samples or default_block(weights, config.train.batch_size)
+    try:
+        mixture = Mixture(weights, block_samples, seed)
+    except ValueError as error:
+        raise DataError(f"data.sources, data.mixture_block_samples={block_samples}: {error}") from error
+    return MixedDataset(datasets, mixture)
 
 
 def open_held_out(data: DataConfig, joins: Path) -> SampleIndex:
-    """The samples to evaluate on, like `open_train`; builds missing indices."""
+    """The samples to evaluate on, like `open_sources`; builds missing indices."""
     if data.held_out is None:
         raise DataError("data.held_out is not set: give data.held_out=FOLDER of shards to evaluate on")
     sidecars = data.sidecars if data.held_out_sidecars is None else data.held_out_sidecars

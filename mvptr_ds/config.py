@@ -32,10 +32,19 @@ class RunConfig:
 
 
 @dataclass
+class SourceConfig:
+    shards: str = ""  # folder of this source
+    weight: float | None = None  # its part of the samples is weight / sum of the weights; null: number of samples
+    sidecars: list[str] = field(default_factory=list)
+
+
+@dataclass
 class DataConfig:
-    train: str = "runs/demo/shards/train"  # folder with manifest.json (made on first use when there is none)
+    train: str | None = "runs/demo/shards/train"  # folder with manifest.json (made on first use when there is none)
     held_out: str | None = "runs/demo/shards/held_out"
     sidecars: list[str] = field(default_factory=list)  # folders of regions, features or phrases, joined by key
+    sources: dict[str, SourceConfig] = field(default_factory=dict)  # a mixture by name, in place of `train`
+    mixture_block_samples: int = 0  # in so many samples each source has its exact share; 0: train.batch_size
     held_out_sidecars: list[str] | None = None  # of `held_out`; null: `sidecars`
     missing_partners: str = "drop"  # a record that a sidecar lacks: drop | keep (it is used as it is)
     allow_mixed_extractors: bool = False  # regions or features of several extractors in one folder
@@ -279,7 +288,7 @@ def _find_config(path: str | Path) -> Path:
 def _build(cls: type, tree: Any, prefix: str, base: Any = None) -> Any:
     """An instance of the dataclass from a (partial) mapping laid over `base` (default: the class's defaults)."""
     if not isinstance(tree, dict):
-        raise ValueError(f"{prefix or 'the configuration'} is {tree!r}, expected a section with keys")
+        raise ValueError(f"{prefix.rstrip('.') or 'the configuration'} is {tree!r}, expected a section with keys")
     hints = typing.get_type_hints(cls)
     out = base if base is not None else cls()
     for key, value in tree.items():
@@ -288,11 +297,32 @@ def _build(cls: type, tree: Any, prefix: str, base: Any = None) -> Any:
             near = difflib.get_close_matches(str(key), hints, n=3, cutoff=0.5) or sorted(hints)
             raise ValueError(f"unknown configuration key {name!r}; did you mean {', '.join(prefix + n for n in near)}?")
         hint = hints[key]
-        if dataclasses.is_dataclass(hint):
+        sections = _sections_of(hint)
+        if sections is not None:
+            setattr(out, key, _build_sections(sections, value, f"{name}.", getattr(out, key)))
+        elif dataclasses.is_dataclass(hint):
             setattr(out, key, _build(typing.cast(type, hint), value, f"{name}.", getattr(out, key)))
         else:
             setattr(out, key, _coerce(value, hint, name))
     return out
+
+
+def _sections_of(hint: Any) -> type | None:
+    """The dataclass of a section that the user names, where the annotation is dict[str, dataclass]."""
+    args = typing.get_args(hint)
+    is_named = typing.get_origin(hint) is dict and dataclasses.is_dataclass(args[1])
+    return typing.cast(type, args[1]) if is_named else None
+
+
+def _build_sections(cls: type, tree: Any, prefix: str, base: dict[str, Any]) -> dict[str, Any]:
+    """The sections of `base` with those of the tree laid over them; null takes one away, and in place of all, all."""
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ValueError(f"{prefix.rstrip('.')} is {tree!r}, expected sections by name")
+    out = {name: section for name, section in base.items() if tree.get(name, section) is not None}
+    named = {str(name): section for name, section in tree.items() if section is not None}
+    return out | {name: _build(cls, part, f"{prefix}{name}.", out.get(name)) for name, part in named.items()}
 
 
 def _coerce(value: Any, hint: Any, name: str) -> Any:

@@ -9,6 +9,7 @@ import os
 import resource
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,15 @@ GIB = 2**30
 
 
 class Meters:
-    """Sums since the last report; nothing is read back from the device, nor exchanged, before `report`."""
+    """Sums since the last report; nothing is read back from the device, nor exchanged, before `report`.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        sources: names of the sources of a mixture, which are also counted apart.
+    """
+
+    def __init__(self, device: torch.device, sources: Sequence[str] = ()) -> None:
         self.device = device
+        self.sources = list(sources)
         self._reset()
 
     def _reset(self) -> None:
@@ -46,13 +52,18 @@ class Meters:
     def add_batch(self, batch: Batch, data_wait_s: float) -> None:
         """Counts samples, slots and phrases of a batch that is still on the host."""
         masks = (batch.text_mask_BT, batch.tag_mask_BG, batch.region_mask_BR)
-        self.counts["samples"] += len(batch)
         self.counts["slots"] += sum(mask.numel() for mask in masks)
         self.counts["valid"] += sum(int(mask.sum()) for mask in masks)
-        self.counts["phrases"] += batch.num_phrases
-        self.counts["oov_phrases"] += batch.num_oov_phrases
-        self.counts["bad_samples"] += batch.num_bad
         self.counts["data_wait_s"] += data_wait_s
+        self._count_samples("", batch, torch.ones_like(batch.source_B, dtype=torch.bool))
+        for number, name in enumerate(self.sources):
+            self._count_samples(f"source/{name}/", batch, batch.source_B == number)
+
+    def _count_samples(self, prefix: str, batch: Batch, chosen_B: Tensor) -> None:
+        self.counts[f"{prefix}samples"] += int(chosen_B.sum())
+        self.counts[f"{prefix}phrases"] += int(batch.num_phrases_B[chosen_B].sum())
+        self.counts[f"{prefix}oov_phrases"] += int(batch.num_oov_phrases_B[chosen_B].sum())
+        self.counts[f"{prefix}bad_samples"] += int(batch.num_bad_B[chosen_B].sum())
 
     def report(self) -> dict[str, float]:
         """Means over all ranks since the last report; resets. Every rank calls it at the same step."""
@@ -65,18 +76,31 @@ class Meters:
             total, count = packed[2 * i : 2 * i + 2]
             out[f"loss/{name}"] = total / count if count else float("nan")
         totals = dict(zip(count_names, packed[2 * len(names) :], strict=True))
-        phrases = totals["phrases"] + totals["oov_phrases"]
         out |= {
             "samples_per_s": totals["samples"] / elapsed_s,
             "data/wait_frac": totals["data_wait_s"] / parallel.num_ranks() / elapsed_s,
             "data/padded_frac": 1.0 - totals["valid"] / totals["slots"],
-            "data/oov_phrases_frac": totals["oov_phrases"] / phrases if phrases else 0.0,
+            "data/oov_phrases_frac": _oov_frac(totals, ""),
             "data/samples": totals["samples"],
             "data/bad_samples": totals["bad_samples"],
             "memory_gib": peak_memory_gib(self.device),
         }
+        for name in self.sources:
+            prefix = f"source/{name}/"
+            out |= {
+                f"{prefix}samples": totals[f"{prefix}samples"],
+                f"{prefix}share": totals[f"{prefix}samples"] / totals["samples"],
+                f"{prefix}oov_phrases_frac": _oov_frac(totals, prefix),
+                f"{prefix}bad_samples": totals[f"{prefix}bad_samples"],
+            }
         self._reset()
         return out
+
+
+def _oov_frac(totals: dict[str, float], prefix: str) -> float:
+    dropped = totals[f"{prefix}oov_phrases"]
+    phrases = totals[f"{prefix}phrases"] + dropped
+    return dropped / phrases if phrases else 0.0
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -15,9 +15,10 @@ import torch
 
 from mvptr_ds import assembly, checkpointing, ds_config, model_folder, parallel
 from mvptr_ds.config import STAGES, Config
+from mvptr_ds.data.batches import Batches
 from mvptr_ds.data.collate import Batch
-from mvptr_ds.data.loader import ShardDataset, make_loader
-from mvptr_ds.data.plan import Plan
+from mvptr_ds.data.loader import make_loader
+from mvptr_ds.data.mixture import differences
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.metrics import Meters, MetricsLog
 from mvptr_ds.optim import build_optimizer, learning_rate_at, parameter_groups
@@ -59,28 +60,24 @@ class Trainer:
         filled = ds_config.fill_ds_config(
             ds_content, config.train, config.optim, parallel.num_ranks(), bf16_supported=bf16, fp16_supported=fp16
         )
-        self._build_data(predict_phrases=stage == "stage1" and self.stage.weights.mcr_phrases > 0)
+        self._build_data()
         self._build_task(stage, init_from)
         checkpoint = self._checkpoint()
         self._build_engine(filled)
         if checkpoint is not None:
             self._resume(checkpoint)
-        self.meters = Meters(device)
+        self.meters = Meters(device, self.dataset.names)
         self.log = MetricsLog(self.dir, self.step, config.wandb, asdict(config))
         content = json.dumps(filled, indent=1) + "\n"
         assembly.on_main(lambda: (self.dir / "ds_config.json").write_text(content, encoding="utf-8"))
 
-    def _build_data(self, predict_phrases: bool) -> None:
-        data, seed = self.config.data, self.seed
+    def _build_data(self) -> None:
+        data = self.config.data
         joins = Path(self.config.run.dir) / "joins"
-        index = assembly.open_train(data, self.dir.name, joins)
         evaluates = data.held_out is not None and self.config.train.evaluate_every_steps > 0
         self.held_out = assembly.open_held_out(data, joins) if evaluates else None
-        samples = assembly.build_samples(
-            self.config, self.vocabs, index, self.stage.masking, predict_phrases, tag_noise=True
-        )
-        self.plan = Plan(len(index), self.config.train.batch_size, seed, data.block_samples, data.window_blocks)
-        self.dataset = ShardDataset(index, self.plan, samples)
+        self.dataset = assembly.build_dataset(self.config, self.vocabs, self.dir.name, self.seed, joins)
+        self.batches = Batches(self.config.train.batch_size)
 
     def _build_task(self, stage: str, init_from: Path | None) -> None:
         config = self.config
@@ -114,7 +111,7 @@ class Trainer:
         logger.info(
             "%s: %.1f M parameters trained on %d ranks (%s), %d samples a step, %d samples in %s",
             self.dir.name, num_trained / 1e6, parallel.num_ranks(), self._precision(filled), config.train.batch_size,
-            self.plan.num_samples, config.data.train,
+            self.dataset.num_samples, config.data.train or ", ".join(config.data.sources),
         )  # fmt: skip
 
     @staticmethod
@@ -182,7 +179,7 @@ class Trainer:
         self.last_report = (self.step, time.perf_counter())
         return make_loader(
             self.dataset,
-            self.plan,
+            self.batches,
             self.step,
             self.stage.max_steps,
             parallel.rank(),
@@ -222,6 +219,8 @@ class Trainer:
             "wall_s": now - self.started_s,
             "seconds_per_step": (now - since) / max(1, self.step - step),
         }
+        epochs = self.dataset.epochs_before(self.step * self.config.train.batch_size)
+        values |= {f"source/{name}/epochs": number for name, number in epochs.items()}
         self.last_report = (self.step, now)
         self.log.write(self.step, self.stage.max_steps, values)
         self.bad_samples.count(int(values["data/bad_samples"]), int(values["data/samples"]))
@@ -242,7 +241,7 @@ class Trainer:
             "stage": self.dir.name,
             "batch_size": self.config.train.batch_size,
             "samples_seen": self.step * self.config.train.batch_size,
-            "data": self.dataset.index.fingerprint,
+            "data": self.dataset.fingerprint,
             "trained_parts": self.task.trained_parts(),
             "skipped_steps": self.skipped.total,
             "samples": {"read": self.bad_samples.read, "bad": self.bad_samples.bad},
@@ -305,10 +304,13 @@ class Trainer:
                     f"{path} was written with {name} {state[name]}, this run has {here}: start it with {state[name]}, "
                     f"or elsewhere with run.init_from={self.dir}"
                 )
-        if state["data"] != self.dataset.index.fingerprint:
+        if state["data"] != self.dataset.fingerprint:
+            what = f"other shards than {self.config.data.train} holds now: bring them back"
+            if self.config.data.sources or not isinstance(state["data"], str):
+                changes = "\n  - ".join(differences(state["data"], self.dataset.fingerprint))
+                what = f"another mixture:\n  - {changes}\n  bring data.sources back"
             raise checkpointing.CheckpointError(
-                f"{path} was trained on other shards than {self.config.data.train} holds now: bring them back, "
-                f"or start elsewhere with run.dir=... run.init_from={self.dir}"
+                f"{path} was trained on {what}, or start elsewhere with run.dir=... run.init_from={self.dir}"
             )
         problems = model_folder.differences(self.model, self.vocabs, path / "model")
         if state["trained_parts"] != self.task.trained_parts():

@@ -79,7 +79,7 @@ def _load(folder: str, number: int, source: str) -> Any:
     handler.emit = lambda record: reasons.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("mvptr_ds.data.loader").addHandler(handler)
     index = Index.open(folder)
-    sample = ShardDataset(index, Plan(len(index), batch_size=1, seed=0), builder(source)).load(0, 0, number)
+    sample = ShardDataset(index, Plan(len(index), seed=0), builder(source)).load(0, 0, number)
     return {"num_bad": sample.num_bad, "reasons": reasons}
 
 

@@ -51,7 +51,7 @@ def sample(
     text = np.concatenate([[2], words, rows, [3]])
     labels = {name: np.full(num, IGNORE) for name, num in (("mlm", num_text), ("phrase", num_text), ("tag", num_tags))}
     if masked:
-        labels["mlm"][1] = 7
+        labels["mlm"][1 : min(2, 1 + tokens)] = 7
         labels["phrase"][is_phrase] = 2
         labels["tag"][1:-1] = 9
     return Sample(

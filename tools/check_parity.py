@@ -43,6 +43,7 @@ def make_batch(inputs: dict[str, Tensor], feature_dim: int, dtype: torch.dtype) 
     slots_T = torch.arange(text_ids_BT.shape[1])
     features_BRX = inputs["img_feats"].to(dtype)
     num = len(text_ids_BT)
+    none_B = torch.zeros(num, dtype=torch.int64)
 
     def labels(given: Tensor) -> Tensor:
         return torch.where(given == -1, IGNORE, given)
@@ -62,9 +63,10 @@ def make_batch(inputs: dict[str, Tensor], feature_dim: int, dtype: torch.dtype) 
         images_B3HW=None,
         image_index_B=torch.arange(num),
         position_B=torch.arange(num),
-        num_oov_phrases=0,
-        num_phrases=0,
-        num_bad=0,
+        num_oov_phrases_B=none_B,
+        num_phrases_B=none_B,
+        num_bad_B=none_B,
+        source_B=none_B,
     )
 
 

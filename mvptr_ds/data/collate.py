@@ -27,11 +27,12 @@ class Sample:
     region_geometry_R6: np.ndarray  # float32 x1/W y1/H x2/W y2/H w/W h/H
     region_features_RF: np.ndarray | None  # float32; None when regions are pooled from the image; R = 0: any F
     image_3HW: np.ndarray | None  # uint8; None when features are given
-    image_index: int  # number of the record in its split: equal for captions of one image
+    image_index: int  # number of the record among those of all sources: equal for captions of one image
     position: int  # place of the sample in the run (epoch x samples + position in the epoch)
     num_oov_phrases: int  # phrases dropped because the vocabulary lacks them
     num_phrases: int  # phrases kept
     num_bad: int = 0  # samples that could not be read, in whose place this one stands
+    source: int = 0  # number of the source it comes from
 
 
 @dataclass
@@ -52,9 +53,10 @@ class Batch:
     images_B3HW: Tensor | None  # uint8
     image_index_B: Tensor  # int64
     position_B: Tensor  # int64
-    num_oov_phrases: int
-    num_phrases: int
-    num_bad: int
+    num_oov_phrases_B: Tensor  # int64
+    num_phrases_B: Tensor  # int64
+    num_bad_B: Tensor  # int64
+    source_B: Tensor  # int64
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
@@ -108,7 +110,8 @@ def collate(samples: list[Sample]) -> Batch:
         images_B3HW=None if images[0] is None else torch.from_numpy(np.stack([i for i in images if i is not None])),
         image_index_B=torch.tensor([s.image_index for s in samples]),
         position_B=torch.tensor([s.position for s in samples]),
-        num_oov_phrases=sum(s.num_oov_phrases for s in samples),
-        num_phrases=sum(s.num_phrases for s in samples),
-        num_bad=sum(s.num_bad for s in samples),
+        num_oov_phrases_B=torch.tensor([s.num_oov_phrases for s in samples]),
+        num_phrases_B=torch.tensor([s.num_phrases for s in samples]),
+        num_bad_B=torch.tensor([s.num_bad for s in samples]),
+        source_B=torch.tensor([s.source for s in samples]),
     )

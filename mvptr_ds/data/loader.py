@@ -1,7 +1,7 @@
 """Positions of the plan -> samples -> micro-batches, in order, whatever the number of ranks and workers.
 
 Everything random about a sample comes from a generator keyed by (seed, epoch, position), so a rank or a worker more
-changes nothing, and a resume asks for later positions and nothing else.
+changes nothing, and a resume asks for later positions and nothing else. Several sources: data.mixture.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from mvptr_ds.data.batches import Batches
 from mvptr_ds.data.collate import Batch, Sample, collate
 from mvptr_ds.data.features import SampleBuilder
 from mvptr_ds.data.plan import Plan
@@ -30,7 +31,7 @@ MAX_TRIES = 8
 
 
 class ShardDataset(Dataset[Sample]):
-    """Sample at a position of the run. Picklable; each process opens its own files."""
+    """Sample at a position of the run (of its source, in a mixture). Picklable; each process opens its own files."""
 
     def __init__(self, index: SampleIndex, plan: Plan, builder: SampleBuilder) -> None:
         if plan.num_samples != len(index):
@@ -38,6 +39,21 @@ class ShardDataset(Dataset[Sample]):
         self.index = index
         self.plan = plan
         self.builder = builder
+
+    names: Sequence[str] = ()  # of the sources, where there are several
+
+    @property
+    def num_samples(self) -> int:
+        return self.plan.num_samples
+
+    def epochs_before(self, position: int) -> dict[str, float]:
+        """How often each of several sources has been gone through: here there is one, whose epochs say it all."""
+        return {}
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal samples in equal order."""
+        return self.index.fingerprint
 
     def __getitem__(self, position: int) -> Sample:
         return self.load(position, *self.plan.sample_at(position))
@@ -102,19 +118,19 @@ class _MicroBatches:
     """Batch sampler: this rank's positions of every micro-batch of the steps [start_step, end_step)."""
 
     def __init__(
-        self, plan: Plan, start_step: int, end_step: int, rank: int, num_ranks: int, accumulation_steps: int
+        self, batches: Batches, start_step: int, end_step: int, rank: int, num_ranks: int, accumulation_steps: int
     ) -> None:
         if not 0 <= start_step <= end_step:
             raise ValueError(f"steps {start_step} to {end_step}: expected 0 <= start <= end")
-        plan.positions(start_step, 0, rank, num_ranks, accumulation_steps)  # refuses what does not divide, at once
-        self.plan = plan
+        batches.positions(start_step, 0, rank, num_ranks, accumulation_steps)  # refuses what does not divide, at once
+        self.batches = batches
         self.steps = range(start_step, end_step)
         self.share = (rank, num_ranks, accumulation_steps)
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in self.steps:
             for accumulation in range(self.share[2]):
-                yield self.plan.positions(step, accumulation, *self.share).tolist()
+                yield self.batches.positions(step, accumulation, *self.share).tolist()
 
     def __len__(self) -> int:
         return len(self.steps) * self.share[2]
@@ -134,8 +150,8 @@ def _heed_own_rank_only(worker: int) -> None:
 
 
 def make_loader(
-    dataset: ShardDataset,
-    plan: Plan,
+    dataset: Dataset[Sample],
+    batches: Batches,
     start_step: int,
     end_step: int,
     rank: int = 0,
@@ -154,7 +170,7 @@ def make_loader(
     """
     return DataLoader(
         dataset,  # type: ignore[arg-type]  # torch's stubs do not know that collate_fn changes the type
-        batch_sampler=_MicroBatches(plan, start_step, end_step, rank, num_ranks, accumulation_steps),
+        batch_sampler=_MicroBatches(batches, start_step, end_step, rank, num_ranks, accumulation_steps),
         num_workers=num_workers,
         prefetch_factor=max(1, prefetch_batches) if num_workers else None,
         pin_memory=pin_memory,

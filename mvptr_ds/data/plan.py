@@ -23,28 +23,20 @@ _MAX_WINDOWS = 8
 class Plan:
     """Which sample stands at each position of the run.
 
-    Position g is place `g % num_samples` of epoch `g // num_samples`; every epoch visits every sample once. The global
-    batch of step s is positions [s * batch_size, (s + 1) * batch_size), so the steps run on over the epochs' borders.
+    Position g is place `g % num_samples` of epoch `g // num_samples`; every epoch visits every sample once. Batches
+    (data.batches) run on over the epochs' borders.
 
     Source: DESIGN, The shard. Raises ValueError for a size below 1 or a negative seed.
     """
 
-    def __init__(
-        self, num_samples: int, batch_size: int, seed: int, block_samples: int = 64, window_blocks: int = 256
-    ) -> None:
-        sizes = {
-            "num_samples": num_samples,
-            "batch_size": batch_size,
-            "block_samples": block_samples,
-            "window_blocks": window_blocks,
-        }
+    def __init__(self, num_samples: int, seed: int, block_samples: int = 64, window_blocks: int = 256) -> None:
+        sizes = {"num_samples": num_samples, "block_samples": block_samples, "window_blocks": window_blocks}
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} is {size}, must be at least 1")
         if seed < 0:
             raise ValueError(f"seed is {seed}, must not be negative")
         self.num_samples = num_samples
-        self.batch_size = batch_size
         self.seed = seed
         self.block_samples = min(block_samples, num_samples)
         self.window_blocks = window_blocks
@@ -107,32 +99,3 @@ class Plan:
                 self._windows.popitem(last=False)
         self._windows.move_to_end(key)
         return self._windows[key]
-
-    def positions(self, step: int, accumulation: int, rank: int, num_ranks: int, accumulation_steps: int) -> np.ndarray:
-        """This rank's contiguous share of a micro-batch, int64 [batch_size / (num_ranks x accumulation_steps)].
-
-        Raises:
-            ValueError: the batch does not divide, with the numbers of ranks that would; or an argument out of range.
-        """
-        if num_ranks < 1 or accumulation_steps < 1 or self.batch_size % (num_ranks * accumulation_steps):
-            raise ValueError(
-                f"a batch of {self.batch_size} samples does not divide by {num_ranks} ranks x {accumulation_steps} "
-                f"accumulation steps; {self._advice(accumulation_steps)}"
-            )
-        if step < 0 or not 0 <= accumulation < accumulation_steps or not 0 <= rank < num_ranks:
-            raise ValueError(
-                f"step {step}, accumulation {accumulation} of {accumulation_steps}, rank {rank} of {num_ranks}: "
-                "out of range"
-            )
-        micro = self.batch_size // accumulation_steps
-        share = micro // num_ranks
-        start = step * self.batch_size + accumulation * micro + rank * share
-        return np.arange(start, start + share, dtype=np.int64)
-
-    def _advice(self, accumulation_steps: int) -> str:
-        if accumulation_steps < 1 or self.batch_size % accumulation_steps:
-            return "set train.accumulation_steps to a divisor of train.batch_size"
-        micro = self.batch_size // accumulation_steps
-        valid = [n for n in range(1, micro + 1) if micro % n == 0]
-        listed = ", ".join(map(str, valid[:24])) + (", ..." if len(valid) > 24 else "")
-        return f"use {listed} ranks, or change train.batch_size"

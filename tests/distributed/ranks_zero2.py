@@ -1,4 +1,4 @@
-"""Run by every rank: collectives, then each stage on a ZeRO-2 engine; rank 0 writes FOLDER/ranks.pt."""
+"""Run by every rank: collectives, then each case on a ZeRO-2 engine; rank 0 writes FOLDER/ranks.pt."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mvptr_ds.ds_config import fill_ds_config, load_ds_config
 from mvptr_ds.metrics import Meters
 from mvptr_ds.optim import build_optimizer, parameter_groups
 from tests.conftest import REPO
-from tests.distributed.steps import NUM_STEPS, OPTIM, STAGES, TRAIN, batch_of, build_task, learning_rate
+from tests.distributed.steps import CASES, NUM_STEPS, OPTIM, TRAIN, batch_of, build_task, learning_rate
 
 
 def check_gather() -> None:
@@ -59,9 +59,9 @@ def check_errors_of_rank_0() -> None:
     assert len(ran) == (1 if parallel.is_main() else 0)
 
 
-def train(stage: str) -> dict[str, Any]:
+def train(case: str) -> dict[str, Any]:
     rank, num = parallel.rank(), parallel.num_ranks()
-    task = build_task(stage)
+    task = build_task(case)
     model = task.model
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     optimizer = build_optimizer(parameter_groups(trained, OPTIM.weight_decay), OPTIM, 1e-3)
@@ -73,9 +73,9 @@ def train(stage: str) -> dict[str, Any]:
     positions, losses, norms, reports = [], [], [], []
     for step in range(NUM_STEPS):
         for group in engine.optimizer.param_groups:
-            group["lr"] = learning_rate(stage, step)
+            group["lr"] = learning_rate(case, step)
         for accumulation in range(TRAIN.accumulation_steps):
-            batch = batch_of(step, accumulation, rank, num)
+            batch = batch_of(case, step, accumulation, rank, num)
             positions.append(parallel.gather(batch.position_B).tolist())
             output = engine(batch, step, accumulation)
             engine.backward(output.loss)
@@ -97,7 +97,7 @@ def main() -> None:
     parallel.init()
     check_gather()
     check_errors_of_rank_0()
-    results = {stage: train(stage) for stage in STAGES}
+    results = {case: train(case) for case in CASES}
     if parallel.is_main():
         torch.save(results, Path(sys.argv[1]) / "ranks.pt")
     parallel.barrier()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from mvptr_ds.config import Config, OptimConfig, StageConfig, TrainConfig
+from mvptr_ds.data.batches import Batches
 from mvptr_ds.data.collate import Batch, Sample, collate
-from mvptr_ds.data.plan import Plan
 from mvptr_ds.optim import learning_rate_at
 from mvptr_ds.task import Task
 from tests.tiny import REGIONS, TEXT_SLOTS, sample, tiny_model
 
 NUM_STEPS = 5
 STAGES = ("stage1", "stage2", "joint")
+ONE_MODALITY = "stage1 of single modalities"  # a rank's share holds nothing but texts, or nothing but images
+CASES = (*STAGES, ONE_MODALITY)
 TRAIN = TrainConfig(batch_size=16, accumulation_steps=2)  # two micro-batches of 8 a step, 4 samples a rank
 # eps: a gradient that is only rounding noise (attention's key bias) must not become a step of its own sign;
 # clip_norm: low enough that clipping acts
@@ -35,16 +37,24 @@ def sample_at(position: int) -> Sample:
     )
 
 
-def stage_config(stage: str) -> StageConfig:
-    weights = Config().stage(stage).weights
+def single_at(position: int) -> Sample:
+    """As text-only and image-only records give them; by turns the first rank has the texts and the second."""
+    micro, place = divmod(position, MICRO)
+    if (place < MICRO // 2) == (micro % 2 == 0):
+        return sample(position, position, tokens=2 + position % 4, phrases=position % 3, tags=0, regions=0)
+    return sample(position, position, tokens=0, phrases=0, tags=1 + position % 3, regions=1 + position % 5)
+
+
+def stage_config(case: str) -> StageConfig:
+    weights = Config().stage(case.split()[0]).weights
     return StageConfig(max_steps=NUM_STEPS + 1, learning_rate=1e-3, warmup_steps=2, weights=weights)
 
 
-def build_task(stage: str) -> Task:
+def build_task(case: str) -> Task:
     task = Task(
         tiny_model(),
-        stage,
-        stage_config(stage).weights,
+        case.split()[0],
+        stage_config(case).weights,
         Config().task,
         max_text_slots=TEXT_SLOTS,
         max_regions=REGIONS,
@@ -57,11 +67,11 @@ def build_task(stage: str) -> Task:
     return task
 
 
-def batch_of(step: int, accumulation: int, rank: int, num_ranks: int) -> Batch:
-    plan = Plan(1000, TRAIN.batch_size, seed=0)
-    positions = plan.positions(step, accumulation, rank, num_ranks, TRAIN.accumulation_steps)
-    return collate([sample_at(int(position)) for position in positions])
+def batch_of(case: str, step: int, accumulation: int, rank: int, num_ranks: int) -> Batch:
+    positions = Batches(TRAIN.batch_size).positions(step, accumulation, rank, num_ranks, TRAIN.accumulation_steps)
+    sample_of = single_at if case == ONE_MODALITY else sample_at
+    return collate([sample_of(int(position)) for position in positions])
 
 
-def learning_rate(stage: str, step: int) -> float:
-    return learning_rate_at(step, stage_config(stage))
+def learning_rate(case: str, step: int) -> float:
+    return learning_rate_at(step, stage_config(case))

@@ -10,7 +10,7 @@ import torch
 from mvptr_ds.metrics import Meters
 from mvptr_ds.optim import parameter_groups
 from tests.distributed.launch import run_ranks
-from tests.distributed.steps import NUM_STEPS, OPTIM, STAGES, TRAIN, batch_of, build_task, learning_rate
+from tests.distributed.steps import CASES, NUM_STEPS, ONE_MODALITY, OPTIM, TRAIN, batch_of, build_task, learning_rate
 
 # float32: sums over ranks run in another order, about 1e-7 relative a step, which AdamW's division by a small root of
 # the second moment raises; steps are 1e-3, so that a wrong factor or a lost sample shows at 1e-4 and more
@@ -25,9 +25,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return results
 
 
-def train_alone(stage: str) -> dict[str, Any]:
+def train_alone(case: str) -> dict[str, Any]:
     """The same steps without DeepSpeed and without ranks."""
-    task = build_task(stage)
+    task = build_task(case)
     trained = [(n, p) for n, p in task.model.named_parameters() if p.requires_grad]
     groups = parameter_groups(trained, OPTIM.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(OPTIM.beta1, OPTIM.beta2), eps=OPTIM.eps)
@@ -35,10 +35,10 @@ def train_alone(stage: str) -> dict[str, Any]:
     positions, losses, norms, reports = [], [], [], []
     for step in range(NUM_STEPS):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(stage, step)
+            group["lr"] = learning_rate(case, step)
         optimizer.zero_grad()
         for accumulation in range(TRAIN.accumulation_steps):
-            batch = batch_of(step, accumulation, 0, 1)
+            batch = batch_of(case, step, accumulation, 0, 1)
             positions.append(batch.position_B.tolist())
             output = task(batch, step, accumulation)
             (output.loss / TRAIN.accumulation_steps).backward()
@@ -53,9 +53,9 @@ def train_alone(stage: str) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("stage", STAGES)
-def test_two_ranks_train_like_one_process(ranks: dict[str, Any], stage: str) -> None:
-    alone, together = train_alone(stage), ranks[stage]
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_train_like_one_process(ranks: dict[str, Any], case: str) -> None:
+    alone, together = train_alone(case), ranks[case]
     assert together["positions"] == alone["positions"]
     torch.testing.assert_close(torch.tensor(together["losses"]), torch.tensor(alone["losses"]), **TOLERANCE)
     torch.testing.assert_close(torch.tensor(together["norms"]), torch.tensor(alone["norms"]), rtol=1e-4, atol=1e-5)
@@ -69,9 +69,21 @@ def test_two_ranks_train_like_one_process(ranks: dict[str, Any], stage: str) -> 
             assert two[key] == pytest.approx(one[key], rel=1e-4, abs=1e-5, nan_ok=True), key
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_steps_did_train(stage: str) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_the_steps_did_train(case: str) -> None:
     """What the comparison above compares has moved, and only what the stage trains."""
-    before, after = build_task(stage), train_alone(stage)["weights"]
+    before, after = build_task(case), train_alone(case)["weights"]
     for name, parameter in before.model.named_parameters():
         assert torch.equal(parameter, after[name]) is not parameter.requires_grad, name
+
+
+def test_texts_alone_and_images_alone_reach_every_parameter() -> None:
+    """ZeRO's buckets differ between ranks where a parameter has no gradient on one of them: none may lack it."""
+    for rank in range(2):
+        batch = batch_of(ONE_MODALITY, 0, 0, rank, 2)
+        assert bool(batch.region_mask_BR.any()) is (rank == 1)
+        task = build_task(ONE_MODALITY)
+        task(batch, 0).loss.backward()
+        trained = {name: p for name, p in task.named_parameters() if p.requires_grad}
+        assert [name for name, p in trained.items() if p.grad is None] == []
+        assert all(torch.isfinite(p.grad).all() for p in trained.values() if p.grad is not None)

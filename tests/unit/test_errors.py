@@ -111,6 +111,12 @@ overrides("word-vocabulary-missing", "data.word_vocab=nowhere.txt")
 overrides("no-shards", "data.train=nowhere")
 overrides("init-from-nothing", "run.init_from=nowhere")
 overrides("no-backbone", "visual.backbone_config=null")
+overrides("train-and-sources", "data.sources.coco.shards=coco")
+overrides("nothing-to-train-on", "data.train=null")
+overrides("demo-without-train", "data.train=null", "data.sources.coco.shards=coco", "data.demo_source=shapes")
+overrides("source-without-shards", "data.train=null", "data.sources.coco.weight=3")
+overrides("source-name", "data.train=null", "data.sources={co co: {shards: coco}}")
+overrides("source-weight", "data.train=null", "data.sources.coco={shards: coco, weight: 0}")
 overrides("unknown-demo-source", "data.demo_source=photos")
 
 
@@ -214,6 +220,39 @@ def shards_as_sidecar(place: Place) -> None:
 def text_only_in_stage_2(place: Place) -> None:
     write_shards(place.dir / "text", [("a", Record("a", 0, 0, (Caption("a red circle"),)), {})], 1)
     place.arguments += [f"data.train={place.dir / 'text'}", "run.stages=[2]"]
+
+
+def mixture(place: Place, **weights: float | None) -> None:
+    """`pairs` is the training split; `text` has one record without a picture."""
+    write_shards(place.dir / "text", [("a", Record("a", 0, 0, (Caption("dog"),)), {})], 9)
+    folders = {"pairs": place.shards / "train", "text": place.dir / "text"}
+    place.arguments.append("data.train=null")
+    for name, weight in weights.items():
+        section = f"{{shards: {folders[name]}, weight: {'null' if weight is None else weight}}}"
+        place.arguments.append(f"data.sources.{name}={section}")
+
+
+@case
+def weights_of_some_sources(place: Place) -> None:
+    mixture(place, pairs=3, text=None)
+
+
+@case
+def mixture_block_too_short(place: Place) -> None:
+    mixture(place, pairs=9, text=1)
+    place.arguments.append("data.mixture_block_samples=8")
+
+
+@case
+def text_only_source_in_stage_2(place: Place) -> None:
+    mixture(place, pairs=3, text=1)
+    place.arguments.append("run.stages=[2]")
+
+
+@case
+def checkpoint_of_another_mixture(place: Place) -> None:
+    place.checkpoint()
+    mixture(place, pairs=3, text=1)
 
 
 @case

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mvptr_ds.data.batches import Batches
 from mvptr_ds.data.plan import Plan
 
 
@@ -19,14 +20,14 @@ from mvptr_ds.data.plan import Plan
     epoch=st.integers(0, 5),
 )
 def test_every_epoch_visits_every_sample_once(num_samples: int, block: int, window: int, seed: int, epoch: int) -> None:
-    plan = Plan(num_samples, 8, seed, block, window)
+    plan = Plan(num_samples, seed, block, window)
     epochs, samples = plan.samples_at(np.arange(epoch * num_samples, (epoch + 1) * num_samples))
     assert (epochs == epoch).all()
     assert np.array_equal(np.sort(samples), np.arange(num_samples))
 
 
 def test_single_and_vectorised_lookups_agree_across_epochs() -> None:
-    plan = Plan(101, 8, 3, block_samples=7, window_blocks=3)
+    plan = Plan(101, 3, block_samples=7, window_blocks=3)
     positions = np.random.default_rng(0).integers(0, 101 * 4, 300)
     epochs, samples = plan.samples_at(positions)
     other = pickle.loads(pickle.dumps(plan))
@@ -35,20 +36,20 @@ def test_single_and_vectorised_lookups_agree_across_epochs() -> None:
 
 def test_order_depends_on_seed_and_epoch_only() -> None:
     everything = np.arange(5_000)
-    first = Plan(5_000, 8, 1).samples_at(everything)[1]
-    assert np.array_equal(first, Plan(5_000, 8, 1).samples_at(everything)[1])
-    for other in (Plan(5_000, 8, 2).samples_at(everything)[1], Plan(5_000, 8, 1).samples_at(everything + 5_000)[1]):
+    first = Plan(5_000, 1).samples_at(everything)[1]
+    assert np.array_equal(first, Plan(5_000, 1).samples_at(everything)[1])
+    for other in (Plan(5_000, 2).samples_at(everything)[1], Plan(5_000, 1).samples_at(everything + 5_000)[1]):
         assert (first == other).mean() < 0.01  # chance: 1 in 5,000
 
 
 def test_the_order_itself_is_frozen() -> None:
     """A resume with a later version must go on in the order that the run began with."""
-    samples = Plan(10, 4, 7, block_samples=2, window_blocks=2).samples_at(np.arange(20))[1]
+    samples = Plan(10, 7, block_samples=2, window_blocks=2).samples_at(np.arange(20))[1]
     assert samples.tolist() == [5, 8, 6, 7, 9, 3, 4, 0, 1, 2, 4, 3, 5, 2, 8, 7, 9, 6, 0, 1]
 
 
 def test_samples_are_shuffled_and_read_in_runs() -> None:
-    plan = Plan(40_000, 8, 5, block_samples=64, window_blocks=16)
+    plan = Plan(40_000, 5, block_samples=64, window_blocks=16)
     samples = plan.samples_at(np.arange(40_000))[1]
     assert abs(np.corrcoef(samples, np.arange(40_000))[0, 1]) < 0.2  # blocks are permuted: 625 of them
     window = np.sort(samples[:1024])
@@ -59,10 +60,10 @@ def test_samples_are_shuffled_and_read_in_runs() -> None:
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 @pytest.mark.parametrize("accumulation_steps", [1, 3])
 def test_ranks_share_a_step_without_gap_or_overlap(num_ranks: int, accumulation_steps: int) -> None:
-    plan = Plan(50, 24, 0)
+    batches = Batches(24)
     for step in (0, 1, 7):
         parts = [
-            plan.positions(step, accumulation, rank, num_ranks, accumulation_steps)
+            batches.positions(step, accumulation, rank, num_ranks, accumulation_steps)
             for accumulation in range(accumulation_steps)
             for rank in range(num_ranks)
         ]
@@ -72,10 +73,12 @@ def test_ranks_share_a_step_without_gap_or_overlap(num_ranks: int, accumulation_
 
 def test_indivisible_batch_names_values_and_valid_ranks() -> None:
     with pytest.raises(ValueError, match=r"batch of 12 .* 5 ranks x 2 .* use 1, 2, 3, 6 ranks"):
-        Plan(50, 12, 0).positions(0, 0, 0, 5, 2)
+        Batches(12).positions(0, 0, 0, 5, 2)
     with pytest.raises(ValueError, match="accumulation_steps to a divisor"):
-        Plan(50, 12, 0).positions(0, 0, 0, 1, 5)
+        Batches(12).positions(0, 0, 0, 1, 5)
     with pytest.raises(ValueError, match="out of range"):
-        Plan(50, 12, 0).positions(0, 0, 2, 2, 1)
+        Batches(12).positions(0, 0, 2, 2, 1)
     with pytest.raises(ValueError, match="num_samples is 0"):
-        Plan(0, 12, 0)
+        Plan(0, 0)
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        Batches(0)

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from mvptr_ds.data.batches import Batches
 from mvptr_ds.data.loader import ShardDataset, make_loader
-from mvptr_ds.data.plan import Plan
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.safeguards import BadSamples, HangGuard, SkippedSteps, StopSignal, TrainingError, agree
 from tests.conftest import REPO
@@ -120,7 +120,7 @@ class SlowDataset(ShardDataset):
     """Samples of two hundredths of a second each."""
 
     def __init__(self) -> None:
-        self.plan = Plan(100, 4, 0)
+        pass
 
     def __getitems__(self, positions: list[int]) -> list:  # type: ignore[type-arg]
         time.sleep(0.1)
@@ -136,7 +136,7 @@ def test_a_signal_to_the_loader_processes_does_not_end_them() -> None:
     """launch.py and SLURM signal the whole tree; the rank still needs batches until it has stopped by itself."""
     dataset = SlowDataset()
     before = set(children())
-    batches = iter(make_loader(dataset, dataset.plan, 0, 8, num_workers=1, prefetch_batches=1))
+    batches = iter(make_loader(dataset, Batches(4), 0, 8, num_workers=1, prefetch_batches=1))
     seen = [next(batches).position_B.tolist()]
     (worker,) = [pid for pid in set(children()) - before if is_python(pid)]
     # a SIGTERM from another process than the rank, as launch.py sends it
@@ -153,9 +153,9 @@ def is_python(pid: int) -> bool:
 
 
 CRASHING = """
-from tests.unit.test_safeguards import SlowDataset, make_loader
+from tests.unit.test_safeguards import Batches, SlowDataset, make_loader
 dataset = SlowDataset()
-batches = iter(make_loader(dataset, dataset.plan, 0, 8, num_workers=1, prefetch_batches=1))
+batches = iter(make_loader(dataset, Batches(4), 0, 8, num_workers=1, prefetch_batches=1))
 next(batches)
 raise RuntimeError("a bug")
 """

@@ -16,6 +16,7 @@ import webdataset
 
 from mvptr_ds import assembly
 from mvptr_ds.config import Config, DataConfig, TaskConfig
+from mvptr_ds.data.batches import Batches
 from mvptr_ds.data.features import SampleBuilder, SampleOptions
 from mvptr_ds.data.index import Index
 from mvptr_ds.data.joined import JoinedIndex, ensure_join, join_path
@@ -111,7 +112,7 @@ def config(images: Path, *sidecars: Path, **changes: Any) -> DataConfig:
 
 
 def opened(tmp_path: Path, data: DataConfig, stage: str = "stage2") -> JoinedIndex:
-    index = assembly.open_train(data, stage, tmp_path / "joins")
+    index = assembly.open_sources(data, stage, tmp_path / "joins")[""]
     assert isinstance(index, JoinedIndex)
     return index
 
@@ -279,8 +280,10 @@ def test_mixed_extractors_are_refused_unless_allowed(tmp_path: Path, images: Pat
     ]
     write_shards(tmp_path / "own", own, 9)
     with pytest.raises(DataError, match=r"own mixes extractors \(e 0: 1 of 2, e 1: 1 of 2\)"):
-        assembly.open_train(config(tmp_path / "own"), "stage1", tmp_path)
-    assert len(assembly.open_train(config(tmp_path / "own", allow_mixed_extractors=True), "stage1", tmp_path)) == 2
+        assembly.open_sources(config(tmp_path / "own"), "stage1", tmp_path)
+    assert (
+        len(assembly.open_sources(config(tmp_path / "own", allow_mixed_extractors=True), "stage1", tmp_path)[""]) == 2
+    )
 
 
 def test_kept_records_with_regions_of_their_own_are_a_mixture(tmp_path: Path) -> None:
@@ -317,7 +320,7 @@ def test_regions_that_name_no_extractor_are_of_one_of_their_own(tmp_path: Path) 
     ]
     write_shards(tmp_path / "own", own, 9)
     with pytest.raises(DataError, match=r"mixes extractors \(an unnamed extractor: 1 of 2, detr 3: 1 of 2\)"):
-        assembly.open_train(config(tmp_path / "own"), "stage1", tmp_path)
+        assembly.open_sources(config(tmp_path / "own"), "stage1", tmp_path)
 
 
 def test_train_and_held_out_shards_need_one_extractor(tmp_path: Path, images: Path, boxes: Path) -> None:
@@ -334,7 +337,7 @@ def test_train_and_held_out_shards_need_one_extractor(tmp_path: Path, images: Pa
 
 def test_folders_of_the_wrong_kind_are_named(tmp_path: Path, images: Path, boxes: Path) -> None:
     with pytest.raises(DataError, match=r"boxes is a sidecar; name it in data\.sidecars"):
-        assembly.open_train(config(boxes), "stage1", tmp_path)
+        assembly.open_sources(config(boxes), "stage1", tmp_path)
     with pytest.raises(DataError, match=r"images holds records and is no sidecar"):
         opened(tmp_path, config(images, images))
 
@@ -347,10 +350,10 @@ def test_stages_that_align_refuse_what_is_no_pair(tmp_path: Path) -> None:
     ]
     write_shards(tmp_path / "all", items, 9)
     data = config(tmp_path / "all")
-    assert len(assembly.open_train(data, "stage1", tmp_path)) == 4
+    assert len(assembly.open_sources(data, "stage1", tmp_path)[""]) == 4
     for stage in ("stage2", "joint"):
         with pytest.raises(DataError, match=rf"2 text-only and 1 image-only samples among 4; {stage} aligns both"):
-            assembly.open_train(data, stage, tmp_path)
+            assembly.open_sources(data, stage, tmp_path)
     data.held_out = data.train
     with pytest.raises(DataError, match=r"2 text-only and 1 image-only samples among 4; evaluation needs"):
         assembly.open_held_out(data, tmp_path)
@@ -454,17 +457,17 @@ def dataset_of(index: Any, **changes: Any) -> ShardDataset:
         "feature_dim": FEATURE_DIM, "word_prob": 0.3, "phrase_prob": 0.5, "tag_prob": 0.5, "predict_phrases": True
     }  # fmt: skip
     builder = SampleBuilder(WORDS, VOCAB, SampleOptions(**{**options, **changes}))
-    return ShardDataset(index, Plan(len(index), 8, 0, block_samples=4, window_blocks=2), builder)
+    return ShardDataset(index, Plan(len(index), 0, block_samples=4, window_blocks=2), builder)
 
 
 def test_ranks_and_workers_give_the_same_batches_of_joined_data(tmp_path: Path, images: Path, boxes: Path) -> None:
     beside = write(tmp_path / "phrases", phrases_of(range(NUM)))
     whole, _, *ranks = (dataset_of(opened(tmp_path, config(images, boxes, beside))) for _ in range(4))
-    batches = list(make_loader(whole, whole.plan, 0, 5))
-    assert sum(batch.num_bad for batch in batches) == 0 and all(batch.num_phrases == 8 for batch in batches)
-    for alone, helped in zip(batches, make_loader(whole, whole.plan, 0, 5, num_workers=2), strict=True):
+    batches = list(make_loader(whole, Batches(8), 0, 5))
+    assert all((batch.num_bad_B == 0).all() and (batch.num_phrases_B == 1).all() for batch in batches)
+    for alone, helped in zip(batches, make_loader(whole, Batches(8), 0, 5, num_workers=2), strict=True):
         _assert_equal(alone, helped)
-    shares = [list(make_loader(d, d.plan, 0, 5, rank, 2, num_workers=1)) for rank, d in enumerate(ranks)]
+    shares = [list(make_loader(d, Batches(8), 0, 5, rank, 2, num_workers=1)) for rank, d in enumerate(ranks)]
     for step, batch in enumerate(batches):
         assert [row for share in shares for row in _rows(share[step])] == _rows(batch)
     for batch in batches:
@@ -515,8 +518,8 @@ def test_stage_1_learns_from_joined_data(
     task = Task(model, "stage1", weights, TaskConfig(), max_text_slots=40, max_regions=50, max_steps=40, seed=0)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     losses = []
-    for step, batch in enumerate(make_loader(dataset, dataset.plan, 0, 40)):
-        assert batch.num_bad == 0
+    for step, batch in enumerate(make_loader(dataset, Batches(8), 0, 40)):
+        assert int(batch.num_bad_B.sum()) == 0
         optimizer.zero_grad()
         loss = task(batch, step).loss
         loss.backward()

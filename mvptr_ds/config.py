@@ -172,6 +172,7 @@ class TrainConfig:
     max_skipped_in_row: int = 20  # steps with a non-finite gradient before the run gives up
     hang_timeout_s: float = 1800.0  # without a step for so long: stacks are written and the run ends; 0: no limit
     evaluate_every_steps: int = 0  # on data.held_out, by rank 0; 0: never
+    profile_steps: list[int] = field(default_factory=list)  # [first, stop]: traced into STAGE/profile/, one file a rank
 
 
 @dataclass

@@ -20,7 +20,9 @@ from torch import Tensor
 from mvptr_ds import parallel
 from mvptr_ds.config import WandbConfig
 from mvptr_ds.data.collate import Batch
+from mvptr_ds.flops import StepFlops
 from mvptr_ds.losses import LossSum
+from mvptr_ds.timing import PHASES, Peak, PhaseClock
 from mvptr_ds.wandb_run import WandbRun
 
 logger = logging.getLogger(__name__)
@@ -32,11 +34,19 @@ class Meters:
 
     Args:
         sources: names of the sources of a mixture, which are also counted apart.
+        flops, peak: what a batch asks for and what the device could do; without them neither is reported.
     """
 
-    def __init__(self, device: torch.device, sources: Sequence[str] = ()) -> None:
-        self.device = device
+    def __init__(
+        self,
+        device: torch.device,
+        sources: Sequence[str] = (),
+        flops: StepFlops | None = None,
+        peak: Peak | None = None,
+    ) -> None:
+        self.device, self.flops, self.peak = device, flops, peak
         self.sources = list(sources)
+        self.clock = PhaseClock(device)
         self._reset()
 
     def _reset(self) -> None:
@@ -55,6 +65,8 @@ class Meters:
         self.counts["slots"] += sum(mask.numel() for mask in masks)
         self.counts["valid"] += sum(int(mask.sum()) for mask in masks)
         self.counts["data_wait_s"] += data_wait_s
+        if self.flops is not None:
+            self.counts["tflop"] += self.flops.of(batch) / 1e12
         self._count_samples("", batch, torch.ones_like(batch.source_B, dtype=torch.bool))
         for number, name in enumerate(self.sources):
             self._count_samples(f"source/{name}/", batch, batch.source_B == number)
@@ -66,25 +78,37 @@ class Meters:
         self.counts[f"{prefix}bad_samples"] += int(batch.num_bad_B[chosen_B].sum())
 
     def report(self) -> dict[str, float]:
-        """Means over all ranks since the last report; resets. Every rank calls it at the same step."""
-        elapsed_s = time.perf_counter() - self.since_s
+        """Means over all ranks since the last report; resets. Every rank calls it at the same step.
+
+        Shares of time are of the mean rank; `time/communication_frac` lies within the other phases.
+        """
+        seconds = self.clock.read()
+        self.counts |= {phase: seconds[phase] for phase in PHASES}
+        self.counts["peak_tflops"] = float("nan") if self.peak is None else self.peak.tflops
         names, count_names = sorted(self.sums), sorted(self.counts)
         counts = torch.tensor([self.counts[n] for n in count_names], dtype=torch.float64, device=self.device)
         packed = parallel.all_reduce_sum(torch.cat([*(self.sums[n] for n in names), counts])).tolist()
+        elapsed_s = time.perf_counter() - self.since_s  # the line above has waited for the device
         out = {}
         for i, name in enumerate(names):
             total, count = packed[2 * i : 2 * i + 2]
             out[f"loss/{name}"] = total / count if count else float("nan")
         totals = dict(zip(count_names, packed[2 * len(names) :], strict=True))
+        rank_seconds = parallel.num_ranks() * elapsed_s
         out |= {
             "samples_per_s": totals["samples"] / elapsed_s,
-            "data/wait_frac": totals["data_wait_s"] / parallel.num_ranks() / elapsed_s,
+            "tokens_per_s": totals["valid"] / elapsed_s,
+            "data/wait_frac": totals["data_wait_s"] / rank_seconds,
             "data/padded_frac": 1.0 - totals["valid"] / totals["slots"],
             "data/oov_phrases_frac": _oov_frac(totals, ""),
             "data/samples": totals["samples"],
             "data/bad_samples": totals["bad_samples"],
             "memory_gib": peak_memory_gib(self.device),
         }
+        out |= {f"time/{phase}_frac": totals[phase] / rank_seconds for phase in PHASES}
+        if self.flops is not None:
+            out["model_tflops_per_rank"] = totals["tflop"] / rank_seconds
+            out["mfu_frac"] = totals["tflop"] / totals["peak_tflops"] / elapsed_s
         for name in self.sources:
             prefix = f"source/{name}/"
             out |= {
@@ -139,10 +163,13 @@ class MetricsLog:
         self._append(step, clean)
         losses = " ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in values.items() if k.startswith("loss/"))
         seconds_left = (max_steps - step) * values["seconds_per_step"]
+        speed = f"{values['samples_per_s']:.0f} samples/s"
+        if "mfu_frac" in values:
+            speed += f", {values['model_tflops_per_rank']:.3g} TFLOPS ({100 * values['mfu_frac']:.0f}% MFU)"
         logger.info(
-            "%s %d/%d  %s | lr %.2g norm %.2f | %.0f samples/s, wait %.0f%%, padded %.0f%%, %.1f GiB, %d:%02d left",
+            "%s %d/%d  %s | lr %.2g norm %.2f | %s, wait %.0f%%, padded %.0f%%, %.1f GiB, %d:%02d left",
             self.path.parent.name, step, max_steps, losses, values["learning_rate"], values["grad_norm"],
-            values["samples_per_s"], 100 * values["data/wait_frac"], 100 * values["data/padded_frac"],
+            speed, 100 * values["data/wait_frac"], 100 * values["data/padded_frac"],
             values["memory_gib"], *divmod(int(seconds_left), 60),
         )  # fmt: skip
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +20,15 @@ logger = logging.getLogger(__name__)
 
 if not torch.cuda.is_available():  # deepspeed picks its accelerator when it is first imported
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+_timed: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+def time_collectives(timer: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
+    """From now on every collective of tensors here runs within `timer()`; without argument none is timed."""
+    global _timed
+    _timed = timer
 
 
 def init() -> torch.device:
@@ -112,7 +123,8 @@ def all_reduce_sum(value: Tensor) -> Tensor:
     if num_ranks() == 1:
         return value.detach()
     total = value.detach().clone()
-    dist.all_reduce(total)
+    with _timed():
+        dist.all_reduce(total)
     return total
 
 
@@ -120,14 +132,16 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor) -> Tensor:
         parts = [torch.empty_like(local) for _ in range(num_ranks())]
-        dist.all_gather(parts, local.contiguous())
+        with _timed():
+            dist.all_gather(parts, local.contiguous())
         return torch.cat(parts)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Tensor:
         (grad,) = grads
         total = grad.contiguous().clone()
-        dist.all_reduce(total)
+        with _timed():
+            dist.all_reduce(total)
         return total.chunk(num_ranks())[rank()]
 
 
@@ -143,7 +157,8 @@ def gather(local: Tensor) -> Tensor:
     if not local.is_floating_point() or not local.requires_grad:
         as_int = local.to(torch.uint8) if local.dtype == torch.bool else local
         parts = [torch.empty_like(as_int) for _ in range(num_ranks())]
-        dist.all_gather(parts, as_int.contiguous())
+        with _timed():
+            dist.all_gather(parts, as_int.contiguous())
         return torch.cat(parts).to(local.dtype)
     out: Tensor = _Gather.apply(local)
     return out

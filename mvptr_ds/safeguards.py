@@ -8,6 +8,7 @@ import signal
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -96,23 +97,52 @@ class HangGuard:
             self.path.unlink()
 
 
+@dataclass(frozen=True)
+class LossScale:
+    """fp16's dynamic loss scale after a step, and the least that it may fall to."""
+
+    value: float
+    minimum: float
+
+
 class SkippedSteps:
-    """Counts the steps that the engine left out because their gradient was not finite, on all ranks alike."""
+    """Counts the steps that the engine left out because their gradient was not finite, on all ranks alike.
+
+    With fp16 a step is also left out where the loss scale was too high and is lowered, at the start several times in a
+    row: those are counted, but do not end the run. Without a lower scale left they do, at once.
+    """
 
     def __init__(self, max_in_row: int) -> None:
         self.max_in_row = max_in_row
         self.in_row, self.total = 0, 0
 
-    def count(self, step: int, applied: bool) -> None:
-        """Raises TrainingError after `max_in_row` left out one after the other."""
-        self.in_row = 0 if applied else self.in_row + 1
-        self.total += not applied
-        if not applied and parallel.is_main():
+    def count(self, step: int, applied: bool, loss_scale: LossScale | None = None) -> None:
+        """Raises TrainingError after `max_in_row` left out one after the other, or when fp16 finds no loss scale."""
+        if applied:
+            self.in_row = 0
+            return
+        self.total += 1
+        if loss_scale is not None:
+            self._lowered(step, loss_scale)
+            return
+        self.in_row += 1
+        if parallel.is_main():
             logger.warning("step %d left out: its gradient is not finite (%d so far)", step, self.total)
         if self.in_row >= self.max_in_row:
             raise TrainingError(
                 f"{self.in_row} steps in a row had a gradient that is not finite, the last was step {step} "
                 "(train.max_skipped_in_row); lower the learning rate, lengthen warmup_steps, or use bf16 for fp16"
+            )
+
+    def _lowered(self, step: int, scale: LossScale) -> None:
+        if parallel.is_main():
+            logger.warning(
+                "step %d left out: fp16 overflow, loss scale now %g (%d so far)", step, scale.value, self.total
+            )
+        if scale.value <= scale.minimum:
+            raise TrainingError(
+                f"step {step}: fp16 overflows at every loss scale above the minimum {scale.minimum:g}; lower the "
+                "learning rate, lengthen warmup_steps, or use bf16"
             )
 
 

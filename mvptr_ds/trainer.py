@@ -20,10 +20,12 @@ from mvptr_ds.data.collate import Batch
 from mvptr_ds.data.loader import make_loader
 from mvptr_ds.data.mixture import differences
 from mvptr_ds.data.schema import DataError
+from mvptr_ds.flops import StepFlops
 from mvptr_ds.metrics import Meters, MetricsLog
 from mvptr_ds.optim import build_optimizer, learning_rate_at, parameter_groups
-from mvptr_ds.safeguards import BadSamples, HangGuard, SkippedSteps, StopSignal, agree
+from mvptr_ds.safeguards import BadSamples, HangGuard, LossScale, SkippedSteps, StopSignal, agree
 from mvptr_ds.task import Task
+from mvptr_ds.timing import ProfileWindow, device_peak
 from mvptr_ds.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,7 @@ class Trainer:
         self.stage = config.stage(stage)
         self.dir = Path(config.run.dir) / stage
         self.step, self.saved_step = 0, 0
+        self.profile = ProfileWindow(config.train.profile_steps, self.dir / "profile")
         self.skipped = SkippedSteps(config.train.max_skipped_in_row)
         self.bad_samples = BadSamples(config.data.max_bad_fraction)
         self.stop = stop
@@ -66,7 +69,7 @@ class Trainer:
         self._build_engine(filled)
         if checkpoint is not None:
             self._resume(checkpoint)
-        self.meters = Meters(device, self.dataset.names)
+        self.meters = self._build_meters(filled)
         self.log = MetricsLog(self.dir, self.step, config.wandb, asdict(config))
         content = json.dumps(filled, indent=1) + "\n"
         assembly.on_main(lambda: (self.dir / "ds_config.json").write_text(content, encoding="utf-8"))
@@ -114,6 +117,14 @@ class Trainer:
             self.dataset.num_samples, config.data.train or ", ".join(config.data.sources),
         )  # fmt: skip
 
+    def _build_meters(self, filled: dict[str, Any]) -> Meters:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._precision(filled), torch.float32)
+        peak = device_peak(self.device, dtype)
+        logger.info("MFU is a share of %.3g TFLOPS: %s", peak.tflops, peak.source)
+        meters = Meters(self.device, self.dataset.names, StepFlops(self.task, parallel.num_ranks()), peak)
+        parallel.time_collectives(lambda: meters.clock("communication"))
+        return meters
+
     @staticmethod
     def _precision(filled: dict[str, Any]) -> str:
         return next((name for name in ("bf16", "fp16") if filled[name].get("enabled")), "float32")
@@ -125,16 +136,18 @@ class Trainer:
 
     def train(self) -> bool:
         """Trains to `max_steps`, or to the step at which a signal asks to stop; both are saved. True at the end."""
-        with HangGuard(self._stacks_path(), self.config.train.hang_timeout_s) as guard:
+        with HangGuard(self._stacks_path(), self.config.train.hang_timeout_s) as guard, self.profile:
             batches = iter(self._loader())
             while self.step < self.stage.max_steps:
                 guard.alive()
+                self.profile.begin(self.step)
                 micro_batches, problem = self._read(batches)
                 if self._must_stop(problem):
                     return False
                 self._train_step(micro_batches)
                 self.step += 1
-                self.skipped.count(self.step, self.engine.was_step_applied())
+                self.profile.end(self.step)
+                self.skipped.count(self.step, self.engine.was_step_applied(), self._loss_scale())
                 if self._due(self.config.train.log_every_steps):
                     self._report()
                 if self._due(self.config.train.checkpoint_every_steps) or self.step == self.stage.max_steps:
@@ -163,10 +176,17 @@ class Trainer:
     def _train_step(self, micro_batches: list[Batch]) -> None:
         self._set_learning_rate()
         for accumulation, batch in enumerate(micro_batches):
-            output = self.engine(batch.to(self.device, non_blocking=True), self.step, accumulation)
-            self.engine.backward(output.loss)
-            self.engine.step()
+            with self.meters.clock("forward"):
+                output = self.engine(batch.to(self.device, non_blocking=True), self.step, accumulation)
+            with self.meters.clock("backward"):
+                self.engine.backward(output.loss)
+            with self.meters.clock("step"):
+                self.engine.step()
             self.meters.add_parts(output.parts)
+
+    def _loss_scale(self) -> LossScale | None:
+        scaler = getattr(self.engine.optimizer, "loss_scaler", None)  # of ZeRO; fixed at 1 but for fp16
+        return LossScale(scaler.cur_scale, scaler.min_scale) if scaler is not None and scaler.dynamic else None
 
     def _due(self, every_steps: int) -> bool:
         return every_steps > 0 and (self.step % every_steps == 0 or self.step == self.stage.max_steps)
@@ -210,12 +230,13 @@ class Trainer:
     def _report(self) -> None:
         now = time.perf_counter()
         step, since = self.last_report
-        norm = self.engine.get_global_grad_norm()
+        norm, loss_scale = self.engine.get_global_grad_norm(), self._loss_scale()
         values = self.meters.report() | {
             "learning_rate": self.learning_rate,
             "grad_norm": float(norm) if norm is not None else float("nan"),
             "scale": float(self.task.scale().detach()),
             "skipped_steps": self.skipped.total,
+            "loss_scale": loss_scale.value if loss_scale is not None else 1.0,
             "wall_s": now - self.started_s,
             "seconds_per_step": (now - since) / max(1, self.step - step),
         }
@@ -335,6 +356,7 @@ class Trainer:
     def close(self) -> None:
         """Frees the engine, so that the next stage has the memory."""
         self.log.close()
+        parallel.time_collectives()
         self.engine.destroy()
         del self.engine, self.task, self.model
         if self.device.type == "cuda":

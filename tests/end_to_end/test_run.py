@@ -54,14 +54,20 @@ def test_a_run_leaves_what_it_says(trained: Run) -> None:
         lines = reports(trained.dir, stage)
         assert [line["step"] for line in lines] == [2, 4]
         keys = {"learning_rate", "grad_norm", "samples_per_s", "data/wait_frac", "data/padded_frac", "memory_gib"}
+        keys |= {"tokens_per_s", "model_tflops_per_rank", "mfu_frac"}
+        shares = [f"time/{phase}_frac" for phase in ("forward", "backward", "step")]
         for line in lines:
             assert {k.removeprefix("loss/") for k in line if k.startswith("loss/")} == objectives
             assert all(line[key] is not None for key in keys)
+            assert all(line[key] > 0 for key in (*shares, "time/communication_frac", "mfu_frac"))
+            assert sum(line[key] for key in (*shares, "data/wait_frac")) <= 1.0
         checkpoints = trained.dir / stage / "checkpoints"
         assert sorted(p.name for p in checkpoints.iterdir()) == ["latest", "step-00000002", "step-00000004"]
         filled = json.loads((trained.dir / stage / "ds_config.json").read_text(encoding="utf-8"))
         assert filled["zero_optimization"]["stage"] == 2 and filled["train_micro_batch_size_per_gpu"] == 4
         assert f"{stage} 4/4" in trained.output  # the progress line
+        traces = {path.name for path in (trained.dir / stage / "profile").iterdir()}
+        assert traces == {"rank0-steps2-3.json", "rank1-steps2-3.json"}
     assert load_config(trained.dir / "config.yaml").model.hidden_size == 32
     for name in ("model/model.safetensors", "rng-rank0.pt", "rng-rank1.pt"):
         assert (trained.dir / "stage2/checkpoints/step-00000004" / name).is_file()

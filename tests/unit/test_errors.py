@@ -24,7 +24,7 @@ from mvptr_ds.data.sidecars import sidecar_json
 from mvptr_ds.data.tar_writer import write_tar
 from mvptr_ds.demo.build import build_demo_shards
 from mvptr_ds.optim import build_optimizer
-from mvptr_ds.safeguards import BadSamples, SkippedSteps, StopSignal
+from mvptr_ds.safeguards import BadSamples, LossScale, SkippedSteps, StopSignal
 from mvptr_ds.trainer import Trainer
 from tests.conftest import REPO
 
@@ -102,6 +102,7 @@ overrides("no-deepspeed-json", "--deepspeed", "nowhere.json")
 overrides("unknown-stage", "run.stages=[3]")
 overrides("objective-of-another-stage", "stage1.weights.vsc=1")
 overrides("resume-value", "train.resume=always")
+overrides("profile-steps", "train.profile_steps=[100]")
 overrides("wandb-mode", "wandb.mode=live")
 overrides("slots-beyond-positions", "data.max_text_slots=100")
 overrides("no-phrase-vocabulary", "data.phrase_vocab=null")
@@ -351,6 +352,14 @@ def not_finite(place: Place) -> None:
         skipped = SkippedSteps(max_in_row=2)
         for step in (7, 8):
             skipped.count(step, applied=False)
+
+    place.patch.setattr(Trainer, "_build_engine", skip)
+
+
+@case
+def loss_scale_at_its_minimum(place: Place) -> None:
+    def skip(*_: object) -> None:
+        SkippedSteps(max_in_row=2).count(7, applied=False, loss_scale=LossScale(1.0, 1.0))
 
     place.patch.setattr(Trainer, "_build_engine", skip)
 

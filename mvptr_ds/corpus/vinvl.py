@@ -35,8 +35,8 @@ from mvptr_ds.corpus.vinvl_rows import (
 from mvptr_ds.data.schema import DataError, Extractor, Region
 from mvptr_ds.data.shards import ensure_index
 from mvptr_ds.data.sidecars import sidecar_json
+from mvptr_ds.data.storage import open_files
 from mvptr_ds.data.tar_writer import check_key, npy_bytes, write_tar
-from mvptr_ds.data.tars import open_files
 
 EXTRACTOR_NAME = "vinvl"
 FEATURE_DIM = 2054  # numbers a box in the published files, geometry included

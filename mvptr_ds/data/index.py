@@ -18,15 +18,26 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Container
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from mvptr_ds.data.schema import SCHEMA_VERSION, DataError, Record, parse_record
-from mvptr_ds.data.tars import REBUILD, open_files, read_record
+from mvptr_ds.data.storage import (
+    INDEX_NAME,
+    LOCAL,
+    MANIFEST_NAME,
+    REBUILD,
+    Files,
+    ReadOptions,
+    is_url,
+    open_files,
+)
+from mvptr_ds.data.tars import read_record, record_key
 
-MANIFEST_NAME = "manifest.json"
-INDEX_NAME = "index.npy"
+if TYPE_CHECKING:  # it imports fsspec, which local shards do without
+    from mvptr_ds.data.remote import RemoteFiles
+
 INDEX_VERSION = 3
 RECORDS, SIDECAR = "records", "sidecar"  # kinds of folders
 BLOCK = 512  # bytes
@@ -51,6 +62,15 @@ class Place(NamedTuple):
     num_bytes: int
     record: int  # number of the record in the index
     caption: int  # number of the caption in the record
+
+
+class Extent(NamedTuple):
+    """Bytes behind a URL that a sample is put together from."""
+
+    files: RemoteFiles
+    path: str
+    offset: int
+    num_bytes: int
 
 
 class SampleIndex(ABC):
@@ -115,12 +135,26 @@ class SampleIndex(ABC):
             OSError: a file cannot be read.
         """
 
+    @abstractmethod
+    def key_of(self, place: Place) -> str:
+        """Key of the record at a place, for messages; `?` when it cannot be read."""
+
+    @abstractmethod
+    def remote_extents(self, sample: int) -> list[Extent]:
+        """What of a sample is not on this machine: nothing where all of it is."""
+
+    @property
+    @abstractmethod
+    def read_ahead_bytes(self) -> int:
+        """What a process may hold of what it is about to read; 0 where all is on this machine."""
+
 
 class Index(SampleIndex):
     """The samples of one folder of shards; of a sidecar's folder, its entries as samples without captions."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, folder: Path | str, own_folder: Path, manifest: dict[str, Any], options: ReadOptions) -> None:
         self.folder = folder
+        self._own_folder = own_folder
         self.kind = str(manifest["kind"])
         self.num_records = int(manifest["num_records"])
         self.num_samples = int(manifest["num_samples"])
@@ -132,45 +166,69 @@ class Index(SampleIndex):
         self.fingerprint = str(manifest["sha256"])
         self.num_bytes = sum(int(shard["num_bytes"]) for shard in manifest["shards"])
         self.num_shards = len(manifest["shards"])
-        tars = folder / manifest.get("folder", ".")
-        self._paths = [str(tars / shard["name"]) for shard in manifest["shards"]]
+        names = [shard["name"] for shard in manifest["shards"]]
+        strange = [name for name in names if "/" in name or not name.endswith(".tar")]
+        if strange:
+            raise DataError(f"{own_folder / MANIFEST_NAME} names a shard {strange[0]!r}; {REBUILD}")
+        beside = manifest.get("folder", ".")
+        if is_url(folder) and beside != ".":
+            raise DataError(f"the index of {folder} was made of the shards in {beside!r}; put it beside its shards")
+        tars = str(folder) if is_url(folder) else str(own_folder / beside)
+        self._paths = [os.path.join(tars, name) for name in names]
         self._sizes = [int(shard["num_bytes"]) for shard in manifest["shards"]]
         self._record_ends = list(itertools.accumulate(int(shard["num_records"]) for shard in manifest["shards"]))
+        self._remote: RemoteFiles | None = None
+        if is_url(folder):
+            from mvptr_ds.data.remote import RemoteFiles
+
+            self._remote = RemoteFiles(options, dict(zip(self._paths, self._sizes, strict=True)))
         self._map()
 
+    @property
+    def files(self) -> Files:
+        """What reads the shards."""
+        return self._remote or LOCAL
+
     def _rows_path(self) -> Path:
-        return self.folder / INDEX_NAME
+        return self._own_folder / INDEX_NAME
 
     @classmethod
-    def open(cls, folder: str | Path) -> Index:
+    def open(cls, folder: str | Path, options: ReadOptions | None = None) -> Index:
         """Maps the index and checks it cheaply: its size, a few places of it, and the size of every tar.
+
+        Of shards behind a URL the index is copied to this machine first, and two tars are asked for their size.
 
         Raises:
             DataError: manifest or index missing, of another version, not of a pair, or a tar is missing or has changed.
         """
-        folder = Path(folder)
+        options = options or ReadOptions()
         open_files.close()
+        own_folder = _fetch(str(folder), options) if is_url(folder) else Path(folder)
+        manifest_path = own_folder / MANIFEST_NAME
         try:
-            manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+            manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
             if manifest["version"] != INDEX_VERSION or manifest["schema"] != SCHEMA_VERSION:
                 raise DataError(
-                    f"{folder / MANIFEST_NAME} has version {manifest['version']}, schema {manifest['schema']}; this "
+                    f"{manifest_path} has version {manifest['version']}, schema {manifest['schema']}; this "
                     f"version reads {INDEX_VERSION}, {SCHEMA_VERSION}; {REBUILD}"
                 )
-            with open(folder / INDEX_NAME, "rb") as file:
+            with open(own_folder / INDEX_NAME, "rb") as file:
                 if probe(file, manifest["sha256"]) != manifest["probe"]:
-                    raise DataError(f"{folder / INDEX_NAME} is not the one the manifest names; {REBUILD}")
-            index = cls(folder, manifest)
+                    raise DataError(f"{own_folder / INDEX_NAME} is not the one the manifest names; {REBUILD}")
+            index = cls(str(folder).rstrip("/") if is_url(folder) else own_folder, own_folder, manifest, options)
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise DataError(f"cannot open the index of {folder}: {error}; {REBUILD}") from error
         except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{folder / MANIFEST_NAME} is not a manifest: {error!r}; {REBUILD}") from error
+            raise DataError(f"{manifest_path} is not a manifest: {error!r}; {REBUILD}") from error
         index._check_tars()
         return index
 
     def _check_tars(self) -> None:
         if self._rows.dtype != ROW or len(self._rows) != self.num_records or self.num_samples < 1:
-            raise DataError(f"{self.folder / INDEX_NAME} does not fit its manifest; {REBUILD}")
+            raise DataError(f"{self._rows_path()} does not fit its manifest; {REBUILD}")
+        if self._remote is not None:
+            self._check_remote_tars(self._remote)
+            return
         for path, expected in zip(self._paths, self._sizes, strict=True):
             try:
                 size = os.stat(path).st_size
@@ -182,6 +240,14 @@ class Index(SampleIndex):
         others = sorted(name for name in os.listdir(os.path.dirname(self._paths[0])) if _is_other(name, known))
         if others:
             raise DataError(f"{self.folder}: {len(others)} tars are not in the index, such as {others[0]}; {REBUILD}")
+
+    def _check_remote_tars(self, files: RemoteFiles) -> None:
+        """The first and the last alone: a request for each of thousands would take minutes."""
+        for path in {self._paths[0], self._paths[-1]}:
+            try:
+                files.check(path)
+            except OSError as error:
+                raise DataError(f"shard {path} cannot be read: {error}") from error
 
     def verify(self) -> None:
         """Reads the whole index, a second or two for ten million records, and compares it with its hash.
@@ -200,8 +266,22 @@ class Index(SampleIndex):
         return Place(path, int(row["block"]) * BLOCK, num_blocks * BLOCK, record, caption)
 
     def read(self, place: Place) -> tuple[Record, dict[str, bytes]]:
-        members = read_record(place.path, place.offset, place.num_bytes)
+        members = read_record(place.path, place.offset, place.num_bytes, self.files)
         return parse_record(members["json"]), members
+
+    def key_of(self, place: Place) -> str:
+        return record_key(place.path, place.offset, place.num_bytes, self.files)
+
+    def remote_extents(self, sample: int) -> list[Extent]:
+        return self.remote_extents_of(self.locate(sample))
+
+    @property
+    def read_ahead_bytes(self) -> int:
+        return 0 if self._remote is None else self._remote.options.ahead_mib << 20
+
+    def remote_extents_of(self, place: Place) -> list[Extent]:
+        """What of the record at a place is not on this machine."""
+        return [] if self._remote is None else [Extent(self._remote, *place[:3])]
 
     def key_hashes(self) -> np.ndarray:
         """Of all records, uint64 [num_records]; a copy."""
@@ -214,6 +294,18 @@ class Index(SampleIndex):
     def flags(self) -> np.ndarray:
         """NOT_VISUAL and NO_CAPTION of all records, uint8 [num_records]; a copy."""
         return (self._rows["span"] >> SPAN_BITS).astype(np.uint8)
+
+
+def _fetch(url: str, options: ReadOptions) -> Path:
+    from mvptr_ds.data.remote import fetch_index
+
+    try:
+        return fetch_index(url.rstrip("/"), options)
+    except OSError as error:
+        raise DataError(
+            f"cannot fetch the index of {url}: {error}; manifest.json and index.npy must lie beside the shards "
+            "(tools/validate_shards.py writes them where the shards are made)"
+        ) from error
 
 
 def _is_other(name: str, known: Container[str]) -> bool:

@@ -20,10 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from mvptr_ds.data.index import NO_CAPTION, NOT_VISUAL, RECORDS, SIDECAR, Index, Place, SampleIndex
+from mvptr_ds.data.index import NO_CAPTION, NOT_VISUAL, RECORDS, SIDECAR, Extent, Index, Place, SampleIndex
 from mvptr_ds.data.schema import DataError, Record, SidecarEntry, parse_entry, parse_record
 from mvptr_ds.data.sidecars import merge_sidecar
-from mvptr_ds.data.tars import read_keyed_record, record_key
+from mvptr_ds.data.storage import Files
+from mvptr_ds.data.tars import read_keyed_record
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ def _partners(main: Index, sidecar: Index) -> np.ndarray:
     partners = np.where(hashes[at] == wanted, order[at], int(_NONE)).astype(np.uint32)
     num = int((partners != _NONE).sum())
     if num == 0:
-        keys = [record_key(*index.place(0)[:3]) for index in (main, sidecar)]
+        keys = [index.key_of(index.place(0)) for index in (main, sidecar)]
         raise DataError(
             f"no record of {main.folder} has a partner in the sidecar {sidecar.folder}: a key there is {keys[1]!r}, a "
             f"key here {keys[0]!r}; make both with the same keys (for held-out shards, see data.held_out_sidecars)"
@@ -214,21 +215,37 @@ class JoinedIndex(SampleIndex):
         return self.main.place(int(self._rows["record"][record]), caption)._replace(record=record)
 
     def read(self, place: Place) -> tuple[Record, dict[str, bytes]]:
-        key, members = read_keyed_record(place.path, place.offset, place.num_bytes)
+        key, members = read_keyed_record(place.path, place.offset, place.num_bytes, self.main.files)
         record = parse_record(members["json"])
-        for sidecar, partner in zip(self.sidecars, self._rows["partners"][place.record].tolist(), strict=True):
-            if partner == _NONE:
-                continue
-            beside = sidecar.place(partner)
+        for sidecar, beside in self._beside(place.record):
             try:
-                record, members = _read_partner(beside, key, record, members)
+                record, members = _read_partner(beside, sidecar.files, key, record, members)
             except (DataError, OSError) as error:
                 raise DataError(f"sidecar {beside.path}: {error}") from error
         return record, members
 
+    def _beside(self, record: int) -> list[tuple[Index, Place]]:
+        """Each sidecar that has a partner of the record, and where."""
+        partners = self._rows["partners"][record].tolist()
+        return [(s, s.place(partner)) for s, partner in zip(self.sidecars, partners, strict=True) if partner != _NONE]
 
-def _read_partner(place: Place, key: str, record: Record, members: dict[str, bytes]) -> tuple[Record, dict[str, bytes]]:
-    own_key, own_members = read_keyed_record(place.path, place.offset, place.num_bytes)
+    def key_of(self, place: Place) -> str:
+        return self.main.key_of(place)
+
+    @property
+    def read_ahead_bytes(self) -> int:
+        return max(index.read_ahead_bytes for index in (self.main, *self.sidecars))
+
+    def remote_extents(self, sample: int) -> list[Extent]:
+        place = self.locate(sample)
+        found = self.main.remote_extents_of(place)
+        return found + [extent for s, beside in self._beside(place.record) for extent in s.remote_extents_of(beside)]
+
+
+def _read_partner(
+    place: Place, files: Files, key: str, record: Record, members: dict[str, bytes]
+) -> tuple[Record, dict[str, bytes]]:
+    own_key, own_members = read_keyed_record(place.path, place.offset, place.num_bytes, files)
     if own_key != key:
         raise DataError(f"key {own_key!r} stands where {key!r} was: the folder has changed; index it again")
     entry = parse_entry(own_members["json"])

@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import threading
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -20,9 +21,9 @@ from torch.utils.data import DataLoader, Dataset
 from mvptr_ds.data.batches import Batches
 from mvptr_ds.data.collate import Batch, Sample, collate
 from mvptr_ds.data.features import SampleBuilder
+from mvptr_ds.data.index import Extent, SampleIndex
 from mvptr_ds.data.plan import Plan
 from mvptr_ds.data.schema import DataError, Record
-from mvptr_ds.data.shards import SampleIndex, record_key
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,24 @@ _SAMPLE, _SUBSTITUTE = 11, 12  # first word of each generator's key; the plan us
 MAX_TRIES = 8
 
 
-class ShardDataset(Dataset[Sample]):
+class SampleDataset(Dataset[Sample]):
+    """Samples by their position in a run."""
+
+    @abstractmethod
+    def __getitems__(self, positions: list[int]) -> list[Sample]:
+        """Samples of a whole micro-batch (the name DataLoader looks for)."""
+
+    @property
+    @abstractmethod
+    def read_ahead_bytes(self) -> int:
+        """What a process may hold of what it is about to read; 0 where all is on this machine."""
+
+    @abstractmethod
+    def remote_extents(self, positions: list[int]) -> list[Extent]:
+        """What of the samples at these positions is not on this machine, in the order in which it is read."""
+
+
+class ShardDataset(SampleDataset):
     """Sample at a position of the run (of its source, in a mixture). Picklable; each process opens its own files."""
 
     def __init__(self, index: SampleIndex, plan: Plan, builder: SampleBuilder) -> None:
@@ -59,10 +77,17 @@ class ShardDataset(Dataset[Sample]):
         return self.load(position, *self.plan.sample_at(position))
 
     def __getitems__(self, positions: list[int]) -> list[Sample]:
-        """Samples of a whole micro-batch (the name DataLoader looks for)."""
         epochs, numbers = self.plan.samples_at(np.array(positions, dtype=np.int64))
         places = zip(positions, epochs.tolist(), numbers.tolist(), strict=True)
         return [self.load(position, epoch, number) for position, epoch, number in places]
+
+    @property
+    def read_ahead_bytes(self) -> int:
+        return self.index.read_ahead_bytes
+
+    def remote_extents(self, positions: list[int]) -> list[Extent]:
+        numbers = self.plan.samples_at(np.array(positions, dtype=np.int64))[1]
+        return [extent for number in numbers.tolist() for extent in self.index.remote_extents(number)]
 
     def load(self, position: int, epoch: int, number: int) -> Sample:
         """The sample; its `num_bad` says how many others had to be passed over.
@@ -104,7 +129,7 @@ def load_sample(
         record, members = index.read(place)
         return builder.build(members, place.caption, place.record, position, rng, record)
     except (DataError, OSError) as error:
-        key = record_key(place.path, place.offset, place.num_bytes)
+        key = "?" if isinstance(error, OSError) else index.key_of(place)  # it would only be tried again
         raise DataError(f"{place.path}, key {key!r}, caption {place.caption}: {error}") from error
 
 
@@ -127,10 +152,12 @@ class _MicroBatches:
         self.steps = range(start_step, end_step)
         self.share = (rank, num_ranks, accumulation_steps)
 
+    def __getitem__(self, number: int) -> list[int]:
+        step, accumulation = divmod(number, self.share[2])
+        return self.batches.positions(self.steps[step], accumulation, *self.share).tolist()
+
     def __iter__(self) -> Iterator[list[int]]:
-        for step in self.steps:
-            for accumulation in range(self.share[2]):
-                yield self.batches.positions(step, accumulation, *self.share).tolist()
+        return (self[number] for number in range(len(self)))
 
     def __len__(self) -> int:
         return len(self.steps) * self.share[2]
@@ -150,7 +177,7 @@ def _heed_own_rank_only(worker: int) -> None:
 
 
 def make_loader(
-    dataset: Dataset[Sample],
+    dataset: SampleDataset,
     batches: Batches,
     start_step: int,
     end_step: int,
@@ -168,9 +195,15 @@ def make_loader(
     Raises:
         ValueError: the batch does not divide by ranks and accumulation steps, or the steps are out of order.
     """
+    micro_batches = _MicroBatches(batches, start_step, end_step, rank, num_ranks, accumulation_steps)
+    source: Dataset[Sample] = dataset
+    if dataset.read_ahead_bytes:
+        from mvptr_ds.data.read_ahead import ReadAheadDataset
+
+        source = ReadAheadDataset(dataset, micro_batches, dataset.read_ahead_bytes)
     return DataLoader(
-        dataset,  # type: ignore[arg-type]  # torch's stubs do not know that collate_fn changes the type
-        batch_sampler=_MicroBatches(batches, start_step, end_step, rank, num_ranks, accumulation_steps),
+        source,  # type: ignore[arg-type]  # torch's stubs do not know that collate_fn changes the type
+        batch_sampler=micro_batches,
         num_workers=num_workers,
         prefetch_factor=max(1, prefetch_batches) if num_workers else None,
         pin_memory=pin_memory,
@@ -193,6 +226,22 @@ def eval_batches(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, must be at least 1")
     numbers = range(len(index)) if indices is None else indices
-    for start in range(0, len(numbers), batch_size):
-        chunk = [int(number) for number in numbers[start : start + batch_size]]
-        yield collate([load_sample(index, builder, n, n, np.random.default_rng([_SAMPLE, 0, 0, n])) for n in chunk])
+
+    def chunk_at(batch: int) -> list[int]:
+        return [int(number) for number in numbers[batch * batch_size : (batch + 1) * batch_size]]
+
+    ahead = None
+    if index.read_ahead_bytes:
+        from mvptr_ds.data.read_ahead import ReadAhead
+
+        def extents_at(batch: int) -> list[Extent] | None:
+            return [extent for number in chunk_at(batch) for extent in index.remote_extents(number)] or None
+
+        ahead = ReadAhead(extents_at, index.read_ahead_bytes)
+    for batch in range(-(-len(numbers) // batch_size)):
+        if ahead is not None:
+            ahead.reach(batch)
+        rngs = ((n, np.random.default_rng([_SAMPLE, 0, 0, n])) for n in chunk_at(batch))
+        yield collate([load_sample(index, builder, n, n, rng) for n, rng in rngs])
+    if ahead is not None:
+        ahead.close()

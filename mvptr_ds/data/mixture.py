@@ -19,10 +19,10 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
 
 from mvptr_ds.data.collate import Sample
-from mvptr_ds.data.loader import ShardDataset
+from mvptr_ds.data.index import Extent
+from mvptr_ds.data.loader import SampleDataset, ShardDataset
 
 _MIXTURE = 4  # first word of each generator's key; the plan uses 1 to 3
 _MAX_BLOCKS = 8
@@ -135,7 +135,7 @@ def differences(there: str | Mapping[str, str], here: str | Mapping[str, str]) -
     ]
 
 
-class MixedDataset(Dataset[Sample]):
+class MixedDataset(SampleDataset):
     """Sample at a position of a run over several sources. Picklable; each process opens its own files.
 
     A sample that cannot be read is replaced by another of its source. Images of different sources are different ones.
@@ -174,11 +174,22 @@ class MixedDataset(Dataset[Sample]):
             for name, number, source in zip(self.names, taken, self.sources, strict=True)
         }
 
+    @property
+    def read_ahead_bytes(self) -> int:
+        return max(source.read_ahead_bytes for source in self.sources)
+
+    def remote_extents(self, positions: list[int]) -> list[Extent]:
+        sources_N, places_N = self.mixture.places_at(np.array(positions, dtype=np.int64))
+        return [
+            extent
+            for number, source in enumerate(self.sources)
+            for extent in source.remote_extents(places_N[sources_N == number].tolist())
+        ]
+
     def __getitem__(self, position: int) -> Sample:
         return self.__getitems__([position])[0]
 
     def __getitems__(self, positions: list[int]) -> list[Sample]:
-        """Samples of a whole micro-batch (the name DataLoader looks for)."""
         sources_N, places_N = self.mixture.places_at(np.array(positions, dtype=np.int64))
         out: dict[int, Sample] = {}
         for number, source in enumerate(self.sources):

@@ -34,6 +34,7 @@ from mvptr_ds.data.index import (
     probe,
 )
 from mvptr_ds.data.schema import SCHEMA_VERSION, DataError, Record, SidecarEntry, check_size, parse_entry
+from mvptr_ds.data.storage import ReadOptions, is_url
 from mvptr_ds.data.tars import (
     IMAGE_EXTENSIONS,
     Member,
@@ -99,11 +100,13 @@ def build_index(folder: str | Path, out: str | Path | None = None) -> Index:
     return Index.open(out)
 
 
-def ensure_index(folder: str | Path) -> Index:
+def ensure_index(folder: str | Path, options: ReadOptions | None = None) -> Index:
     """Opens the folder's index, building it when there is none or an older version wrote it.
 
-    One process only may call it on a fresh folder.
+    One process only may call it on a fresh folder. Behind a URL the index must be there.
     """
+    if is_url(folder):
+        return Index.open(folder, options)
     path = Path(folder) / MANIFEST_NAME
     if not path.exists():
         return build_index(folder)
@@ -258,6 +261,7 @@ def _write_index(folder: Path, out: Path, scan: _Scan, rows: np.ndarray, shards:
         "tags": dict(tags),
         "sha256": sha256,
         "probe": probe(buffer, sha256),
+        "index_bytes": len(buffer.getbuffer()),
     }
     out.mkdir(parents=True, exist_ok=True)
     content = json.dumps(manifest, ensure_ascii=False, indent=1) + "\n"

@@ -1,4 +1,4 @@
-"""Tar files from their headers: walk a whole tar (strictly) or the span of one record, read one record by `pread`.
+"""Tar files from their headers: walk a whole tar (strictly) or the span of one record, read one record by its place.
 
 Nothing is ever extracted, unpickled or run.
 """
@@ -8,25 +8,22 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-import threading
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from mvptr_ds.data.schema import DataError
+from mvptr_ds.data.storage import LOCAL, REBUILD, Files
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MEMBER_EXTENSIONS = frozenset(("json", "npy", *IMAGE_EXTENSIONS))
-REBUILD = "rebuild the index with tools/validate_shards.py"
 MAX_JSON_BYTES = 16 << 20
 MAX_MEMBER_BYTES = 64 << 20  # of an image or of features
 MAX_RECORD_MEMBERS = 64
 MAX_RECORD_BYTES = 256 << 20  # of a record's span, other members included
 MAX_HEADER_BYTES = 64 << 10  # of a long name or of PAX settings
 MAX_TAIL_BYTES = 2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE  # end mark and padding, as every tar program writes them
-_MAX_OPEN_FILES = 64
-_WHOLE_BYTES = 8 << 20  # a span up to this is read at once, a larger one member by member
+WHOLE_BYTES = 8 << 20  # a span up to this is read at once, a larger one member by member
 _BLOCK = tarfile.BLOCKSIZE
 # a tar may hide a sparse file, another name or another size behind these, which readers do not agree on
 _FOREIGN_PAX = ("GNU.sparse.", "linkpath")
@@ -206,50 +203,27 @@ def check_record(num_members: int, start: int, end: int) -> None:
         raise TarError(start, f"the record has {end - start} bytes or more, at most {MAX_RECORD_BYTES} are read")
 
 
-class _Files(threading.local):
-    """Open descriptors of a thread, the longest unused closed first."""
-
-    def __init__(self) -> None:
-        self._open: OrderedDict[str, int] = OrderedDict()
-
-    def get(self, path: str) -> int:
-        if path in self._open:
-            self._open.move_to_end(path)
-        else:
-            self._open[path] = os.open(path, os.O_RDONLY)
-            if len(self._open) > _MAX_OPEN_FILES:
-                os.close(self._open.popitem(last=False)[1])
-        return self._open[path]
-
-    def close(self) -> None:
-        while self._open:
-            os.close(self._open.popitem()[1])
-
-
-open_files = _Files()
-
-
-def read_record(path: str, offset: int, num_bytes: int) -> dict[str, bytes]:
-    """The members of one record by extension, of those this package reads: by one `pread`, or one a member if large.
+def read_record(path: str, offset: int, num_bytes: int, files: Files = LOCAL) -> dict[str, bytes]:
+    """The members of one record by extension, of those this package reads: by one read, or one a member if large.
 
     Raises:
         DataError: the shard no longer holds a whole record there, or one that is over a cap.
         OSError: the file cannot be read.
     """
-    return read_keyed_record(path, offset, num_bytes)[1]
+    return read_keyed_record(path, offset, num_bytes, files)[1]
 
 
-def record_key(path: str, offset: int, num_bytes: int) -> str:
+def record_key(path: str, offset: int, num_bytes: int, files: Files = LOCAL) -> str:
     """Key of the record at that place, for messages; `?` when it cannot be read."""
     try:
-        return split_name(next(iter_members(_span(path, offset, num_bytes), num_bytes, whole=False)))[0]
+        return split_name(next(iter_members(_span(path, offset, num_bytes, files), num_bytes, whole=False)))[0]
     except (DataError, OSError, StopIteration):
         return "?"
 
 
-def read_keyed_record(path: str, offset: int, num_bytes: int) -> tuple[str, dict[str, bytes]]:
+def read_keyed_record(path: str, offset: int, num_bytes: int, files: Files = LOCAL) -> tuple[str, dict[str, bytes]]:
     """The key of a record, and its members as `read_record` gives them; raises what that raises."""
-    file = _span(path, offset, num_bytes)
+    file = _span(path, offset, num_bytes, files)
     keys: set[str] = set()
     out: dict[str, bytes] = {}
     try:
@@ -268,15 +242,14 @@ def read_keyed_record(path: str, offset: int, num_bytes: int) -> tuple[str, dict
     return keys.pop(), out
 
 
-def _span(path: str, offset: int, num_bytes: int) -> BinaryIO:
+def _span(path: str, offset: int, num_bytes: int, files: Files) -> BinaryIO:
     """A record's bytes as a file. Raises DataError when it is over its cap or the shard ends before."""
     check_record(1, offset, offset + num_bytes)
-    descriptor = open_files.get(path)
-    if num_bytes > _WHOLE_BYTES:
-        missing = offset + num_bytes - os.fstat(descriptor).st_size
-        file: BinaryIO = io.BufferedReader(_PartOfFile(descriptor, offset, num_bytes), _BLOCK)
+    if num_bytes > WHOLE_BYTES:
+        missing = offset + num_bytes - files.size(path)
+        file: BinaryIO = io.BufferedReader(_PartOfFile(files, path, offset, num_bytes), _BLOCK)
     else:
-        content = os.pread(descriptor, num_bytes, offset)
+        content = files.read(path, offset, num_bytes)
         missing = num_bytes - len(content)
         file = io.BytesIO(content)
     if missing > 0:
@@ -285,10 +258,10 @@ def _span(path: str, offset: int, num_bytes: int) -> BinaryIO:
 
 
 class _PartOfFile(io.RawIOBase):
-    """A range of an open file, read by `pread`; what is not asked for is not read."""
+    """A range of a file; what is not asked for is not read."""
 
-    def __init__(self, descriptor: int, start: int, num_bytes: int) -> None:
-        self._descriptor, self._start, self._num_bytes = descriptor, start, num_bytes
+    def __init__(self, files: Files, path: str, start: int, num_bytes: int) -> None:
+        self._files, self._path, self._start, self._num_bytes = files, path, start, num_bytes
         self._at = 0
 
     def readable(self) -> bool:
@@ -306,7 +279,8 @@ class _PartOfFile(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        content = os.pread(self._descriptor, min(len(buffer), self._num_bytes - self._at), self._start + self._at)
+        num_bytes = min(len(buffer), self._num_bytes - self._at)
+        content = self._files.read(self._path, self._start + self._at, num_bytes)
         buffer[: len(content)] = content
         self._at += len(content)
         return len(content)

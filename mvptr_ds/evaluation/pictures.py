@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from mvptr_ds.data.loader import read_sample_record
-from mvptr_ds.data.shards import SampleIndex, read_record
+from mvptr_ds.data.shards import SampleIndex
 from mvptr_ds.data.tars import IMAGE_EXTENSIONS
 from mvptr_ds.evaluation.grounding import GroundedPhrase
 
@@ -103,6 +103,6 @@ def _rectangle(box: Box, inset: float, colour: str, style: str) -> Rectangle:
 
 def _image(index: SampleIndex, sample: int) -> Image.Image | None:
     place = index.locate(sample)
-    members = read_record(place.path, place.offset, place.num_bytes)
+    members = index.read(place)[1]
     content = next((members[ext] for ext in IMAGE_EXTENSIONS if ext in members), None)
     return Image.open(io.BytesIO(content)).convert("RGB") if content is not None else None

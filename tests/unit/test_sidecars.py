@@ -26,8 +26,8 @@ from mvptr_ds.data.plan import Plan
 from mvptr_ds.data.schema import Caption, DataError, Extractor, Phrase, Record, Region, SidecarEntry, parse_entry
 from mvptr_ds.data.shards import build_index, write_shards
 from mvptr_ds.data.sidecars import merge_sidecar, sidecar_json
+from mvptr_ds.data.storage import open_files
 from mvptr_ds.data.tar_writer import npy_bytes, write_tar
-from mvptr_ds.data.tars import open_files
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.mvptr import Mvptr

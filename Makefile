@@ -28,9 +28,11 @@ demo: install
 test: install
 	$(BIN)/python -m pytest
 
-# kills a run 50 times at random instants and compares what it comes to with an undisturbed one
+# kills a run 50 times at random instants and compares what it comes to with an undisturbed one; then, as root and with
+# Debian's SLURM, a node that dies, a preemption and a resume on fewer nodes
 faults: install
 	$(BIN)/python tools/faults.py --tries 50 --out runs/faults
+	$(BIN)/python -m pytest tests/slurm -m faults
 
 # 100,000 damaged tars, records, features and pictures: each is read or refused, nothing else
 fuzz: install

@@ -29,6 +29,7 @@ import torch
 from safetensors import SafetensorError
 
 from mvptr_ds import parallel
+from mvptr_ds.config import Config, load_config
 
 logger = logging.getLogger(__name__)
 CHECKSUMS = "checksums.json"
@@ -194,6 +195,36 @@ def find_model(path: Path) -> Path:
         if newest is not None:
             return newest / "model"
     raise CheckpointError(f"{path} holds no complete checkpoint; give a run folder, a stage folder or a model folder")
+
+
+def first_model(config: Config) -> Path | None:
+    """The model folder that the first of `run.stages` starts from, as `run.init_from` says; None: fresh weights.
+
+    Raises:
+        CheckpointError: there is none where it says; or stage 2 is to follow on a stage 1 that is not finished.
+    """
+    if config.run.init_from != "auto":
+        return find_model(Path(config.run.init_from)) if config.run.init_from else None
+    run_dir = Path(config.run.dir)
+    if config.stage_names[0] != "stage2":
+        return None
+    resumes = config.train.resume == "auto" and _complete(run_dir / "stage2" / "checkpoints")
+    if parallel.broadcast_object(bool(resumes) and not (run_dir / "stage1").is_dir()):
+        return None  # its own checkpoint holds everything
+    newest = newest_good(run_dir / "stage1" / "checkpoints")
+    if newest is None:
+        raise CheckpointError(
+            f"stage 2 starts from a finished stage 1, and {run_dir / 'stage1'} holds no complete checkpoint: train it "
+            "first (run.stages=[1]), name another start (run.init_from=...), or begin with fresh weights "
+            "(run.init_from=null)"
+        )
+    step, max_steps = read_state(newest)["step"], load_config(newest / "model/mvptr.yaml").stage1.max_steps
+    if step < max_steps:
+        raise CheckpointError(
+            f"stage 2 starts from a finished stage 1, and that of {run_dir} is at step {step} of {max_steps}: let it "
+            f"finish first (run.stages=[1]), or take it as it is (run.init_from={run_dir / 'stage1'})"
+        )
+    return newest / "model"
 
 
 def _complete(folder: Path) -> list[Path]:

@@ -27,7 +27,9 @@ class RunConfig:
     dir: str = "runs/demo"  # everything a run writes goes below this folder
     stages: list[str] = field(default_factory=lambda: ["1", "2"])  # of 1, 2, joint; run one after the other
     seed: int = 0
-    init_from: str | None = None  # run folder (or exported model folder) whose weights the first stage starts from
+    # what the first stage starts from: a run folder or an exported model folder; null: fresh weights; auto: fresh ones
+    # for stage 1, and for stage 2 those that the finished stage 1 left in `dir`
+    init_from: str | None = "auto"
     init_from_bert: str | None = None  # folder or hub name of a 12- or 6-layer BertModel for a fresh start
 
 

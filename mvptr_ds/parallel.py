@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -35,15 +36,18 @@ def init() -> torch.device:
     """Joins the process group that the launcher described (or makes one of a single rank); returns this rank's device.
 
     Every launcher that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT will do: `deepspeed`,
-    `torchrun`. Without them the process is the only rank.
+    `torchrun`; or `srun` with a task a rank. Without one the process is the only rank.
     """
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
+    take_place_from_slurm(os.environ)
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     if torch.cuda.is_available():
+        if torch.cuda.device_count() == 1:  # srun may show each task only its own device, which then has number 0
+            os.environ["LOCAL_RANK"] = "0"
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     else:
@@ -54,6 +58,29 @@ def init() -> torch.device:
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
     return device
+
+
+def take_place_from_slurm(environment: MutableMapping[str, str]) -> None:
+    """Sets RANK and the like where `srun` started this process as one task of several, and no launcher has set them.
+
+    The step's own variables alone say so: SLURM_PROCID and SLURM_NTASKS are also set in a batch script and in an
+    interactive shell, where a plain `python` is the only rank. Rank 0 is on the step's first node.
+    """
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+    if "RANK" in environment or tasks < 2:
+        return
+    # below Linux' ephemeral ports; jobs that share a node differ, so do the steps of a job
+    port = 20_000 + (int(environment["SLURM_JOB_ID"]) * 7 + int(environment["SLURM_STEP_ID"])) % 10_000
+    environment.update(RANK=environment["SLURM_PROCID"], LOCAL_RANK=environment["SLURM_LOCALID"], WORLD_SIZE=str(tasks))
+    environment.setdefault("MASTER_ADDR", first_host(environment["SLURM_STEP_NODELIST"]))
+    environment.setdefault("MASTER_PORT", str(port))
+
+
+def first_host(nodelist: str) -> str:
+    """The first name of SLURM's short form of a list: `gpu[07-09,12],login` -> `gpu07`."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodelist)
+    assert first is not None, nodelist
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0])
 
 
 def shut_down() -> None:

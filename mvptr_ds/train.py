@@ -13,7 +13,7 @@ if __name__ == "__main__":  # a script's own folder comes first on the path, whe
 
 from mvptr_ds import parallel
 from mvptr_ds.assembly import on_main, prepare_shards
-from mvptr_ds.checkpointing import CheckpointError, find_model
+from mvptr_ds.checkpointing import CheckpointError, find_model, first_model
 from mvptr_ds.config import load_config, save_config
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.ds_config import load_ds_config, rounded_batch_size
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace, stop: StopSignal) -> int:
         config.train.batch_size = rounded_batch_size(config.train, parallel.num_ranks())
     prepare_shards(config.data, config.run.seed, parallel.num_ranks())
     on_main(lambda: save_config(config, Path(config.run.dir) / "config.yaml"))
-    init_from = find_model(Path(config.run.init_from)) if config.run.init_from else None
+    init_from = first_model(config)
     for stage in config.stage_names:
         trainer = Trainer(config, stage, ds_content, device, init_from, stop)
         done = trainer.train()
@@ -67,6 +67,7 @@ def run(arguments: argparse.Namespace, stop: StopSignal) -> int:
 
 def main() -> int:
     arguments = parse_arguments()
+    parallel.take_place_from_slurm(os.environ)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("mvptr_ds").setLevel(logging.INFO if parallel.launched_as_main() else logging.WARNING)
     with StopSignal() as stop:

@@ -82,6 +82,7 @@ def arm_overrides(arm: Arm, config: Config) -> list[str]:
     """The arm's overrides of `config`; without stage 1, stage 2 takes the steps of both."""
     stages = [f"run.stages=[{','.join(arm.stages)}]"]
     if "1" not in arm.stages:
+        stages.append("run.init_from=null")
         stages.append(f"stage2.max_steps={config.stage1.max_steps + config.stage2.max_steps}")
     return [*stages, *arm.overrides]
 

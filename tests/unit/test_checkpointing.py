@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from mvptr_ds import checkpointing
-from mvptr_ds.checkpointing import CheckpointError, find_model, newest_good, verify
+from mvptr_ds.checkpointing import CheckpointError, find_model, first_model, newest_good, verify
+from mvptr_ds.config import load_config
 
 
 def save(folder: Path, step: int, keep: int = 10) -> Path:
@@ -23,6 +24,7 @@ def save(folder: Path, step: int, keep: int = 10) -> Path:
         path.mkdir()
         (path / "model.safetensors").write_bytes(bytes(range(256)) * (step + 1))
         (path / "config.json").write_text("{}", encoding="utf-8")
+        (path / "mvptr.yaml").write_text("stage1: {max_steps: 6}", encoding="utf-8")
 
     return checkpointing.save(folder, step, {"stage": "stage1"}, write_engine, write_model, keep)
 
@@ -31,6 +33,7 @@ FILES = (
     "engine/states.pt",
     "model/model.safetensors",
     "model/config.json",
+    "model/mvptr.yaml",
     "rng-rank0.pt",
     "state.json",
     "checksums.json",
@@ -148,3 +151,25 @@ def test_find_model_passes_over_a_damaged_one(tmp_path: Path) -> None:
     content[100] ^= 1
     (bad / "model" / "model.safetensors").write_bytes(content)
     assert find_model(tmp_path) == good / "model"
+
+
+def test_stage_2_starts_from_the_finished_stage_1_of_its_run_folder(tmp_path: Path) -> None:
+    def start(*overrides: str) -> Path | None:
+        return first_model(load_config("demo", [f"run.dir={tmp_path}", "run.stages=[2]", *overrides]))
+
+    assert start("run.stages=[1, 2]") is None and start("run.stages=[joint]") is None
+    assert start("run.init_from=null") is None
+    with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
+        start()
+    save(tmp_path / "stage1/checkpoints", 4)
+    with pytest.raises(CheckpointError, match="is at step 4 of 6"):  # of its own configuration, not of stage 2's
+        start("stage1.max_steps=4")
+    assert start(f"run.init_from={tmp_path / 'stage1'}") == tmp_path / "stage1/checkpoints/step-00000004/model"
+    done = save(tmp_path / "stage1/checkpoints", 6)
+    assert start("stage1.max_steps=9") == done / "model"
+    assert start("run.stages=[1, 2]") is None  # stage 1 itself goes on from its own checkpoint
+    save(tmp_path / "stage2/checkpoints", 1)
+    shutil.rmtree(tmp_path / "stage1")
+    assert start() is None  # it goes on from its own checkpoint, which holds everything
+    with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
+        start("train.resume=never")

@@ -223,7 +223,7 @@ def shards_as_sidecar(place: Place) -> None:
 @case
 def text_only_in_stage_2(place: Place) -> None:
     write_shards(place.dir / "text", [("a", Record("a", 0, 0, (Caption("a red circle"),)), {})], 1)
-    place.arguments += [f"data.train={place.dir / 'text'}", "run.stages=[2]"]
+    place.arguments += [f"data.train={place.dir / 'text'}", "run.stages=[2]", "run.init_from=null"]
 
 
 def mixture(place: Place, **weights: float | None) -> None:
@@ -328,6 +328,15 @@ def checkpoint_of_another_model(place: Place) -> None:
 def checkpoint_of_other_objectives(place: Place) -> None:
     place.checkpoint()
     place.arguments.append("stage1.weights.mcr_phrases=0")
+
+
+overrides("stage-2-without-stage-1", "run.stages=[2]")
+
+
+@case
+def stage_2_before_stage_1_is_done(place: Place) -> None:
+    place.checkpoint()
+    place.arguments.append("run.stages=[2]")
 
 
 @case

@@ -1,0 +1,119 @@
+# What the jobs share: the environment of a rank, and when a job starts itself again. Sourced by them, with MVPTR_DIR set.
+# Every variable with `:-` may be set from outside; slurm/README.md says what each does.
+
+say() { echo "$(date '+%F %T') [job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}] $*"; }
+die() { say "error: $*"; exit 2; }
+
+[ -n "${SLURM_JOB_ID-}" ] || { echo "this runs inside a job: sbatch $0"; exit 2; }
+[ "${NODES:-$SLURM_JOB_NUM_NODES}" = "$SLURM_JOB_NUM_NODES" ] || [ "$SLURM_JOB_NAME" = mvptr-evaluate ] ||
+  die "NODES is $NODES, but the job got $SLURM_JOB_NUM_NODES: sbatch reads no such variable, write sbatch --nodes=$NODES or use slurm/submit.sh"
+
+if [ -n "${SETUP-}" ]; then source "$SETUP" || die "SETUP=$SETUP failed"; fi  # may set any of what follows
+
+CONFIG=${CONFIG:-demo}
+RUN_DIR=${RUN_DIR:-runs/$(basename "$CONFIG" .yaml)}
+gpus=${SLURM_GPUS_ON_NODE:-${SLURM_GPUS_PER_NODE:-1}}  # below salloc only the latter is set, perhaps as h100:8
+RANKS_PER_NODE=${RANKS_PER_NODE:-${gpus##*:}}
+MAX_NO_PROGRESS=${MAX_NO_PROGRESS:-3}
+LOCAL_CACHE=${LOCAL_CACHE:-${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/mvptr-$(id -un)}
+for argument in "$@"; do case $argument in run.dir=*) RUN_DIR=${argument#run.dir=} ;; esac; done
+
+# ---- the site's modules, conda, container
+for module in ${MODULES-}; do module load "$module" || die "module load $module failed (MODULES)"; done
+if [ -n "${CONDA_ENV-}" ]; then
+  eval "$(conda shell.bash hook)" && conda activate "$CONDA_ENV" || die "conda activate $CONDA_ENV failed (CONDA_ENV)"
+fi
+if [ -z "${PYTHON-}" ]; then
+  PYTHON=python
+  if [ -z "${CONDA_ENV-}${CONTAINER-}" ] && [ -x "$MVPTR_DIR/.venv/bin/python" ]; then PYTHON=$MVPTR_DIR/.venv/bin/python; fi
+fi
+case ${CONTAINER-} in
+  "") inside=() srun_container=() ;;
+  *.sif) inside=(apptainer exec --nv ${CONTAINER_ARGS-} "$CONTAINER") srun_container=() ;;
+  *) inside=() srun_container=(--container-image="$CONTAINER" --container-workdir="$PWD" ${CONTAINER_ARGS-}) ;;
+esac
+
+# ---- environment of the ranks
+cpus=${SLURM_JOB_CPUS_PER_NODE%%[!0-9]*}  # as 64(x2)
+cpus=$((cpus / RANKS_PER_NODE)); [ "$cpus" -ge 1 ] || cpus=1
+export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
+# what is compiled at run time is kept on the node: hundreds of ranks locking files of one network folder do not get far
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$LOCAL_CACHE/triton}
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$LOCAL_CACHE/inductor}
+export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$LOCAL_CACHE/extensions}
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}  # says why a connection fails, nothing else
+unset SLURM_CPUS_PER_GPU  # newer versions refuse it beside --cpus-per-task
+
+# ranks NODES RANKS_PER_NODE COMMAND...: becomes srun, with a task a rank. A rank that ends leaves the others 30 s to end, too.
+ranks() {
+  local nodes=$1 per_node=$2; shift 2
+  exec srun --nodes="$nodes" --ntasks-per-node="$per_node" --ntasks=$((nodes * per_node)) --cpus-per-task="$cpus" \
+    --kill-on-bad-exit=0 --wait=30 --open-mode=append --export=ALL ${log:+--output="$log"} \
+    "${srun_container[@]}" ${SRUN_ARGS-} "${inside[@]}" "$@"
+}
+
+progress() { (cd "$RUN_DIR" && ls -d stage*/checkpoints/step-*/checksums.json) 2>/dev/null | tail -n 1; }
+
+# train STAGE [section.key=value ...]: until the stage is done, over as many starts of this job as it takes.
+train() {
+  local stage=$1 log=$RUN_DIR/logs/stage$1-rank%t.log code srun_pid= guard_pid=; shift
+  local data=()
+  if [ -n "${DATA_DIR-}" ]; then
+    data=(data.demo_source=null data.train="$DATA_DIR/train")
+    [ ! -d "$DATA_DIR/held_out" ] || data+=(data.held_out="$DATA_DIR/held_out")
+    [ ! -f "$DATA_DIR/phrase_vocab.json" ] || data+=(data.phrase_vocab="$DATA_DIR/phrase_vocab.json")
+    [ ! -f "$DATA_DIR/word_vocab.txt" ] || data+=(data.word_vocab="$DATA_DIR/word_vocab.txt")
+  fi
+  mkdir -p "$RUN_DIR/logs" || exit 2
+  count_start "$RUN_DIR/logs/stage$stage-starts"
+  # before the time limit SLURM sends USR1 (#SBATCH --signal) here, srun hands it to the ranks, and these save and end
+  trap 'say "the time limit is near: the ranks are told to save"; kill -USR1 $srun_pid; end_in_time $srun_pid & guard_pid=$!' USR1
+  say "stage $stage: $SLURM_JOB_NUM_NODES nodes x $RANKS_PER_NODE ranks, output of rank 0 in ${log/\%t/0}"
+  ranks "$SLURM_JOB_NUM_NODES" "$RANKS_PER_NODE" "$PYTHON" "$MVPTR_DIR/mvptr_ds/train.py" \
+    --deepspeed "${DEEPSPEED_JSON:-$MVPTR_DIR/ds_configs/z2.json}" --config "$CONFIG" \
+    run.stages="[$stage]" "${data[@]}" run.dir="$RUN_DIR" "$@" &
+  srun_pid=$!
+  while wait "$srun_pid"; code=$?; kill -0 "$srun_pid" 2>/dev/null; do :; done
+  trap - USR1
+  [ -z "$guard_pid" ] || kill "$guard_pid" 2>/dev/null
+  case $code in
+    0) say "stage $stage is done"; exit 0 ;;
+    2) say "not started again: ${log/\%t/0} says what is wrong"; tail -n 5 "${log/\%t/0}"; exit 2 ;;
+    75) say "stage $stage is saved" ;;
+    *) say "srun ended with $code: see the ends of $RUN_DIR/logs/stage$stage-rank*.log" ;;
+  esac
+  start_again "$code"
+}
+
+# Starts of this job in a row that saved no step: `fruitless`, of those before this one.
+count_start() {
+  starts_file=$1 before=$(progress) fruitless=0
+  if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ -f "$starts_file" ]; then
+    local last count; { read -r count; read -r last; } < "$starts_file"
+    [ "$last" != "$before" ] || fruitless=$((count + 1))
+  fi
+  printf '%s\n' "$fruitless" "$before" > "$starts_file"
+}
+
+start_again() {  # CODE
+  [ "$(progress)" != "$before" ] || [ "$fruitless" -lt "$MAX_NO_PROGRESS" ] || {
+    say "not started again: $fruitless restarts have saved no step (MAX_NO_PROGRESS=$MAX_NO_PROGRESS)"; exit "$1"; }
+  # a job that its user has cancelled is not RUNNING any more; nor one that is preempted, which SLURM requeues itself
+  local state; state=$(squeue -h -j "$SLURM_JOB_ID" -o %T)
+  [ "$state" = RUNNING ] || { say "not started again from here: the job is $state"; exit "$1"; }
+  say "back into the queue"
+  scontrol requeue "$SLURM_JOB_ID" || { say "cannot be requeued here: submit it again, it goes on from what is saved"; exit "$1"; }
+  sleep 120  # SLURM ends this script
+}
+
+# end_in_time PID: ends srun 20 s before the limit, so that this script still can requeue, from the save before.
+end_in_time() {
+  local end; end=$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s) || return
+  sleep $((end - $(date +%s) - 20)) && kill -KILL "$1"
+}
+
+evaluate() {
+  say "evaluates $RUN_DIR"
+  ranks 1 1 "$PYTHON" "$MVPTR_DIR/mvptr_ds/eval.py" "$RUN_DIR" "$@"
+}

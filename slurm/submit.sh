@@ -1,0 +1,20 @@
+#!/bin/bash
+# Submits stage 1, stage 2 and the evaluation, each after the one before it has succeeded; prints the three ids.
+#   NODES=4 SBATCH_GPUS_PER_NODE=8 slurm/submit.sh [section.key=value ...]
+set -euo pipefail
+export MVPTR_DIR=${MVPTR_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
+
+job() {  # SCRIPT [options of sbatch ...] -- [overrides ...]
+  local script=$MVPTR_DIR/slurm/$1 options=(); shift
+  while [ "$1" != -- ]; do options+=("$1"); shift; done; shift
+  local id; id=$(sbatch --parsable ${options[@]+"${options[@]}"} "$script" "$@")
+  echo "${id%%;*}"  # of several clusters, sbatch adds the name
+}
+after() { echo "--dependency=afterok:$1 --kill-on-invalid-dep=yes"; }
+
+stage1=$(job stage1.sh --nodes="${NODES:-1}" -- "$@")
+stage2=$(job stage2.sh --nodes="${NODES:-1}" $(after "$stage1") -- "$@")
+evaluation=$(job evaluate.sh --gpus-per-node=1 $(after "$stage2") -- "$@")
+echo "stage1 $stage1"
+echo "stage2 $stage2"
+echo "evaluate $evaluation"

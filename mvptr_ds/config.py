@@ -105,12 +105,14 @@ class ModelConfig:
 class VscConfig:
     initial_temperature: float = 0.07
     max_scale: float = 100.0  # clamp of exp(logit_scale)
+    scope: str = "global"  # negatives come from all ranks' micro-batches (global) or the rank's own (local)
 
 
 @dataclass
 class WpgConfig:
     states: str = "auto"  # uni | cross | auto: cross (published) in joint, uni in stage 2
     negatives: str = "auto"  # hardest | sampled | random | auto: random (published) in joint, sampled in stage 2
+    scope: str = "global"  # of the other image, as for vsc
     top_k: int = 3  # one of the k highest region similarities is drawn
     margin: float = 0.2  # of cosine similarities
 
@@ -119,6 +121,7 @@ class WpgConfig:
 class ItmConfig:
     negatives: str = "auto"  # hardest | sampled | random | schedule | auto: hardest in joint, schedule in stage 2
     random_until: float = 0.6  # schedule: random negatives for this share of the steps, then hardest
+    scope: str = "global"  # of the mismatched pairs, as for vsc
 
 
 @dataclass
@@ -126,6 +129,7 @@ class TaskConfig:
     vsc: VscConfig = field(default_factory=VscConfig)
     wpg: WpgConfig = field(default_factory=WpgConfig)
     itm: ItmConfig = field(default_factory=ItmConfig)
+    scores_mib: float = 16.0  # of a rank's similarities at a time; the rows of a larger global batch go in chunks
 
 
 @dataclass
@@ -170,7 +174,9 @@ class OptimConfig:
 class TrainConfig:
     batch_size: int = 1024  # samples of one optimiser step, over all ranks
     round_batch_size: bool = False  # to what the ranks can share, instead of an error; the demo runs on any number
-    accumulation_steps: int = 1  # the micro-batch of a rank follows: batch_size / (ranks x accumulation_steps)
+    # the micro-batch of a rank follows: batch_size / (ranks x accumulation_steps); negatives are those of one
+    # micro-batch over all ranks, so that more accumulation steps leave fewer of them
+    accumulation_steps: int = 1
     resume: str = "auto"  # auto: go on from the newest good checkpoint of run.dir | never
     log_every_steps: int = 10
     checkpoint_every_steps: int = 1_000

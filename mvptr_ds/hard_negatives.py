@@ -63,7 +63,9 @@ def choose(mode: str, sim_BN: Tensor, same_image_BN: Tensor, draw_B: Tensor, sca
 
     Source: REFERENCE, Losses 4 (hardest). Differs: other captions of the same image are never negatives.
     """
-    sim_BN = sim_BN.detach().float()
+    sim_BN = sim_BN.detach()
+    # a state that is not finite makes no choice fail: the step is skipped for its gradient
+    sim_BN = (sim_BN if sim_BN.dtype == torch.float64 else sim_BN.float()).nan_to_num(0.0, 1.0, -1.0)
     if mode == "hardest":
         return sim_BN.masked_fill(same_image_BN, float("-inf")).argmax(-1)
     if mode == "random":
@@ -77,9 +79,9 @@ def choose(mode: str, sim_BN: Tensor, same_image_BN: Tensor, draw_B: Tensor, sca
     raise ValueError(f"negatives are chosen by {mode!r}; choose from {', '.join(MODES)}")
 
 
-def has_negative(same_image_BN: Tensor) -> Tensor:
-    """Whether the global batch holds another image than the row's own; bool [B]."""
-    return (~same_image_BN).any(-1)
+def has_negative(image_index_B: Tensor, image_index_N: Tensor) -> Tensor:
+    """Whether one of the candidates N shows another image than the row's own; bool [B]."""
+    return (image_index_N.amin() != image_index_B) | (image_index_N.amax() != image_index_B)
 
 
 def _inverse_cdf(weights_BN: Tensor, draw_B: Tensor) -> Tensor:

@@ -3,12 +3,14 @@
 Counts are summed over ranks before dividing (task.py), so a rank with nothing to predict contributes zero, not NaN.
 
 Legend: B samples of this rank, N samples of all ranks, M scored pairs, K picked slots, W word rows,
-T text slots, G tag slots, R regions, D hidden.
+T text slots, G tag slots, R regions, D hidden; K also some of the B samples at a time (vsc).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,34 +70,88 @@ def mcr_regions(logits_BRW: Tensor, region_mask_BR: Tensor, tag_labels_BG: Tenso
 
 
 def vsc(
-    text_BD: Tensor,
-    image_BD: Tensor,
-    all_text_ND: Tensor,
-    all_image_ND: Tensor,
+    own: tuple[Tensor, Tensor],
+    everyone: tuple[Tensor, Tensor],
     scale: Tensor,
-    same_image_BN: Tensor,
+    image_index_B: Tensor,
+    image_index_N: Tensor,
     first: int,
+    rows_at_once: int,
 ) -> LossSum:
-    """Visual-semantic contrast: this rank's rows and columns of the global similarity matrix.
+    """Visual-semantic contrast: this rank's rows and columns of the global similarity matrix, a few at a time.
 
     Args:
-        text_BD, image_BD: normalised global states of this rank's samples.
-        all_text_ND, all_image_ND: those of every rank, with gradient; rows first..first+B are this rank's.
+        own: normalised global states of this rank's samples, of the texts and of the images, [B, D] each.
+        everyone: those of every rank, [N, D], with gradient; rows first..first+B are this rank's.
         scale: one element, exp(logit_scale) after its clamp.
-        same_image_BN: bool, sample n shows the image of this rank's sample b (true for b itself).
+        image_index_B, image_index_N: int64, the image that a sample shows.
+        rows_at_once: samples whose N logits are held at a time, forward and backward.
 
     Source: REFERENCE, Losses 2. Differs: negatives come from all ranks, and another caption of the same image is no
     negative.
     """
-    own_B = torch.arange(first, first + len(text_BD), device=text_BD.device)
-    left_out_BN = same_image_BN.clone()
-    left_out_BN[torch.arange(len(own_B), device=own_B.device), own_B] = False
+    (text_BD, image_BD), (text_ND, image_ND) = ((_at_least_float32(x) for x in pair) for pair in (own, everyone))
+    rest = (scale, image_index_B, image_index_N, first, rows_at_once)
+    to_images_B, to_texts_B = _Contrast.apply(text_BD, image_ND, *rest), _Contrast.apply(image_BD, text_ND, *rest)
+    return LossSum.of(0.5 * (to_images_B + to_texts_B))
 
-    def rows(queries_BD: Tensor, keys_ND: Tensor) -> Tensor:
-        logits_BN = _at_least_float32(queries_BD) @ _at_least_float32(keys_ND).T * scale
-        return F.cross_entropy(logits_BN.masked_fill(left_out_BN, float("-inf")), own_B, reduction="none")
 
-    return LossSum.of(0.5 * (rows(text_BD, all_image_ND) + rows(image_BD, all_text_ND)))
+class _Contrast(torch.autograd.Function):
+    """Cross entropy of each query's own key among all keys but the others of its image, [B].
+
+    The logits are computed again in the backward pass: never more than `rows_at_once` rows of them exist.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        queries_BD: Tensor,
+        keys_ND: Tensor,
+        scale: Tensor,
+        image_index_B: Tensor,
+        image_index_N: Tensor,
+        first: int,
+        rows_at_once: int,
+    ) -> Tensor:
+        ctx.save_for_backward(queries_BD, keys_ND, scale, image_index_B, image_index_N)
+        ctx.places = first, rows_at_once
+        out_B = torch.empty_like(queries_BD[:, 0])
+        inputs = (queries_BD, keys_ND, scale, image_index_B, image_index_N, first, rows_at_once)
+        for rows, own_K, logits_KN in _Contrast._logits(*inputs):
+            out_B[rows] = F.cross_entropy(logits_KN, own_K, reduction="none")
+        return out_B
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        queries_BD, keys_ND, scale, *images = ctx.saved_tensors
+        to_queries_BD, to_keys_ND = torch.empty_like(queries_BD), torch.zeros_like(keys_ND)
+        for rows, own_K, logits_KN in _Contrast._logits(queries_BD, keys_ND, scale, *images, *ctx.places):
+            to_logits_KN = logits_KN.softmax(-1)
+            to_logits_KN[torch.arange(len(own_K), device=own_K.device), own_K] -= 1.0
+            to_logits_KN *= grads[0][rows, None]
+            to_queries_BD[rows] = to_logits_KN @ keys_ND
+            to_keys_ND.addmm_(to_logits_KN.T, queries_BD[rows])
+        to_scale = (to_queries_BD * queries_BD).sum().to(scale.dtype).reshape(scale.shape)
+        return to_queries_BD.mul_(scale), to_keys_ND.mul_(scale), to_scale, None, None, None, None
+
+    @staticmethod
+    def _logits(
+        queries_BD: Tensor,
+        keys_ND: Tensor,
+        scale: Tensor,
+        image_index_B: Tensor,
+        image_index_N: Tensor,
+        first: int,
+        rows_at_once: int,
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Some queries at a time: which, the places of their own keys, their logits (-inf where left out)."""
+        for start in range(0, len(queries_BD), rows_at_once):
+            rows = slice(start, start + rows_at_once)
+            logits_KN = (queries_BD[rows] @ keys_ND.T).mul_(scale)
+            own_K = torch.arange(len(logits_KN), device=logits_KN.device) + (first + start)
+            left_out_KN = image_index_B[rows, None] == image_index_N
+            left_out_KN[torch.arange(len(own_K), device=own_K.device), own_K] = False
+            yield rows, own_K, logits_KN.masked_fill_(left_out_KN, float("-inf"))
 
 
 def itm(matched_logits_B2: Tensor, mismatched_logits_B2: Tensor, has_negative_B: Tensor) -> LossSum:

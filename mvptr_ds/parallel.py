@@ -155,6 +155,18 @@ def all_reduce_sum(value: Tensor) -> Tensor:
     return total
 
 
+def all_to_all(rows: Tensor, num_sent: list[int], num_got: list[int]) -> Tensor:
+    """Rows in the order of the ranks that they go to -> rows in the order of the ranks they come from; no gradient.
+
+    Args:
+        num_sent, num_got: rows for and from each rank; what one sends, the other expects.
+    """
+    got = rows.new_empty(sum(num_got), *rows.shape[1:])
+    with _timed():
+        dist.all_to_all_single(got, rows.contiguous(), num_got, num_sent)
+    return got
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor) -> Tensor:
@@ -166,10 +178,10 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Tensor:
         (grad,) = grads
-        total = grad.contiguous().clone()
+        own = torch.empty_like(grad.chunk(num_ranks())[rank()])
         with _timed():
-            dist.all_reduce(total)
-        return total.chunk(num_ranks())[rank()]
+            dist.reduce_scatter(own, list(grad.contiguous().chunk(num_ranks())))
+        return own
 
 
 def gather(local: Tensor) -> Tensor:

@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvptr_ds import hard_negatives, losses, parallel
+from mvptr_ds import exchange, hard_negatives, losses, parallel
 from mvptr_ds.config import TaskConfig, WeightsConfig
+from mvptr_ds.contrast import SCOPES, Globals, Pool
 from mvptr_ds.data.collate import Batch
 from mvptr_ds.hard_negatives import Draws
 from mvptr_ds.losses import IGNORE, LossSum
@@ -46,7 +46,7 @@ class Task(nn.Module):
     Args:
         stage: `stage1` (each modality by itself), `stage2` or `joint` (both, aligned).
         weights: of the objectives; those of weight 0 are not computed.
-        max_text_slots, max_regions: lengths to which states are padded before ranks exchange them.
+        max_text_slots: the most that a sample has; WPG draws a number for each.
         max_steps: of the stage; the schedule of ITM's negatives is a share of it.
         seed: of the random choices of every step.
 
@@ -62,7 +62,6 @@ class Task(nn.Module):
         config: TaskConfig,
         *,
         max_text_slots: int,
-        max_regions: int,
         max_steps: int,
         seed: int,
     ) -> None:
@@ -71,8 +70,7 @@ class Task(nn.Module):
         self.stage = stage
         self.weights = {name: weight for name, weight in vars(weights).items() if weight}
         self.config = config
-        self.max_text_slots, self.max_regions = max_text_slots, max_regions
-        self.max_steps, self.seed = max_steps, seed
+        self.max_text_slots, self.max_steps, self.seed = max_text_slots, max_steps, seed
         known = STAGE1_OBJECTIVES if stage == "stage1" else STAGE2_OBJECTIVES
         if not self.weights or not set(self.weights) <= set(known):
             given = ", ".join(self.weights) or "nothing"
@@ -82,7 +80,10 @@ class Task(nn.Module):
                 f"{stage}.weights.mcr_phrases is {weights.mcr_phrases}, but there is no phrase vocabulary: set "
                 f"data.phrase_vocab, or {stage}.weights.mcr_phrases=0"
             )
-        joint = stage == "joint"
+        self._resolve_choices(config)
+
+    def _resolve_choices(self, config: TaskConfig) -> None:
+        joint = self.stage == "joint"
         self.wpg_states, self.wpg_negatives = config.wpg.states, config.wpg.negatives
         self.itm_negatives = config.itm.negatives
         if self.wpg_states == "auto":
@@ -91,17 +92,19 @@ class Task(nn.Module):
             self.wpg_negatives = "random" if joint else "sampled"
         if self.itm_negatives == "auto":
             self.itm_negatives = "hardest" if joint else "schedule"
-        if self.wpg_states not in ("uni", "cross"):
-            raise ValueError(f"task.wpg.states is {config.wpg.states!r}; choose from uni, cross, auto")
-        if self.wpg_negatives not in hard_negatives.MODES:
-            raise ValueError(
-                f"task.wpg.negatives is {config.wpg.negatives!r}; choose from {', '.join(hard_negatives.MODES)}, auto"
-            )
-        if self.itm_negatives not in (*hard_negatives.MODES, "schedule"):
-            raise ValueError(
-                f"task.itm.negatives is {config.itm.negatives!r}; choose from "
-                f"{', '.join(hard_negatives.MODES)}, schedule, auto"
-            )
+        modes = hard_negatives.MODES
+        for key, given, found, known in (
+            ("wpg.states", config.wpg.states, self.wpg_states, ("uni", "cross", "auto")),
+            ("wpg.negatives", config.wpg.negatives, self.wpg_negatives, (*modes, "auto")),
+            ("itm.negatives", config.itm.negatives, self.itm_negatives, (*modes, "schedule", "auto")),
+            *((f"{name}.scope", scope, scope, SCOPES) for name, scope in self._scopes(config).items()),
+        ):
+            if found not in known:
+                raise ValueError(f"task.{key} is {given!r}; choose from {', '.join(known)}")
+
+    @staticmethod
+    def _scopes(config: TaskConfig) -> dict[str, str]:
+        return {"vsc": config.vsc.scope, "itm": config.itm.scope, "wpg": config.wpg.scope}
 
     def trained_parts(self) -> list[str]:
         """The parts of the model (`Mvptr.parameters_of`) that the objectives reach; the engine gets no others."""
@@ -167,36 +170,37 @@ class Task(nn.Module):
         tags_BGD, regions_BRD = self._encode_visual(batch)
         parts = self._mcr(batch, tags_BGD, regions_BRD)
 
-        first = parallel.rank() * len(batch)
-        draws = draws.rows(first, len(batch))
-        image_index_N = parallel.gather(batch.image_index_B)
-        same_image_BN = batch.image_index_B[:, None] == image_index_N[None, :]
-
-        text_global_BD, image_global_BD = model.text_global(text_BTD), model.visual_global(tags_BGD)
-        text_global_ND, image_global_ND = parallel.gather(text_global_BD), parallel.gather(image_global_BD)
+        draws = draws.rows(parallel.rank() * len(batch), len(batch))
         scale = self.scale()
+        pools = self._pools(Globals(model.text_global(text_BTD), model.visual_global(tags_BGD), batch.image_index_B))
         if "vsc" in weights:
-            parts["vsc"] = losses.vsc(
-                text_global_BD, image_global_BD, text_global_ND, image_global_ND, scale, same_image_BN, first
-            )
+            parts["vsc"] = pools[self.config.vsc.scope].vsc(scale)
         if self._crosses():
             matched = self._cross(text_BTD, batch.text_mask_BT, batch.phrase_mask_BT, regions_BRD, batch.region_mask_BR)
         if "mlm" in weights:
             parts["mlm"] = self._mlm(batch, matched.text_BTD)
-        text_to_image_BN, image_to_text_BN = text_global_BD @ image_global_ND.T, image_global_BD @ text_global_ND.T
         if weights.keys() & {"itm", "wpg_cross"}:
-            sims = text_to_image_BN, image_to_text_BN
-            others_B, takes_image_B = self._itm_negatives(sims, same_image_BN, draws, scale, step)
-            mismatched = self._cross_with_others(batch, text_BTD, regions_BRD, others_B, takes_image_B)
-            parts |= self._compare(matched, mismatched, hard_negatives.has_negative(same_image_BN), draws)
+            pool = pools[self.config.itm.scope]
+            others_B = pool.others(self._itm_mode(step), draws.itm_takes_image_N, draws.itm_N, scale)
+            mismatched = self._cross_with_others(batch, text_BTD, regions_BRD, others_B, draws.itm_takes_image_N, pool)
+            parts |= self._compare(matched, mismatched, pool.has_negative(), draws)
         if "wpg" in weights:
             from_cross = self.wpg_states == "cross"
             states = (matched.text_BTD, matched.regions_BRD) if from_cross else (text_BTD, regions_BRD)
-            others_B = hard_negatives.choose(
-                self.wpg_negatives, text_to_image_BN, same_image_BN, draws.wpg_image_N, scale.detach()
-            )
-            parts["wpg"] = self._wpg(batch, *states, others_B, same_image_BN, draws)
+            pool = pools[self.config.wpg.scope]
+            all_B = torch.ones(len(batch), dtype=torch.bool)
+            others_B = pool.others(self.wpg_negatives, all_B, draws.wpg_image_N, scale)
+            pos_B, neg_B = self.grounding_scores(batch, *states, others_B, draws)
+            counts_B = batch.phrase_mask_BT.any(-1) & pool.has_negative()
+            parts["wpg"] = losses.wpg(pos_B, neg_B, counts_B, self.config.wpg.margin)
         return parts
+
+    def _pools(self, own: Globals) -> dict[str, Pool]:
+        """The candidates of each scope in use; every rank gathers the same."""
+        objectives = {"vsc": ("vsc",), "itm": ("itm", "wpg_cross"), "wpg": ("wpg",)}
+        scopes = self._scopes(self.config)
+        used = sorted({scopes[name] for name, on in objectives.items() if self.weights.keys() & set(on)})
+        return {scope: Pool(own, scope, self.config.scores_mib) for scope in used}
 
     def _compare(
         self, matched: CrossStates, mismatched: CrossStates, has_negative_B: Tensor, draws: Draws
@@ -216,8 +220,10 @@ class Task(nn.Module):
         return parts
 
     def scale(self) -> Tensor:
-        """Of the contrastive logits, clamped; float32, one element."""
-        return self.model.logit_scale.float().exp().clamp(max=self.config.vsc.max_scale)
+        """Of the contrastive logits, clamped; one element, float32 (float64 for a float64 model)."""
+        log_scale: Tensor = self.model.logit_scale
+        log_scale = log_scale if log_scale.dtype == torch.float64 else log_scale.float()
+        return log_scale.exp().clamp(max=self.config.vsc.max_scale)
 
     def _encode_visual(self, batch: Batch) -> tuple[Tensor, Tensor]:
         regions_BRD = self.model.embed_regions(batch.region_features_BRF, batch.images_B3HW, batch.region_geometry_BR6)
@@ -239,37 +245,32 @@ class Task(nn.Module):
             parts["mcr_regions"] = losses.mcr_regions(logits, batch.region_mask_BR[rows], batch.tag_labels_BG[rows])
         return parts
 
-    def _itm_negatives(
-        self, sims: tuple[Tensor, Tensor], same_image_BN: Tensor, draws: Draws, scale: Tensor, step: int
-    ) -> tuple[Tensor, Tensor]:
-        """For each sample the other one, and whether its image (else its text) is taken."""
-        mode = self.itm_negatives
-        if mode == "schedule":
-            mode = "random" if step < self.config.itm.random_until * self.max_steps else "hardest"
-        text_to_image_BN, image_to_text_BN = sims
-        takes_image_B = draws.itm_takes_image_N.to(same_image_BN.device)
-        sim_BN = torch.where(takes_image_B[:, None], text_to_image_BN, image_to_text_BN)
-        return hard_negatives.choose(mode, sim_BN, same_image_BN, draws.itm_N, scale.detach()), takes_image_B
+    def _itm_mode(self, step: int) -> str:
+        if self.itm_negatives != "schedule":
+            return self.itm_negatives
+        return "random" if step < self.config.itm.random_until * self.max_steps else "hardest"
 
     def _cross_with_others(
-        self, batch: Batch, text_BTD: Tensor, regions_BRD: Tensor, others_B: Tensor, takes_image_B: Tensor
+        self,
+        batch: Batch,
+        text_BTD: Tensor,
+        regions_BRD: Tensor,
+        others_B: Tensor,
+        takes_image_B: Tensor,
+        pool: Pool,
     ) -> CrossStates:
         """The cross encoder on the mismatched pairs."""
-        all_text_NTD = self._exchange(text_BTD, self.max_text_slots)
-        all_text_mask_NT = self._exchange(batch.text_mask_BT, self.max_text_slots)
-        all_phrase_mask_NT = self._exchange(batch.phrase_mask_BT, self.max_text_slots)
-        all_regions_NRD = self._exchange(regions_BRD, self.max_regions)
-        all_region_mask_NR = self._exchange(batch.region_mask_BR, self.max_regions)
-        own_B = torch.arange(len(batch), device=others_B.device) + parallel.rank() * len(batch)
+        own_B = torch.arange(len(batch), device=others_B.device) + pool.first
+        takes_image_B = takes_image_B.to(others_B.device)
         text_from_B = torch.where(takes_image_B, own_B, others_B)
         image_from_B = torch.where(takes_image_B, others_B, own_B)
-        return self._cross(
-            all_text_NTD[text_from_B],
-            all_text_mask_NT[text_from_B],
-            all_phrase_mask_NT[text_from_B],
-            all_regions_NRD[image_from_B],
-            all_region_mask_NR[image_from_B],
+        text_mask_BT, (text_BTD, phrase_mask_BT) = exchange.fetch_padded(
+            batch.text_mask_BT, [text_BTD, batch.phrase_mask_BT], text_from_B, pool.across
         )
+        region_mask_BR, (regions_BRD,) = exchange.fetch_padded(
+            batch.region_mask_BR, [regions_BRD], image_from_B, pool.across
+        )
+        return self._cross(text_BTD, text_mask_BT, phrase_mask_BT, regions_BRD, region_mask_BR)
 
     def _cross(
         self,
@@ -282,29 +283,16 @@ class Task(nn.Module):
         states = self.model.encode_cross(text_BTD, text_mask_BT, regions_BRD, region_mask_BR)
         return CrossStates(states[0], phrase_mask_BT, states[1], region_mask_BR)
 
-    def _wpg(
-        self,
-        batch: Batch,
-        text_BTD: Tensor,
-        regions_BRD: Tensor,
-        others_B: Tensor,
-        same_image_BN: Tensor,
-        draws: Draws,
-    ) -> LossSum:
-        pos_B, neg_B = self.grounding_scores(batch, text_BTD, regions_BRD, others_B, draws)
-        counts_B = batch.phrase_mask_BT.any(-1) & hard_negatives.has_negative(same_image_BN)
-        return losses.wpg(pos_B, neg_B, counts_B, self.config.wpg.margin)
-
     def grounding_scores(
         self, batch: Batch, text_BTD: Tensor, regions_BRD: Tensor, others_B: Tensor, draws: Draws
     ) -> tuple[Tensor, Tensor]:
         """How well a sample's phrases are grounded in its own image and in that of sample `others_B`, [B] each."""
-        all_regions_NRD = self._exchange(regions_BRD, self.max_regions)
-        all_mask_NR = self._exchange(batch.region_mask_BR, self.max_regions)
+        across = self.config.wpg.scope == "global" and parallel.num_ranks() > 1
+        other_mask_BR, (others_BRD,) = exchange.fetch_padded(batch.region_mask_BR, [regions_BRD], others_B, across)
         text = text_BTD, batch.phrase_mask_BT
         return (
             self._score(*text, regions_BRD, batch.region_mask_BR, draws.wpg_own_NT),
-            self._score(*text, all_regions_NRD[others_B], all_mask_NR[others_B], draws.wpg_other_NT),
+            self._score(*text, others_BRD, other_mask_BR, draws.wpg_other_NT),
         )
 
     def _score(
@@ -314,11 +302,3 @@ class Task(nn.Module):
         draw_BT = draw_BT[:, : text_BTD.shape[1]]
         top_k = self.config.wpg.top_k
         return losses.phrase_region_score(text_BTD, phrase_mask_BT, regions_BRD, region_mask_BR, draw_BT, top_k)
-
-    @staticmethod
-    def _exchange(slots_BSx: Tensor, max_slots: int) -> Tensor:
-        """States [B, S, D] or a mask [B, S] of all ranks, padded to the same length; differentiable."""
-        if parallel.num_ranks() > 1:
-            after_slots = (0, 0) * (slots_BSx.ndim - 2)
-            slots_BSx = F.pad(slots_BSx, (*after_slots, 0, max_slots - slots_BSx.shape[1]))
-        return parallel.gather(slots_BSx)

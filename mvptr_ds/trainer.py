@@ -95,7 +95,6 @@ class Trainer:
             self.stage.weights,
             config.task,
             max_text_slots=config.data.max_text_slots,
-            max_regions=config.data.max_regions,
             max_steps=self.stage.max_steps,
             seed=self.seed,
         )

@@ -211,11 +211,9 @@ def _check_dtype(
     model.eval().to(dtype)
     batch = make_batch(inputs, config.region_feature_dim, dtype)
     weights = WeightsConfig(mcr_tags=1.0, mlm=1.0, vsc=1.0, wpg=1.0, itm=1.0)
-    num_slots, num_regions = batch.text_ids_BT.shape[1], batch.region_mask_BR.shape[1]
+    num_slots = batch.text_ids_BT.shape[1]
     task_config = TaskConfig()
-    task = Task(
-        model, "joint", weights, task_config, max_text_slots=num_slots, max_regions=num_regions, max_steps=1, seed=0
-    )
+    task = Task(model, "joint", weights, task_config, max_text_slots=num_slots, max_steps=1, seed=0)
     draws = recorded_draws(scalars["random"], batch, task_config.wpg.top_k)
     parts = {name: part.sum / part.count for name, part in task.objectives(batch, draws).items()}
     total = torch.stack(list(parts.values())).sum()

@@ -7,7 +7,7 @@ from mvptr_ds.data.batches import Batches
 from mvptr_ds.data.collate import Batch, Sample, collate
 from mvptr_ds.optim import learning_rate_at
 from mvptr_ds.task import Task
-from tests.tiny import REGIONS, TEXT_SLOTS, sample, tiny_model
+from tests.tiny import TEXT_SLOTS, sample, tiny_model
 
 NUM_STEPS = 5
 STAGES = ("stage1", "stage2", "joint")
@@ -57,7 +57,6 @@ def build_task(case: str) -> Task:
         stage_config(case).weights,
         Config().task,
         max_text_slots=TEXT_SLOTS,
-        max_regions=REGIONS,
         max_steps=NUM_STEPS + 1,
         seed=3,
     )

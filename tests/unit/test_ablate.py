@@ -42,7 +42,7 @@ def test_every_arm_is_a_task_of_each_of_its_stages(name: str) -> None:
         )  # fmt: skip
     for stage in config.stage_names:
         weights = config.stage(stage).weights
-        task = Task(model, stage, weights, config.task, max_text_slots=4, max_regions=2, max_steps=1, seed=0)
+        task = Task(model, stage, weights, config.task, max_text_slots=4, max_steps=1, seed=0)
         assert task.weights == {key: value for key, value in vars(weights).items() if value}
 
 

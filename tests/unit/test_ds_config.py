@@ -155,7 +155,6 @@ def build_stages(config: Config, vocabs: Vocabs) -> list[Task]:
             config.stage(stage).weights,
             config.task,
             max_text_slots=config.data.max_text_slots,
-            max_regions=config.data.max_regions,
             max_steps=config.stage(stage).max_steps,
             seed=config.run.seed,
         )

@@ -34,9 +34,18 @@ def test_never_the_own_image_nor_another_caption_of_it(seed: int, num: int, num_
     for draw in (torch.rand(num, generator=generator, dtype=torch.float64), *(e.expand(num) for e in edge)):
         found = choose(mode, sim, same, draw, scale=30.0)
         assert found.dtype == torch.int64 and ((found >= 0) & (found < num)).all()
-        rows = has_negative(same)
+        rows = has_negative(image, image)
         assert rows.tolist() == [bool((image != i).any()) for i in image]
         assert not same[torch.arange(num), found][rows].any()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_similarity_that_is_not_finite_fails_no_choice(mode: str, bad: float) -> None:
+    sim, same = torch.full((3, 4), bad), torch.tensor([[True, False, True, False]]).expand(3, 4)
+    for scale in (1.0, 100.0):
+        found = choose(mode, sim, same, torch.tensor([0.0, 0.5, 1.0 - 2**-53], dtype=torch.float64), scale)
+        assert set(found.tolist()) <= {1, 3}
 
 
 def test_hardest_is_the_most_similar_other_image() -> None:

@@ -115,17 +115,39 @@ def test_vsc_of_every_rank_adds_up_to_one_process(seed: int, ranks: int, per_ran
     wanted = slow_vsc(text, image, scale.item(), number.tolist())
     for rank in range(ranks):
         rows = slice(rank * per_rank, (rank + 1) * per_rank)
-        same = number[rows, None] == number[None, :]
-        found = losses.vsc(text[rows], image[rows], text, image, scale, same, rank * per_rank)
-        check(found, sum(wanted[rows]), per_rank, text, image, scale)
-    assert same.any(-1).all()  # the caller's mask is left alone
+        own, first = (text[rows], image[rows]), rank * per_rank
+        for rows_at_once in (1, 2, num):
+            found = losses.vsc(own, (text, image), scale, number[rows], number, first, rows_at_once)
+            check(found, sum(wanted[rows]), per_rank, text, image, scale)
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 2, 3, 100])
+def test_vsc_has_the_gradient_of_autograd(rows_at_once: int) -> None:
+    """Of a rank's own states, of all ranks' and of the scale, each row of another weight."""
+    generator = seeded(5)
+    states = [rand(generator, num, 4) for num in (3, 3, 6, 6)]
+    scale = torch.tensor([3.0], dtype=torch.float64, requires_grad=True)
+    image_N = torch.tensor([0, 1, 2, 1, 3, 0])  # the rank's are 2..4
+
+    def at_once(text: Tensor, image: Tensor, all_text: Tensor, all_image: Tensor, scale: Tensor) -> Tensor:
+        own, everyone = (text, image), (all_text, all_image)
+        return losses.vsc(own, everyone, scale, image_N[2:5], image_N, 2, rows_at_once).sum
+
+    def plainly(text: Tensor, image: Tensor, all_text: Tensor, all_image: Tensor, scale: Tensor) -> Tensor:
+        left_out = (image_N[2:5, None] == image_N) & (torch.arange(6) != torch.arange(2, 5)[:, None])
+        logits = [(q @ k.T * scale).masked_fill(left_out, -math.inf) for q, k in ((text, all_image), (image, all_text))]
+        return sum(0.5 * F.cross_entropy(row, torch.arange(2, 5), reduction="sum") for row in logits)
+
+    found, wanted = (torch.autograd.grad(f(*states, scale), [*states, scale]) for f in (at_once, plainly))
+    torch.testing.assert_close(found, wanted, **EXACT)
+    assert all((grad != 0).any() for grad in found)
 
 
 @pytest.mark.parametrize("num", [1, 4])
 def test_vsc_of_the_same_image_throughout_is_zero_with_zero_gradient(num: int) -> None:
     text, image = rand(seeded(0), num, 4), rand(seeded(1), num, 4)
-    same = torch.ones(num, num, dtype=torch.bool)
-    found = losses.vsc(text, image, text, image, torch.tensor([100.0], dtype=torch.float64), same, 0)
+    number, both = torch.zeros(num, dtype=torch.long), (text, image)
+    found = losses.vsc(both, both, torch.tensor([100.0], dtype=torch.float64), number, number, 0, rows_at_once=3)
     assert found.sum.item() == 0.0 and float(found.count) == num
     assert all((grad == 0).all() for grad in torch.autograd.grad(found.sum, (text, image)))
 

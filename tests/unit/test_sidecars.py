@@ -515,7 +515,7 @@ def test_stage_1_learns_from_joined_data(
     )  # fmt: skip
     model.set_phrase_rows(torch.from_numpy(VOCAB.rows))
     weights = Config().stage("stage1").weights
-    task = Task(model, "stage1", weights, TaskConfig(), max_text_slots=40, max_regions=50, max_steps=40, seed=0)
+    task = Task(model, "stage1", weights, TaskConfig(), max_text_slots=40, max_steps=40, seed=0)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     losses = []
     for step, batch in enumerate(make_loader(dataset, Batches(8), 0, 40)):

@@ -20,7 +20,7 @@ from mvptr_ds.data.collate import IGNORE, Batch, Sample, collate
 from mvptr_ds.hard_negatives import Draws
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.task import STAGE1_OBJECTIVES, STAGE2_OBJECTIVES, Task
-from tests.tiny import REGIONS, TEXT_SLOTS, sample, tiny_model, whole_batch
+from tests.tiny import TEXT_SLOTS, sample, tiny_model, whole_batch
 
 STAGES = ("stage1", "stage2", "joint")
 
@@ -46,7 +46,6 @@ def build(
         weights or Config().stage(stage).weights,
         config or TaskConfig(),
         max_text_slots=TEXT_SLOTS,
-        max_regions=REGIONS,
         max_steps=10,
         seed=0,
     )
@@ -223,7 +222,7 @@ def test_schedule_of_itm(monkeypatch: pytest.MonkeyPatch, stage: str, negatives:
     task = build(stage, only("itm"), TaskConfig(itm=ItmConfig(negatives=negatives, random_until=0.6)))
     for step in range(10):
         task(whole_batch(), step)
-    assert modes == wanted
+    assert modes[::2] == modes[1::2] == wanted  # for other images and for other texts
 
 
 def test_states_of_wpg() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils import safe_get_full_grad
 
 from mvptr_ds import parallel
 from mvptr_ds.assembly import on_main
@@ -79,6 +80,8 @@ def train(case: str) -> dict[str, Any]:
             positions.append(parallel.gather(batch.position_B).tolist())
             output = engine(batch, step, accumulation)
             engine.backward(output.loss)
+            if step == 0 and engine.is_gradient_accumulation_boundary():
+                grads = {name: safe_get_full_grad(p).clone() for name, p in trained}
             engine.step()
             losses.append(parallel.all_reduce_sum(output.loss).item() / num)
             meters.add_parts(output.parts)
@@ -90,7 +93,8 @@ def train(case: str) -> dict[str, Any]:
     checksum = torch.stack([p.double().sum() for p in weights.values()]).sum()
     assert len(set(parallel.gather(checksum[None]).tolist())) == 1  # all ranks hold the same weights
     engine.destroy()
-    return {"positions": positions, "losses": losses, "norms": norms, "reports": reports, "weights": weights}
+    results = {"positions": positions, "losses": losses, "norms": norms, "reports": reports, "weights": weights}
+    return results | {"first_grads": grads}
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from mvptr_ds import hard_negatives
-from mvptr_ds.config import Config, ItmConfig, TaskConfig, WeightsConfig, WpgConfig
+from mvptr_ds.config import Config, ItmConfig, TaskConfig, VscConfig, WeightsConfig, WpgConfig
 from mvptr_ds.data.collate import IGNORE, Batch, Sample, collate
 from mvptr_ds.hard_negatives import Draws
 from mvptr_ds.model.mvptr import Mvptr
@@ -199,6 +199,9 @@ def test_unknown_choices_are_refused() -> None:
         build("stage2", config=TaskConfig(wpg=WpgConfig(states="both")))
     with pytest.raises(ValueError, match=r"task\.itm\.negatives is 'easy'"):
         build("stage2", config=TaskConfig(itm=ItmConfig(negatives="easy")))
+    for scopes in ({"vsc": VscConfig(scope="all")}, {"itm": ItmConfig(scope="all")}, {"wpg": WpgConfig(scope="all")}):
+        with pytest.raises(ValueError, match=rf"task\.{next(iter(scopes))}\.scope is 'all'; choose from local, global"):
+            build("stage2", config=TaskConfig(**scopes))
 
 
 @pytest.mark.parametrize(

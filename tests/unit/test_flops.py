@@ -34,7 +34,7 @@ def build_task(stage: str, **sizes: object) -> Task:
     weights = Config().stage(stage).weights
     model = tiny_model(**{**SIZES, "num_rows": 1006, "region_feature_dim": 5, **sizes})
     model.set_phrase_rows(torch.arange(1000, 1006))
-    task = Task(model, stage, weights, Config().task, max_text_slots=12, max_regions=6, max_steps=4, seed=0)
+    task = Task(model, stage, weights, Config().task, max_text_slots=12, max_steps=4, seed=0)
     trained = set(model.parameters_of(task.trained_parts()))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)

@@ -34,7 +34,7 @@ def test_phases_add_up_nest_and_are_read_once() -> None:
 
 def test_a_report_says_where_the_time_went() -> None:
     weights = Config().stage2.weights
-    task = Task(tiny_model(), "stage2", weights, Config().task, max_text_slots=12, max_regions=6, max_steps=4, seed=0)
+    task = Task(tiny_model(), "stage2", weights, Config().task, max_text_slots=12, max_steps=4, seed=0)
     flops = StepFlops(task, 1)
     meters = Meters(CPU, flops=flops, peak=Peak(2.0, "given"))
     started_s = time.perf_counter()

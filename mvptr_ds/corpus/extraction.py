@@ -22,7 +22,7 @@ from PIL import Image
 from mvptr_ds.corpus.detection import Detections, RegionChoice, choose_regions
 from mvptr_ds.corpus.detector import Detector, DetectorSource, choose_device, find_model, load_detector
 from mvptr_ds.corpus.jobs import Summary, refuse_foreign_tars, run_units
-from mvptr_ds.data.features import MAX_IMAGE_PIXELS
+from mvptr_ds.data.features import MAX_IMAGE_PIXELS, decode_problem
 from mvptr_ds.data.schema import DataError, Extractor, parse_record
 from mvptr_ds.data.shards import MANIFEST_NAME, Index, ensure_index
 from mvptr_ds.data.sidecars import sidecar_json
@@ -240,7 +240,7 @@ def open_picture(members: Mapping[str, bytes]) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP"))
     except _DECODE_ERRORS as error:
-        raise DataError(f"the image cannot be decoded: {error}") from error
+        raise DataError(f"the image cannot be decoded: {decode_problem(error)}") from error
     width, height = image.size
     if width * height > MAX_IMAGE_PIXELS:
         raise DataError(f"the image has {width} x {height} pixels, at most {MAX_IMAGE_PIXELS} are decoded")
@@ -260,6 +260,6 @@ def decode_picture(image: Image.Image) -> Image.Image:
             image.draft("RGB", (_MAX_SIDE, _MAX_SIDE))  # a larger JPEG decodes at 1/2, 1/4, 1/8 where that is enough
             picture = image.convert("RGB")
     except _DECODE_ERRORS as error:
-        raise DataError(f"the image cannot be decoded: {error}") from error
+        raise DataError(f"the image cannot be decoded: {decode_problem(error)}") from error
     picture.thumbnail((_MAX_SIDE, _MAX_SIDE), Image.Resampling.BICUBIC)
     return picture

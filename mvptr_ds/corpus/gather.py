@@ -95,8 +95,8 @@ def gather(
                 if options.key_scheme == "image-id":
                     key_hashes.append(_key_hash(record.image_id))
     if not plans:
-        reasons = ", ".join(f"{number} {reason}" for reason, number in summary.dropped.items())
-        raise DataError(f"no record is left; dropped: {reasons or 'nothing, the source is empty'}")
+        reasons = [line for line in summary.lines() if line.startswith("dropped")]
+        raise DataError(f"no record is left: {', '.join(reasons) or 'the source is empty'}")
     _check_keys(key_hashes, plans)
     return _shards(plans, options.records_per_shard), _digest(plans)
 

@@ -15,6 +15,7 @@ import heapq
 import itertools
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -172,15 +173,22 @@ def count_corpus(
     """The phrases to keep of the inputs with their counts; `folder` holds what is counted until it is removed.
 
     Raises:
-        DataError: an input cannot be read, or there is no phrase in any.
+        DataError: an input cannot be read, there is no phrase in any, or none in so many captions.
     """
     inputs = list_inputs(paths)
     summary = count_phrases(inputs, folder, num_processes)
     runs = [_run_path(folder, number) for number in range(len(inputs.parts))]
     kept = choose_phrases(merge_counts(runs, folder / "all"), min_count, max_phrases, summary)
+    if not kept:
+        shutil.rmtree(folder)  # other inputs may come next
     if not any(summary.counts[kind] for kind in KINDS.values()):
         raise DataError(
             f"the {summary.counts['captions']} captions of {', '.join(map(str, paths))} have no phrases; find them "
             "with tools/extract_phrases.py and give what it wrote"
+        )
+    if not kept:
+        raise DataError(
+            f"none of the {sum(summary.dropped.values()):,} phrases of {', '.join(map(str, paths))} is in "
+            f"{min_count} captions; set --min-count lower"
         )
     return kept, summary

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from PIL import ExifTags, Image
 
-from mvptr_ds.data.features import MAX_IMAGE_PIXELS
+from mvptr_ds.data.features import MAX_IMAGE_PIXELS, decode_problem
 from mvptr_ds.data.tars import MAX_MEMBER_BYTES
 
 MAX_DECODED_PIXELS = 89_000_000  # above it a picture is not decoded at all
@@ -102,7 +102,7 @@ def check_picture(content: bytes, options: PictureOptions) -> Picture:
     except _DECODE_ERRORS as error:
         if isinstance(error, PictureError):
             raise
-        raise PictureError("picture: cannot be decoded", str(error)) from error
+        raise PictureError("picture: cannot be decoded", decode_problem(error)) from error
 
 
 def _check(image: Image.Image, content: bytes, options: PictureOptions) -> Picture:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mvptr_ds.corpus.phrase_words import wrong_spans
 from mvptr_ds.corpus.salvage import find_header
-from mvptr_ds.data.features import decode_image, read_features
+from mvptr_ds.data.features import decode_image, decode_problem, read_features
 from mvptr_ds.data.index import SIDECAR
 from mvptr_ds.data.scan import describe
 from mvptr_ds.data.schema import Caption, DataError, Record, SidecarEntry, parse_entry
@@ -75,7 +75,7 @@ def _picture_problems(members: Mapping[str, bytes], record: Record, decode: bool
         with Image.open(io.BytesIO(members[names[0]]), formats=("JPEG", "PNG", "WEBP")) as image:
             size = image.size
     except _PICTURE_ERRORS as error:
-        yield "a picture that cannot be decoded", str(error)
+        yield "a picture that cannot be decoded", decode_problem(error)
         return
     if size != (record.width, record.height):
         sizes = f"the picture is {size[0]} x {size[1]}, the record says {record.width} x {record.height}"

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mvptr_ds.data.collate import Sample
 from mvptr_ds.data.layout import layout_tags, layout_text, num_phrases_that_fit
@@ -289,6 +289,11 @@ def _npy_layout(header: bytes) -> tuple[np.dtype, tuple[int, int], int]:
     return dtype, (num_regions, feature_dim), len(header)
 
 
+def decode_problem(error: Exception) -> str:
+    """What Pillow says, without the address in memory that it names where it knows no format."""
+    return "its format is not known" if isinstance(error, UnidentifiedImageError) else str(error)
+
+
 def decode_image(members: Mapping[str, bytes], image_size: int) -> np.ndarray:
     """The image member as RGB, uint8 [3, image_size, image_size], resized by antialiased bicubic interpolation.
 
@@ -308,5 +313,5 @@ def decode_image(members: Mapping[str, bytes], image_size: int) -> np.ndarray:
     except _DECODE_ERRORS as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"the image cannot be decoded: {error}; replace or remove it") from error
+        raise DataError(f"the image cannot be decoded: {decode_problem(error)}; replace or remove it") from error
     return np.ascontiguousarray(np.asarray(small, dtype=np.uint8).transpose(2, 0, 1))

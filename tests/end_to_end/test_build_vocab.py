@@ -101,6 +101,13 @@ def test_what_is_wrong_is_one_line(tmp_path: Path) -> None:
         done = run("build_vocab.py", *arguments, "--out", out, "--processes", 1)
         assert (done.returncode, done.stdout) == (1, "") and not out.exists()
         assert message in done.stderr and len(done.stderr.splitlines()) == 1
+    for number in range(2):  # what was counted of other inputs is not in the way
+        sidecar = tmp_path / "sidecar"
+        assert number or run("extract_phrases.py", shards, sidecar, "--processes", 1).returncode == 0
+        done = run("build_vocab.py", sidecar, "--out", out, "--processes", 1, "--min-count", 50 - 49 * number)
+        assert done.returncode == 1 - number and out.exists() == bool(number)
+        assert number or "in 50 captions; set --min-count lower" in done.stderr
+    out.unlink()
     for usage in ([], [shards, "--merge", out], [shards, "--min-count", 0], ["--merge", out, "--stats"]):
         assert run("build_vocab.py", *usage, "--out", out).returncode == 2
 

@@ -220,7 +220,7 @@ def test_resizing_is_antialiased_and_draft_changes_little() -> None:
         ({"npy": _npy(np.full_like(FEATURES, np.nan))}, {}, "NaN or infinity"),
         ({}, {"feature_dim": 5}, "features have 4 numbers, visual.feature_dim is 5"),
         ({"jpg": None}, {"visual_source": "image"}, "no image"),
-        ({"jpg": b"garbage"}, {"visual_source": "image"}, "cannot be decoded"),
+        ({"jpg": b"garbage"}, {"visual_source": "image"}, "cannot be decoded: its format is not known; replace"),
         ({"jpg": MEMBERS["jpg"][:200]}, {"visual_source": "image"}, "cannot be decoded"),
         ({"json": None}, {}, "no json"),
         ({"json": b"{}"}, {}, "schema is None"),

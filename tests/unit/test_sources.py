@@ -487,7 +487,7 @@ def big_png(side: int) -> bytes:
 def test_pictures_that_cannot_be_used(content: bytes, reason: str) -> None:
     with pytest.raises(PictureError) as error:
         check_picture(content, PictureOptions(min_side=10))
-    assert error.value.reason == f"picture: {reason}"
+    assert error.value.reason == f"picture: {reason}" and " at 0x" not in error.value.detail
 
 
 def test_a_picture_that_training_would_refuse_is_dropped_or_made_smaller() -> None:

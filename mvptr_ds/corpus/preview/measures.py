@@ -9,7 +9,6 @@ import contextlib
 import functools
 import math
 import multiprocessing
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +29,6 @@ _COVERED = 0.99  # share of the samples that the suggested sizes hold whole
 
 # what reading untrusted bytes may raise; the page goes on with the next record
 RECORD_ERRORS = (OSError, ValueError, TypeError, ArithmeticError)
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # Pillow names the object in memory: no two runs would give the same page
 
 
 @dataclass
@@ -69,8 +67,7 @@ def key_of(index: SampleIndex, number: int) -> str:
 
 def reason(error: Exception) -> str:
     """What was wrong, for a reader; the type too where the message was not written for one."""
-    text = _ADDRESS.sub("", str(error))
-    return text if isinstance(error, DataError) else f"{type(error).__name__}: {text}"
+    return str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
 
 
 def draw_records(index: SampleIndex, num: int, seed: int, stream: int) -> list[int]:

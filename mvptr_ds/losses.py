@@ -38,35 +38,19 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def masked_prediction(logits_KW: Tensor, labels_K: Tensor) -> LossSum:
-    """Cross entropy of the true row at each picked slot: MLM, and MCR on tags and on phrases.
-
-    Args:
-        logits_KW: any float dtype; K may be 0.
-        labels_K: int64, no IGNORE among them.
-
-    Source: REFERENCE, Losses 1 and 3.
-    """
-    return LossSum.of(F.cross_entropy(_at_least_float32(logits_KW), labels_K, reduction="none"))
-
-
-def mcr_regions(logits_BRW: Tensor, region_mask_BR: Tensor, tag_labels_BG: Tensor) -> LossSum:
+def mcr_regions(log_p_RK: Tensor, own_RK: Tensor) -> LossSum:
     """A masked tag must be recoverable from some region: `max(0, -logsumexp over regions of log p(tag | region))`.
 
     Args:
-        logits_BRW: the tag head's scores at the region states; B may be 0.
-        region_mask_BR: bool, real regions (at least one a sample).
-        tag_labels_BG: int64 word rows, IGNORE where a tag is not masked.
+        log_p_RK: the tag head's log probability of every masked tag at the regions; K or R may be 0.
+        own_RK: bool, the region is one of the tag's own image. A tag whose image has no region does not count.
 
     Source: REFERENCE, "What we add".
     """
-    logits_BRW = _at_least_float32(logits_BRW)
-    log_total_BR1 = torch.logsumexp(logits_BRW, dim=-1, keepdim=True)
-    picked_BG = tag_labels_BG != IGNORE
-    columns_BRG = torch.where(picked_BG, tag_labels_BG, 0)[:, None, :].expand(-1, logits_BRW.shape[1], -1)
-    log_p_BRG = logits_BRW.gather(2, columns_BRG) - log_total_BR1
-    log_p_BRG = log_p_BRG.masked_fill(~region_mask_BR[:, :, None], float("-inf"))
-    return LossSum.of((-torch.logsumexp(log_p_BRG, dim=1)).clamp(min=0.0), picked_BG)
+    has_region_K = own_RK.any(0)
+    # a column of -inf alone has no gradient: let it be zeros, which do not count
+    log_p_RK = log_p_RK.masked_fill(~own_RK & has_region_K, float("-inf"))
+    return LossSum.of((-torch.logsumexp(log_p_RK, dim=0)).clamp(min=0.0), has_region_K)
 
 
 def vsc(

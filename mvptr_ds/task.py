@@ -1,6 +1,9 @@
 """Model + objectives of one stage: the only place where both are seen.
 
-Legend: B samples of this rank, N samples of all ranks, T text slots, G tag slots, R regions, D hidden, K picked slots.
+Sequences are packed (model/packed.py); only WPG's scores pad theirs, phrases by regions.
+
+Legend: B samples of this rank, N rows of all its samples (of draws: samples of all ranks), T text slots, R regions,
+D hidden, K picked rows.
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ from mvptr_ds.contrast import SCOPES, Globals, Pool
 from mvptr_ds.data.collate import Batch
 from mvptr_ds.hard_negatives import Draws
 from mvptr_ds.losses import IGNORE, LossSum
-from mvptr_ds.model.mvptr import Mvptr
+from mvptr_ds.model.mvptr import Mvptr, TableRows
+from mvptr_ds.model.packed import Packed, concat
+from mvptr_ds.packed_batch import PackedBatch
 
 STAGE1_OBJECTIVES = ("mcr_tags", "mcr_regions", "mcr_phrases", "mlm")
 STAGE2_OBJECTIVES = ("vsc", "wpg", "wpg_cross", "itm", "mlm", "mcr_tags", "mcr_regions")
@@ -31,13 +36,22 @@ class TaskOutput:
 
 
 @dataclass
-class CrossStates:
-    """What the cross encoder makes of pairs of a text and an image, with the masks that grounding needs."""
+class Pairs:
+    """Texts and the images beside them: their states, and which text rows hold a phrase."""
 
-    text_BTD: Tensor
-    phrase_mask_BT: Tensor
-    regions_BRD: Tensor
-    region_mask_BR: Tensor
+    text: Packed
+    phrase_mask: Packed
+    regions: Packed
+
+    def split(self, num: int) -> tuple[Pairs, Pairs]:
+        """The first `num` pairs, and the others."""
+        (text, others), (mask, other_mask) = self.text.split(num), self.phrase_mask.split(num)
+        regions, other_regions = self.regions.split(num)
+        return Pairs(text, mask, regions), Pairs(others, other_mask, other_regions)
+
+    def has_phrase(self) -> Tensor:
+        """bool [B]."""
+        return self.phrase_mask.padded(False).any(-1)
 
 
 class Task(nn.Module):
@@ -151,47 +165,52 @@ class Task(nn.Module):
 
     def _stage1(self, batch: Batch) -> dict[str, LossSum]:
         parts: dict[str, LossSum] = {}
+        model, packed = self.model, PackedBatch.of(batch)
+        table = model.read_table(packed.text_ids, packed.tag_ids, phrases="mcr_phrases" in self.weights)
         if self.weights.keys() & {"mlm", "mcr_phrases"}:
-            text_BTD = self.model.encode_text(batch.text_ids_BT, batch.text_mask_BT)
+            text = model.encode_text(packed.text_ids, table.text_ND)
             if "mlm" in self.weights:
-                parts["mlm"] = self._mlm(batch, text_BTD)
+                parts["mlm"] = self._mlm(packed, text, table)
             if "mcr_phrases" in self.weights:
-                picked_BT = batch.phrase_labels_BT != IGNORE
-                logits = self.model.phrase_logits(text_BTD[picked_BT])
-                parts["mcr_phrases"] = losses.masked_prediction(logits, batch.phrase_labels_BT[picked_BT])
+                picked_N = packed.phrase_labels_N != IGNORE
+                labels_K = packed.phrase_labels_N[picked_N]
+                assert table.phrases_PD is not None
+                parts["mcr_phrases"] = LossSum.of(
+                    model.phrase_head.nll(text.rows[picked_N], labels_K, table.phrases_PD)
+                )
         if self.weights.keys() & {"mcr_tags", "mcr_regions"}:
-            tags_BGD, regions_BRD = self._encode_visual(batch)
-            parts |= self._mcr(batch, tags_BGD, regions_BRD)
+            parts |= self._mcr(packed, *self._encode_visual(packed, table), table)
         return parts
 
     def _stage2(self, batch: Batch, draws: Draws, step: int) -> dict[str, LossSum]:
-        model, weights = self.model, self.weights
-        text_BTD = model.encode_text(batch.text_ids_BT, batch.text_mask_BT)
-        tags_BGD, regions_BRD = self._encode_visual(batch)
-        parts = self._mcr(batch, tags_BGD, regions_BRD)
+        model, weights, packed = self.model, self.weights, PackedBatch.of(batch)
+        table = model.read_table(packed.text_ids, packed.tag_ids)
+        tags, regions = self._encode_visual(packed, table)
+        own = Pairs(model.encode_text(packed.text_ids, table.text_ND), packed.phrase_mask, regions)
+        parts = self._mcr(packed, tags, regions, table)
 
         draws = draws.rows(parallel.rank() * len(batch), len(batch))
         scale = self.scale()
-        pools = self._pools(Globals(model.text_global(text_BTD), model.visual_global(tags_BGD), batch.image_index_B))
+        pools = self._pools(Globals(model.text_global(own.text), model.visual_global(tags), batch.image_index_B))
         if "vsc" in weights:
             parts["vsc"] = pools[self.config.vsc.scope].vsc(scale)
-        if self._crosses():
-            matched = self._cross(text_BTD, batch.text_mask_BT, batch.phrase_mask_BT, regions_BRD, batch.region_mask_BR)
-        if "mlm" in weights:
-            parts["mlm"] = self._mlm(batch, matched.text_BTD)
+        others: Pairs | None = None
         if weights.keys() & {"itm", "wpg_cross"}:
             pool = pools[self.config.itm.scope]
             others_B = pool.others(self._itm_mode(step), draws.itm_takes_image_N, draws.itm_N, scale)
-            mismatched = self._cross_with_others(batch, text_BTD, regions_BRD, others_B, draws.itm_takes_image_N, pool)
+            others = self._mismatched(own, others_B, draws.itm_takes_image_N, pool)
+        if self._crosses():
+            matched, mismatched = self._cross(own, others)
+        if "mlm" in weights:
+            parts["mlm"] = self._mlm(packed, matched.text, table)
+        if others is not None:
             parts |= self._compare(matched, mismatched, pool.has_negative(), draws)
         if "wpg" in weights:
-            from_cross = self.wpg_states == "cross"
-            states = (matched.text_BTD, matched.regions_BRD) if from_cross else (text_BTD, regions_BRD)
             pool = pools[self.config.wpg.scope]
             all_B = torch.ones(len(batch), dtype=torch.bool)
             others_B = pool.others(self.wpg_negatives, all_B, draws.wpg_image_N, scale)
-            pos_B, neg_B = self.grounding_scores(batch, *states, others_B, draws)
-            counts_B = batch.phrase_mask_BT.any(-1) & pool.has_negative()
+            pos_B, neg_B = self.grounding_scores(matched if self.wpg_states == "cross" else own, others_B, draws)
+            counts_B = own.has_phrase() & pool.has_negative()
             parts["wpg"] = losses.wpg(pos_B, neg_B, counts_B, self.config.wpg.margin)
         return parts
 
@@ -202,20 +221,15 @@ class Task(nn.Module):
         used = sorted({scopes[name] for name, on in objectives.items() if self.weights.keys() & set(on)})
         return {scope: Pool(own, scope, self.config.scores_mib) for scope in used}
 
-    def _compare(
-        self, matched: CrossStates, mismatched: CrossStates, has_negative_B: Tensor, draws: Draws
-    ) -> dict[str, LossSum]:
+    def _compare(self, matched: Pairs, mismatched: Pairs, has_negative_B: Tensor, draws: Draws) -> dict[str, LossSum]:
         """What is learnt from pairs that match against pairs that do not."""
         parts: dict[str, LossSum] = {}
         if "itm" in self.weights:
-            logits = [self.model.itm_logits(self.model.pool(pairs.text_BTD)) for pairs in (matched, mismatched)]
+            logits = [self.model.itm_logits(self.model.pool(pairs.text)) for pairs in (matched, mismatched)]
             parts["itm"] = losses.itm(logits[0], logits[1], has_negative_B)
         if "wpg_cross" in self.weights:
-            pos_B, neg_B = (
-                self._score(p.text_BTD, p.phrase_mask_BT, p.regions_BRD, p.region_mask_BR, draw_BT)
-                for p, draw_BT in ((matched, draws.wpg_own_NT), (mismatched, draws.wpg_other_NT))
-            )
-            counts_B = matched.phrase_mask_BT.any(-1) & mismatched.phrase_mask_BT.any(-1) & has_negative_B
+            pos_B, neg_B = self._score(matched, draws.wpg_own_NT), self._score(mismatched, draws.wpg_other_NT)
+            counts_B = matched.has_phrase() & mismatched.has_phrase() & has_negative_B
             parts["wpg_cross"] = losses.wpg(pos_B, neg_B, counts_B, self.config.wpg.margin)
         return parts
 
@@ -225,24 +239,30 @@ class Task(nn.Module):
         log_scale = log_scale if log_scale.dtype == torch.float64 else log_scale.float()
         return log_scale.exp().clamp(max=self.config.vsc.max_scale)
 
-    def _encode_visual(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        regions_BRD = self.model.embed_regions(batch.region_features_BRF, batch.images_B3HW, batch.region_geometry_BR6)
-        return self.model.encode_visual(batch.tag_ids_BG, batch.tag_mask_BG, regions_BRD, batch.region_mask_BR)
+    def _encode_visual(self, packed: PackedBatch, table: TableRows) -> tuple[Packed, Packed]:
+        regions = self.model.embed_regions(packed.features, packed.images_B3HW, packed.geometry)
+        return self.model.encode_visual(packed.tag_ids, regions, table.tags_ND)
 
-    def _mlm(self, batch: Batch, text_BTD: Tensor) -> LossSum:
-        picked_BT = batch.mlm_labels_BT != IGNORE
-        return losses.masked_prediction(self.model.token_logits(text_BTD[picked_BT]), batch.mlm_labels_BT[picked_BT])
+    def _mlm(self, packed: PackedBatch, text: Packed, table: TableRows) -> LossSum:
+        picked_N = packed.mlm_labels_N != IGNORE
+        labels_K = packed.mlm_labels_N[picked_N]
+        return LossSum.of(self.model.token_head.nll(text.rows[picked_N], labels_K, table.words_WD))
 
-    def _mcr(self, batch: Batch, tags_BGD: Tensor, regions_BRD: Tensor) -> dict[str, LossSum]:
+    def _mcr(self, packed: PackedBatch, tags: Packed, regions: Packed, table: TableRows) -> dict[str, LossSum]:
         parts: dict[str, LossSum] = {}
-        picked_BG = batch.tag_labels_BG != IGNORE
+        head, words_WD = self.model.tag_head, table.words_WD
+        picked_N = packed.tag_labels_N != IGNORE
+        labels_K = packed.tag_labels_N[picked_N]
         if "mcr_tags" in self.weights:
-            logits = self.model.tag_logits(tags_BGD[picked_BG])
-            parts["mcr_tags"] = losses.masked_prediction(logits, batch.tag_labels_BG[picked_BG])
+            parts["mcr_tags"] = LossSum.of(head.nll(tags.rows[picked_N], labels_K, words_WD))
         if "mcr_regions" in self.weights:
-            rows = picked_BG.any(-1)  # scoring every region against all words is dear: only where a tag is asked for
-            logits = self.model.tag_logits(regions_BRD[rows])
-            parts["mcr_regions"] = losses.mcr_regions(logits, batch.region_mask_BR[rows], batch.tag_labels_BG[rows])
+            sample_K = tags.owners()[picked_N]
+            # scoring every region against all words is dear: only where a tag is asked for
+            asked = sorted(set(sample_K.tolist()))
+            asking = regions.take(asked)
+            sample_R = torch.tensor(asked, dtype=torch.int64, device=sample_K.device)[asking.owners()]
+            log_p_RK = head.log_p_of(asking.rows, labels_K, words_WD)
+            parts["mcr_regions"] = losses.mcr_regions(log_p_RK, sample_R[:, None] == sample_K)
         return parts
 
     def _itm_mode(self, step: int) -> str:
@@ -250,55 +270,47 @@ class Task(nn.Module):
             return self.itm_negatives
         return "random" if step < self.config.itm.random_until * self.max_steps else "hardest"
 
-    def _cross_with_others(
-        self,
-        batch: Batch,
-        text_BTD: Tensor,
-        regions_BRD: Tensor,
-        others_B: Tensor,
-        takes_image_B: Tensor,
-        pool: Pool,
-    ) -> CrossStates:
-        """The cross encoder on the mismatched pairs."""
-        own_B = torch.arange(len(batch), device=others_B.device) + pool.first
+    def _mismatched(self, own: Pairs, others_B: Tensor, takes_image_B: Tensor, pool: Pool) -> Pairs:
+        """For each sample its own text and another's image, or the other way round, before the cross encoder."""
+        own_B = torch.arange(len(others_B), device=others_B.device) + pool.first
         takes_image_B = takes_image_B.to(others_B.device)
         text_from_B = torch.where(takes_image_B, own_B, others_B)
         image_from_B = torch.where(takes_image_B, others_B, own_B)
-        text_mask_BT, (text_BTD, phrase_mask_BT) = exchange.fetch_padded(
-            batch.text_mask_BT, [text_BTD, batch.phrase_mask_BT], text_from_B, pool.across
-        )
-        region_mask_BR, (regions_BRD,) = exchange.fetch_padded(
-            batch.region_mask_BR, [regions_BRD], image_from_B, pool.across
-        )
-        return self._cross(text_BTD, text_mask_BT, phrase_mask_BT, regions_BRD, region_mask_BR)
+        text, phrase_mask = _fetch([own.text, own.phrase_mask], text_from_B, pool.across)
+        (regions,) = _fetch([own.regions], image_from_B, pool.across)
+        return Pairs(text, phrase_mask, regions)
 
-    def _cross(
-        self,
-        text_BTD: Tensor,
-        text_mask_BT: Tensor,
-        phrase_mask_BT: Tensor,
-        regions_BRD: Tensor,
-        region_mask_BR: Tensor,
-    ) -> CrossStates:
-        states = self.model.encode_cross(text_BTD, text_mask_BT, regions_BRD, region_mask_BR)
-        return CrossStates(states[0], phrase_mask_BT, states[1], region_mask_BR)
+    def _cross(self, own: Pairs, others: Pairs | None) -> tuple[Pairs, Pairs]:
+        """The cross encoder on the matched and on the mismatched pairs, in one call."""
+        text, phrase_mask, regions = own.text, own.phrase_mask, own.regions
+        if others is not None:
+            text, regions = concat([text, others.text]), concat([regions, others.regions])
+            phrase_mask = concat([phrase_mask, others.phrase_mask])
+        text, regions = self.model.encode_cross(text, regions)
+        return Pairs(text, phrase_mask, regions).split(len(own.text))
 
-    def grounding_scores(
-        self, batch: Batch, text_BTD: Tensor, regions_BRD: Tensor, others_B: Tensor, draws: Draws
-    ) -> tuple[Tensor, Tensor]:
+    def grounding_scores(self, pairs: Pairs, others_B: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """How well a sample's phrases are grounded in its own image and in that of sample `others_B`, [B] each."""
         across = self.config.wpg.scope == "global" and parallel.num_ranks() > 1
-        other_mask_BR, (others_BRD,) = exchange.fetch_padded(batch.region_mask_BR, [regions_BRD], others_B, across)
-        text = text_BTD, batch.phrase_mask_BT
-        return (
-            self._score(*text, regions_BRD, batch.region_mask_BR, draws.wpg_own_NT),
-            self._score(*text, others_BRD, other_mask_BR, draws.wpg_other_NT),
+        (regions,) = _fetch([pairs.regions], others_B, across)
+        other = Pairs(pairs.text, pairs.phrase_mask, regions)
+        return self._score(pairs, draws.wpg_own_NT), self._score(other, draws.wpg_other_NT)
+
+    def _score(self, pairs: Pairs, draw_BT: Tensor) -> Tensor:
+        """How well each text's phrases are grounded in the image beside it, [B]."""
+        text_BTD, regions = pairs.text.padded(), pairs.regions
+        return losses.phrase_region_score(
+            text_BTD,
+            pairs.phrase_mask.padded(False),
+            regions.padded(),
+            regions.mask(),
+            draw_BT[:, : text_BTD.shape[1]],
+            self.config.wpg.top_k,
         )
 
-    def _score(
-        self, text_BTD: Tensor, phrase_mask_BT: Tensor, regions_BRD: Tensor, region_mask_BR: Tensor, draw_BT: Tensor
-    ) -> Tensor:
-        """How well each text's phrases are grounded in the image beside it, [B]."""
-        draw_BT = draw_BT[:, : text_BTD.shape[1]]
-        top_k = self.config.wpg.top_k
-        return losses.phrase_region_score(text_BTD, phrase_mask_BT, regions_BRD, region_mask_BR, draw_BT, top_k)
+
+def _fetch(parts: list[Packed], wanted_B: Tensor, across: bool) -> list[Packed]:
+    """The samples `wanted_B` (their places among those of all ranks, or of this one) out of each part."""
+    lengths = parts[0].lengths
+    route = exchange.Route(torch.tensor(lengths, device=wanted_B.device), wanted_B, across)
+    return [Packed(route.fetch(part.rows), tuple(route.lengths)) for part in parts]

@@ -28,7 +28,9 @@ from mvptr_ds.model import convert
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.embeddings import TAG_SEGMENT, TEXT_SEGMENT
 from mvptr_ds.model.mvptr import Mvptr
-from mvptr_ds.task import Task
+from mvptr_ds.model.packed import Packed
+from mvptr_ds.packed_batch import PackedBatch
+from mvptr_ds.task import Pairs, Task
 
 LOSSES = {"vis_mlm": "mcr_tags", "retrieval": "vsc", "masked_lm": "mlm", "itm": "itm", "wra": "wpg"}  # theirs: ours
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}  # absolute; the reference's own dtypes differ by under 2e-6
@@ -47,6 +49,9 @@ def make_batch(inputs: dict[str, Tensor], feature_dim: int, dtype: torch.dtype) 
 
     def labels(given: Tensor) -> Tensor:
         return torch.where(given == -1, IGNORE, given)
+
+    def lengths(mask: Tensor) -> tuple[int, ...]:
+        return tuple(mask.sum(1).tolist())
 
     return Batch(
         text_ids_BT=text_ids_BT,
@@ -67,6 +72,9 @@ def make_batch(inputs: dict[str, Tensor], feature_dim: int, dtype: torch.dtype) 
         num_phrases_B=none_B,
         num_bad_B=none_B,
         source_B=none_B,
+        text_lengths=lengths(inputs["attention_mask_a"]),
+        tag_lengths=lengths(inputs["attention_mask_b"][:, :num_tags]),
+        region_lengths=lengths(inputs["attention_mask_b"][:, num_tags:]),
     )
 
 
@@ -92,50 +100,58 @@ def recorded_draws(random: dict[str, Any], batch: Batch, top_k: int) -> Draws:
 
 def compute(model: Mvptr, task: Task, batch: Batch, draws: Draws, dice: Tensor) -> dict[str, Tensor]:
     """Every recorded tensor of the forward pass, by the reference's name."""
-    text_BTD = model.encode_text(batch.text_ids_BT, batch.text_mask_BT)
-    regions_in_BRD = model.embed_regions(batch.region_features_BRF, None, batch.region_geometry_BR6)
-    tags_BGD, regions_BRD = model.encode_visual(
-        batch.tag_ids_BG, batch.tag_mask_BG, regions_in_BRD, batch.region_mask_BR
-    )
-    cross_text_BTD, cross_regions_BRD = model.encode_cross(
-        text_BTD, batch.text_mask_BT, regions_BRD, batch.region_mask_BR
-    )
-    sim_BB = model.text_global(text_BTD) @ model.visual_global(tags_BGD).T
+    packed = PackedBatch.of(batch)
+    embedded = model.embed_regions(packed.features, None, packed.geometry)
+    text = model.encode_text(packed.text_ids)
+    tags, regions = model.encode_visual(packed.tag_ids, embedded)
+    cross_text, cross_regions = model.encode_cross(text, regions)
+    num_slots, num_regions = batch.text_ids_BT.shape[1], batch.region_mask_BR.shape[1]
+
+    def slots(states: Packed, num: int) -> Tensor:
+        padded = states.padded()
+        return F.pad(padded, (0, 0, 0, num - padded.shape[1]))
+
+    def text_slots(states: Packed) -> Tensor:
+        return slots(states, num_slots)
+
+    def both(first: Tensor, second: Packed) -> Tensor:
+        return torch.cat([first, slots(second, num_regions)], 1)
+
+    sim_BB = model.text_global(text) @ model.visual_global(tags).T
     same_BB = torch.eye(len(sim_BB), dtype=torch.bool)
     hardest_image_B = hard_negatives.choose("hardest", sim_BB, same_BB, draws.itm_N)
     hardest_text_B = hard_negatives.choose("hardest", sim_BB.T, same_BB, draws.itm_N)
     takes_image_B = draws.itm_takes_image_N[dice]
     text_from = torch.where(takes_image_B, dice, hardest_text_B[dice])
     image_from = torch.where(takes_image_B, hardest_image_B[dice], dice)
-    hard_text_BTD, hard_regions_BRD = model.encode_cross(
-        text_BTD[text_from], batch.text_mask_BT[text_from], regions_BRD[image_from], batch.region_mask_BR[image_from]
-    )
-    pooled_BD, hard_pooled_BD = model.pool(cross_text_BTD), model.pool(hard_text_BTD)
-    phrases_PD = F.normalize(cross_text_BTD[batch.phrase_mask_BT], dim=-1)
-    picked_text, picked_tags = batch.mlm_labels_BT != IGNORE, batch.tag_labels_BG != IGNORE
+    pairs = list(zip(text_from.tolist(), image_from.tolist(), strict=True))
+    hard_text, hard_regions = model.encode_cross(text, regions, pairs)
+    pooled_BD, hard_pooled_BD = model.pool(cross_text), model.pool(hard_text)
+    phrases_PD = F.normalize(cross_text.rows[packed.phrase_mask.rows], dim=-1)
+    picked_text, picked_tags = packed.mlm_labels_N != IGNORE, packed.tag_labels_N != IGNORE
     others_B = hard_negatives.choose("random", sim_BB, same_BB, draws.wpg_image_N)
-    pos_B, neg_B = task.grounding_scores(batch, cross_text_BTD, cross_regions_BRD, others_B, draws)
+    pos_B, neg_B = task.grounding_scores(Pairs(cross_text, packed.phrase_mask, cross_regions), others_B, draws)
     return {
-        "embeddings_text": model.embeddings(batch.text_ids_BT, TEXT_SEGMENT),
-        "embeddings_tags": model.embeddings(batch.tag_ids_BG, TAG_SEGMENT),
-        "img_embedding": regions_in_BRD,
-        "txt_encoder": text_BTD,
-        "vis_encoder": torch.cat([tags_BGD, regions_BRD], 1),
+        "embeddings_text": text_slots(model.embeddings(packed.text_ids, TEXT_SEGMENT)),
+        "embeddings_tags": slots(model.embeddings(packed.tag_ids, TAG_SEGMENT), batch.tag_ids_BG.shape[1]),
+        "img_embedding": slots(embedded, num_regions),
+        "txt_encoder": text_slots(text),
+        "vis_encoder": both(slots(tags, batch.tag_ids_BG.shape[1]), regions),
         "sim_mat": sim_BB,
         "hard_txt_index_full": text_from,
         "hard_img_index_full": image_from,
-        "hard_sequence_output": torch.cat([hard_text_BTD, hard_regions_BRD], 1),
+        "hard_sequence_output": both(text_slots(hard_text), hard_regions),
         "hard_pooled": hard_pooled_BD,
-        "sequence_output": torch.cat([cross_text_BTD, cross_regions_BRD], 1),
+        "sequence_output": both(text_slots(cross_text), cross_regions),
         "pooled": pooled_BD,
-        "tag_mlm_logits": model.tag_logits(tags_BGD[picked_tags]),
-        "text_mlm_logits": model.token_logits(cross_text_BTD[picked_text]),
+        "tag_mlm_logits": model.tag_logits(tags.rows[picked_tags]),
+        "text_mlm_logits": model.token_logits(cross_text.rows[picked_text]),
         "itm_logits": model.itm_logits(torch.cat([pooled_BD, hard_pooled_BD])),
-        "wpg_full_sims": phrases_PD @ F.normalize(cross_regions_BRD[batch.region_mask_BR], dim=-1).T,
+        "wpg_full_sims": phrases_PD @ F.normalize(cross_regions.rows, dim=-1).T,
         "wpg_pos_sims": pos_B,
         "wpg_neg_sims": neg_B,
-        "retrieval.global_txt": model.text_global(text_BTD),
-        "retrieval.global_img": model.visual_global(tags_BGD),
+        "retrieval.global_txt": model.text_global(text),
+        "retrieval.global_img": model.visual_global(tags),
         "retrieval.fine_logits": model.itm_logits(pooled_BD),
         "_mask.embeddings_text": batch.text_mask_BT,
         "_mask.embeddings_tags": batch.tag_mask_BG,

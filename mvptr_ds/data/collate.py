@@ -57,6 +57,9 @@ class Batch:
     num_phrases_B: Tensor  # int64
     num_bad_B: Tensor  # int64
     source_B: Tensor  # int64
+    text_lengths: tuple[int, ...]  # real slots of each sample, on the host: nothing waits for a device to know them
+    tag_lengths: tuple[int, ...]
+    region_lengths: tuple[int, ...]
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
@@ -114,4 +117,7 @@ def collate(samples: list[Sample]) -> Batch:
         num_phrases_B=torch.tensor([s.num_phrases for s in samples]),
         num_bad_B=torch.tensor([s.num_bad for s in samples]),
         source_B=torch.tensor([s.source for s in samples]),
+        text_lengths=tuple(len(s.text_ids_T) for s in samples),
+        tag_lengths=tuple(len(s.tag_ids_G) for s in samples),
+        region_lengths=tuple(len(s.region_geometry_R6) for s in samples),
     )

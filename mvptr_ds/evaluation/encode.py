@@ -22,6 +22,8 @@ from mvptr_ds.data.features import SampleBuilder
 from mvptr_ds.data.loader import eval_batches
 from mvptr_ds.data.shards import SampleIndex
 from mvptr_ds.model.mvptr import Mvptr
+from mvptr_ds.model.packed import Packed
+from mvptr_ds.packed_batch import PackedBatch
 
 _PERMUTATION = 31  # first word of the generator's key; those of data and training differ
 
@@ -65,9 +67,8 @@ class CrossStates:
     """A batch of pairs after the cross encoder, on the model's device."""
 
     rows_B: Tensor  # int64, which of the pairs asked for, on the CPU
-    text_BTD: Tensor
-    regions_BRD: Tensor
-    region_mask_BR: Tensor
+    text: Packed
+    regions: Packed
 
 
 @contextmanager
@@ -111,18 +112,19 @@ def read_split(
         new, seen = new_images(batch, seen), int(batch.image_index_B[-1]) + 1
         image_of.append(batch.image_index_B)
         batch = batch.to(device)
-        text_BTD = model.encode_text(batch.text_ids_BT, batch.text_mask_BT)
+        packed = PackedBatch.of(batch)
+        text = model.encode_text(packed.text_ids)
         masks = batch.text_mask_BT, batch.phrase_mask_BT
-        texts.append([t.cpu() for t in (text_BTD.float(), *masks, model.text_global(text_BTD))])
+        texts.append([t.cpu() for t in (text.padded().float(), *masks, model.text_global(text))])
         if new:
-            features, pixels = batch.region_features_BRF, batch.images_B3HW
-            embedded_BRD = model.embed_regions(
-                None if features is None else features[new],
+            features, pixels = packed.features, packed.images_B3HW
+            embedded = model.embed_regions(
+                None if features is None else features.take(new),
                 None if pixels is None else pixels[new],
-                batch.region_geometry_BR6[new],
+                packed.geometry.take(new),
             )
-            rest = batch.region_mask_BR[new], batch.tag_ids_BG[new], batch.tag_mask_BG[new]
-            images.append([t.cpu() for t in (embedded_BRD.float(), *rest)])
+            rest = embedded.mask(), batch.tag_ids_BG[new], batch.tag_mask_BG[new]
+            images.append([t.cpu() for t in (embedded.padded().float(), *rest)])
     text_states, text_masks, phrase_masks, text_globals = (_join(part) for part in zip(*texts, strict=True))
     return SplitInput(
         text_states, text_masks, phrase_masks, text_globals, torch.cat(image_of),
@@ -155,14 +157,13 @@ def encode_images(model: Mvptr, split: SplitInput, batch_size: int, device: torc
     parts: list[list[Tensor]] = []
     numbers = torch.arange(len(split.embedded_IRD)).split(batch_size)
     for images in tqdm(numbers, desc="encode images", disable=None, leave=False):
-        tags_BGD, regions_BRD = model.encode_visual(
-            split.tag_ids_IG[images].to(device),
-            split.tag_mask_IG[images].to(device),
-            split.embedded_IRD[images].to(device, model.dtype),
-            split.region_mask_IR[images].to(device),
-        )
-        parts.append([regions_BRD.float().cpu(), model.visual_global(tags_BGD).cpu()])
-    regions_IRD, image_global_ID = (torch.cat(part) for part in zip(*parts, strict=True))
+        tag_ids = _pack(split.tag_ids_IG[images], split.tag_mask_IG[images])
+        embedded = _pack(split.embedded_IRD[images], split.region_mask_IR[images])
+        tags, regions = model.encode_visual(tag_ids.to(device), embedded.to(device, model.dtype))
+        parts.append([regions.padded().float().cpu(), model.visual_global(tags).cpu()])
+    regions_IRD, image_global_ID = (_join(part) for part in zip(*parts, strict=True))
+    missing = split.embedded_IRD.shape[1] - regions_IRD.shape[1]
+    regions_IRD = F.pad(regions_IRD, (0, 0, 0, missing))
     return EncodedSplit(
         text_CTD=split.text_CTD,
         text_mask_CT=split.text_mask_CT,
@@ -184,26 +185,24 @@ def cross_states(
     device: torch.device,
     name: str = "cross",
 ) -> Iterator[CrossStates]:
-    """Batches of the pairs (captions_M[m], images_M[m]), int64 each, in order, cut to their longest text and image.
+    """Batches of the pairs (captions_M[m], images_M[m]), int64 each, in order.
 
     Args:
         name: of the progress bar.
     """
     for rows in tqdm(torch.arange(len(captions_M)).split(batch_size), desc=name, disable=None, leave=False):
         captions, images = captions_M[rows], images_M[rows]
-        text_mask, region_mask = split.text_mask_CT[captions], split.region_mask_IR[images]
-        num_text, num_regions = int(text_mask.sum(1).max()), int(region_mask.sum(1).max())
-        region_mask = region_mask[:, :num_regions].to(device)
-        text_BTD, regions_BRD = model.encode_cross(
-            split.text_CTD[captions, :num_text].to(device, model.dtype),
-            text_mask[:, :num_text].to(device),
-            split.regions_IRD[images, :num_regions].to(device, model.dtype),
-            region_mask,
-        )
-        yield CrossStates(rows, text_BTD, regions_BRD, region_mask)
+        text = _pack(split.text_CTD[captions], split.text_mask_CT[captions])
+        regions = _pack(split.regions_IRD[images], split.region_mask_IR[images])
+        yield CrossStates(rows, *model.encode_cross(text.to(device, model.dtype), regions.to(device, model.dtype)))
+
+
+def _pack(slots_BLx: Tensor, mask_BL: Tensor) -> Packed:
+    """The real slots, which stand before the padding."""
+    return Packed.of_padded(slots_BLx, mask_BL.sum(1).tolist())
 
 
 def _join(parts: tuple[Tensor, ...]) -> Tensor:
-    """Concatenates batches, padding dim 1 to the longest."""
+    """Concatenates batches, padding dim 1 to the longest, where it differs."""
     longest = max(part.shape[1] for part in parts)
     return torch.cat([F.pad(p, (0, 0) * (p.ndim - 2) + (0, longest - p.shape[1])) for p in parts])

@@ -36,7 +36,8 @@ def cross_with_own(
         first, last = int(cross.rows_B[0]), int(cross.rows_B[-1])
         phrases = ((captions_P >= first) & (captions_P <= last)).nonzero().flatten()
         rows, slots = (captions_P[phrases] - first).to(device), slots_P[phrases].to(device)
-        sim = cosines(cross.text_BTD[rows, slots], cross.regions_BRD[rows], cross.region_mask_BR[rows])
+        phrases_PD, regions_BRD = cross.text.padded()[rows, slots], cross.regions.padded()
+        sim = cosines(phrases_PD, regions_BRD[rows], cross.regions.mask()[rows])
         sim_PR[phrases, : sim.shape[1]] = sim.cpu()
     return match_C, sim_PR
 

@@ -1,6 +1,6 @@
 """Masked concept recovering (MCR): are masked tags found from the regions, masked phrases from the caption.
 
-Legend: B samples, T text slots, G tag slots, R regions, D hidden, N asked slots.
+Legend: B samples, N rows of all samples, K asked rows.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from mvptr_ds.data.loader import eval_batches
 from mvptr_ds.data.shards import SampleIndex
 from mvptr_ds.evaluation.encode import SplitInput, new_images
 from mvptr_ds.model.mvptr import Mvptr
+from mvptr_ds.model.packed import Packed
+from mvptr_ds.packed_batch import PackedBatch
 
 
 @torch.inference_mode()
@@ -41,22 +43,20 @@ def recover_concepts(
     for batch in tqdm(batches, total=-(-len(index) // batch_size), desc="recover", disable=None, leave=False):
         new, seen = new_images(batch, seen), int(batch.image_index_B[-1]) + 1
         images_B = batch.image_index_B[new]
-        batch = batch.to(device)
+        packed = PackedBatch.of(batch.to(device))
         if new:
-            labels_BG = batch.tag_labels_BG[new]
-            picked_BG = labels_BG != IGNORE
-            tags_BGD, _ = model.encode_visual(
-                batch.tag_ids_BG[new].masked_fill(picked_BG, mask_id),
-                batch.tag_mask_BG[new],
-                split.embedded_IRD[images_B].to(device, model.dtype),
-                split.region_mask_IR[images_B].to(device),
-            )
-            tags.append((model.tag_logits(tags_BGD[picked_BG]).argmax(-1).cpu(), labels_BG[picked_BG].cpu()))
-        picked_BT = batch.phrase_labels_BT != IGNORE
-        if model.config.num_phrases and picked_BT.any():
-            text_BTD = model.encode_text(batch.text_ids_BT.masked_fill(picked_BT, mask_id), batch.text_mask_BT)
-            answers_N = model.phrase_logits(text_BTD[picked_BT]).argmax(-1)
-            phrases.append((answers_N.cpu(), batch.phrase_labels_BT[picked_BT].cpu()))
+            labels = packed.tag_ids.like(packed.tag_labels_N).take(new)
+            picked_N = labels.rows != IGNORE
+            ids = packed.tag_ids.take(new)
+            lengths = split.region_mask_IR[images_B].sum(1).tolist()
+            regions = Packed.of_padded(split.embedded_IRD[images_B], lengths).to(device, model.dtype)
+            states, _ = model.encode_visual(ids.like(ids.rows.masked_fill(picked_N, mask_id)), regions)
+            tags.append((model.tag_logits(states.rows[picked_N]).argmax(-1).cpu(), labels.rows[picked_N].cpu()))
+        picked_N = packed.phrase_labels_N != IGNORE
+        if model.config.num_phrases and picked_N.any():
+            text = model.encode_text(packed.text_ids.like(packed.text_ids.rows.masked_fill(picked_N, mask_id)))
+            answers_K = model.phrase_logits(text.rows[picked_N]).argmax(-1)
+            phrases.append((answers_K.cpu(), packed.phrase_labels_N[picked_N].cpu()))
     return {**_accuracy(tags), "phrases": _accuracy(phrases)}
 
 

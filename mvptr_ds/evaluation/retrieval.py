@@ -78,6 +78,6 @@ def score_pairs(
 
 def match_probability(model: Mvptr, cross: CrossStates) -> Tensor:
     """Probability of a match of each pair by the ITM head, float64 [B] on the CPU."""
-    logits_B2 = model.itm_logits(model.pool(cross.text_BTD)).double()
+    logits_B2 = model.itm_logits(model.pool(cross.text)).double()
     # in float64: two probabilities close to 1 would tie in float32, and a tie counts as wrong
     return (logits_B2[:, 0] - logits_B2[:, 1]).sigmoid().cpu()

@@ -1,14 +1,22 @@
-"""A post-LN BERT encoder: fused QKV, scaled_dot_product_attention with a boolean mask, erf GELU.
+"""A post-LN BERT encoder: fused QKV, scaled_dot_product_attention, erf GELU.
 
-Legend: B samples, L slots, D hidden, H heads, K size of a head.
+Legend: N rows of all sequences, x leading dimensions (N, or padded B and L), D hidden, H heads, K size of a head.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mvptr_ds.model.attention import Attend, PaddedAttention, SegmentAttention
+from mvptr_ds.model.kernels import LayerNorm
+from mvptr_ds.model.packed import Packed
+
+EXECUTIONS = ("packed", "padded")
 
 
 @dataclass(frozen=True)
@@ -30,44 +38,55 @@ class EncoderLayer(nn.Module):
         self.attention_dropout = sizes.attention_dropout
         self.qkv = nn.Linear(sizes.hidden_size, 3 * sizes.hidden_size)
         self.attention_out = nn.Linear(sizes.hidden_size, sizes.hidden_size)
-        self.attention_norm = nn.LayerNorm(sizes.hidden_size, eps=sizes.norm_eps)
+        self.attention_norm = LayerNorm(sizes.hidden_size, eps=sizes.norm_eps)
         self.ffn_in = nn.Linear(sizes.hidden_size, sizes.intermediate_size)
         self.ffn_out = nn.Linear(sizes.intermediate_size, sizes.hidden_size)
-        self.ffn_norm = nn.LayerNorm(sizes.hidden_size, eps=sizes.norm_eps)
+        self.ffn_norm = LayerNorm(sizes.hidden_size, eps=sizes.norm_eps)
         self.dropout = nn.Dropout(sizes.hidden_dropout)
 
-    def forward(self, states_BLD: Tensor, mask_B11L: Tensor) -> Tensor:
-        attended_BLD = self.attention_out(self._attend(states_BLD, mask_B11L))
-        states_BLD = self.attention_norm(states_BLD + self.dropout(attended_BLD))
-        fed_BLD = self.ffn_out(F.gelu(self.ffn_in(states_BLD)))
-        return self.ffn_norm(states_BLD + self.dropout(fed_BLD))
+    def forward(self, states_xD: Tensor, attend: Attend) -> Tensor:
+        """[..., D] -> [..., D]; `attend` knows which states belong to one sequence."""
+        qkv_x3HK = self.qkv(states_xD).unflatten(-1, (3, self.num_heads, -1))
+        attended_xHK = attend(qkv_x3HK, self.attention_dropout if self.training else 0.0)
+        return self.after_attention(states_xD, attended_xHK.flatten(-2))
 
-    def _attend(self, states_BLD: Tensor, mask_B11L: Tensor) -> Tensor:
-        qkv_BL3HK = self.qkv(states_BLD).unflatten(-1, (3, self.num_heads, -1))
-        query_BHLK, key_BHLK, value_BHLK = qkv_BL3HK.permute(2, 0, 3, 1, 4).unbind(0)
-        dropout = self.attention_dropout if self.training else 0.0
-        out_BHLK = F.scaled_dot_product_attention(
-            query_BHLK, key_BHLK, value_BHLK, attn_mask=mask_B11L, dropout_p=dropout
-        )
-        return out_BHLK.transpose(1, 2).flatten(2)
+    def after_attention(self, states_xD: Tensor, attended_xD: Tensor) -> Tensor:
+        """All that follows attention, row by row (and what `model.compile` compiles)."""
+        states_xD = self.attention_norm(states_xD + self.dropout(self.attention_out(attended_xD)))
+        fed_xD = self.ffn_out(F.gelu(self.ffn_in(states_xD)))
+        return self.ffn_norm(states_xD + self.dropout(fed_xD))
 
 
 class Encoder(nn.Module):
-    """A stack of layers over padded sequences."""
+    """A stack of layers over sequences.
+
+    `execution` is how: `packed`, on the valid positions alone, or `padded` to the longest sequence and with a mask,
+    which gives the same states and is what tests compare with.
+    """
 
     def __init__(self, num_layers: int, sizes: EncoderSizes) -> None:
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(sizes) for _ in range(num_layers))
+        self.execution = "packed"
+        self.activation_checkpointing = False
 
-    def forward(self, states_BLD: Tensor, mask_BL: Tensor) -> Tensor:
-        """[B, L, D] and the bool mask of real slots [B, L] -> [B, L, D].
+    def forward(self, packed: Packed) -> Packed:
+        """Rows [N, D] of sequences -> their states, same shape; attention stays within each sequence."""
+        if self.execution == "padded":
+            mask_BL = packed.mask()
+            states_BLD = self._run(packed.padded(), PaddedAttention(mask_BL))
+            return Packed.of_padded(states_BLD, packed.lengths)
+        return packed.like(self._run(packed.rows, SegmentAttention(packed.lengths, packed.rows.device)))
 
-        Padding is never attended to; what stands in padded slots afterwards is finite and means nothing.
-        """
-        mask_BL = mask_BL.bool()
-        # A sample without any real slot would have nothing to attend to: some kernels answer NaN, so let it see itself.
-        mask_BL = mask_BL | ~mask_BL.any(dim=1, keepdim=True)
-        mask_B11L = mask_BL[:, None, None, :]
+    def _run(self, states_xD: Tensor, attend: Attend) -> Tensor:
         for layer in self.layers:
-            states_BLD = layer(states_BLD, mask_B11L)
-        return states_BLD
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                states_xD = checkpoint(layer, states_xD, attend, use_reentrant=False)
+            else:
+                states_xD = layer(states_xD, attend)
+        return states_xD
+
+    def compile_layers(self) -> None:
+        """torch.compile of what is row by row; attention keeps its own kernel, whose lengths change every step."""
+        for layer in self.layers:
+            layer.after_attention = torch.compile(layer.after_attention, dynamic=True)

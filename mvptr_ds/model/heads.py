@@ -1,6 +1,6 @@
 """Prediction heads on top of the encoders' states.
 
-Legend: B samples, D hidden, N picked slots, C classes of a head (word rows or phrases).
+Legend: B samples, D hidden, K picked rows, C classes of a head (word rows or phrases), A asked classes.
 """
 
 from __future__ import annotations
@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mvptr_ds.model import kernels
+from mvptr_ds.model.packed import Packed
 
 
 class RowHead(nn.Module):
@@ -22,15 +25,28 @@ class RowHead(nn.Module):
     def __init__(self, hidden_size: int, num_classes: int, norm_eps: float, tied: bool) -> None:
         super().__init__()
         self.dense = nn.Linear(hidden_size, hidden_size)
-        self.norm = nn.LayerNorm(hidden_size, eps=norm_eps)
+        self.norm = kernels.LayerNorm(hidden_size, eps=norm_eps)
         self.bias = nn.Parameter(torch.zeros(num_classes))
         self.decoder = None if tied else nn.Parameter(torch.zeros(num_classes, hidden_size))
 
-    def forward(self, states_ND: Tensor, tied_CD: Tensor) -> Tensor:
-        """[N, D] -> logits [N, C]; `tied_CD` is used when the head has no decoder of its own."""
-        hidden_ND = self.norm(F.gelu(self.dense(states_ND)))
-        decoder_CD = tied_CD if self.decoder is None else self.decoder
-        return F.linear(hidden_ND, decoder_CD, self.bias)
+    def forward(self, states_KD: Tensor, tied_CD: Tensor) -> Tensor:
+        """[K, D] -> logits [K, C]; `tied_CD` is used when the head has no decoder of its own."""
+        return F.linear(self._hidden(states_KD), self._decoder(tied_CD), self.bias)
+
+    def nll(self, states_KD: Tensor, labels_K: Tensor, tied_CD: Tensor) -> Tensor:
+        """Cross entropy of each row's label (int64 [K]), float32 [K], without the logits of all rows in memory."""
+        return kernels.picked_nll(self._hidden(states_KD), self._decoder(tied_CD), self.bias, labels_K)
+
+    def log_p_of(self, states_KD: Tensor, classes_A: Tensor, tied_CD: Tensor) -> Tensor:
+        """Log probabilities of the asked classes (int64 [A]) at every row, float32 [K, A]; memory as `nll`."""
+        return kernels.log_p_of(self._hidden(states_KD), self._decoder(tied_CD), self.bias, classes_A)
+
+    def _hidden(self, states_KD: Tensor) -> Tensor:
+        hidden_KD: Tensor = self.norm(F.gelu(self.dense(states_KD)))
+        return hidden_KD
+
+    def _decoder(self, tied_CD: Tensor) -> Tensor:
+        return tied_CD if self.decoder is None else self.decoder
 
 
 class Pooler(nn.Module):
@@ -40,13 +56,13 @@ class Pooler(nn.Module):
         super().__init__()
         self.dense = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, states_BLD: Tensor) -> Tensor:
-        return torch.tanh(self.dense(states_BLD[:, 0]))
+    def forward(self, states: Packed) -> Tensor:
+        return torch.tanh(self.dense(states.firsts()))
 
 
-def global_state(states_BLD: Tensor, projection_DD: Tensor) -> Tensor:
+def global_state(states: Packed, projection_DD: Tensor) -> Tensor:
     """`normalize(slot 0 @ projection)` -> [B, D] of length 1, at least float32 (norms are never half precision)."""
-    projected_BD = states_BLD[:, 0] @ projection_DD
+    projected_BD = states.firsts() @ projection_DD
     if projected_BD.dtype in (torch.float16, torch.bfloat16):
         projected_BD = projected_BD.float()
     return F.normalize(projected_BD, dim=-1)

@@ -4,23 +4,28 @@
     tag ids -> embeddings -+-> visual encoder -> regions --+
     regions -> linear -----+
 
-Legend: B samples, T text slots, G tag slots, R regions, D hidden, V embedding rows, W word rows, P phrases,
-F feature size, N picked slots.
+Sequences are packed (packed.py): the rows of all samples, one sample behind another, and how many each has.
+
+Legend: B samples, N rows of all samples, D hidden, V embedding rows, W word rows, P phrases, F feature size,
+K picked rows, A asked classes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mvptr_ds.model.config import MvptrConfig
-from mvptr_ds.model.embeddings import TAG_SEGMENT, TEXT_SEGMENT, SlotEmbeddings, gather_rows
-from mvptr_ds.model.encoder import Encoder, EncoderSizes
+from mvptr_ds.model.embeddings import TAG_SEGMENT, TEXT_SEGMENT, SlotEmbeddings
+from mvptr_ds.model.encoder import EXECUTIONS, Encoder, EncoderSizes
 from mvptr_ds.model.heads import Pooler, RowHead, global_state
+from mvptr_ds.model.kernels import ReadTable
+from mvptr_ds.model.packed import Packed, join, unjoin
 from mvptr_ds.model.vision import ImageBackbone, RegionEmbedding, backbone_structure, load_backbone_weights
 
 PARTS: dict[str, tuple[str, ...]] = {  # what a stage may train -> prefixes of parameter names
@@ -36,6 +41,16 @@ PARTS: dict[str, tuple[str, ...]] = {  # what a stage may train -> prefixes of p
     "regions": ("region_embedding.",),
 }
 _UNSET_ROW = -1
+
+
+@dataclass(frozen=True)
+class TableRows:
+    """What one pass reads of the embedding table, together, so that its gradient is written once."""
+
+    text_ND: Tensor
+    tags_ND: Tensor
+    words_WD: Tensor  # of the tied word heads
+    phrases_PD: Tensor | None  # of the phrase head, where it is asked for
 
 
 class Mvptr(PreTrainedModel):
@@ -124,68 +139,105 @@ class Mvptr(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.word_embeddings
 
+    def set_execution(self, execution: str, activation_checkpointing: bool = False, compiled: bool = False) -> None:
+        """How the encoders run; the states are the same.
+
+        Args:
+            execution: `packed` or `padded`, see `Encoder`.
+            activation_checkpointing: compute a layer's inner activations again in the backward pass.
+            compiled: torch.compile of the layers; cannot be undone.
+
+        Raises:
+            ValueError: another execution.
+        """
+        if execution not in EXECUTIONS:
+            raise ValueError(f"model.execution is {execution!r}; choose from {', '.join(EXECUTIONS)}")
+        for encoder in (self.text_encoder, self.visual_encoder, self.cross_encoder):
+            encoder.execution, encoder.activation_checkpointing = execution, activation_checkpointing
+            if compiled:
+                encoder.compile_layers()
+
     # --- encoders
 
-    def embed_regions(self, features_BRF: Tensor | None, images_B3HW: Tensor | None, geometry_BR6: Tensor) -> Tensor:
-        """Float features [B, R, F] or uint8 images [B, 3, H, W], and geometry [B, R, 6] -> [B, R, D].
+    def read_table(self, text_ids: Packed, tag_ids: Packed, phrases: bool = False) -> TableRows:
+        """The table's rows for a pass: of the texts, of the tags, and those that tied heads score against."""
+        asked = [text_ids.rows, tag_ids.rows, *([self.phrase_rows] if phrases else [])]
+        table: Tensor = self.embeddings.word_embeddings.weight
+        rows, words_WD = ReadTable.apply(table, torch.cat(asked), self.config.num_words)
+        parts = rows.split([len(ids) for ids in asked])
+        return TableRows(parts[0], parts[1], words_WD, parts[2] if phrases else None)
+
+    def embed_regions(self, features: Packed | None, images_B3HW: Tensor | None, geometry: Packed) -> Packed:
+        """Float features [N, F] or uint8 images [B, 3, H, W], and geometry [N, 6] -> [N, D].
 
         Raises:
             ValueError: when what the model's visual source needs is missing or of another size.
         """
-        return self.region_embedding(features_BRF, images_B3HW, geometry_BR6)
+        embedded: Packed = self.region_embedding(features, images_B3HW, geometry)
+        return embedded
 
-    def encode_text(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """int64 rows and bool mask [B, T] -> text states [B, T, D]."""
-        return self.text_encoder(self.embeddings(ids_BT, TEXT_SEGMENT), mask_BT)
+    def encode_text(self, ids: Packed, rows_ND: Tensor | None = None) -> Packed:
+        """int64 rows of the table [N] -> text states [N, D]; `rows_ND` where `read_table` has read them."""
+        states: Packed = self.text_encoder(self.embeddings(ids, TEXT_SEGMENT, rows_ND))
+        return states
 
     def encode_visual(
-        self, tag_ids_BG: Tensor, tag_mask_BG: Tensor, regions_BRD: Tensor, region_mask_BR: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Tags and embedded regions, with their bool masks -> tag states [B, G, D], region states [B, R, D]."""
-        tags_BGD = self.embeddings(tag_ids_BG, TAG_SEGMENT)
-        return _encode_pair(self.visual_encoder, tags_BGD, tag_mask_BG, regions_BRD, region_mask_BR)
+        self, tag_ids: Packed, regions: Packed, tag_rows_ND: Tensor | None = None
+    ) -> tuple[Packed, Packed]:
+        """int64 rows of the table and embedded regions [N, D] -> tag states and region states, [N, D] each."""
+        tags = self.embeddings(tag_ids, TAG_SEGMENT, tag_rows_ND)
+        return unjoin(self.visual_encoder(join(tags, regions)), tags.lengths)
 
     def encode_cross(
-        self, text_states_BTD: Tensor, text_mask_BT: Tensor, region_states_BRD: Tensor, region_mask_BR: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Text and region states of the uni-modal encoders -> both after cross encoding, same shapes."""
-        return _encode_pair(self.cross_encoder, text_states_BTD, text_mask_BT, region_states_BRD, region_mask_BR)
+        self, text: Packed, regions: Packed, pairs: Sequence[tuple[int, int]] | None = None
+    ) -> tuple[Packed, Packed]:
+        """Text and region states of the uni-modal encoders -> both after cross encoding.
 
-    def text_global(self, text_states_BTD: Tensor) -> Tensor:
-        """-> [B, D] of length 1, float32 (float64 for a float64 model)."""
-        return global_state(text_states_BTD, self.text_proj)
+        Args:
+            pairs: which text with which image, any number of times; default: those of the same number.
+        """
+        joined = join(text, regions, pairs)
+        text_of = range(len(text)) if pairs is None else [first for first, _ in pairs]
+        return unjoin(self.cross_encoder(joined), [text.lengths[i] for i in text_of])
 
-    def visual_global(self, tag_states_BGD: Tensor) -> Tensor:
+    def text_global(self, text_states: Packed) -> Tensor:
         """-> [B, D] of length 1, float32 (float64 for a float64 model)."""
-        return global_state(tag_states_BGD, self.visual_proj)
+        return global_state(text_states, self.text_proj)
+
+    def visual_global(self, tag_states: Packed) -> Tensor:
+        """-> [B, D] of length 1, float32 (float64 for a float64 model)."""
+        return global_state(tag_states, self.visual_proj)
 
     # --- heads
 
-    def pool(self, cross_text_states_BTD: Tensor) -> Tensor:
+    def pool(self, cross_text_states: Packed) -> Tensor:
         """tanh(linear) of slot 0 -> [B, D]."""
-        return self.pooler(cross_text_states_BTD)
+        pooled_BD: Tensor = self.pooler(cross_text_states)
+        return pooled_BD
 
     def itm_logits(self, pooled_BD: Tensor) -> Tensor:
         """-> [B, 2]; class 0 is a match. Source: REFERENCE, Losses 4."""
         return self.itm_head(pooled_BD)
 
-    def token_logits(self, states_ND: Tensor) -> Tensor:
-        """Cross-encoder (stage 1: text-encoder) states [N, D] -> logits over the words [N, W]."""
-        return self.token_head(states_ND, self._word_rows())
+    def token_logits(self, states_KD: Tensor) -> Tensor:
+        """Cross-encoder (stage 1: text-encoder) states [K, D] -> logits over the words [K, W]."""
+        return self.token_head(states_KD, self._word_rows())
 
-    def tag_logits(self, states_ND: Tensor) -> Tensor:
-        """Visual-encoder states [N, D] -> logits over the words [N, W]."""
-        return self.tag_head(states_ND, self._word_rows())
+    def tag_logits(self, states_KD: Tensor) -> Tensor:
+        """Visual-encoder states [K, D] -> logits over the words [K, W]."""
+        return self.tag_head(states_KD, self._word_rows())
 
-    def phrase_logits(self, states_ND: Tensor) -> Tensor:
-        """Text-encoder states [N, D] -> logits over the phrase vocabulary [N, P].
+    def phrase_logits(self, states_KD: Tensor) -> Tensor:
+        """Text-encoder states [K, D] -> logits over the phrase vocabulary [K, P].
 
         Raises:
             ValueError: when the model has no phrase head (num_phrases 0).
         """
         if not self.config.num_phrases:
             raise ValueError("num_phrases is 0: this model has no phrase head")
-        return self.phrase_head(states_ND, gather_rows(self.embeddings.word_embeddings.weight, self.phrase_rows))
+        # an unset row (-1) is an error of the indexing kernel, never the last row
+        table: Tensor = self.embeddings.word_embeddings.weight
+        return self.phrase_head(states_KD, table.index_select(0, self.phrase_rows))
 
     def set_phrase_rows(self, rows_P: Tensor) -> None:
         """Tells the embedding row of each phrase, int64 [P]; saved with the weights.
@@ -219,12 +271,3 @@ class Mvptr(PreTrainedModel):
 
     def _word_rows(self) -> Tensor:
         return self.embeddings.word_embeddings.weight[: self.config.num_words]
-
-
-def _encode_pair(
-    encoder: Encoder, first_BMD: Tensor, first_mask_BM: Tensor, second_BRD: Tensor, second_mask_BR: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Encodes two sequences as one and splits the states again."""
-    states = encoder(torch.cat([first_BMD, second_BRD], dim=1), torch.cat([first_mask_BM, second_mask_BR], dim=1))
-    num_first = first_BMD.shape[1]
-    return states[:, :num_first], states[:, num_first:]

@@ -1,6 +1,7 @@
 """Regions: a feature vector + 6 geometry numbers each, given or pooled from the image by RoIAlign.
 
-Legend: B samples, R regions, F feature size, D hidden, C channels, H W height and width of a map or image.
+Legend: B samples, R regions, N regions of all samples, F feature size, D hidden, C channels, H W height and width of
+a map or image.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoBackbone, AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from mvptr_ds.model.packed import Packed
 
 try:
     from torchvision.ops import roi_align as _library_roi_align
@@ -118,8 +121,8 @@ class RegionEmbedding(nn.Module):
         self.projection = nn.Linear(self.feature_dim + GEOMETRY_DIM, hidden_size)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, features_BRF: Tensor | None, images_B3HW: Tensor | None, geometry_BR6: Tensor) -> Tensor:
-        """Float features [B, R, F] or uint8 images [B, 3, H, W], and geometry [B, R, 6] -> [B, R, D].
+    def forward(self, features: Packed | None, images_B3HW: Tensor | None, geometry: Packed) -> Packed:
+        """Float features [N, F] or uint8 images [B, 3, H, W], and geometry [N, 6] -> [N, D].
 
         Raises:
             ValueError: when what this model's visual source needs is missing or of another size.
@@ -127,17 +130,19 @@ class RegionEmbedding(nn.Module):
         if self.backbone is not None:
             if images_B3HW is None:
                 raise ValueError("visual_source is image, but the batch has no images")
-            features_BRF = roi_align(self.backbone(images_B3HW), geometry_BR6[..., :4], self.roi_bins)
-        if features_BRF is None:
+            boxes_BR4 = geometry.padded()[..., :4]
+            pooled_BRF = roi_align(self.backbone(images_B3HW), boxes_BR4, self.roi_bins)
+            features = Packed.of_padded(pooled_BRF, geometry.lengths)
+        if features is None:
             raise ValueError("visual_source is features, but the batch has no region features")
-        if features_BRF.shape[-1] != self.feature_dim:
+        if features.rows.shape[-1] != self.feature_dim:
             raise ValueError(
-                f"region features have {features_BRF.shape[-1]} numbers, this model takes {self.feature_dim}: "
+                f"region features have {features.rows.shape[-1]} numbers, this model takes {self.feature_dim}: "
                 "set region_feature_dim (visual.feature_dim) to the shards' size"
             )
         dtype = self.projection.weight.dtype
-        joined = torch.cat([features_BRF.to(dtype), geometry_BR6.to(dtype)], dim=-1)
-        return self.dropout(self.projection(joined))
+        joined_NX = torch.cat([features.rows.to(dtype), geometry.rows.to(dtype)], dim=-1)
+        return geometry.like(self.dropout(self.projection(joined_NX)))
 
 
 def backbone_structure(name: str | None, from_scratch: dict[str, Any] | None) -> PretrainedConfig:

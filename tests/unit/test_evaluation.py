@@ -34,6 +34,7 @@ from mvptr_ds.evaluation.report import Evaluation, evaluate_model, evaluate_spli
 from mvptr_ds.evaluation.table import table
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.mvptr import Mvptr
+from mvptr_ds.model.packed import Packed
 from mvptr_ds.model_folder import save_model_folder
 
 CPU = torch.device("cpu")
@@ -120,45 +121,44 @@ class PlantedModel(nn.Module):
                 self.table_VD[row, SIGNAL.index(word)] = 1
         self.num_phrases, self.favourite = len(vocabs.phrases), vocabs.phrases.index_of(("dog",))
 
-    def encode_text(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    def encode_text(self, ids: Packed) -> Packed:
         assert not self.training
-        states_BTD = self.table_VD[ids_BT]
-        states_BTD[:, 0] = states_BTD.sum(1).clamp(max=1)
-        return states_BTD
+        states = ids.like(self.table_VD[ids.rows])
+        states.rows[states.starts] = states.padded().sum(1).clamp(max=1)
+        return states
 
-    def embed_regions(self, features_BRD: Tensor, images: None, geometry_BR6: Tensor) -> Tensor:
-        return features_BRD
+    def embed_regions(self, features: Packed, images: None, geometry: Packed) -> Packed:
+        return features
 
     @staticmethod
-    def union(regions_BRD: Tensor, mask_BR: Tensor) -> Tensor:
-        union_BD = (regions_BRD.round() * mask_BR[..., None]).sum(1).clamp(max=1)
+    def union(regions: Packed) -> Tensor:
+        union_BD = regions.padded().round().sum(1).clamp(max=1)
         union_BD[:, SIGNAL.index(PART)] = 0
         return union_BD
 
-    def encode_visual(
-        self, ids_BG: Tensor, mask_BG: Tensor, regions_BRD: Tensor, region_mask_BR: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def encode_visual(self, ids: Packed, regions: Packed) -> tuple[Packed, Packed]:
         """Tag slot k is the k-th distinct noun of the regions: as tags are laid out."""
-        tags_BGD = torch.zeros(*ids_BG.shape, len(SIGNAL))
-        for tags_GD, regions_RD, mask_R in zip(tags_BGD, regions_BRD, region_mask_BR, strict=True):
-            nouns = dict.fromkeys(regions_RD[mask_R, : len(NOUNS)].argmax(1).tolist())
+        tags = ids.like(torch.zeros(len(ids.rows), len(SIGNAL)))
+        parts = tags.rows.split(tags.lengths), regions.rows.split(regions.lengths)
+        for tags_GD, regions_RD in zip(*parts, strict=True):
+            nouns = dict.fromkeys(regions_RD[:, : len(NOUNS)].argmax(1).tolist())
             for slot, noun in list(enumerate(nouns, start=1))[: len(tags_GD) - 2]:
                 tags_GD[slot, noun] = 1
-        tags_BGD[:, 0] = self.union(regions_BRD, region_mask_BR)
-        return tags_BGD, regions_BRD
+        tags.rows[tags.starts] = self.union(regions)
+        return tags, regions
 
-    def encode_cross(self, text: Tensor, mask: Tensor, regions: Tensor, region_mask: Tensor) -> tuple[Tensor, Tensor]:
-        text = text.clone()
-        text[:, 0] -= self.union(regions, region_mask)
+    def encode_cross(self, text: Packed, regions: Packed) -> tuple[Packed, Packed]:
+        text = text.like(text.rows.clone())
+        text.rows[text.starts] -= self.union(regions)
         return text, regions
 
-    def text_global(self, states_BTD: Tensor) -> Tensor:
-        return F.normalize(states_BTD[:, 0], dim=-1)
+    def text_global(self, states: Packed) -> Tensor:
+        return F.normalize(states.firsts(), dim=-1)
 
     visual_global = text_global
 
-    def pool(self, states_BTD: Tensor) -> Tensor:
-        return states_BTD[:, 0]
+    def pool(self, states: Packed) -> Tensor:
+        return states.firsts()
 
     def itm_logits(self, pooled_BD: Tensor) -> Tensor:
         distance_B = pooled_BD.abs().sum(-1)

@@ -37,6 +37,8 @@ from mvptr_ds.evaluation.grounding import (
 from mvptr_ds.evaluation.matching import cross_with_own, hardest_images, score_matching
 from mvptr_ds.evaluation.recovery import recover_concepts
 from mvptr_ds.evaluation.retrieval import chance_recalls, recalls, score_pairs
+from mvptr_ds.model.packed import Packed
+from tests.packing import pack
 from tests.tiny import NUM_WORDS, REGIONS, tiny_model
 
 CPU = torch.device("cpu")
@@ -204,11 +206,10 @@ def test_the_pass_over_own_pairs_serves_matching_and_grounding() -> None:
     torch.testing.assert_close(match_C, alone, rtol=0, atol=1e-6)  # float32 of another padding
     for row_R, phrase in zip(sim_PR, asked, strict=True):
         c, image = phrase.caption, int(split.image_of_C[phrase.caption])
-        text_BTD, regions_BRD = model.encode_cross(
-            split.text_CTD[[c]], split.text_mask_CT[[c]], split.regions_IRD[[image]], split.region_mask_IR[[image]]
-        )
-        wanted_R = F.cosine_similarity(text_BTD[0, phrase.slot][None], regions_BRD[0], dim=-1)
-        wanted_R[~split.region_mask_IR[image]] = -INF
+        text = pack(split.text_CTD[[c]], split.text_mask_CT[[c]])
+        text, regions = model.encode_cross(text, pack(split.regions_IRD[[image]], split.region_mask_IR[[image]]))
+        wanted_R = torch.full((split.regions_IRD.shape[1],), -INF)
+        wanted_R[: len(regions.rows)] = F.cosine_similarity(text.rows[phrase.slot][None], regions.rows, dim=-1)
         torch.testing.assert_close(row_R, wanted_R, rtol=0, atol=1e-5)
 
 
@@ -309,16 +310,17 @@ def test_mcr_against_one_sample_at_a_time(tmp_path: Path) -> None:
         batch = next(iter(eval_batches(index, builder, 1, [number])))
         picked = batch.phrase_labels_BT != IGNORE
         ids = batch.text_ids_BT.masked_fill(picked, words.mask_id)
-        states = model.encode_text(ids, batch.text_mask_BT)[picked]
+        states = model.encode_text(pack(ids, batch.text_mask_BT)).padded()[picked]
         answers = model.phrase_logits(states).argmax(-1).tolist()
         seen["phrases"] += zip(answers, batch.phrase_labels_BT[picked].tolist(), strict=True)
         if number % 2:
             continue
-        regions = model.embed_regions(batch.region_features_BRF, None, batch.region_geometry_BR6)
-        embedded.append(regions[0])
+        assert batch.region_features_BRF is not None
+        regions = model.embed_regions(pack(batch.region_features_BRF), None, pack(batch.region_geometry_BR6))
+        embedded.append(regions.rows)
         picked = batch.tag_labels_BG != IGNORE
         ids = batch.tag_ids_BG.masked_fill(picked, words.mask_id)
-        states = model.encode_visual(ids, batch.tag_mask_BG, regions, batch.region_mask_BR)[0][picked]
+        states = model.encode_visual(pack(ids, batch.tag_mask_BG), regions)[0].padded()[picked]
         answers = model.tag_logits(states).argmax(-1).tolist()
         seen["tags"] += zip(answers, batch.tag_labels_BG[picked].tolist(), strict=True)
     split = split_input([2] * 30)
@@ -338,11 +340,11 @@ class Copies:
     dtype = torch.float32
     config = SimpleNamespace(num_phrases=1)
 
-    def encode_visual(self, ids_BG: Tensor, *rest: Tensor) -> tuple[Tensor, None]:
-        return ids_BG[..., None], None
+    def encode_visual(self, ids: Packed, regions: Packed) -> tuple[Packed, None]:
+        return ids.like(ids.rows[:, None]), None
 
-    def encode_text(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        return ids_BT[..., None]
+    def encode_text(self, ids: Packed) -> Packed:
+        return ids.like(ids.rows[:, None])
 
     def tag_logits(self, states_N1: Tensor) -> Tensor:
         return F.one_hot(states_N1[:, 0], 40_000)

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
 from mvptr_ds.model.convert import config_from_reference, from_reference
 from mvptr_ds.model.embeddings import TAG_SEGMENT, TEXT_SEGMENT
 from mvptr_ds.model.mvptr import Mvptr
+from mvptr_ds.model.packed import Packed
+from tests.packing import pack
 
 PARITY = Path(__file__).resolve().parents[2].parent / "shared" / "parity"
 # Rounding of float64 over six layers of hidden 32 stays below 1e-13; the attention mask's exp(-10000) is exactly 0.
@@ -43,21 +46,30 @@ def results(request: pytest.FixtureRequest) -> dict[str, Tensor]:
     tag_mask, region_mask = visual_mask[:, :num_tags], visual_mask[:, num_tags:]
     out: dict[str, Tensor] = {"valid.text": text_mask, "valid.visual": visual_mask}
     with torch.no_grad():
-        out["embeddings_text"] = model.embeddings(inputs["input_ids_a"], TEXT_SEGMENT)
-        out["embeddings_tags"] = model.embeddings(inputs["input_ids_b"], TAG_SEGMENT)
-        regions = model.embed_regions(inputs["img_feats"][..., :-6], None, inputs["img_feats"][..., -6:])
-        out["img_embedding"] = regions
-        text = model.encode_text(inputs["input_ids_a"], text_mask)
-        tags, seen = model.encode_visual(inputs["input_ids_b"], tag_mask, regions, region_mask)
-        out["txt_encoder"], out["vis_encoder"] = text, torch.cat([tags, seen], dim=1)
+        out["embeddings_text"] = model.embeddings(pack(inputs["input_ids_a"]), TEXT_SEGMENT).padded()
+        out["embeddings_tags"] = model.embeddings(pack(inputs["input_ids_b"]), TAG_SEGMENT).padded()
+        features_BRX = inputs["img_feats"]
+        every = model.embed_regions(pack(features_BRX[..., :-6]), None, pack(features_BRX[..., -6:])).padded()
+        out["img_embedding"] = every
+        text = model.encode_text(pack(inputs["input_ids_a"], text_mask))
+        tags, seen = model.encode_visual(pack(inputs["input_ids_b"], tag_mask), pack(every, region_mask))
+        out["txt_encoder"] = slots(text, text_mask)
+        out["vis_encoder"] = torch.cat([slots(tags, tag_mask), slots(seen, region_mask)], dim=1)
         out["sim_mat"] = model.text_global(text) @ model.visual_global(tags).T
-        cross_text, cross_regions = model.encode_cross(text, text_mask, seen, region_mask)
-        out["sequence_output"] = torch.cat([cross_text, cross_regions], dim=1)
+        cross_text, cross_regions = model.encode_cross(text, seen)
+        cross_text_BTD = slots(cross_text, text_mask)
+        out["sequence_output"] = torch.cat([cross_text_BTD, slots(cross_regions, region_mask)], dim=1)
         out["pooled"] = model.pool(cross_text)
         out["itm_logits"] = model.itm_logits(out["pooled"])
-        out["tag_mlm_logits"] = model.tag_logits(tags[inputs["masked_lm_labels_b"][:, :num_tags] >= 0])
-        out["text_mlm_logits"] = model.token_logits(cross_text[inputs["masked_lm_labels_a"] >= 0])
+        out["tag_mlm_logits"] = model.tag_logits(slots(tags, tag_mask)[inputs["masked_lm_labels_b"][:, :num_tags] >= 0])
+        out["text_mlm_logits"] = model.token_logits(cross_text_BTD[inputs["masked_lm_labels_a"] >= 0])
     return out
+
+
+def slots(states: Packed, mask: Tensor) -> Tensor:
+    """Padded to the recorded number of slots."""
+    padded = states.padded()
+    return F.pad(padded, (0, 0, 0, mask.shape[1] - padded.shape[1]))
 
 
 def _largest_difference(actual: Tensor, wanted: Tensor) -> float:

@@ -19,6 +19,7 @@ from mvptr_ds.config import Config, ItmConfig, TaskConfig, VscConfig, WeightsCon
 from mvptr_ds.data.collate import IGNORE, Batch, Sample, collate
 from mvptr_ds.hard_negatives import Draws
 from mvptr_ds.model.mvptr import Mvptr
+from mvptr_ds.packed_batch import PackedBatch
 from mvptr_ds.task import STAGE1_OBJECTIVES, STAGE2_OBJECTIVES, Task
 from tests.tiny import TEXT_SLOTS, sample, tiny_model, whole_batch
 
@@ -249,15 +250,14 @@ def test_grounding_by_the_cross_encoder_compares_the_own_pair_with_the_mismatche
 
     same = batch.image_index_B[:, None] == batch.image_index_B[None, :]
     others = hard_negatives.choose("random", same.double(), same, draws.itm_N).tolist()
-    text_BTD = model.encode_text(batch.text_ids_BT, batch.text_mask_BT)
-    _, regions_BRD = task._encode_visual(batch)
+    packed = PackedBatch.of(batch)
+    texts = model.encode_text(packed.text_ids)
+    _, images = model.encode_visual(packed.tag_ids, model.embed_regions(packed.features, None, packed.geometry))
 
     def score(text: int, image: int) -> float:
-        pair = slice(text, text + 1), slice(image, image + 1)
-        text_mask, region_mask = batch.text_mask_BT[pair[0]], batch.region_mask_BR[pair[1]]
-        words, regions = model.encode_cross(text_BTD[pair[0]], text_mask, regions_BRD[pair[1]], region_mask)
-        phrases = F.normalize(words[0][batch.phrase_mask_BT[text]], dim=-1)
-        sims = phrases @ F.normalize(regions[0][batch.region_mask_BR[image]], dim=-1).T
+        words, regions = model.encode_cross(texts.take([text]), images.take([image]))
+        phrases = F.normalize(words.rows[packed.phrase_mask.take([text]).rows], dim=-1)
+        sims = phrases @ F.normalize(regions.rows, dim=-1).T
         return float(sims.max(-1).values.mean().detach())
 
     wanted = 0.0

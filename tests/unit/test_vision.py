@@ -14,6 +14,7 @@ from transformers import ConvNextConfig, ConvNextModel
 from mvptr_ds.model import vision
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.mvptr import Mvptr
+from tests.packing import pack
 
 CONVNEXT: dict[str, Any] = {"model_type": "convnext", "hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}
 RESNET: dict[str, Any] = {
@@ -127,15 +128,15 @@ def test_regions_come_from_the_image_at_their_box(backbone: dict[str, Any], bins
     model = image_model(backbone_config=backbone, roi_bins=bins).eval()
     assert model.config.region_feature_dim == 16 * bins**2
     pixels, geometry = images(), boxes()
-    regions = model.embed_regions(None, pixels, geometry)
+    regions = model.embed_regions(None, pixels, pack(geometry)).padded()
     assert regions.shape == (2, 3, 16)
-    assert not torch.allclose(model.embed_regions(None, 255 - pixels, geometry), regions)
-    swapped = model.embed_regions(None, pixels.flip(0), geometry.flip(0))
+    assert not torch.allclose(model.embed_regions(None, 255 - pixels, pack(geometry)).padded(), regions)
+    swapped = model.embed_regions(None, pixels.flip(0), pack(geometry.flip(0))).padded()
     torch.testing.assert_close(swapped.flip(0), regions)
     with pytest.raises(ValueError, match="no images"):
-        model.embed_regions(torch.zeros(2, 3, 16), None, geometry)
+        model.embed_regions(pack(torch.zeros(2, 3, 16)), None, pack(geometry))
     with pytest.raises(ValueError, match=r"torch\.float32, expected uint8"):
-        model.embed_regions(None, pixels.float(), geometry)
+        model.embed_regions(None, pixels.float(), pack(geometry))
 
 
 def test_images_are_normalised_as_imagenet() -> None:
@@ -167,7 +168,7 @@ def test_backbone_trains() -> None:
     losses = []
     for _ in range(30):
         # The projection stays as it is and geometry is the same in all images: only the backbone can lower the loss.
-        logits = model.embed_regions(None, pixels, geometry).sum(-1).flatten()
+        logits = model.embed_regions(None, pixels, pack(geometry)).rows.sum(-1)
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels)
         optimiser.zero_grad()
         loss.backward()
@@ -181,7 +182,7 @@ def test_batch_norm_stays_frozen_in_training() -> None:
     model = image_model(backbone_config=RESNET, hidden_dropout=0.0).train()
     before = {n: b.clone() for n, b in model.named_buffers()}
     assert any(name.endswith("running_mean") for name in before)
-    model.embed_regions(None, images(), boxes()).sum().backward()
+    model.embed_regions(None, images(), pack(boxes())).rows.sum().backward()
     assert all(torch.equal(b, before[n]) for n, b in model.named_buffers())
     affine = [p for n, p in model.named_parameters() if "normalization.weight" in n]
     assert affine and all(p.requires_grad and p.grad is not None for p in affine)
@@ -191,7 +192,7 @@ def test_frozen_backbone_has_no_gradient_and_belongs_to_no_part() -> None:
     model = image_model(freeze_backbone=True).train()
     backbone = model.region_embedding.backbone
     assert backbone is not None and not any(module.training for module in backbone.net.modules())
-    model.embed_regions(None, images(), boxes()).sum().backward()
+    model.embed_regions(None, images(), pack(boxes())).rows.sum().backward()
     assert all(p.grad is None and not p.requires_grad for p in backbone.parameters())
     projection = "region_embedding.projection"
     assert model.parameters_of(["regions"]) == [f"{projection}.weight", f"{projection}.bias"]
@@ -212,8 +213,8 @@ def test_pretrained_backbone_comes_from_a_folder_once(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "backbone").rename(tmp_path / "gone")  # a saved model needs its own folder only
     loaded = Mvptr.from_pretrained(tmp_path / "model").eval()
-    regions = model.eval().embed_regions(None, images(), boxes())
-    assert torch.equal(loaded.embed_regions(None, images(), boxes()), regions)
+    regions = model.eval().embed_regions(None, images(), pack(boxes()))
+    assert torch.equal(loaded.embed_regions(None, images(), pack(boxes())).rows, regions.rows)
 
 
 def test_unknown_backbones_are_refused() -> None:

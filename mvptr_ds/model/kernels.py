@@ -1,0 +1,218 @@
+"""Which implementation each operation of the model uses, and why: chosen here, reported by `report`.
+
+Everything works with torch alone. NVIDIA's apex and flash_attn serve where they are installed and the device is CUDA.
+
+Legend: K picked rows, C classes, D hidden, x leading dimensions.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+SDPA_EACH = "scaled_dot_product_attention, a call a sequence"
+SDPA_NESTED = "scaled_dot_product_attention on a nested jagged tensor"
+TORCH_FLASH = "torch.nn.attention.varlen.varlen_attn"
+FLASH_ATTN = "flash_attn.flash_attn_varlen_qkvpacked_func"
+APEX_NORM = "apex.normalization.fused_layer_norm"
+TORCH_NORM = "torch.nn.functional.layer_norm"
+_HALF = (torch.float16, torch.bfloat16)
+_LOGITS_AT_ONCE = 2**24  # 64 MiB of float32: 549 rows of 30,522 words
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One line of the report."""
+
+    operation: str
+    implementation: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.operation}: {self.implementation} ({self.reason})"
+
+
+# --- attention within packed sequences
+
+
+def attention(device: torch.device, dtype: torch.dtype, dropout: float) -> Choice:
+    """The kernel of `SegmentAttention` (attention.py bears the calls themselves)."""
+    return _attention(device.type, dtype, dropout > 0.0)
+
+
+@functools.lru_cache
+def _attention(device_type: str, dtype: torch.dtype, drops: bool) -> Choice:
+    name = "attention"
+    if device_type != "cuda":
+        return Choice(name, SDPA_EACH, f"the device is {device_type}")
+    if dtype not in _HALF:
+        return Choice(name, SDPA_NESTED, f"flash kernels take half precision, this is {_short(dtype)}")
+    if importlib.util.find_spec("flash_attn") is not None:
+        return Choice(name, FLASH_ATTN, "flash_attn is installed")
+    if drops:
+        return Choice(name, SDPA_NESTED, "attention drops out, which varlen_attn cannot; flash_attn is not installed")
+    if not _has_varlen():
+        return Choice(name, SDPA_NESTED, f"torch {torch.__version__} has no varlen_attn; flash_attn is not installed")
+    return Choice(name, TORCH_FLASH, "no dropout; flash_attn is not installed")
+
+
+def _has_varlen() -> bool:
+    return importlib.util.find_spec("torch.nn.attention.varlen") is not None
+
+
+# --- layer norm
+
+
+class LayerNorm(nn.LayerNorm):
+    """`torch.nn.LayerNorm` over the last dimension, by apex's kernel where that serves; same parameters, same state."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or layer_norm(input.device).implementation == TORCH_NORM:
+            return super().forward(input)
+        from apex.normalization import fused_layer_norm
+
+        # the plain function wants parameters of the input's dtype, the other one answers in theirs
+        same = input.dtype == self.weight.dtype
+        name = "fused_layer_norm_affine" if same else "mixed_dtype_fused_layer_norm_affine"
+        normalise = getattr(fused_layer_norm, name)
+        out: Tensor = normalise(input, self.weight, self.bias, torch.Size(self.normalized_shape), self.eps)
+        return out.to(input.dtype)
+
+
+def layer_norm(device: torch.device) -> Choice:
+    """The kernel of `LayerNorm`."""
+    name = "LayerNorm"
+    if device.type != "cuda":
+        return Choice(name, TORCH_NORM, f"the device is {device.type}")
+    missing = _what_apex_lacks()
+    return Choice(name, TORCH_NORM, missing) if missing else Choice(name, APEX_NORM, "apex is installed")
+
+
+@functools.lru_cache
+def _what_apex_lacks() -> str:
+    """Empty where NVIDIA's apex and its kernels are there. It is not imported: PyPI's `apex` is another project."""
+    found = importlib.util.find_spec("apex")
+    if found is None:
+        return "apex is not installed"
+    folders = found.submodule_search_locations or []
+    if not any((Path(folder) / "normalization" / "fused_layer_norm.py").is_file() for folder in folders):
+        return "the apex that is installed is not NVIDIA's"
+    if importlib.util.find_spec("fused_layer_norm_cuda") is None:
+        return "apex was built without its CUDA extensions"
+    return ""
+
+
+# --- heads over many classes
+
+
+def picked_nll(hidden_KD: Tensor, weight_CD: Tensor, bias_C: Tensor, labels_K: Tensor) -> Tensor:
+    """Cross entropy of each row's label by `hidden @ weight.T + bias`, at least float32 [K].
+
+    Never more than 64 MiB of logits exist at a time: several parts are computed again in the backward pass.
+    """
+    return _in_parts(_nll, hidden_KD, weight_CD, bias_C, labels_K)
+
+
+def log_p_of(hidden_KD: Tensor, weight_CD: Tensor, bias_C: Tensor, classes_A: Tensor) -> Tensor:
+    """Log probabilities of the asked classes, int64 [A], at every row: at least float32 [K, A]; as `picked_nll`."""
+
+    def part(hidden: Tensor, weight: Tensor, bias: Tensor, _: Tensor) -> Tensor:
+        logits = _logits(hidden, weight, bias)
+        return logits[:, classes_A] - logits.logsumexp(-1, keepdim=True)
+
+    return _in_parts(part, hidden_KD, weight_CD, bias_C, hidden_KD.new_empty(len(hidden_KD), 0))
+
+
+def _nll(hidden_KD: Tensor, weight_CD: Tensor, bias_C: Tensor, labels_K: Tensor) -> Tensor:
+    return F.cross_entropy(_logits(hidden_KD, weight_CD, bias_C), labels_K, reduction="none")
+
+
+def _logits(hidden_KD: Tensor, weight_CD: Tensor, bias_C: Tensor) -> Tensor:
+    logits_KC = F.linear(hidden_KD, weight_CD, bias_C)
+    return logits_KC.float() if logits_KC.dtype in _HALF else logits_KC
+
+
+def _in_parts(function, hidden_KD: Tensor, weight_CD: Tensor, bias_C: Tensor, beside_Kx: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    num_at_once = max(1, _LOGITS_AT_ONCE // len(weight_CD))
+    if len(hidden_KD) <= num_at_once:
+        return function(hidden_KD, weight_CD, bias_C, beside_Kx)
+    parts = zip(hidden_KD.split(num_at_once), beside_Kx.split(num_at_once), strict=True)
+    return torch.cat([checkpoint(function, hidden, weight_CD, bias_C, b, use_reentrant=False) for hidden, b in parts])
+
+
+# --- the embedding table
+
+
+class ReadTable(torch.autograd.Function):
+    """Rows of the table, and its first rows as a matrix for tied heads: one gradient of the table for both.
+
+    Autograd alone writes a gradient of the whole table for each lookup and each head, and adds them up. Here lookups
+    give one row each, and the table's gradient is written once. That once is what AdamW wants, which decays every row,
+    and what DeepSpeed's ZeRO wants, which copies gradients into flat buckets (docs/performance.md).
+    """
+
+    @staticmethod
+    def forward(ctx, weight_VD: Tensor, ids_N: Tensor, num_first: int) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(ids_N)
+        ctx.num_rows = len(weight_VD)
+        ctx.set_materialize_grads(False)
+        return weight_VD.index_select(0, ids_N), weight_VD[:num_first]
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:  # type: ignore[no-untyped-def]
+        to_rows_ND, to_first_WD = grads
+        given = to_rows_ND if to_rows_ND is not None else to_first_WD
+        if given is None:
+            return None, None, None
+        total_VD = given.new_empty(ctx.num_rows, given.shape[1])
+        num_first = 0
+        if to_first_WD is not None:
+            num_first = len(to_first_WD)
+            total_VD[:num_first] = to_first_WD
+        total_VD[num_first:].zero_()
+        if to_rows_ND is not None:
+            total_VD.index_add_(0, ctx.saved_tensors[0], to_rows_ND)
+        return total_VD, None, None
+
+
+def report(
+    device: torch.device, dtype: torch.dtype, dropout: float, execution: str, compiled: bool, checkpointing: bool
+) -> list[Choice]:
+    """What each operation of a training step uses.
+
+    Args:
+        dropout: of attention.
+    """
+    if execution == "packed":
+        lines = [Choice("padding", "none: valid positions packed", "model.execution=packed")]
+        lines.append(attention(device, dtype, dropout))
+    else:
+        lines = [Choice("padding", "to the longest of the batch", f"model.execution={execution}")]
+        lines.append(Choice("attention", "scaled_dot_product_attention with a mask", "padded"))
+    norm = layer_norm(device)
+    if compiled and norm.implementation != TORCH_NORM:
+        norm = Choice("LayerNorm", TORCH_NORM, "model.compile fuses it with its neighbours")
+    fused = "torch.compile" if compiled else "torch's separate kernels"
+    lines += [
+        norm,
+        Choice("bias, GELU, dropout, residual", fused, f"model.compile={str(compiled).lower()}"),
+        Choice("word heads", "picked rows, logits in parts of 64 MiB", "cross entropy in float32"),
+        Choice("embedding gradient", "one write of the table", "optimisers and ZeRO take it whole"),
+        Choice(
+            "activations",
+            "computed again in the backward pass" if checkpointing else "kept",
+            f"model.activation_checkpointing={str(checkpointing).lower()}",
+        ),
+    ]
+    return lines
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

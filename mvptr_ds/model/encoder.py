@@ -89,4 +89,5 @@ class Encoder(nn.Module):
     def compile_layers(self) -> None:
         """torch.compile of what is row by row; attention keeps its own kernel, whose lengths change every step."""
         for layer in self.layers:
-            layer.after_attention = torch.compile(layer.after_attention, dynamic=True)
+            assert isinstance(layer, EncoderLayer)
+            setattr(layer, "after_attention", torch.compile(layer.after_attention, dynamic=True))  # noqa: B010

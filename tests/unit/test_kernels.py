@@ -1,0 +1,240 @@
+"""Which kernel serves, the heads over many classes, and the one gradient of the embedding table."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mvptr_ds.config import TaskConfig, WeightsConfig
+from mvptr_ds.model import kernels
+from mvptr_ds.model.packed import Packed
+from mvptr_ds.task import Task
+from tests.tiny import TEXT_SLOTS, tiny_model, whole_batch
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+HALF, FULL = torch.bfloat16, torch.float32
+
+
+@pytest.fixture(autouse=True)
+def _fresh_choices() -> Any:
+    """What is installed is looked up once a process; these tests change it."""
+    caches = kernels._attention, kernels._what_apex_lacks
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+    for name in [name for name in sys.modules if name.split(".")[0] in ("apex", "flash_attn")]:
+        del sys.modules[name]
+
+
+def installed(folder: Path, monkeypatch: pytest.MonkeyPatch, **files: str) -> None:
+    """Importable modules with this content; `__` stands for a folder's slash."""
+    for name, content in files.items():
+        path = folder / f"{name.replace('__', '/')}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for parent in path.relative_to(folder).parents[:-1]:
+            (folder / parent / "__init__.py").touch()
+        path.write_text(content)
+    monkeypatch.syspath_prepend(str(folder))
+
+
+# --- attention
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "dropout", "wanted"),
+    [
+        (CPU, FULL, 0.0, kernels.SDPA_EACH),
+        (CPU, HALF, 0.1, kernels.SDPA_EACH),
+        (CUDA, FULL, 0.0, kernels.SDPA_NESTED),
+        (CUDA, HALF, 0.1, kernels.SDPA_NESTED),
+        (CUDA, torch.float16, 0.0, kernels.TORCH_FLASH),
+        (CUDA, HALF, 0.0, kernels.TORCH_FLASH),
+    ],
+)
+def test_attention_by_device_dtype_and_dropout(
+    device: torch.device, dtype: torch.dtype, dropout: float, wanted: str
+) -> None:
+    assert kernels.attention(device, dtype, dropout).implementation == wanted
+
+
+def test_flash_attn_serves_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(tmp_path, monkeypatch, flash_attn="")
+    assert kernels.attention(CUDA, HALF, 0.1).implementation == kernels.FLASH_ATTN
+    assert kernels.attention(CUDA, FULL, 0.1).implementation == kernels.SDPA_NESTED
+    assert kernels.attention(CPU, HALF, 0.1).implementation == kernels.SDPA_EACH
+
+
+# --- layer norm: a stand-in with the signatures of NVIDIA's apex (apex/normalization/fused_layer_norm.py)
+
+APEX = """
+import torch
+calls = []
+
+def fused_layer_norm_affine(input, weight, bias, normalized_shape, eps=1e-6, memory_efficient=False):
+    assert input.dtype == weight.dtype == bias.dtype
+    return _norm("plain", input, weight, bias, normalized_shape, eps)
+
+def mixed_dtype_fused_layer_norm_affine(input, weight, bias, normalized_shape, eps=1e-6, memory_efficient=False):
+    return _norm("mixed", input, weight, bias, normalized_shape, eps).to(weight.dtype)
+
+def _norm(kind, input, weight, bias, normalized_shape, eps):
+    calls.append((kind, tuple(input.shape), normalized_shape, eps))
+    return torch.nn.functional.layer_norm(input, normalized_shape, weight.to(input.dtype), bias.to(input.dtype), eps)
+"""
+
+
+def test_apex_normalises_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(tmp_path, monkeypatch, apex__normalization__fused_layer_norm=APEX, fused_layer_norm_cuda="")
+    choice = kernels.layer_norm(CUDA)
+    assert (choice.implementation, choice.reason) == (kernels.APEX_NORM, "apex is installed")
+    assert kernels.layer_norm(CPU).implementation == kernels.TORCH_NORM
+    monkeypatch.setattr(kernels, "layer_norm", lambda device: choice)  # as if this device were CUDA
+    norm = kernels.LayerNorm(6, eps=1e-12)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(norm(x), F.layer_norm(x, (6,), norm.weight, norm.bias, 1e-12))
+    assert norm(x.bfloat16()).dtype == torch.bfloat16
+    calls = sys.modules["apex.normalization.fused_layer_norm"].calls  # type: ignore[attr-defined]
+    assert calls == [(kind, (4, 6), torch.Size([6]), 1e-12) for kind in ("plain", "mixed")]
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ({}, "apex is not installed"),
+        ({"apex__interfaces": "raise RuntimeError('imported')"}, "the apex that is installed is not NVIDIA's"),
+        ({"apex__normalization__fused_layer_norm": APEX}, "apex was built without its CUDA extensions"),
+    ],
+)
+def test_what_is_no_apex(files: dict[str, str], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(tmp_path, monkeypatch, **files)
+    choice = kernels.layer_norm(CUDA)
+    assert (choice.implementation, choice.reason) == (kernels.TORCH_NORM, reason)
+    assert "apex" not in sys.modules  # PyPI's apex is another project: nothing runs it
+
+
+def test_layer_norm_is_torchs_in_state_and_values() -> None:
+    ours, theirs = kernels.LayerNorm(6), torch.nn.LayerNorm(6)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    x = torch.randn(3, 6)
+    assert torch.equal(ours(x), theirs(x))
+
+
+# --- heads over many classes
+
+
+@pytest.mark.parametrize("num", [0, 1, 7])
+@pytest.mark.parametrize("at_once", [2, 100])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_cross_entropy_in_parts(num: int, at_once: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_LOGITS_AT_ONCE", at_once * 11)
+    generator = torch.Generator().manual_seed(num)
+    hidden, weight, bias = (
+        torch.randn(*size, generator=generator).to(dtype).requires_grad_() for size in ((num, 5), (11, 5), (11,))
+    )
+    labels = torch.randint(0, 11, (num,), generator=generator)
+    logits = F.linear(hidden, weight, bias)
+    wanted = F.cross_entropy(logits.float() if dtype == torch.bfloat16 else logits, labels, reduction="none")
+    found = kernels.picked_nll(hidden, weight, bias, labels)
+    classes = torch.tensor([3, 3, 0])
+    log_p = kernels.log_p_of(hidden, weight, bias, classes)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5  # the logits are bfloat16 in both, the rest is float32
+    torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance)
+    assert log_p.shape == (num, 3)
+    for i in range(num):
+        row = F.linear(hidden, weight, bias)[i].double().log_softmax(-1)
+        torch.testing.assert_close(log_p[i].double(), row[classes], rtol=0, atol=tolerance * 10)
+    grads = [torch.autograd.grad(x.sum(), (hidden, weight, bias)) for x in (found, wanted)]
+    loose = 1e-12 if dtype == torch.float64 else 0.05  # sums of parts are rounded to bfloat16
+    torch.testing.assert_close(*grads, rtol=0, atol=loose)
+
+
+def test_parts_are_as_small_as_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    logits = kernels._logits
+    monkeypatch.setattr(kernels, "_logits", lambda h, w, b: (seen.append(len(h)), logits(h, w, b))[1])
+    monkeypatch.setattr(kernels, "_LOGITS_AT_ONCE", 40)
+    hidden = torch.randn(7, 5, requires_grad=True)
+    kernels.picked_nll(hidden, torch.randn(11, 5), torch.zeros(11), torch.zeros(7, dtype=torch.int64)).sum().backward()
+    assert max(seen) == 3 and sum(seen) == 14  # 7 forward, 7 again in the backward pass
+
+
+# --- the embedding table
+
+
+def test_the_tables_gradient_is_that_of_separate_lookups() -> None:
+    model = tiny_model().double()
+    table = model.embeddings.word_embeddings.weight
+    text, tags = Packed(torch.tensor([3, 31, 3]), (3,)), Packed(torch.tensor([4, 3]), (1, 1))
+    weights = [torch.randn(num, 16, dtype=torch.float64) for num in (3, 2, 30, 6)]
+
+    def gradient(*parts: Tensor) -> Tensor:
+        total = sum((part * weight).sum() for part, weight in zip(parts, weights, strict=False))
+        return torch.autograd.grad(total, table)[0]  # type: ignore[arg-type]
+
+    rows = model.read_table(text, tags, phrases=True)
+    assert rows.phrases_PD is not None
+    found = gradient(rows.text_ND, rows.tags_ND, rows.words_WD, rows.phrases_PD)
+    torch.testing.assert_close(
+        found, gradient(table[text.rows], table[tags.rows], table[:30], table[model.phrase_rows]), rtol=0, atol=1e-14
+    )
+    rows = model.read_table(text, tags)
+    assert rows.phrases_PD is None
+    only_rows = gradient(rows.text_ND)
+    assert only_rows.abs().sum(1).nonzero().flatten().tolist() == [3, 31]
+    rows = model.read_table(text, tags)
+    only_words = torch.autograd.grad((rows.words_WD * weights[2]).sum(), table)[0]
+    assert torch.equal(only_words[:30], weights[2]) and not only_words[30:].any()
+
+
+def test_a_step_writes_the_tables_gradient_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Source: docs/performance.md; autograd alone wrote one for each of three lookups and two heads."""
+    sizes: list[tuple[int, ...]] = []
+    backward = kernels.ReadTable.backward
+
+    def counting(ctx: Any, *grads: Tensor | None) -> Any:
+        out = backward(ctx, *grads)
+        sizes.append(tuple(out[0].shape))
+        return out
+
+    monkeypatch.setattr(kernels.ReadTable, "backward", staticmethod(counting))
+    weights = WeightsConfig(mcr_tags=1.0, mlm=1.0, mcr_regions=1.0, mcr_phrases=1.0)
+    task = Task(tiny_model(), "stage1", weights, TaskConfig(), max_text_slots=TEXT_SLOTS, max_steps=1, seed=0)
+    loss = task(whole_batch(), 0).loss
+    writers = {type(node).__name__ for node in _graph(loss)} & {"EmbeddingBackward0", "SliceBackward0"}
+    loss.backward()
+    assert sizes == [(36, 16)]
+    assert writers == {"EmbeddingBackward0"}  # of the position embeddings
+
+
+def _graph(loss: Tensor) -> set[Any]:
+    seen: set[Any] = set()
+    todo = [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [parent for parent, _ in node.next_functions]
+    return seen
+
+
+# --- the report
+
+
+def test_the_report_names_each_operation_once_with_its_reason() -> None:
+    lines = kernels.report(CPU, FULL, 0.1, "packed", compiled=False, checkpointing=True)
+    assert len({line.operation for line in lines}) == len(lines) == 7
+    text = "\n".join(map(str, lines))
+    assert "attention: scaled_dot_product_attention, a call a sequence (the device is cpu)" in text
+    assert "activations: computed again in the backward pass (model.activation_checkpointing=true)" in text
+    padded = kernels.report(CPU, FULL, 0.1, "padded", compiled=True, checkpointing=False)
+    assert "padding: to the longest of the batch (model.execution=padded)" in "\n".join(map(str, padded))
+    assert any(line.implementation == "torch.compile" for line in padded)

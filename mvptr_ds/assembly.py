@@ -24,9 +24,11 @@ from mvptr_ds.data.shards import Index, SampleIndex, ensure_index
 from mvptr_ds.data.storage import ReadOptions
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.demo.build import build_demo_shards
+from mvptr_ds.model import kernels
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.convert import init_from_bert, load_bert
 from mvptr_ds.model.mvptr import Mvptr
+from mvptr_ds.optim import optimizer_choice
 
 logger = logging.getLogger(__name__)
 NO_MASKING = MaskingConfig(word_prob=0.0, phrase_prob=0.0, tag_prob=0.0)
@@ -316,4 +318,14 @@ def build_model(config: Config, vocabs: Vocabs) -> Mvptr:
         state = load_bert(config.run.init_from_bert)
         for line in init_from_bert(model, state, vocabs.phrases.pieces(vocabs.words)):
             logger.info("from %s: %s", config.run.init_from_bert, line)
+    model.set_execution(config.model.execution, config.model.activation_checkpointing, config.model.compile)
     return model
+
+
+def kernel_report(config: Config, device: torch.device, dtype: torch.dtype) -> list[kernels.Choice]:
+    """Which implementation each operation of training uses on this device, and why."""
+    model = config.model
+    found = kernels.report(
+        device, dtype, model.attention_dropout, model.execution, model.compile, model.activation_checkpointing
+    )
+    return [*found, optimizer_choice(config.optim, device)]

@@ -99,6 +99,9 @@ class ModelConfig:
     attention_dropout: float = 0.1
     initializer_range: float = 0.02  # standard deviation of fresh weights; about 0.55 / sqrt(hidden_size)
     tie_word_heads: bool = True
+    execution: str = "packed"  # encoders on the valid positions alone | padded: the same states, for comparison
+    compile: bool = False  # torch.compile of the encoder layers
+    activation_checkpointing: bool = False  # a layer's activations are computed again in the backward pass
 
 
 @dataclass

@@ -45,6 +45,7 @@ def evaluate(run: Path, overrides: list[str], out: Path) -> dict[str, Any]:
     path = find_model(run)
     model, vocabs, config = load_model_folder(path)
     config = override_config(config, overrides)
+    model.set_execution(config.model.execution)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)  # type: ignore[arg-type]  # transformers' wrapper of nn.Module.to hides its types
     index = open_held_out(config.data, out / "joins")

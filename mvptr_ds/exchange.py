@@ -4,8 +4,8 @@ A sample's states are its valid slots, one row each; those of a rank lie packed,
 slot goes follows from two numbers a sample, its length and the sample that it asks for, which all ranks tell each
 other first; the rows then travel in one all-to-all, and their gradients in another one back.
 
-Legend: B samples of this rank, S samples of all ranks, R ranks, N rows of this rank's samples, M rows that it gets,
-T slots of padded states; x stands for any further dimensions.
+Legend: B samples of this rank, S samples of all ranks, R ranks, N rows of this rank's samples, M rows that it gets;
+x stands for any further dimensions.
 """
 
 from __future__ import annotations
@@ -71,22 +71,6 @@ class Route:
             return parallel.all_to_all(sent.to(torch.uint8), self.num_sent_R, self.num_got_R)[self.restored].bool()
         got: Tensor = _AllToAll.apply(sent, self.num_sent_R, self.num_got_R)
         return got[self.restored]
-
-
-def fetch_padded(
-    mask_BT: Tensor, padded: list[Tensor], wanted_B: Tensor, across: bool = True
-) -> tuple[Tensor, list[Tensor]]:
-    """The wanted samples' slots out of padded tensors [B, T, ...] with a common mask: their mask, and the tensors."""
-    route = Route(mask_BT.sum(1), wanted_B, across)
-    slots_T = torch.arange(max(route.lengths), device=mask_BT.device)
-    got_mask_BT = slots_T < route.lengths_B[:, None]
-    out = []
-    for slots_BTx in padded:
-        rows_Mx = route.fetch(slots_BTx[mask_BT])
-        got_BTx = rows_Mx.new_zeros(*got_mask_BT.shape, *rows_Mx.shape[1:])
-        got_BTx[got_mask_BT] = rows_Mx
-        out.append(got_BTx)
-    return got_mask_BT, out
 
 
 def _starts(lengths: Tensor) -> Tensor:

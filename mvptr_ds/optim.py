@@ -9,6 +9,10 @@ import torch
 from torch import nn
 
 from mvptr_ds.config import OptimConfig, StageConfig
+from mvptr_ds.model.kernels import Choice, apex_lacks
+
+APEX_ADAM = "apex.optimizers.FusedAdam"
+TORCH_ADAM = "torch.optim.AdamW(fused=True)"
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
@@ -24,14 +28,45 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: fl
 
 
 def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig, learning_rate: float) -> torch.optim.Optimizer:
-    """AdamW in torch's fused implementation, which both CPU and CUDA have.
+    """AdamW by the kernel of `optimizer_choice`. Its state goes into any other of them.
 
     Raises:
         ValueError: another name.
     """
+    device = groups[0]["params"][0].device if groups else torch.device("cpu")
+    settings: dict[str, Any] = {"lr": learning_rate, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    if optimizer_choice(config, device).implementation == APEX_ADAM:
+        from apex.optimizers import FusedAdam
+
+        optimizer: torch.optim.Optimizer = FusedAdam(groups, **settings, adam_w_mode=True)
+    else:
+        optimizer = torch.optim.AdamW(groups, **settings, fused=True)
+    optimizer.register_load_state_dict_pre_hook(_steps_where_they_belong)
+    return optimizer
+
+
+def optimizer_choice(config: OptimConfig, device: torch.device) -> Choice:
+    """The kernel of `build_optimizer`, and why."""
     if config.name != "adamw":
         raise ValueError(f"optim.name is {config.name!r}; choose from adamw")
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    if device.type != "cuda":
+        return Choice("optimiser", TORCH_ADAM, f"the device is {device.type}")
+    missing = apex_lacks("optimizers/fused_adam.py", "amp_C")
+    return Choice("optimiser", TORCH_ADAM, missing) if missing else Choice("optimiser", APEX_ADAM, "apex is installed")
+
+
+def _steps_where_they_belong(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """torch counts the steps of each parameter, apex those of a group: a state of either is made to serve both."""
+    groups = [dict(group) for group in state["param_groups"]]
+    moments = {number: dict(values) for number, values in state["state"].items()}
+    for group in groups:
+        trained = [moments[number] for number in group["params"] if number in moments]
+        steps = {float(values["step"]) for values in trained if "step" in values}
+        step = max(steps, default=float(group.get("step", 0)))
+        for values in trained:
+            values.setdefault("step", torch.tensor(step))
+        group["step"] = int(step)
+    return {**state, "state": moments, "param_groups": groups}
 
 
 def learning_rate_at(step: int, stage: StageConfig) -> float:

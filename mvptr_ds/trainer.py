@@ -109,6 +109,8 @@ class Trainer:
         self.engine, *_ = deepspeed.initialize(model=self.task, optimizer=optimizer, config=filled)
         self._catch_write_errors()
         torch.manual_seed(self.seed + 1_000_003 * (1 + parallel.rank()))  # dropout differs between ranks
+        for line in assembly.kernel_report(config, self.device, self._dtype(filled)):
+            logger.info("%s", line)
         num_trained = sum(p.numel() for _, p in parameters)
         logger.info(
             "%s: %.1f M parameters trained on %d ranks (%s), %d samples a step, %d samples in %s",
@@ -117,8 +119,7 @@ class Trainer:
         )  # fmt: skip
 
     def _build_meters(self, filled: dict[str, Any]) -> Meters:
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._precision(filled), torch.float32)
-        peak = device_peak(self.device, dtype)
+        peak = device_peak(self.device, self._dtype(filled))
         logger.info("MFU is a share of %.3g TFLOPS: %s", peak.tflops, peak.source)
         meters = Meters(self.device, self.dataset.names, StepFlops(self.task, parallel.num_ranks()), peak)
         parallel.time_collectives(lambda: meters.clock("communication"))
@@ -127,6 +128,10 @@ class Trainer:
     @staticmethod
     def _precision(filled: dict[str, Any]) -> str:
         return next((name for name in ("bf16", "fp16") if filled[name].get("enabled")), "float32")
+
+    @classmethod
+    def _dtype(cls, filled: dict[str, Any]) -> torch.dtype:
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cls._precision(filled), torch.float32)
 
     @property
     def seed(self) -> int:

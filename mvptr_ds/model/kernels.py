@@ -91,20 +91,23 @@ def layer_norm(device: torch.device) -> Choice:
     name = "LayerNorm"
     if device.type != "cuda":
         return Choice(name, TORCH_NORM, f"the device is {device.type}")
-    missing = _what_apex_lacks()
+    missing = apex_lacks("normalization/fused_layer_norm.py", "fused_layer_norm_cuda")
     return Choice(name, TORCH_NORM, missing) if missing else Choice(name, APEX_NORM, "apex is installed")
 
 
 @functools.lru_cache
-def _what_apex_lacks() -> str:
-    """Empty where NVIDIA's apex and its kernels are there. It is not imported: PyPI's `apex` is another project."""
+def apex_lacks(file: str, extension: str) -> str:
+    """What NVIDIA's apex lacks of a file and its built kernels; empty where all is there.
+
+    It is not imported for that: PyPI's `apex` is another project.
+    """
     found = importlib.util.find_spec("apex")
     if found is None:
         return "apex is not installed"
     folders = found.submodule_search_locations or []
-    if not any((Path(folder) / "normalization" / "fused_layer_norm.py").is_file() for folder in folders):
+    if not any((Path(folder) / file).is_file() for folder in folders):
         return "the apex that is installed is not NVIDIA's"
-    if importlib.util.find_spec("fused_layer_norm_cuda") is None:
+    if importlib.util.find_spec(extension) is None:
         return "apex was built without its CUDA extensions"
     return ""
 

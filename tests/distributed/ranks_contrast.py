@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mvptr_ds import exchange, parallel
+from mvptr_ds import parallel
 from mvptr_ds.exchange import Route
 from tests.distributed.contrast_cases import CASES, LOCAL, NUM_BATCHES, build, part
 
@@ -61,20 +61,6 @@ def check_routes() -> None:
     assert local.fetch(torch.tensor([5, 6, 7])).tolist() == [6, 7, 6, 7]
 
 
-def check_padded() -> None:
-    """Every rank asks the next one, whose samples are longer; the padding is dropped and made anew."""
-    rank, num = parallel.rank(), parallel.num_ranks()
-    lengths = [[1 + r, 2 + r] for r in range(num)]
-    mask_BT = torch.arange(lengths[rank][1] + 2) < torch.tensor(lengths[rank])[:, None]
-    places_BT = torch.arange(mask_BT.shape[1]) + 100 * rank + torch.tensor([[0], [50]])
-    there = (rank + 1) % num
-    got_mask, (got,) = exchange.fetch_padded(mask_BT, [places_BT], torch.tensor([1, 0]) + 2 * there)
-    assert got_mask.sum(1).tolist() == lengths[there][::-1] and got_mask.shape[1] == lengths[there][1]
-    first = 100 * there
-    assert got[0].tolist() == list(range(first + 50, first + 52 + there))
-    assert got[1].tolist() == [*range(first, first + 1 + there), 0]
-
-
 def run(name: str) -> list[dict[str, Any]]:
     """Loss and gradients of each global batch, of all ranks together."""
     num, results = parallel.num_ranks(), []
@@ -91,7 +77,6 @@ def run(name: str) -> list[dict[str, Any]]:
 def main() -> None:
     dist.init_process_group("gloo")
     check_routes()
-    check_padded()
     results = {name: run(name) for name in (*CASES, *LOCAL)}
     if parallel.is_main():
         torch.save(results, Path(sys.argv[1]) / "ranks.pt")

@@ -24,7 +24,7 @@ HALF, FULL = torch.bfloat16, torch.float32
 @pytest.fixture(autouse=True)
 def _fresh_choices() -> Any:
     """What is installed is looked up once a process; these tests change it."""
-    caches = kernels._attention, kernels._what_apex_lacks
+    caches = kernels._attention, kernels.apex_lacks
     for cache in caches:
         cache.cache_clear()
     yield

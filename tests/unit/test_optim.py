@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from torch import nn
 from mvptr_ds.config import OptimConfig, StageConfig
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.mvptr import Mvptr
-from mvptr_ds.optim import build_optimizer, learning_rate_at, parameter_groups
+from mvptr_ds.optim import build_optimizer, learning_rate_at, optimizer_choice, parameter_groups
 
 
 def test_warm_up_then_linear_decay_to_zero() -> None:
@@ -68,3 +70,38 @@ def test_adamw_takes_every_setting() -> None:
 def test_unknown_optimiser() -> None:
     with pytest.raises(ValueError, match=r"optim\.name is 'sgd'.*adamw"):
         build_optimizer([], OptimConfig(name="sgd"), 0.1)
+
+
+def test_the_state_of_one_kernel_serves_the_other() -> None:
+    """torch keeps `step` beside a parameter's moments, apex (apex/optimizers/fused_adam.py) in the group."""
+
+    def trained(num_steps: int) -> tuple[nn.Parameter, torch.optim.Optimizer]:
+        weight = nn.Parameter(torch.tensor([[2.0, -1.0]]))
+        optimizer = build_optimizer(parameter_groups([("w", weight)], 0.1), OptimConfig(), 0.01)
+        for step in range(num_steps):
+            weight.grad = torch.tensor([[4.0, -0.5]]) * (step + 1)
+            optimizer.step()
+        return weight, optimizer
+
+    straight, _ = trained(3)
+    weight, optimizer = trained(2)
+    state = optimizer.state_dict()
+    of_apex = {
+        "state": {0: {name: state["state"][0][name] for name in ("exp_avg", "exp_avg_sq")}},
+        "param_groups": [{**state["param_groups"][0], "step": 2, "bias_correction": True}],
+    }
+    for given in (of_apex, state):
+        resumed = nn.Parameter(weight.detach().clone())
+        other = build_optimizer(parameter_groups([("w", resumed)], 0.1), OptimConfig(), 0.01)
+        other.load_state_dict(copy.deepcopy(given))
+        assert other.param_groups[0]["step"] == 2  # where apex looks for it
+        resumed.grad = torch.tensor([[4.0, -0.5]]) * 3
+        other.step()
+        assert torch.equal(resumed, straight)
+
+
+def test_the_optimiser_says_which_kernel_it_is() -> None:
+    assert str(optimizer_choice(OptimConfig(), torch.device("cpu"))) == (
+        "optimiser: torch.optim.AdamW(fused=True) (the device is cpu)"
+    )
+    assert optimizer_choice(OptimConfig(), torch.device("cuda")).reason == "apex is not installed"

@@ -9,13 +9,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from mvptr_ds import parallel
 from mvptr_ds.config import Config, DataConfig, MaskingConfig, SourceConfig
+from mvptr_ds.data.batches import Batches
+from mvptr_ds.data.buckets import BucketedBatches
 from mvptr_ds.data.features import SampleBuilder, SampleOptions
 from mvptr_ds.data.joined import JoinedIndex, check_extractors, check_kinds, ensure_join, visual_extractors
-from mvptr_ds.data.loader import ShardDataset
+from mvptr_ds.data.lengths import Lengths, lengths_path, measure, write_lengths
+from mvptr_ds.data.loader import SampleDataset, ShardDataset
 from mvptr_ds.data.mixture import MixedDataset, Mixture, default_block, source_seed
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.plan import Plan
@@ -174,7 +178,7 @@ def open_sources(data: DataConfig, stage: str, joins: Path) -> dict[str, SampleI
     return indices
 
 
-def build_dataset(config: Config, vocabs: Vocabs, stage: str, seed: int, joins: Path) -> ShardDataset | MixedDataset:
+def build_dataset(config: Config, vocabs: Vocabs, stage: str, seed: int, joins: Path) -> SampleDataset:
     """The samples of a stage by their positions in the run. All ranks call it.
 
     Wrong tags are drawn from the list of the own source, which has the vocabulary of its detector.
@@ -233,6 +237,32 @@ def _check_pairs(index: SampleIndex, folder: str, who: str, remedy: str) -> None
             f"samples among {len(index)}; {who} image-text pairs: take them out, give what they lack in data.sidecars, "
             f"or {remedy}"
         )
+
+
+def build_batches(config: Config, dataset: SampleDataset, seed: int, joins: Path) -> Batches:
+    """Which positions make up each batch: as they come, or of samples of like lengths. All ranks call it.
+
+    Args:
+        joins: folder where the samples' lengths are kept.
+    """
+    batch_size, pool_batches = config.train.batch_size, config.data.bucket_batches
+    if pool_batches < 0:
+        raise ValueError(f"data.bucket_batches is {pool_batches}, must be 0 (no buckets) or above")
+    if pool_batches == 0:
+        return Batches(batch_size)
+    tables = [_open_lengths(source.index, source.builder, joins) for source in dataset.sources]
+    return BucketedBatches(batch_size, pool_batches, seed, Lengths(dataset, tables))
+
+
+def _open_lengths(index: SampleIndex, builder: SampleBuilder, folder: Path) -> np.ndarray:
+    """Maps the lengths of the samples; where they are not there, each rank measures its part of the records."""
+    path = lengths_path(index, builder, folder)
+    if not parallel.broadcast_object(path.is_file()):
+        ends = [index.num_records * part // parallel.num_ranks() for part in range(parallel.num_ranks() + 1)]
+        records = range(ends[parallel.rank()], ends[parallel.rank() + 1])
+        parts = parallel.gather_objects(measure(index, builder, records, show_progress=parallel.is_main()))
+        on_main(lambda: write_lengths(path, np.concatenate(parts)))
+    return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def build_vocabs(data: DataConfig) -> Vocabs:

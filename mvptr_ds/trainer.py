@@ -15,7 +15,6 @@ import torch
 
 from mvptr_ds import assembly, checkpointing, ds_config, model_folder, parallel
 from mvptr_ds.config import STAGES, Config
-from mvptr_ds.data.batches import Batches
 from mvptr_ds.data.collate import Batch
 from mvptr_ds.data.loader import make_loader
 from mvptr_ds.data.mixture import differences
@@ -80,7 +79,7 @@ class Trainer:
         evaluates = data.held_out is not None and self.config.train.evaluate_every_steps > 0
         self.held_out = assembly.open_held_out(data, joins) if evaluates else None
         self.dataset = assembly.build_dataset(self.config, self.vocabs, self.dir.name, self.seed, joins)
-        self.batches = Batches(self.config.train.batch_size)
+        self.batches = assembly.build_batches(self.config, self.dataset, self.seed, joins)
 
     def _build_task(self, stage: str, init_from: Path | None) -> None:
         config = self.config
@@ -265,6 +264,7 @@ class Trainer:
         state = {
             "stage": self.dir.name,
             "batch_size": self.config.train.batch_size,
+            "bucket_batches": self.config.data.bucket_batches,
             "samples_seen": self.step * self.config.train.batch_size,
             "data": self.dataset.fingerprint,
             "trained_parts": self.task.trained_parts(),
@@ -323,7 +323,12 @@ class Trainer:
         if path is None:
             return None
         state = checkpointing.read_state(path)
-        for name, here in (("num_ranks", parallel.num_ranks()), ("batch_size", self.config.train.batch_size)):
+        state.setdefault("bucket_batches", 0)
+        for name, here in (
+            ("num_ranks", parallel.num_ranks()),
+            ("batch_size", self.config.train.batch_size),
+            ("bucket_batches", self.config.data.bucket_batches),
+        ):
             if state[name] != here:
                 raise checkpointing.CheckpointError(
                     f"{path} was written with {name} {state[name]}, this run has {here}: start it with {state[name]}, "

@@ -12,7 +12,7 @@ import math
 import struct
 import tokenize
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -137,7 +137,7 @@ class SampleBuilder:
         """Geometry float32 [R, 6], then features float32 [R, F] or the image uint8 [3, H, W]; R = 0 without any."""
         options = self.options
         uses_features = options.visual_source == "features"
-        if not (record.regions or "npy" in members or any(extension in members for extension in IMAGE_EXTENSIONS)):
+        if not can_be_seen(record, members):
             nothing_R6 = np.zeros((0, 6), dtype=np.float32)
             if uses_features:
                 return nothing_R6, np.zeros((0, options.feature_dim or 0), dtype=np.float32), None
@@ -182,7 +182,7 @@ class SampleBuilder:
         pieces: list[int] = []
         candidates = [False]
         for number, tag in enumerate(tags):
-            of_tag = self._pieces_of(tag)
+            of_tag = self.pieces_of(tag)
             pieces += of_tag
             candidates += [number != wrong] * len(of_tag)
         ids_G = layout_tags(pieces, self.words.cls_id, self.words.sep_id, options.max_tag_slots)
@@ -206,13 +206,19 @@ class SampleBuilder:
         tags[number] = other
         return number
 
-    def _pieces_of(self, tag: str) -> list[int]:
+    def pieces_of(self, tag: str) -> list[int]:
+        """Wordpiece ids of a tag; most tags come again and again."""
         pieces = self._tag_pieces.get(tag)
         if pieces is None:
             if len(self._tag_pieces) >= _MAX_KNOWN_TAGS:
                 self._tag_pieces.clear()
             pieces = self._tag_pieces[tag] = self.words.encode(tag)[0]
         return pieces
+
+
+def can_be_seen(record: Record, members: Collection[str]) -> bool:
+    """Whether a record with these members has something to see; else it is text-only."""
+    return bool(record.regions) or "npy" in members or any(extension in members for extension in IMAGE_EXTENSIONS)
 
 
 @dataclass(frozen=True)

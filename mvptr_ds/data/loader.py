@@ -34,6 +34,31 @@ MAX_TRIES = 8
 class SampleDataset(Dataset[Sample]):
     """Samples by their position in a run."""
 
+    names: Sequence[str] = ()  # of the sources, where there are several
+
+    @property
+    @abstractmethod
+    def sources(self) -> list[ShardDataset]:
+        """What a mixture is of, or the one there is."""
+
+    @property
+    @abstractmethod
+    def num_samples(self) -> int:
+        """Of all sources."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str | dict[str, str]:
+        """Equal for equal samples in equal order; of a mixture by its parts."""
+
+    @abstractmethod
+    def epochs_before(self, position: int) -> dict[str, float]:
+        """How often each of several sources has been gone through before a position of the run."""
+
+    @abstractmethod
+    def numbers_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of the sources and of the samples in them, int64 [N] each, at positions int64 [N]."""
+
     @abstractmethod
     def __getitems__(self, positions: list[int]) -> list[Sample]:
         """Samples of a whole micro-batch (the name DataLoader looks for)."""
@@ -58,20 +83,23 @@ class ShardDataset(SampleDataset):
         self.plan = plan
         self.builder = builder
 
-    names: Sequence[str] = ()  # of the sources, where there are several
+    @property
+    def sources(self) -> list[ShardDataset]:
+        return [self]
 
     @property
     def num_samples(self) -> int:
         return self.plan.num_samples
 
-    def epochs_before(self, position: int) -> dict[str, float]:
-        """How often each of several sources has been gone through: here there is one, whose epochs say it all."""
-        return {}
-
     @property
     def fingerprint(self) -> str:
-        """Equal for equal samples in equal order."""
         return self.index.fingerprint
+
+    def epochs_before(self, position: int) -> dict[str, float]:
+        return {}
+
+    def numbers_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return np.zeros(len(positions), dtype=np.int64), self.plan.samples_at(positions)[1]
 
     def __getitem__(self, position: int) -> Sample:
         return self.load(position, *self.plan.sample_at(position))

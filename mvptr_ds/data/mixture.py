@@ -147,19 +147,21 @@ class MixedDataset(SampleDataset):
     def __init__(self, sources: Mapping[str, ShardDataset], mixture: Mixture) -> None:
         assert len(sources) == len(mixture.shares)
         self.names = list(sources)
-        self.sources = list(sources.values())
+        self._sources = list(sources.values())
         self.mixture = mixture
         num_records = [source.index.num_records for source in self.sources]
         self._first_images = np.cumsum([0, *num_records[:-1]]).tolist()
 
     @property
+    def sources(self) -> list[ShardDataset]:
+        return self._sources
+
+    @property
     def num_samples(self) -> int:
-        """Of all sources."""
         return sum(source.num_samples for source in self.sources)
 
     @property
     def fingerprint(self) -> dict[str, str]:
-        """Equal for mixtures that give the same samples in the same order: name -> weight and samples."""
         shares = {
             name: f"share {share}, samples {source.fingerprint[:16]}"
             for name, share, source in zip(self.names, self.mixture.shares, self.sources, strict=True)
@@ -167,7 +169,6 @@ class MixedDataset(SampleDataset):
         return {**shares, "mixture_block_samples": str(self.mixture.block_samples)}
 
     def epochs_before(self, position: int) -> dict[str, float]:
-        """How often each source has been gone through before this position of the run."""
         taken = self.mixture.taken_before(position)
         return {
             name: number / source.num_samples
@@ -185,6 +186,14 @@ class MixedDataset(SampleDataset):
             for number, source in enumerate(self.sources)
             for extent in source.remote_extents(places_N[sources_N == number].tolist())
         ]
+
+    def numbers_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        sources_N, places_N = self.mixture.places_at(positions)
+        numbers_N = np.empty_like(places_N)
+        for number, source in enumerate(self.sources):
+            own_N = sources_N == number
+            numbers_N[own_N] = source.plan.samples_at(places_N[own_N])[1]
+        return sources_N, numbers_N
 
     def __getitem__(self, position: int) -> Sample:
         return self.__getitems__([position])[0]

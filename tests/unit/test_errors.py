@@ -120,6 +120,7 @@ overrides("train-and-sources", "data.sources.coco.shards=coco")
 overrides("nothing-to-train-on", "data.train=null")
 overrides("demo-without-train", "data.train=null", "data.sources.coco.shards=coco", "data.demo_source=shapes")
 overrides("source-without-shards", "data.train=null", "data.sources.coco.weight=3")
+overrides("bucket-batches-value", "data.bucket_batches=-1")
 overrides("source-name", "data.train=null", "data.sources={co co: {shards: coco}}")
 overrides("source-weight", "data.train=null", "data.sources.coco={shards: coco, weight: 0}")
 overrides("unknown-demo-source", "data.demo_source=photos")
@@ -312,6 +313,12 @@ def checkpoint_of_other_ranks(place: Place) -> None:
 def checkpoint_of_another_batch(place: Place) -> None:
     place.checkpoint()
     place.arguments.append("train.batch_size=16")
+
+
+@case
+def checkpoint_of_other_buckets(place: Place) -> None:
+    place.checkpoint()
+    place.arguments.append("data.bucket_batches=4")
 
 
 @case

@@ -143,6 +143,8 @@ def test_a_few_samples_can_have_too_many_bad_ones() -> None:
 class SlowDataset(ShardDataset):
     """Samples of two hundredths of a second each."""
 
+    read_ahead_bytes = 0
+
     def __init__(self) -> None:
         pass
 

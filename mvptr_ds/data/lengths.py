@@ -1,0 +1,97 @@
+"""How many slots each sample fills, known before it is read: what buckets are drawn by.
+
+    DIR/lengths-0123456789abcdef.npy    uint8 [samples, 3]: slots of text, slots of tags, regions
+
+The name is a hash of the samples, of the vocabularies and of the caps. Every record is read once to make the file; it
+is then mapped. Tag noise is left out, and a record that cannot be read counts as empty: buckets need no more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from mvptr_ds.data.features import SampleBuilder, can_be_seen
+from mvptr_ds.data.layout import num_phrases_that_fit
+from mvptr_ds.data.loader import SampleDataset
+from mvptr_ds.data.schema import Caption, DataError, Record
+from mvptr_ds.data.shards import SampleIndex
+
+_VERSION = 1
+_NO_CAPTION = Caption("")
+_MOST = np.iinfo(np.uint8).max
+
+
+def lengths_path(index: SampleIndex, builder: SampleBuilder, folder: str | Path) -> Path:
+    """Where the lengths of these samples are kept."""
+    options = builder.options
+    caps = [options.max_tokens, options.max_text_slots, options.max_tag_slots, options.max_regions, options.grid_size]
+    content = [_VERSION, index.fingerprint, builder.phrases.fingerprint, caps]
+    return Path(folder) / f"lengths-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}.npy"
+
+
+def sample_lengths(record: Record, visual: bool, builder: SampleBuilder) -> np.ndarray:
+    """Slots of text, slots of tags and regions of each sample of a record, int64 [captions (at least 1), 3].
+
+    Args:
+        visual: whether there is something to see (`can_be_seen`).
+    """
+    options = builder.options
+    num_regions = min(len(record.regions) or (options.grid_size**2 if visual else 0), options.max_regions)
+    tags = dict.fromkeys(region.tag for region in record.regions if region.tag)
+    num_tag_slots = 2 + min(sum(len(builder.pieces_of(tag)) for tag in tags), options.max_tag_slots - 2)
+    out = []
+    for caption in record.captions or (_NO_CAPTION,):
+        num_tokens = len(builder.words.encode(caption.text)[0])
+        num_known = sum(builder.phrases.index_of(phrase.tuple) is not None for phrase in caption.phrases)
+        num_phrases = min(num_known, num_phrases_that_fit(num_tokens, options.max_tokens, options.max_text_slots))
+        num_text_slots = 2 + min(num_tokens, options.max_tokens, options.max_text_slots - 2) + num_phrases
+        out.append((num_text_slots, num_tag_slots, num_regions))
+    return np.array(out)
+
+
+def measure(index: SampleIndex, builder: SampleBuilder, records: range, show_progress: bool) -> np.ndarray:
+    """Lengths of the samples of these records (neighbours), uint8 [samples, 3]."""
+    out: list[np.ndarray] = []
+    for number in tqdm(records, unit="record", desc="lengths", delay=2.0, disable=not show_progress):
+        num_samples = len(index.samples_of(number))
+        lengths_N3 = np.zeros((num_samples, 3), dtype=np.int64)
+        try:
+            record, members = index.read(index.place(number))
+            found_N3 = sample_lengths(record, can_be_seen(record, members), builder)
+            lengths_N3[: len(found_N3)] = found_N3[:num_samples]
+        except (DataError, OSError):
+            pass  # told of when its sample is read
+        out.append(np.minimum(lengths_N3, _MOST).astype(np.uint8))
+    return np.concatenate(out) if out else np.zeros((0, 3), dtype=np.uint8)
+
+
+def write_lengths(path: Path, lengths_N3: np.ndarray) -> None:
+    """Writes the file through a temporary name, so that no reader sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with partial.open("wb") as file:
+        np.save(file, lengths_N3)
+    os.replace(partial, path)
+
+
+class Lengths:
+    """Of the samples at positions of a run. `tables`: the mapped file of each source, in their order."""
+
+    def __init__(self, dataset: SampleDataset, tables: Sequence[np.ndarray]) -> None:
+        self.dataset, self.tables = dataset, tables
+
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        """uint8 [N, 3] at positions int64 [N]."""
+        sources_N, numbers_N = self.dataset.numbers_at(positions)
+        out = np.empty((len(positions), 3), dtype=np.uint8)
+        for source, table in enumerate(self.tables):
+            here = sources_N == source
+            out[here] = table[numbers_N[here]]
+        return out

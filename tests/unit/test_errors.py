@@ -252,7 +252,7 @@ def mixture_block_too_short(place: Place) -> None:
 @case
 def text_only_source_in_stage_2(place: Place) -> None:
     mixture(place, pairs=3, text=1)
-    place.arguments.append("run.stages=[2]")
+    place.arguments += ["run.stages=[2]", "run.init_from=null"]
 
 
 @case

@@ -45,7 +45,8 @@ def test_a_report_says_where_the_time_went() -> None:
         time.sleep(0.01)
     report = meters.report()
     elapsed_s = time.perf_counter() - started_s
-    assert report["time/forward_frac"] > report["time/step_frac"] > 0.0 == report["time/backward_frac"]
+    assert report["time/forward_frac"] * elapsed_s >= 0.03 and report["time/step_frac"] * elapsed_s >= 0.01
+    assert report["time/backward_frac"] == 0.0
     assert report["time/forward_frac"] + report["time/step_frac"] <= 1.0
     batch = whole_batch()
     tokens = sum(int(m.sum()) for m in (batch.text_mask_BT, batch.tag_mask_BG, batch.region_mask_BR))

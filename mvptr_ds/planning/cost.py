@@ -1,0 +1,123 @@
+"""Bytes on the wire and time of a step: arithmetic on named assumptions, none of which was measured on a cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mvptr_ds.flops import Lengths
+from mvptr_ds.planning.memory import FLOAT32, Zero
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU with its memory and links, as vendors state them for the usual servers; none of it measured."""
+
+    name: str  # as timing.VENDOR_TFLOPS knows it
+    memory_gib: float
+    node_gb_per_s: float  # to the GPUs of its node, one direction
+    network_gb_per_s: float  # to other nodes: one adapter a GPU
+    bf16: bool = True
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("V100", 32, 150, 12.5, bf16=False),
+        Gpu("A100", 80, 300, 25),
+        Gpu("H100", 80, 450, 50),
+        Gpu("H200", 141, 450, 50),
+        Gpu("L40S", 48, 32, 25),
+        Gpu("A10", 24, 32, 12.5),
+        Gpu("RTX 4090", 24, 32, 12.5),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What no formula gives."""
+
+    efficiency: float = 0.35  # of the vendor's matrix-product peak that forward and backward reach
+    overlap: float = 0.5  # of the backward pass, which may hide the gradients' communication
+    link_efficiency: float = 0.7  # of the links' figures that collectives reach
+    loader_samples_per_core_s: float = 1_000.0
+    host_s: float = 0.05  # that Python needs to launch a micro-batch's kernels, however fast they are
+    overhead_gib: float = 2.0  # CUDA's context, NCCL's buffers, fragmentation
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that a rank sends in one optimiser step; it receives as many."""
+
+    gradients: float
+    parameters: float
+    contrast: float  # global states of VSC and their gradients
+    exchanged: float  # states of other samples, for ITM's and WPG's negatives, and their gradients
+
+    @property
+    def total(self) -> float:
+        return self.gradients + self.parameters + self.contrast + self.exchanged
+
+
+def traffic(
+    trained: int,
+    dim: int,
+    element_bytes: int,
+    zero: Zero,
+    num_ranks: int,
+    accumulation: int,
+    lengths: Lengths,
+    objectives: frozenset[str],
+) -> Traffic:
+    """Ring collectives: each rank sends (n - 1) / n of what is reduced or gathered.
+
+    Args:
+        lengths: of one rank's micro-batch.
+    """
+    share = (num_ranks - 1) / num_ranks
+    whole = trained * element_bytes * share
+    reductions = accumulation if zero.stage >= 2 else 1
+    gathers = {0: 1, 1: 1, 2: 1, 3: 2 * accumulation}[zero.stage]  # stage 0: the second half of an all-reduce
+    aligns = bool(objectives & {"vsc", "itm", "wpg", "wpg_cross"})
+    # both global states, float32: gathered, and their gradients reduced to their owners
+    contrast = 4 * lengths.samples * num_ranks * share * dim * FLOAT32 if aligns else 0.0
+    rows = 0.0
+    if objectives & {"itm", "wpg_cross"}:
+        rows += (lengths.text + lengths.regions) / 2  # half of the samples fetch a text, half an image
+    if "wpg" in objectives:
+        rows += lengths.regions
+    return Traffic(
+        gradients=reductions * whole,
+        parameters=gathers * whole,
+        contrast=accumulation * contrast,
+        exchanged=accumulation * 2 * rows * share * dim * element_bytes,
+    )
+
+
+def contrast_bytes(dim: int, samples: float, num_ranks: int, scores_bytes: float) -> float:
+    """Held for contrast: all global states with their gradients in float32, and the similarities of a chunk thrice."""
+    return 4 * samples * num_ranks * dim * FLOAT32 + 3 * scores_bytes
+
+
+@dataclass(frozen=True)
+class StepTime:
+    compute_s: float
+    gradients_s: float  # of communication, before hiding
+    other_communication_s: float
+    exposed_s: float  # what of the communication nothing hides
+
+    @property
+    def total_s(self) -> float:
+        return self.compute_s + self.exposed_s
+
+
+def step_time(
+    flop: float, peak_tflops: float, accumulation: int, sent: Traffic, gb_per_s: float, assumed: Assumptions
+) -> StepTime:
+    """Of one optimiser step: `flop` of one rank, its traffic over a link of so many GB/s."""
+    compute_s = max(flop / (assumed.efficiency * peak_tflops * 1e12), accumulation * assumed.host_s)
+    per_s = assumed.link_efficiency * gb_per_s * 1e9
+    gradients_s = sent.gradients / per_s
+    other_s = (sent.total - sent.gradients) / per_s
+    hidden_s = min(gradients_s, assumed.overlap * 2 / 3 * compute_s)  # the backward pass is two thirds
+    return StepTime(compute_s, gradients_s, other_s, gradients_s - hidden_s + other_s)

@@ -1,0 +1,171 @@
+"""Bytes that a rank holds: what DeepSpeed keeps of a model, and what its encoders keep for the backward pass.
+
+States follow DeepSpeed's own layout (runtime/zero/stage_1_and_2.py of the version in constraints.txt): the trained
+parameters of an optimiser group lie in one flat buffer, padded to twice the number of ranks; each rank owns an equal
+part of it, with float32 master weights and Adam's two moments, and the gradients of all parameters that reach into it.
+
+Legend: D hidden, F feed-forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mvptr_ds.flops import Lengths
+from mvptr_ds.model.config import MvptrConfig
+
+FLOAT32 = 4
+MASTER_AND_MOMENTS = 3 * FLOAT32
+ALIGNMENT = 2  # x ranks: what a flat buffer's length is a multiple of
+DEFAULTS = {"reduce_bucket_size": 5e8, "stage3_param_persistence_threshold": 1e5}
+
+
+@dataclass(frozen=True)
+class Zero:
+    """What the DeepSpeed JSON says of memory."""
+
+    stage: int
+    reduce_bucket_size: int  # elements
+    overlap_comm: bool
+    contiguous_gradients: bool
+    offload_optimizer: bool
+    persistence_threshold: int  # stage 3: smaller parameters are kept whole
+
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> Zero:
+        zero = content.get("zero_optimization", {})
+        stage = int(zero.get("stage", 0))
+        if stage not in (0, 1, 2, 3):
+            raise ValueError(f"zero_optimization.stage is {stage}; choose from 0, 1, 2, 3")
+        return cls(
+            stage=stage,
+            reduce_bucket_size=int(zero.get("reduce_bucket_size", DEFAULTS["reduce_bucket_size"])),
+            overlap_comm=bool(zero.get("overlap_comm", stage == 3)),
+            contiguous_gradients=bool(zero.get("contiguous_gradients", True)),
+            offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
+            persistence_threshold=int(
+                zero.get("stage3_param_persistence_threshold", DEFAULTS["stage3_param_persistence_threshold"])
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Of one rank's device, between the backward pass and the optimiser's step."""
+
+    parameters: int
+    gradients: int
+    optimizer: int  # float32 master weights and both moments
+    on_host: int  # what offloading keeps in the host's memory instead
+    all_gradients: int  # at the end of the backward pass: stages 0 and 1 hold those of every parameter until then
+    buckets: int  # DeepSpeed's buffers for gradients under way, during the backward pass
+    step: int  # float32 copy of the own gradients and what it is made from, during the optimiser's step
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer
+
+
+def state_bytes(
+    groups: Sequence[Sequence[int]], frozen: int, element_bytes: int, zero: Zero, num_ranks: int, rank: int
+) -> StateBytes:
+    """What a rank keeps of the weights.
+
+    Args:
+        groups: elements of each trained parameter, by optimiser group, in the optimiser's order.
+        frozen: elements that are not trained.
+        element_bytes: of a weight and its gradient: 2 for bf16 and fp16, 4 for float32.
+    """
+    parameters = frozen * element_bytes
+    gradients = optimizer = largest = 0
+    for group in groups:
+        total = sum(group)
+        if zero.stage == 0:
+            parameters += total * element_bytes
+            gradients += total * element_bytes
+            optimizer += total * (MASTER_AND_MOMENTS if element_bytes < FLOAT32 else 2 * FLOAT32)
+            continue
+        unit = ALIGNMENT * num_ranks
+        part = -(-total // unit) * ALIGNMENT
+        largest = max(largest, part)
+        optimizer += part * MASTER_AND_MOMENTS
+        if zero.stage == 3:
+            whole = sum(n for n in group if n <= zero.persistence_threshold)
+            parameters += (part + whole) * element_bytes
+            gradients += part * element_bytes
+        else:
+            parameters += part * num_ranks * element_bytes
+            gradients += _reaching_into(group, rank * part, (rank + 1) * part) * element_bytes
+    buffers = (2 if zero.overlap_comm else 1) if zero.contiguous_gradients and zero.stage in (1, 2) else 0
+    return StateBytes(
+        parameters=parameters,
+        gradients=gradients,
+        all_gradients=sum(map(sum, groups)) * element_bytes if zero.stage < 2 else gradients,
+        optimizer=0 if zero.offload_optimizer else optimizer,
+        step=0 if zero.offload_optimizer or not zero.stage else largest * (FLOAT32 + element_bytes),
+        on_host=optimizer if zero.offload_optimizer else 0,
+        buckets=buffers * zero.reduce_bucket_size * element_bytes,
+    )
+
+
+def _reaching_into(group: Sequence[int], first: int, stop: int) -> int:
+    """Elements of all parameters of which the part first..stop holds some: they are kept whole."""
+    kept = start = 0
+    for num in group:
+        if start < stop and start + num > first:
+            kept += num
+        start += num
+    return kept
+
+
+def largest_state_bytes(
+    groups: Sequence[Sequence[int]], frozen: int, element_bytes: int, zero: Zero, num_ranks: int
+) -> StateBytes:
+    """Of the rank with the most."""
+    every = (state_bytes(groups, frozen, element_bytes, zero, num_ranks, rank) for rank in range(num_ranks))
+    return max(every, key=lambda held: held.total)
+
+
+def activation_bytes(
+    lengths: Lengths,
+    model: MvptrConfig,
+    parts: frozenset[str],
+    num_cross_passes: int,
+    element_bytes: int,
+    checkpointing: bool,
+    num_groundings: int = 0,
+    mask_bytes: int = 1,
+) -> int:
+    """What the encoders keep for the backward pass of a micro-batch of these lengths.
+
+    A position of a layer keeps 9 D + 2 F elements: its input, query, key and value, attention's output twice (as the
+    kernel's own and joined for the next product), the input and output of the first norm, both sides of GELU, the
+    input of the second norm; and `mask_bytes` for each element that dropout decides on (a bool on CUDA, an element of
+    the states on a CPU). With activation checkpointing a
+    layer keeps its input, and one layer at a time the rest.
+
+    Each of `num_groundings` (phrases against an image's regions) keeps the normalised states in float32, and with half
+    precision their float32 copy.
+    """
+    dim, ffn = model.hidden_size, model.intermediate_size
+    dropped = dim * mask_bytes if model.hidden_dropout else 0  # bytes of one dropout's mask
+    a_layer = (9 * dim + 2 * ffn) * element_bytes + 2 * dropped + model.num_attention_heads * FLOAT32 + 4 * FLOAT32
+    stacks = {
+        "text": (model.num_text_layers, lengths.text),
+        "visual": (model.num_visual_layers, lengths.visual),
+        "cross": (model.num_cross_layers, num_cross_passes * lengths.cross),
+    }
+    used = [stack for name, stack in stacks.items() if name in parts]
+    layers = sum(num * positions for num, positions in used)
+    embedded = lengths.text + lengths.visual - lengths.regions
+    embeddings = embedded * (dim * element_bytes + dropped) + lengths.regions * (
+        (model.region_feature_dim + 6) * element_bytes + dropped
+    )
+    copies = 2 if element_bytes < FLOAT32 else 1
+    grounding = num_groundings * copies * (lengths.text + lengths.regions) * dim * FLOAT32
+    if not checkpointing:
+        return int(layers * a_layer + embeddings + grounding)
+    at_once = max(positions for _, positions in used) * a_layer
+    return int(layers * dim * element_bytes + at_once + embeddings + grounding)

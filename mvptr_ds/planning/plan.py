@@ -1,0 +1,196 @@
+"""One plan: a configuration, a DeepSpeed JSON and a cluster -> bytes, time, GPU-hours, loader cores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from mvptr_ds import assembly
+from mvptr_ds.config import Config
+from mvptr_ds.data.phrases import PhraseVocab
+from mvptr_ds.data.wordpiece import WordPiece
+from mvptr_ds.ds_config import fill_ds_config, micro_batch_size
+from mvptr_ds.flops import Lengths, StepFlops
+from mvptr_ds.model.mvptr import Mvptr
+from mvptr_ds.optim import parameter_groups
+from mvptr_ds.planning.cost import Assumptions, Gpu, contrast_bytes, step_time, traffic
+from mvptr_ds.planning.lengths import times
+from mvptr_ds.planning.memory import FLOAT32, Zero, activation_bytes, largest_state_bytes
+from mvptr_ds.task import Task
+from mvptr_ds.timing import vendor_tflops
+
+GIB, MIB = 2**30, 2**20
+PUBLISHED_ROWS, PUBLISHED_PHRASES = 86_051, 73_599
+
+
+@dataclass(frozen=True)
+class Cluster:
+    gpu: Gpu
+    num_nodes: int
+    gpus_per_node: int
+
+    @property
+    def num_gpus(self) -> int:
+        return self.num_nodes * self.gpus_per_node
+
+    @property
+    def gb_per_s(self) -> float:
+        """Of the slowest link that a ring over all GPUs crosses."""
+        return self.gpu.node_gb_per_s if self.num_nodes == 1 else self.gpu.network_gb_per_s
+
+
+def task_without_memory(config: Config, stage: str, vocab: tuple[int, int] | None = None) -> Task:
+    """The task of a stage with its true shapes, on torch's meta device.
+
+    Args:
+        vocab: rows of the embedding table and phrases, where there is no phrase vocabulary to ask.
+    """
+    words = WordPiece(config.data.word_vocab)
+    if vocab is None and config.data.phrase_vocab:
+        phrases = PhraseVocab.load(config.data.phrase_vocab, words)
+    else:
+        phrases = PhraseVocab.empty(words)
+    model_config = assembly.model_config(config, assembly.Vocabs(words, phrases))
+    if vocab is not None:
+        model_config.num_rows, model_config.num_phrases = vocab
+    with torch.device("meta"):
+        model = Mvptr(model_config)
+        return Task(
+            model,
+            stage,
+            config.stage(stage).weights,
+            config.task,
+            max_text_slots=config.data.max_text_slots,
+            max_steps=config.stage(stage).max_steps,
+            seed=0,
+        )
+
+
+def groups_of(task: Task, weight_decay: float) -> tuple[list[list[int]], int]:
+    """Elements of each trained parameter by optimiser group, and of all that are not trained."""
+    trained = set(task.model.parameters_of(task.trained_parts()))
+    named = [(n, p) for n, p in task.model.named_parameters() if n in trained]
+    groups = [[p.numel() for p in group["params"]] for group in parameter_groups(named, weight_decay)]
+    return groups, sum(p.numel() for p in task.model.parameters()) - sum(map(sum, groups))
+
+
+def make_plan(
+    config: Config,
+    stage: str,
+    task: Task,
+    ds_content: dict[str, Any],
+    cluster: Cluster,
+    mean: Lengths,
+    assumed: Assumptions,
+    num_samples: float,
+) -> dict[str, Any]:
+    """Everything that is foretold, as one flat JSON object; quantities end in their unit.
+
+    Args:
+        mean: of one sample.
+        num_samples: that the stage sees, whatever the batch.
+
+    Raises:
+        ValueError: the batch cannot be shared by the GPUs, or the JSON does not fit the configuration.
+    """
+    gpu, num = cluster.gpu, cluster.num_gpus
+    filled = fill_ds_config(ds_content, config.train, config.optim, num, bf16_supported=gpu.bf16, fp16_supported=True)
+    precision = next((name for name in ("bf16", "fp16") if filled[name].get("enabled")), "float32")
+    element_bytes = FLOAT32 if precision == "float32" else 2
+    dtype = torch.float32 if precision == "float32" else torch.float16
+    flops = StepFlops(task, num)
+    zero, model = Zero.of(filled), flops.model
+    micro, accumulation = micro_batch_size(config.train, num), config.train.accumulation_steps
+    lengths, objectives = times(mean, micro), frozenset(task.weights)
+
+    flop = flops.of_lengths(lengths) * accumulation
+    groups, frozen = groups_of(task, config.optim.weight_decay)
+    trained = sum(map(sum, groups))
+    states = largest_state_bytes(groups, frozen, element_bytes, zero, num)
+    passes = 2 if objectives & {"itm", "wpg_cross"} else 1
+    checkpointing = bool(getattr(config.model, "activation_checkpointing", False))
+    groundings = 2 * len(objectives & {"wpg", "wpg_cross"})  # with the own and with another image
+    kept = activation_bytes(lengths, model, flops.parts, passes, element_bytes, checkpointing, groundings)
+    aligns = bool(objectives & {"vsc", "itm", "wpg", "wpg_cross"})
+    scores_bytes = config.task.scores_mib * MIB
+    contrast = contrast_bytes(model.hidden_size, lengths.samples, num, scores_bytes) if aligns else 0.0
+    inputs = lengths.regions * model.region_feature_dim * FLOAT32
+    backward = states.parameters + states.optimizer + states.all_gradients + states.buckets + kept + contrast + inputs
+    peak = max(backward, states.total + states.step)
+
+    sent = traffic(trained, model.hidden_size, element_bytes, zero, num, accumulation, lengths, objectives)
+    tflops = vendor_tflops(gpu.name, dtype)
+    assert tflops is not None, gpu.name
+    took = step_time(flop, tflops, accumulation, sent, cluster.gb_per_s, assumed)
+    samples_per_s = micro * accumulation / took.total_s
+    return {
+        "gpus": num, "nodes": cluster.num_nodes, "gpu": gpu.name, "precision": precision, "zero_stage": zero.stage,
+        "stage": stage, "batch_size": config.train.batch_size, "micro_batch": micro,
+        "trained_parameters": trained, "frozen_parameters": frozen,
+        "parameters_gib": states.parameters / GIB, "gradients_gib": states.all_gradients / GIB,
+        "optimizer_gib": states.optimizer / GIB, "optimizer_on_host_gib": states.on_host / GIB,
+        "buckets_gib": states.buckets / GIB, "activations_gib": kept / GIB, "contrast_gib": contrast / GIB,
+        "batch_gib": inputs / GIB, "overhead_gib": assumed.overhead_gib,
+        "total_gib": peak / GIB + assumed.overhead_gib, "gpu_memory_gib": gpu.memory_gib,
+        "fits": peak / GIB + assumed.overhead_gib <= gpu.memory_gib,
+        "sent_gradients_gb": sent.gradients / 1e9, "sent_parameters_gb": sent.parameters / 1e9,
+        "sent_contrast_gb": sent.contrast / 1e9, "sent_states_gb": sent.exchanged / 1e9, "sent_gb": sent.total / 1e9,
+        "tflop_per_step": flop / 1e12, "compute_s": took.compute_s, "exposed_communication_s": took.exposed_s,
+        "step_s": took.total_s, "mfu_frac": flop / 1e12 / tflops / took.total_s,
+        "samples_per_s": samples_per_s * num, "loader_cores_per_gpu": samples_per_s / assumed.loader_samples_per_core_s,
+        "num_samples": num_samples, "gpu_hours": num_samples / samples_per_s / 3600,
+    }  # fmt: skip
+
+
+ROWS: Sequence[tuple[str, str, str]] = (  # key, what the table calls it, format
+    ("batch_size", "samples a step", "d"),
+    ("micro_batch", "micro-batch of a GPU", "d"),
+    ("", "memory of the fullest GPU, GiB", ""),
+    ("parameters_gib", "parameters", ".2f"),
+    ("gradients_gib", "gradients", ".2f"),
+    ("optimizer_gib", "optimiser", ".2f"),
+    ("buckets_gib", "gradient buckets", ".2f"),
+    ("activations_gib", "activations", ".2f"),
+    ("contrast_gib", "contrast", ".2f"),
+    ("batch_gib", "batch", ".2f"),
+    ("overhead_gib", "overhead (assumed)", ".2f"),
+    ("total_gib", "in all", ".1f"),
+    ("", "sent by a GPU in a step, GB", ""),
+    ("sent_gradients_gb", "gradients", ".2f"),
+    ("sent_parameters_gb", "parameters", ".2f"),
+    ("sent_contrast_gb", "global states", ".3f"),
+    ("sent_states_gb", "other samples' states", ".3f"),
+    ("", "speed", ""),
+    ("tflop_per_step", "TFLOP a GPU and step", ".2f"),
+    ("compute_s", "computing, s", ".3f"),
+    ("exposed_communication_s", "communication not hidden, s", ".3f"),
+    ("step_s", "a step, s", ".3f"),
+    ("mfu_frac", "MFU", ".0%"),
+    ("samples_per_s", "samples/s, all GPUs", ",.0f"),
+    ("loader_cores_per_gpu", "loader cores a GPU", ".1f"),
+    ("gpu_hours", "GPU-hours of the stage", ",.0f"),
+)
+
+
+def table(plans: Sequence[dict[str, Any]], mean: Lengths, assumed: Assumptions) -> str:
+    """The plans side by side, and what they rest on."""
+    first = plans[0]
+    rows = [("GPUs", [str(p["gpus"]) for p in plans])]
+    for key, label, how in ROWS:
+        rows.append((label, [format(p[key], how) for p in plans] if key else []))
+    width = max(len(label) for label, _ in rows) + 2
+    lines = [
+        f"{first['stage']}, {first['trained_parameters'] / 1e6:.1f} M trained parameters, {first['precision']}, ZeRO "
+        f"stage {first['zero_stage']}, {first['gpu']} ({first['gpu_memory_gib']:.0f} GiB)",
+        *(f"{label:{width}}" + "".join(f"{cell:>10}" for cell in cells) for label, cells in rows),
+    ]
+    if not all(p["fits"] for p in plans):
+        too_small = ", ".join(str(p["gpus"]) for p in plans if not p["fits"])
+        lines.append(f"DOES NOT FIT on {too_small} GPUs: a smaller micro-batch, activation checkpointing, or more GPUs")
+    said = {name: round(value, 1) for name, value in asdict(mean).items() if not name.endswith("pairs")}
+    lines += ["", "assumed, not measured: " + ", ".join(f"{k} {v}" for k, v in asdict(assumed).items())]
+    lines += ["a sample, on average: " + ", ".join(f"{k} {v}" for k, v in said.items() if k != "samples")]
+    return "\n".join(lines)

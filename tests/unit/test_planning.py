@@ -1,0 +1,180 @@
+"""Plans: formulas against what torch keeps, totals by hand, the command's table, JSON and errors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mvptr_ds.config import Config, load_config
+from mvptr_ds.data.collate import collate
+from mvptr_ds.ds_config import load_ds_config
+from mvptr_ds.flops import Lengths
+from mvptr_ds.planning.cost import GPUS, Assumptions, traffic
+from mvptr_ds.planning.lengths import Ranges, drawn, measured
+from mvptr_ds.planning.memory import Zero, activation_bytes, largest_state_bytes, state_bytes
+from mvptr_ds.planning.plan import PUBLISHED_PHRASES, PUBLISHED_ROWS, Cluster, groups_of, make_plan, task_without_memory
+from mvptr_ds.task import Task
+from tests.conftest import REPO
+from tests.tiny import sample, tiny_model
+
+Z2 = load_ds_config(REPO / "ds_configs/z2.json")
+BASE = load_config("base")
+SHARE = {"parameters", "gradients", "optimizer"}
+
+
+def saved_bytes(task: Task, lengths: tuple[int, int, int, int]) -> tuple[int, Lengths]:
+    """What autograd keeps of a forward pass, weights aside: unique storages of all saved tensors."""
+    tokens, phrases, tags, regions = lengths
+    batch = collate([sample(i, i, tokens, phrases, tags, regions) for i in range(8)])
+    weights = {p.untyped_storage().data_ptr() for p in task.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = task(batch, step=0)  # held: what is saved must not be freed and its address used again
+    assert output.loss.requires_grad
+    return sum(kept.values()), Lengths.of(batch)
+
+
+@pytest.mark.parametrize(("dtype", "dropout"), [(torch.float32, 0.0), (torch.float32, 0.1), (torch.bfloat16, 0.1)])
+def test_activations_are_what_autograd_keeps(dtype: torch.dtype, dropout: float) -> None:
+    """Within 10 %: word heads, losses and embeddings' indices are left out, and small beside so wide a model."""
+    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4}
+    layers = {"num_text_layers": 3, "num_visual_layers": 2, "num_cross_layers": 2}
+    model = tiny_model(**sizes, **layers, hidden_dropout=dropout, attention_dropout=0.0).to(dtype)  # type: ignore[arg-type]
+    weights = Config().stage2.weights
+    task = Task(model, "stage2", weights, Config().task, max_text_slots=16, max_steps=4, seed=0).train()
+    found, lengths = saved_bytes(task, (8, 3, 4, 12))
+    parts = frozenset(task.trained_parts())
+    masks = {"checkpointing": False, "num_groundings": 4, "mask_bytes": dtype.itemsize}  # of a CPU
+    planned = activation_bytes(lengths, model.config, parts, 2, dtype.itemsize, **masks)  # type: ignore[arg-type]
+    assert planned == pytest.approx(found, rel=0.1)
+
+
+def test_a_partition_keeps_whole_what_reaches_into_it() -> None:
+    """Two groups of 10 + 6 and 3 elements over two ranks: flat buffers of 16 and 4, parts of 8 and 2."""
+    zero = Zero.of({"zero_optimization": {"stage": 2}})
+    first, second = (state_bytes([[10, 6], [3]], 5, 2, zero, 2, rank) for rank in range(2))
+    assert first.parameters == second.parameters == 2 * (16 + 4 + 5)
+    assert first.optimizer == second.optimizer == 12 * (8 + 2)
+    assert (first.gradients, second.gradients) == (2 * (10 + 3), 2 * (10 + 6 + 3))
+    assert largest_state_bytes([[10, 6], [3]], 5, 2, zero, 2) == second
+
+
+def test_stages_divide_more_and_more() -> None:
+    groups, frozen = [[1000, 300_000, 200_000], [100]], 0
+    held = {s: state_bytes(groups, frozen, 2, Zero.of({"zero_optimization": {"stage": s}}), 8, 0) for s in range(4)}
+    assert held[0].total > held[1].total >= held[2].total > held[3].total
+    assert held[0].all_gradients == held[1].all_gradients > held[2].all_gradients
+    offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    on_host = state_bytes(groups, frozen, 2, Zero.of(offload), 8, 0)
+    assert on_host.optimizer == 0 and on_host.on_host == held[2].optimizer
+    with pytest.raises(ValueError, match=r"stage is 4; choose from 0, 1, 2, 3"):
+        Zero.of({"zero_optimization": {"stage": 4}})
+
+
+def test_the_published_model_has_its_parameters() -> None:
+    """REFERENCE: 198,660,471 with tied decoders; ours has a phrase head beside it."""
+    task = task_without_memory(BASE, "stage2", (PUBLISHED_ROWS, PUBLISHED_PHRASES))
+    groups, frozen = groups_of(task, 0.01)
+    phrase_head = sum(p.numel() for name, p in task.model.named_parameters() if name.startswith("phrase_head."))
+    assert frozen == phrase_head
+    assert sum(map(sum, groups)) == 198_660_471
+
+
+def test_what_is_sent() -> None:
+    lengths = Lengths(
+        samples=4, text=40, text_pairs=0, visual=0, visual_pairs=0, cross=0, cross_pairs=0, regions=80
+    )  # fmt: skip
+    zero = Zero.of({"zero_optimization": {"stage": 2}})
+    sent = traffic(1000, 16, 2, zero, 4, 2, lengths, frozenset({"vsc", "itm", "wpg"}))
+    assert sent.gradients == 2 * 1000 * 2 * 0.75  # each micro-batch's are reduced
+    assert sent.parameters == 1000 * 2 * 0.75
+    assert sent.contrast == 2 * 4 * 16 * 0.75 * 16 * 4  # two states and their gradients, of 16 samples, float32
+    assert sent.exchanged == 2 * 2 * ((40 + 80) / 2 + 80) * 0.75 * 16 * 2
+    alone = traffic(1000, 16, 2, zero, 1, 2, lengths, frozenset({"vsc", "itm", "wpg"}))
+    assert alone.total == 0.0
+
+
+def test_drawn_lengths_are_within_their_ranges_and_cuts() -> None:
+    mean = drawn(Ranges(), BASE.data, BASE.stage2.masking, with_images=False)
+    assert mean.samples == 1.0 and mean.text == pytest.approx(14 + 2.5 + 2, abs=0.1)
+    assert mean.regions == pytest.approx(35, abs=0.2) and mean.cross == pytest.approx(mean.text + mean.regions)
+    assert mean.cross_pairs > mean.cross**2 and mean.picked_tags == pytest.approx(0.15 * 13, abs=0.1)
+    assert 0.8 * mean.regions < mean.scored_regions < mean.regions
+
+
+def test_lengths_and_loader_measured_on_shards(tmp_path: Path) -> None:
+    from mvptr_ds.demo.build import build_demo_shards
+
+    build_demo_shards(tmp_path / "shards", "shapes", 48, 4, seed=0, num_processes=1)
+    names = {"train": "train", "word_vocab": "word_vocab.txt", "phrase_vocab": "phrase_vocab.json"}
+    paths = [f"data.{key}={tmp_path / 'shards' / name}" for key, name in names.items()]
+    mean, per_core_s = measured(load_config("demo", paths), "stage2", 20)
+    assert mean.samples == 1.0 and 4 < mean.text < 34 and 2 <= mean.regions <= 10 and per_core_s > 1
+
+
+def plan_of(num_nodes: int, batch_size: int, **assumed: float) -> dict[str, Any]:
+    config = load_config("base", [f"train.batch_size={batch_size}"])
+    task = task_without_memory(config, "stage2", (PUBLISHED_ROWS, PUBLISHED_PHRASES))
+    mean = drawn(Ranges(), config.data, config.stage2.masking, with_images=False)
+    cluster = Cluster(GPUS["A100"], num_nodes, 8)
+    return make_plan(config, "stage2", task, Z2, cluster, mean, Assumptions(**assumed), num_samples=1e6)
+
+
+def test_a_plan_of_the_base_model() -> None:
+    plan, larger = plan_of(1, 1024), plan_of(4, 4096)
+    assert plan["precision"] == "bf16" and plan["micro_batch"] == larger["micro_batch"] == 128
+    assert plan["parameters_gib"] == pytest.approx(2 * 198.7e6 / 2**30, rel=0.01)
+    assert plan["optimizer_gib"] == pytest.approx(12 * 198.7e6 / 8 / 2**30, rel=0.01)
+    assert larger["optimizer_gib"] == pytest.approx(plan["optimizer_gib"] / 4, rel=0.01)
+    assert plan["fits"] and plan["total_gib"] < 20
+    assert larger["exposed_communication_s"] > plan["exposed_communication_s"]  # the network is slower than NVLink
+    assert plan["mfu_frac"] <= 0.35 and plan_of(1, 1024, efficiency=0.7)["step_s"] < plan["step_s"]
+    hours = 1e6 / plan["samples_per_s"] * plan["gpus"] / 3600
+    assert plan["gpu_hours"] == pytest.approx(hours)
+    assert not plan_of(1, 65536)["fits"]
+
+
+def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
+    tool = [sys.executable, str(REPO / "tools/plan_run.py"), *arguments]
+    return subprocess.run(tool, capture_output=True, text=True, timeout=120)
+
+
+def test_the_command_prints_a_table_and_json() -> None:
+    done = run_tool("--gpu", "V100", "--nodes", "1,2", "--micro-batch", "32", "--efficiency", "0.3", "run.stages=[1]")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert [(p["gpus"], p["batch_size"], p["precision"], p["stage"]) for p in report["plans"]] == [
+        (8, 256, "fp16", "stage1"),
+        (16, 512, "fp16", "stage1"),
+    ]
+    assert report["assumed"]["efficiency"] == 0.3
+    for said in ("optimiser", "MFU", "loader cores a GPU", "efficiency 0.3", "73,599 phrases"):
+        assert said in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--gpu", "A1000"], 1, "--gpu is 'A1000'; choose from V100, A100, H100,"),
+        (["--nodes", "one"], 2, "--nodes is 'one', must be numbers such as 1 or 1,4,16"),
+        (["--nodes", "0"], 2, "--nodes is 0, must be at least 1"),
+        (["train.batch_size=100"], 1, "train.batch_size=100 cannot be shared by 8 ranks"),
+        (["--measure", "10", "data.train=nowhere"], 1, "nowhere holds no .tar file"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(arguments: list[str], code: int, message: str) -> None:
+    done = run_tool(*arguments)
+    assert done.returncode == code and message in done.stderr.splitlines()[-1], done.stderr

@@ -8,7 +8,18 @@ import platform
 import subprocess
 from pathlib import Path
 
-PACKAGES = ("mvptr_ds", "torch", "deepspeed", "transformers", "tokenizers", "webdataset", "numpy")
+# simplejpeg decodes JPEG where it is installed, Pillow elsewhere: their pixels differ by a little
+PACKAGES = (
+    "mvptr_ds",
+    "torch",
+    "deepspeed",
+    "transformers",
+    "tokenizers",
+    "webdataset",
+    "numpy",
+    "pillow",
+    "simplejpeg",
+)
 
 
 @functools.cache

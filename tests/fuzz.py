@@ -37,7 +37,8 @@ from webdataset import tariterators
 
 from mvptr_ds.corpus.record_checks import check_content
 from mvptr_ds.corpus.salvage import Break, Piece, pieces
-from mvptr_ds.data.features import SampleBuilder, SampleOptions, decode_image, read_features
+from mvptr_ds.data.features import SampleBuilder, SampleOptions, read_features
+from mvptr_ds.data.images import decode_image
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.schema import DataError, Record, SidecarEntry, parse_entry, parse_record
 from mvptr_ds.data.shards import build_index, read_record
@@ -354,7 +355,8 @@ def parse(data: bytes) -> bool:
 def read_npy(data: bytes) -> bool:
     def read() -> None:
         array = read_features({"npy": data}, NUM_REGIONS, FEATURE_DIM)
-        assert array.shape == (NUM_REGIONS, FEATURE_DIM) and array.dtype == np.float32 and np.isfinite(array).all()
+        assert array.shape == (NUM_REGIONS, FEATURE_DIM) and np.isfinite(array).all()
+        assert array.dtype in (np.float16, np.float32) and array.dtype.isnative
 
     return _accepts(read)
 

@@ -22,7 +22,7 @@ from PIL import Image
 from mvptr_ds.corpus.detection import Detections, RegionChoice, choose_regions
 from mvptr_ds.corpus.detector import Detector, DetectorSource, choose_device, find_model, load_detector
 from mvptr_ds.corpus.jobs import Summary, refuse_foreign_tars, run_units
-from mvptr_ds.data.features import MAX_IMAGE_PIXELS, decode_problem
+from mvptr_ds.data.images import MAX_IMAGE_PIXELS, decode_problem
 from mvptr_ds.data.schema import DataError, Extractor, parse_record
 from mvptr_ds.data.shards import MANIFEST_NAME, Index, ensure_index
 from mvptr_ds.data.sidecars import sidecar_json

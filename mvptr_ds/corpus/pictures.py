@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from PIL import ExifTags, Image
 
-from mvptr_ds.data.features import MAX_IMAGE_PIXELS, decode_problem
+from mvptr_ds.data.images import MAX_IMAGE_PIXELS, decode_problem
 from mvptr_ds.data.tars import MAX_MEMBER_BYTES
 
 MAX_DECODED_PIXELS = 89_000_000  # above it a picture is not decoded at all

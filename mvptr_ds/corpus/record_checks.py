@@ -14,7 +14,8 @@ from PIL import Image
 
 from mvptr_ds.corpus.phrase_words import wrong_spans
 from mvptr_ds.corpus.salvage import find_header
-from mvptr_ds.data.features import decode_image, decode_problem, read_features
+from mvptr_ds.data.features import read_features
+from mvptr_ds.data.images import decode_image, decode_problem
 from mvptr_ds.data.index import SIDECAR
 from mvptr_ds.data.scan import describe
 from mvptr_ds.data.schema import Caption, DataError, Record, SidecarEntry, parse_entry

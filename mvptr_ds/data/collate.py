@@ -5,6 +5,7 @@ Legend: B samples, T text slots, G tag slots, R regions, F feature size, H W ima
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -25,7 +26,9 @@ class Sample:
     tag_ids_G: np.ndarray  # int64 [CLS] tags [SEP], masked
     tag_labels_G: np.ndarray  # int64 wordpiece, or IGNORE
     region_geometry_R6: np.ndarray  # float32 x1/W y1/H x2/W y2/H w/W h/H
-    region_features_RF: np.ndarray | None  # float32; None when regions are pooled from the image; R = 0: any F
+    region_features_RF: (
+        np.ndarray | None
+    )  # float16 or float32, as stored; None when regions are pooled from the image; R = 0: any F
     image_3HW: np.ndarray | None  # uint8; None when features are given
     image_index: int  # number of the record among those of all sources: equal for captions of one image
     position: int  # place of the sample in the run (epoch x samples + position in the epoch)
@@ -49,7 +52,7 @@ class Batch:
     tag_labels_BG: Tensor  # int64
     region_geometry_BR6: Tensor  # float32
     region_mask_BR: Tensor  # bool
-    region_features_BRF: Tensor | None  # float32
+    region_features_BRF: Tensor | None  # float16, or float32 where a sample's are
     images_B3HW: Tensor | None  # uint8
     image_index_B: Tensor  # int64
     position_B: Tensor  # int64
@@ -75,23 +78,27 @@ class Batch:
         return self.text_ids_BT.shape[0]
 
 
-def _pad(rows: list[np.ndarray], fill: float) -> Tensor:
+def _pad(rows: Sequence[np.ndarray], fill: float, dtype: np.dtype | None = None) -> Tensor:
     # at least one slot, though every sample be without regions: kernels differ in what they make of no slot at all
     longest = max(1, *(len(row) for row in rows))
-    out = np.full((len(rows), longest, *rows[0].shape[1:]), fill, dtype=rows[0].dtype)
+    shape = (len(rows), longest, *rows[0].shape[1:])
+    dtype = dtype or rows[0].dtype
+    out = np.full(shape, fill, dtype) if fill else np.zeros(shape, dtype)  # zeros are the kernel's, not written twice
     for padded, row in zip(out, rows, strict=True):
         padded[: len(row)] = row
     return torch.from_numpy(out)
 
 
-def _mask(rows: list[np.ndarray]) -> Tensor:
-    return _pad([np.ones(len(row), dtype=bool) for row in rows], False)
+def _mask(rows: Sequence[np.ndarray]) -> Tensor:
+    lengths_B = np.array([len(row) for row in rows])
+    return torch.from_numpy(np.arange(max(1, int(lengths_B.max()))) < lengths_B[:, None])
 
 
-def _pad_features(rows: list[np.ndarray]) -> Tensor:
+def _pad_features(rows: Sequence[np.ndarray]) -> Tensor:
     """[B, R, F]; a sample without regions does not know F."""
     feature_dim = max(row.shape[1] for row in rows)
-    return _pad([row if len(row) else row.reshape(0, feature_dim) for row in rows], 0.0)
+    dtype = np.result_type(*{row.dtype for row in rows})
+    return _pad([row if len(row) else row.reshape(0, feature_dim) for row in rows], 0.0, dtype)
 
 
 def collate(samples: list[Sample]) -> Batch:

@@ -9,16 +9,15 @@ import bisect
 import functools
 import io
 import math
-import struct
 import tokenize
-import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from mvptr_ds.data.collate import Sample
+from mvptr_ds.data.images import decode_image
 from mvptr_ds.data.layout import layout_tags, layout_text, num_phrases_that_fit
 from mvptr_ds.data.masking import TextMasking, mask_text, mask_words
 from mvptr_ds.data.phrases import PhraseVocab
@@ -27,11 +26,10 @@ from mvptr_ds.data.tars import IMAGE_EXTENSIONS
 from mvptr_ds.data.wordpiece import WordPiece
 
 VISUAL_SOURCES = ("features", "image")
-MAX_IMAGE_PIXELS = 64_000_000  # a larger picture is refused before it is decoded (decompression bombs)
 _MAX_KNOWN_TAGS = 100_000
 _NO_CAPTION = Caption("")  # of an image-only record
+_NO_GEOMETRY = np.zeros((0, 6), dtype=np.float32)
 _NPY_ERRORS = (OSError, ValueError, EOFError, SyntaxError, OverflowError, TypeError, tokenize.TokenError)
-_DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -108,13 +106,29 @@ class SampleBuilder:
             if "json" not in members:
                 raise DataError(f"the record has no json member, only {sorted(members)}")
             record = parse_record(members["json"])
+        sample = self.begin(record, members, caption_number, image_index, position, rng)
+        self.add_picture(sample, members)
+        return sample
+
+    def begin(
+        self,
+        record: Record,
+        members: Mapping[str, bytes],
+        caption_number: int,
+        image_index: int,
+        position: int,
+        rng: np.random.Generator,
+    ) -> Sample:
+        """The sample without features or image. Every draw is made here, and none depends on how these are stored."""
         captions = record.captions or (_NO_CAPTION,)
         if not 0 <= caption_number < len(captions):
             raise DataError(f"caption {caption_number} of a record with {len(captions)}; rebuild the index")
-        # text, tags, then the picture: the draws of one must not depend on how the other is stored
         text = self._text(captions[caption_number], rng)
         tag_ids_G, tag_labels_G = self._tags(record, rng)
-        geometry_R6, features_RF, image_3HW = self._picture(record, members)
+        geometry_R6 = _NO_GEOMETRY
+        if can_be_seen(record, members):
+            check_size(record.width, record.height)
+            geometry_R6 = region_geometry(record, self.options.grid_size)
         return Sample(
             text_ids_T=text.ids_T,
             phrase_mask_T=text.phrase_mask_T,
@@ -123,31 +137,28 @@ class SampleBuilder:
             tag_ids_G=tag_ids_G,
             tag_labels_G=tag_labels_G,
             region_geometry_R6=geometry_R6,
-            region_features_RF=features_RF,
-            image_3HW=image_3HW,
+            region_features_RF=None,
+            image_3HW=None,
             image_index=image_index,
             position=position,
             num_oov_phrases=text.num_oov,
-            num_phrases=int(text.phrase_mask_T.sum()),
+            num_phrases=text.num_phrases,
         )
 
-    def _picture(
-        self, record: Record, members: Mapping[str, bytes]
-    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-        """Geometry float32 [R, 6], then features float32 [R, F] or the image uint8 [3, H, W]; R = 0 without any."""
+    def add_picture(self, sample: Sample, members: Mapping[str, bytes]) -> None:
+        """Features or the image; no regions where there is nothing to see."""
         options = self.options
-        uses_features = options.visual_source == "features"
-        if not can_be_seen(record, members):
-            nothing_R6 = np.zeros((0, 6), dtype=np.float32)
-            if uses_features:
-                return nothing_R6, np.zeros((0, options.feature_dim or 0), dtype=np.float32), None
-            return nothing_R6, None, np.zeros((3, options.image_size, options.image_size), dtype=np.uint8)
-        check_size(record.width, record.height)
-        geometry_R6 = region_geometry(record, options.grid_size)
-        cut_R6 = geometry_R6[: options.max_regions]
-        if uses_features:
-            return cut_R6, read_features(members, len(geometry_R6), options.feature_dim)[: options.max_regions], None
-        return cut_R6, None, decode_image(members, options.image_size)
+        num_regions = len(sample.region_geometry_R6)
+        if options.visual_source == "features":
+            sample.region_features_RF = np.zeros((0, options.feature_dim or 0), dtype=np.float16)
+            if num_regions:
+                sample.region_features_RF = read_features(members, num_regions, options.feature_dim)
+                sample.region_features_RF = sample.region_features_RF[: options.max_regions]
+        elif num_regions:
+            sample.image_3HW = decode_image(members, options.image_size)
+        else:
+            sample.image_3HW = np.zeros((3, options.image_size, options.image_size), dtype=np.uint8)
+        sample.region_geometry_R6 = sample.region_geometry_R6[: options.max_regions]
 
     def _text(self, caption: Caption, rng: np.random.Generator) -> _Text:
         options = self.options
@@ -172,7 +183,7 @@ class SampleBuilder:
         num_tokens = len(ids_T) - len(known) - 2
         words_of_PT = _words_of_phrases([phrase for _, phrase in known], offsets[:num_tokens], len(ids_T))
         masked = mask_text(ids_T, phrase_mask_T, words_of_PT, indices_P, rng, self._text_masking)
-        return _Text(*masked, phrase_mask_T, num_oov)
+        return _Text(*masked, phrase_mask_T, num_oov, len(known))
 
     def _tags(self, record: Record, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Tag ids and labels, int64 [G] each, after tag noise and masking."""
@@ -221,13 +232,13 @@ def can_be_seen(record: Record, members: Collection[str]) -> bool:
     return bool(record.regions) or "npy" in members or any(extension in members for extension in IMAGE_EXTENSIONS)
 
 
-@dataclass(frozen=True)
-class _Text:
+class _Text(NamedTuple):
     ids_T: np.ndarray
     word_labels_T: np.ndarray
     phrase_labels_T: np.ndarray
     phrase_mask_T: np.ndarray
     num_oov: int
+    num_phrases: int
 
 
 def _words_of_phrases(phrases: Sequence[Phrase], offsets: Sequence[tuple[int, int]], num_slots: int) -> np.ndarray:
@@ -245,17 +256,28 @@ def region_geometry(record: Record, grid_size: int) -> np.ndarray:
 
     Without boxes the cells of a grid_size x grid_size grid, row by row. Source: REFERENCE, Inputs.
     """
-    if record.regions:
-        size = np.array([record.width, record.height, record.width, record.height], dtype=np.float64)
-        corners_R4 = np.clip(np.array([region.box for region in record.regions]) / size, 0.0, 1.0)
-    else:
-        y, x = np.divmod(np.arange(grid_size**2), grid_size)
-        corners_R4 = np.stack([x, y, x + 1, y + 1], axis=1) / grid_size
+    if not record.regions:
+        return _grid(grid_size)
+    size = np.array([record.width, record.height, record.width, record.height], dtype=np.float64)
+    corners_R4 = np.array([region.box for region in record.regions]) / size
+    np.maximum(corners_R4, 0.0, out=corners_R4)
+    return _with_sizes(np.minimum(corners_R4, 1.0, out=corners_R4))
+
+
+@functools.cache
+def _grid(grid_size: int) -> np.ndarray:
+    y, x = np.divmod(np.arange(grid_size**2), grid_size)
+    return _with_sizes(np.stack([x, y, x + 1, y + 1], axis=1) / grid_size)
+
+
+def _with_sizes(corners_R4: np.ndarray) -> np.ndarray:
     return np.concatenate([corners_R4, corners_R4[:, 2:] - corners_R4[:, :2]], axis=1).astype(np.float32)
 
 
 def read_features(members: Mapping[str, bytes], num_regions: int, feature_dim: int | None) -> np.ndarray:
-    """`KEY.npy`: float32 [R, F], one row a region, stored as float16 or float32.
+    """`KEY.npy` [R, F], one row a region, float16 or float32 as it is stored: a view of the member, not to be written.
+
+    The model widens them, on its own device.
 
     Raises:
         DataError: absent, not a plain array, of another shape than the regions and `feature_dim` ask, or not finite.
@@ -272,10 +294,17 @@ def read_features(members: Mapping[str, bytes], num_regions: int, feature_dim: i
         raise DataError(f"{len(features_RF)} rows of features for {num_regions} regions; write one row a region")
     if feature_dim is not None and features_RF.shape[1] != feature_dim:
         raise DataError(f"features have {features_RF.shape[1]} numbers, visual.feature_dim is {feature_dim}")
-    features_RF = features_RF.astype(np.float32)
-    if not np.isfinite(features_RF).all():
+    features_RF = features_RF.astype(dtype.newbyteorder("="), copy=False)
+    if not _all_finite(features_RF):
         raise DataError("features hold NaN or infinity; extract them again")
     return features_RF
+
+
+def _all_finite(numbers: np.ndarray) -> bool:
+    if numbers.dtype != np.float16:
+        return bool(np.isfinite(numbers).all())
+    # numpy widens float16 one by one; NaN and infinity are the numbers whose five bits of exponent are all set
+    return not ((numbers.view(np.uint16) & 0x7C00) == 0x7C00).any()
 
 
 @functools.lru_cache(maxsize=1024)
@@ -293,31 +322,3 @@ def _npy_layout(header: bytes) -> tuple[np.dtype, tuple[int, int], int]:
         raise ValueError(f"{dtype} of shape {shape}, expected float16 or float32 [R, F] in C order")
     num_regions, feature_dim = shape
     return dtype, (num_regions, feature_dim), len(header)
-
-
-def decode_problem(error: Exception) -> str:
-    """What Pillow says, without the address in memory that it names where it knows no format."""
-    return "its format is not known" if isinstance(error, UnidentifiedImageError) else str(error)
-
-
-def decode_image(members: Mapping[str, bytes], image_size: int) -> np.ndarray:
-    """The image member as RGB, uint8 [3, image_size, image_size], resized by antialiased bicubic interpolation.
-
-    Raises:
-        DataError: no image member, not JPEG, PNG or WebP, cut, or above MAX_IMAGE_PIXELS.
-    """
-    content = next((members[ext] for ext in IMAGE_EXTENSIONS if ext in members), None)
-    if content is None:
-        raise DataError(f"the record has no image, only {sorted(members)}; use visual.source=features")
-    try:
-        with Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP")) as image:
-            width, height = image.size
-            if width * height > MAX_IMAGE_PIXELS:
-                raise DataError(f"the image has {width} x {height} pixels, at most {MAX_IMAGE_PIXELS} are decoded")
-            image.draft("RGB", (image_size, image_size))  # JPEG decodes at 1/2, 1/4, 1/8 where that is enough
-            small = image.convert("RGB").resize((image_size, image_size), Image.Resampling.BICUBIC)
-    except _DECODE_ERRORS as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"the image cannot be decoded: {decode_problem(error)}; replace or remove it") from error
-    return np.ascontiguousarray(np.asarray(small, dtype=np.uint8).transpose(2, 0, 1))

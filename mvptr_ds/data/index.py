@@ -17,12 +17,13 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Container
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from mvptr_ds.data.schema import SCHEMA_VERSION, DataError, Record, parse_record
+from mvptr_ds.data.schema import SCHEMA_VERSION, DataError, Record, parse_record, parse_sample_record
 from mvptr_ds.data.storage import (
     INDEX_NAME,
     LOCAL,
@@ -134,6 +135,14 @@ class SampleIndex(ABC):
             DataError: it cannot be used, with the reason.
             OSError: a file cannot be read.
         """
+
+    def read_sample(self, place: Place) -> tuple[Record, dict[str, bytes]]:
+        """Like `read`, with the caption of the place alone."""
+        record, members = self.read(place)
+        captions = record.captions[place.caption : place.caption + 1]
+        if record.captions and not captions:
+            raise DataError(f"caption {place.caption} of a record with {len(record.captions)}; rebuild the index")
+        return replace(record, captions=captions), members
 
     @abstractmethod
     def key_of(self, place: Place) -> str:
@@ -268,6 +277,10 @@ class Index(SampleIndex):
     def read(self, place: Place) -> tuple[Record, dict[str, bytes]]:
         members = read_record(place.path, place.offset, place.num_bytes, self.files)
         return parse_record(members["json"]), members
+
+    def read_sample(self, place: Place) -> tuple[Record, dict[str, bytes]]:
+        members = read_record(place.path, place.offset, place.num_bytes, self.files)
+        return parse_sample_record(members["json"], place.caption), members
 
     def key_of(self, place: Place) -> str:
         return record_key(place.path, place.offset, place.num_bytes, self.files)

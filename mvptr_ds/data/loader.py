@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -106,8 +106,7 @@ class ShardDataset(SampleDataset):
 
     def __getitems__(self, positions: list[int]) -> list[Sample]:
         epochs, numbers = self.plan.samples_at(np.array(positions, dtype=np.int64))
-        places = zip(positions, epochs.tolist(), numbers.tolist(), strict=True)
-        return [self.load(position, epoch, number) for position, epoch, number in places]
+        return self._load(list(zip(positions, epochs.tolist(), numbers.tolist(), strict=True)))
 
     @property
     def read_ahead_bytes(self) -> int:
@@ -125,40 +124,81 @@ class ShardDataset(SampleDataset):
         Raises:
             DataError: `MAX_TRIES` substitutes in a row cannot be read either.
         """
-        reasons: list[str] = []
-        substitutes = None
+        return self._load([(position, epoch, number)])[0]
+
+    def _load(self, wanted: list[tuple[int, int, int]]) -> list[Sample]:
+        asked = [(number, position, self._rng(epoch, position)) for position, epoch, number in wanted]
+        return [
+            found if isinstance(found, Sample) else self._substitute(position, epoch, found)
+            for (position, epoch, _), found in zip(wanted, load_samples(self.index, self.builder, asked), strict=True)
+        ]
+
+    def _rng(self, epoch: int, position: int) -> np.random.Generator:
+        return np.random.default_rng([_SAMPLE, self.plan.seed, epoch, position])
+
+    def _substitute(self, position: int, epoch: int, error: DataError) -> Sample:
+        reasons = [str(error)]
+        substitutes = np.random.default_rng([_SUBSTITUTE, self.plan.seed, epoch, position])
         while len(reasons) <= MAX_TRIES:
-            rng = np.random.default_rng([_SAMPLE, self.plan.seed, epoch, position])
-            try:
-                sample = load_sample(self.index, self.builder, number, position, rng)
-                return replace(sample, num_bad=len(reasons)) if reasons else sample
-            except DataError as error:
-                reasons.append(str(error))
-                logger.warning("bad sample at position %d, taking another: %s", position, error)
-            if substitutes is None:
-                substitutes = np.random.default_rng([_SUBSTITUTE, self.plan.seed, epoch, position])
+            logger.warning("bad sample at position %d, taking another: %s", position, reasons[-1])
             number = int(substitutes.integers(len(self.index)))
+            (found,) = load_samples(self.index, self.builder, [(number, position, self._rng(epoch, position))])
+            if isinstance(found, Sample):
+                return replace(found, num_bad=len(reasons))
+            reasons.append(str(found))
         raise DataError(
             f"position {position}: {len(reasons)} samples in a row cannot be used; the first: {reasons[0]}; check the "
             "folder with tools/validate_shards.py and that visual.source fits what the shards hold"
         )
 
 
-def load_sample(
-    index: SampleIndex, builder: SampleBuilder, number: int, position: int, rng: np.random.Generator
-) -> Sample:
-    """Reads and builds sample `number`.
+class _Loading:
+    """One sample on its way, or the DataError that it ended in."""
 
-    Raises:
-        DataError: naming shard, key and reason, also where the file cannot be read.
+    def __init__(
+        self, index: SampleIndex, builder: SampleBuilder, number: int, position: int, rng: np.random.Generator
+    ) -> None:
+        self._index, self._builder, self._position, self._rng = index, builder, position, rng
+        self._place = index.locate(number)
+        self.found: Sample | DataError | None = None
+
+    def read(self) -> None:
+        self._record, self._members = self._index.read_sample(self._place)
+
+    def begin(self) -> None:
+        image_index = self._place.record
+        self.found = self._builder.begin(self._record, self._members, 0, image_index, self._position, self._rng)
+
+    def add_picture(self) -> None:
+        assert isinstance(self.found, Sample)
+        self._builder.add_picture(self.found, self._members)
+
+    def run(self, step: Callable[[_Loading], None]) -> None:
+        if isinstance(self.found, DataError):
+            return
+        try:
+            step(self)
+        except (DataError, OSError) as error:
+            place = self._place
+            key = "?" if isinstance(error, OSError) else self._index.key_of(place)  # it would only be tried again
+            self.found = DataError(f"{place.path}, key {key!r}, caption {place.caption}: {error}")
+            self.found.__cause__ = error
+
+
+def load_samples(
+    index: SampleIndex, builder: SampleBuilder, asked: Iterable[tuple[int, int, np.random.Generator]]
+) -> list[Sample | DataError]:
+    """Reads and builds samples, each asked for by its number, its position and its generator.
+
+    In place of one that cannot be used, or whose file cannot be read, comes a DataError naming shard, key and reason.
+    All are read, then all texts made, then all pictures: a picture decoded between them would leave nothing of the rest
+    in the processor's caches, and the rest would take three times as long.
     """
-    place = index.locate(number)
-    try:
-        record, members = index.read(place)
-        return builder.build(members, place.caption, place.record, position, rng, record)
-    except (DataError, OSError) as error:
-        key = "?" if isinstance(error, OSError) else index.key_of(place)  # it would only be tried again
-        raise DataError(f"{place.path}, key {key!r}, caption {place.caption}: {error}") from error
+    loading = [_Loading(index, builder, *one) for one in asked]
+    for step in (_Loading.read, _Loading.begin, _Loading.add_picture):
+        for one in loading:
+            one.run(step)
+    return [one.found for one in loading if one.found is not None]
 
 
 def read_sample_record(index: SampleIndex, number: int) -> tuple[Record, int]:
@@ -269,7 +309,12 @@ def eval_batches(
     for batch in range(-(-len(numbers) // batch_size)):
         if ahead is not None:
             ahead.reach(batch)
-        rngs = ((n, np.random.default_rng([_SAMPLE, 0, 0, n])) for n in chunk_at(batch))
-        yield collate([load_sample(index, builder, n, n, rng) for n, rng in rngs])
+        asked = ((n, n, np.random.default_rng([_SAMPLE, 0, 0, n])) for n in chunk_at(batch))
+        samples = []
+        for found in load_samples(index, builder, asked):
+            if isinstance(found, DataError):
+                raise found
+            samples.append(found)
+        yield collate(samples)
     if ahead is not None:
         ahead.close()

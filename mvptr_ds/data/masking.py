@@ -28,15 +28,16 @@ def mask_words(
 
     Each candidate (bool [N]) is picked with `prob`; 80 % of the picked become `mask_id`, 10 % one of `random_ids`.
     """
-    picked_N = candidates_N & (rng.random(len(ids_N)) < prob)
-    return _replace(ids_N, picked_N, rng, mask_id, random_ids), np.where(picked_N, ids_N, IGNORE)
+    slots = (candidates_N & (rng.random(len(ids_N)) < prob)).nonzero()[0]
+    labels_N = np.full(len(ids_N), IGNORE, dtype=np.int64)
+    labels_N[slots] = ids_N[slots]
+    return _replace(ids_N, slots, rng, mask_id, random_ids), labels_N
 
 
 def _replace(
-    ids_N: np.ndarray, picked_N: np.ndarray, rng: np.random.Generator, mask_id: int, random_ids: np.ndarray
+    ids_N: np.ndarray, slots: np.ndarray, rng: np.random.Generator, mask_id: int, random_ids: np.ndarray
 ) -> np.ndarray:
     out_N = ids_N.copy()
-    slots = np.flatnonzero(picked_N)
     if len(slots):
         chance = rng.random(len(slots))
         out_N[slots[chance < MASK_SHARE]] = mask_id
@@ -78,20 +79,19 @@ def mask_text(
     Source: REFERENCE, Losses (masking of phrases) and "What we add" (phrase MCR).
     """
     words_T = ~phrase_mask_T
-    words_T[[0, -1]] = False
-    slots_P = np.flatnonzero(phrase_mask_T)
+    words_T[0] = words_T[-1] = False
+    slots_P = phrase_mask_T.nonzero()[0]
     picked_P = rng.random(len(slots_P)) < how.phrase_prob
-    hidden_T = visible_T = np.zeros(len(ids_T), dtype=bool)
+    hidden_T = None
     if how.predict_phrases and picked_P.any():
         hidden_P = picked_P & _shared_coin(words_of_PT, picked_P, rng)
         hidden_T = words_of_PT[hidden_P].any(axis=0)
-        visible_T = words_of_PT[picked_P & ~hidden_P].any(axis=0)
+        words_T &= ~words_of_PT[picked_P].any(axis=0)
 
-    masked_T, word_labels_T = mask_words(
-        ids_T, words_T & ~hidden_T & ~visible_T, rng, how.word_prob, how.mask_id, how.random_word_ids
-    )
-    masked_T[hidden_T] = how.mask_id
-    word_labels_T = np.where(hidden_T, ids_T, word_labels_T)
+    masked_T, word_labels_T = mask_words(ids_T, words_T, rng, how.word_prob, how.mask_id, how.random_word_ids)
+    if hidden_T is not None:
+        masked_T[hidden_T] = how.mask_id
+        word_labels_T[hidden_T] = ids_T[hidden_T]
 
     phrase_labels_T = np.full(len(ids_T), IGNORE, dtype=np.int64)
     if len(slots_P):
@@ -99,9 +99,7 @@ def mask_text(
         if how.predict_phrases:
             phrase_labels_T[slots_P[picked_P]] = phrase_indices_P[picked_P]
             leak_P &= ~picked_P
-        picked_T = np.zeros(len(ids_T), dtype=bool)
-        picked_T[slots_P[picked_P & ~leak_P]] = True
-        masked_T = _replace(masked_T, picked_T, rng, how.mask_id, how.random_phrase_rows)
+        masked_T = _replace(masked_T, slots_P[picked_P & ~leak_P], rng, how.mask_id, how.random_phrase_rows)
         masked_T[slots_P[leak_P]] = how.mask_id
     return masked_T, word_labels_T, phrase_labels_T
 

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mvptr_ds.data import features
+from mvptr_ds.data import features, images
 from mvptr_ds.data.collate import IGNORE, Sample, collate
-from mvptr_ds.data.features import SampleBuilder, SampleOptions, decode_image, read_features, region_geometry
+from mvptr_ds.data.features import SampleBuilder, SampleOptions, read_features, region_geometry
+from mvptr_ds.data.images import decode_image
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.schema import Caption, DataError, Phrase, Record, Region
 from mvptr_ds.data.wordpiece import WordPiece
@@ -66,8 +67,8 @@ def test_an_unmasked_sample() -> None:
     assert _names(sample.tag_ids_G) == ["[CLS]", "dog", "fr", "##is", "##bee", "[SEP]"]  # distinct, in order
     for labels in (sample.mlm_labels_T, sample.phrase_labels_T, sample.tag_labels_G):
         assert (labels == IGNORE).all()
-    assert np.array_equal(sample.region_features_RF, FEATURES.astype(np.float32))
-    assert sample.region_features_RF is not None and sample.region_features_RF.dtype == np.float32
+    assert np.array_equal(sample.region_features_RF, FEATURES)
+    assert sample.region_features_RF is not None and sample.region_features_RF.dtype == np.float16
     assert (sample.num_oov_phrases, sample.num_phrases, sample.image_index, sample.position) == (1, 2, 5, 9)
     assert sample.image_3HW is None
 
@@ -240,7 +241,7 @@ def test_pickled_arrays_are_never_loaded() -> None:
 
 
 def test_decompression_bombs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features, "MAX_IMAGE_PIXELS", 1000)
+    monkeypatch.setattr(images, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(DataError, match="64 x 48 pixels, at most 1000"):
         decode_image(MEMBERS, 8)
 

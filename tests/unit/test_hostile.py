@@ -5,6 +5,7 @@ Every job runs in a process that may take 1 GiB more than it begins with (tests.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -17,8 +18,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from mvptr_ds.data.features import MAX_IMAGE_PIXELS
+from mvptr_ds.data.images import MAX_IMAGE_PIXELS
 from mvptr_ds.data.shards import build_index
 from mvptr_ds.data.tars import MAX_JSON_BYTES
 from tests.hostile import content, encoded, features, key, member_starts, named_members, npy, picture, write_tar
@@ -168,6 +170,26 @@ def test_the_largest_picture_that_is_decoded_stays_within_the_limit(limited: Lim
     write_tar(folder / "s.tar", _three(jpg=None, png=_png(side, side)))
     assert limited("index", folder=folder)["result"] == 3
     assert limited("load", folder=folder, number=2, source="image")["result"]["num_bad"] == 0
+
+
+def test_the_largest_jpeg_that_is_decoded_stays_within_the_limit(limited: Limited, folder: Path) -> None:
+    """A progressive one without subsampling: all its coefficients are held at once."""
+    side = int(MAX_IMAGE_PIXELS**0.5)
+    stream = io.BytesIO()
+    Image.new("RGB", (side, side), (200, 100, 50)).save(stream, "JPEG", progressive=True, subsampling=0)
+    write_tar(folder / "s.tar", _three(jpg=stream.getvalue()))
+    assert limited("index", folder=folder)["result"] == 3
+    found = limited("load", folder=folder, number=2, source="image")
+    assert found["result"]["num_bad"] == 0
+
+
+def test_a_jpeg_over_the_cap_is_refused(limited: Limited, folder: Path) -> None:
+    data = bytearray(picture())
+    start = data.index(b"\xff\xc0") + 5  # height and width of the frame
+    data[start : start + 4] = struct.pack(">HH", 65_000, 65_000)
+    write_tar(folder / "s.tar", _three(jpg=bytes(data)))
+    limited("index", folder=folder)
+    assert f"at most {MAX_IMAGE_PIXELS} are decoded" in replaced(limited, folder, "image")
 
 
 # ---- content that the index refuses; the training reader meets it where a shard was exchanged after it was indexed

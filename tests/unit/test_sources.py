@@ -29,7 +29,7 @@ from mvptr_ds.corpus.sources.img2dataset import list_tars, read_caption, scan_ta
 from mvptr_ds.corpus.sources.plain import read_image_folder, read_text
 from mvptr_ds.corpus.sources.rows import Row, clean_caption, iter_array
 from mvptr_ds.corpus.sources.tables import read_csv, read_jsonl, read_parquet
-from mvptr_ds.data.features import decode_image
+from mvptr_ds.data.images import decode_image
 from mvptr_ds.data.schema import DataError
 
 UNREADABLE = "row: cannot be read"

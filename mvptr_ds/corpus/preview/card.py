@@ -15,7 +15,8 @@ from PIL import Image
 
 from mvptr_ds.corpus.preview.markup import Html, element, joined, shortened
 from mvptr_ds.corpus.preview.measures import RECORD_ERRORS, key_of, reason
-from mvptr_ds.data.features import decode_image, read_features, region_geometry
+from mvptr_ds.data.features import read_features, region_geometry
+from mvptr_ds.data.images import decode_image
 from mvptr_ds.data.schema import Caption, DataError, Phrase, Record, check_size
 from mvptr_ds.data.shards import SampleIndex
 from mvptr_ds.data.tars import IMAGE_EXTENSIONS

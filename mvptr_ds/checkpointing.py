@@ -20,11 +20,12 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 CHECKSUMS = "checksums.json"
 LATEST = "latest"
 UNREADABLE = "unreadable"
+_RNG = 31  # first word of the key; data and draws use others
 
 
 class CheckpointError(ValueError):
@@ -179,6 +181,24 @@ def restore_rng(path: Path) -> None:
     torch.set_rng_state(saved["cpu"])
     if torch.cuda.is_available() and "cuda" in saved:
         torch.cuda.set_rng_state(saved["cuda"])
+
+
+def seed_rng(seed: int, step: int) -> None:
+    """A random state for a rank that has none: on another number of ranks all begin anew, by (seed, step, rank)."""
+    words = np.random.SeedSequence([_RNG, seed, step, parallel.rank()]).generate_state(2)
+    torch.manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)  # of the GPU too
+
+
+def newest_state(run_dir: Path, stages: Sequence[str]) -> dict[str, Any] | None:
+    """`state.json` of the newest checkpoint of the last stage that has one; nothing is verified. None without any."""
+    state = None
+    if parallel.is_main():
+        for path in (path for stage in stages for path in reversed(_complete(run_dir / stage / "checkpoints"))):
+            with suppress(OSError, ValueError):
+                state = read_state(path)
+    state = parallel.broadcast_object(state)
+    assert state is None or isinstance(state, dict)
+    return state
 
 
 def find_model(path: Path) -> Path:

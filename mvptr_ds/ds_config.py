@@ -108,6 +108,11 @@ def precision_supported() -> tuple[bool, bool]:
     return torch.cuda.is_bf16_supported(including_emulation=False), True
 
 
+def precision_of(filled: dict[str, Any]) -> str:
+    """What the engine computes in: bf16, fp16 or float32."""
+    return next((name for name in ("bf16", "fp16") if filled[name].get("enabled")), "float32")
+
+
 def _fill_precision(filled: dict[str, Any], *, bf16_supported: bool, fp16_supported: bool) -> list[str]:
     bf16, fp16 = filled.setdefault("bf16", {}), filled.setdefault("fp16", {})
     if bf16.get("enabled") == "auto":

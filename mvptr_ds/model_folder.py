@@ -5,6 +5,7 @@ config.json  model.safetensors  vocab.txt  phrase_vocab.json  mvptr.yaml
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,10 +28,12 @@ STRUCTURE = (  # what two models must share for the weights of one to mean the s
 )  # fmt: skip
 
 
-def save_model_folder(path: Path, model: Mvptr, vocabs: Vocabs, config: Config) -> None:
-    """Writes the folder."""
+def save_model_folder(
+    path: Path, model: Mvptr, weights: Mapping[str, torch.Tensor], vocabs: Vocabs, config: Config
+) -> None:
+    """Writes the folder: the structure of `model` with these weights, all of them."""
     path.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(path)
+    model.save_pretrained(path, state_dict=dict(weights))
     (path / "vocab.txt").write_text("\n".join(vocabs.words.tokens) + "\n", encoding="utf-8")
     vocabs.phrases.save(path / "phrase_vocab.json")
     save_config(config, path / "mvptr.yaml")
@@ -58,7 +61,22 @@ def init_from_folder(model: Mvptr, vocabs: Vocabs, path: Path) -> None:
             + "\n  - ".join(problems)
             + "\n  use the configuration of that run (its mvptr.yaml), or start fresh without run.init_from"
         )
+    load_weights(model, path)
+
+
+def load_weights(model: Mvptr, path: Path) -> None:
+    """Gives `model` the weights of a model folder that fits it."""
     model.load_state_dict(load_file(path / "model.safetensors"))
+
+
+def copy_of(model: Mvptr, weights: Mapping[str, torch.Tensor], device: torch.device) -> Mvptr:
+    """Another model of the same structure with these weights, in eval mode; no random number is drawn for it."""
+    with torch.random.fork_rng(devices=[]):  # fresh weights are made on the host
+        copied = Mvptr(typing.cast(MvptrConfig, model.config))
+    copied.load_state_dict(weights)
+    copied.to(device)  # type: ignore[arg-type]  # see eval.py
+    copied.eval()
+    return copied
 
 
 def differences(model: Mvptr, vocabs: Vocabs, path: Path) -> list[str]:

@@ -9,6 +9,7 @@ D hidden, K picked rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +28,7 @@ STAGE1_OBJECTIVES = ("mcr_tags", "mcr_regions", "mcr_phrases", "mlm")
 STAGE2_OBJECTIVES = ("vsc", "wpg", "wpg_cross", "itm", "mlm", "mcr_tags", "mcr_regions")
 
 
-@dataclass
-class TaskOutput:
+class TaskOutput(NamedTuple):  # a tuple: ZeRO-3 hooks the tensors of tuples, lists and dicts alone
     """`loss` is what the engine differentiates; `parts` are this rank's detached sums and counts, for the meters."""
 
     loss: Tensor

@@ -13,10 +13,11 @@ if __name__ == "__main__":  # a script's own folder comes first on the path, whe
 
 from mvptr_ds import parallel
 from mvptr_ds.assembly import on_main, prepare_shards
-from mvptr_ds.checkpointing import CheckpointError, find_model, first_model
+from mvptr_ds.checkpointing import CheckpointError, find_model, first_model, newest_state
 from mvptr_ds.config import load_config, save_config
 from mvptr_ds.data.schema import DataError
-from mvptr_ds.ds_config import load_ds_config, rounded_batch_size
+from mvptr_ds.ds_config import load_ds_config
+from mvptr_ds.elastic import share_batch
 from mvptr_ds.safeguards import EXIT_STOPPED, StopSignal, TrainingError
 from mvptr_ds.trainer import Trainer
 from mvptr_ds.wandb_run import check_mode
@@ -49,8 +50,9 @@ def run(arguments: argparse.Namespace, stop: StopSignal) -> int:
     device = parallel.init()
     if arguments.config is None:
         logger.info("no --config given: this is the demo configuration (%s)", " then ".join(config.stage_names))
-    if config.train.round_batch_size:
-        config.train.batch_size = rounded_batch_size(config.train, parallel.num_ranks())
+    resumes = config.train.resume == "auto"
+    saved = newest_state(Path(config.run.dir), config.stage_names) if resumes else None
+    share_batch(config.train, saved, parallel.num_ranks())
     prepare_shards(config.data, config.run.seed, parallel.num_ranks())
     on_main(lambda: save_config(config, Path(config.run.dir) / "config.yaml"))
     init_from = first_model(config)

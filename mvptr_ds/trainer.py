@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from typing import Any
 import deepspeed
 import torch
 
-from mvptr_ds import assembly, checkpointing, ds_config, model_folder, parallel
+from mvptr_ds import assembly, checkpointing, ds_config, elastic, model_folder, parallel
 from mvptr_ds.config import STAGES, Config
 from mvptr_ds.data.collate import Batch
 from mvptr_ds.data.loader import make_loader
@@ -62,13 +63,16 @@ class Trainer:
         filled = ds_config.fill_ds_config(
             ds_content, config.train, config.optim, parallel.num_ranks(), bf16_supported=bf16, fp16_supported=fp16
         )
+        self.zero_stage = int(filled.get("zero_optimization", {}).get("stage", 0))
+        self.precision = ds_config.precision_of(filled)
         self._build_data()
         self._build_task(stage, init_from)
         checkpoint = self._checkpoint()
-        self._build_engine(filled)
-        if checkpoint is not None:
-            self._resume(checkpoint)
-        self.meters = self._build_meters(filled)
+        if checkpoint is None:
+            self._build_engine(filled)
+        else:
+            self._resume(checkpoint, filled)
+        self.meters = self._build_meters()
         self.log = MetricsLog(self.dir, self.step, config.wandb, asdict(config))
         content = json.dumps(filled, indent=1) + "\n"
         assembly.on_main(lambda: (self.dir / "ds_config.json").write_text(content, encoding="utf-8"))
@@ -103,34 +107,37 @@ class Trainer:
 
     def _build_engine(self, filled: dict[str, Any]) -> None:
         config, parameters = self.config, [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        trained = {name for name, _ in parameters}
+        self.untrained: dict[str, torch.Tensor] = {}  # on rank 0, before the engine rounds or partitions it
+        if parallel.is_main():
+            self.untrained = {n: t.detach().clone() for n, t in self.model.state_dict().items() if n not in trained}
         groups = parameter_groups(parameters, config.optim.weight_decay)
         optimizer = build_optimizer(groups, config.optim, self.stage.learning_rate)
         self.engine, *_ = deepspeed.initialize(model=self.task, optimizer=optimizer, config=filled)
         self._catch_write_errors()
+        if self.zero_stage == 3:
+            for parameter in self.model.parameters_used_at_large():
+                deepspeed.zero.register_external_parameter(self.task, parameter)
         torch.manual_seed(self.seed + 1_000_003 * (1 + parallel.rank()))  # dropout differs between ranks
-        for line in assembly.kernel_report(config, self.device, self._dtype(filled)):
+        for line in assembly.kernel_report(config, self.device, self._dtype):
             logger.info("%s", line)
         num_trained = sum(p.numel() for _, p in parameters)
         logger.info(
             "%s: %.1f M parameters trained on %d ranks (%s), %d samples a step, %d samples in %s",
-            self.dir.name, num_trained / 1e6, parallel.num_ranks(), self._precision(filled), config.train.batch_size,
+            self.dir.name, num_trained / 1e6, parallel.num_ranks(), self.precision, config.train.batch_size,
             self.dataset.num_samples, config.data.train or ", ".join(config.data.sources),
         )  # fmt: skip
 
-    def _build_meters(self, filled: dict[str, Any]) -> Meters:
-        peak = device_peak(self.device, self._dtype(filled))
+    def _build_meters(self) -> Meters:
+        peak = device_peak(self.device, self._dtype)
         logger.info("MFU is a share of %.3g TFLOPS: %s", peak.tflops, peak.source)
         meters = Meters(self.device, self.dataset.names, StepFlops(self.task, parallel.num_ranks()), peak)
         parallel.time_collectives(lambda: meters.clock("communication"))
         return meters
 
-    @staticmethod
-    def _precision(filled: dict[str, Any]) -> str:
-        return next((name for name in ("bf16", "fp16") if filled[name].get("enabled")), "float32")
-
-    @classmethod
-    def _dtype(cls, filled: dict[str, Any]) -> torch.dtype:
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cls._precision(filled), torch.float32)
+    @property
+    def _dtype(self) -> torch.dtype:
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
 
     @property
     def seed(self) -> int:
@@ -237,7 +244,7 @@ class Trainer:
         values = self.meters.report() | {
             "learning_rate": self.learning_rate,
             "grad_norm": float(norm) if norm is not None else float("nan"),
-            "scale": float(self.task.scale().detach()),
+            "scale": self._scale(),
             "skipped_steps": self.skipped.total,
             "loss_scale": loss_scale.value if loss_scale is not None else 1.0,
             "wall_s": now - self.started_s,
@@ -249,13 +256,22 @@ class Trainer:
         self.log.write(self.step, self.stage.max_steps, values)
         self.bad_samples.count(int(values["data/bad_samples"]), int(values["data/samples"]))
 
+    def _scale(self) -> float:
+        with deepspeed.zero.GatheredParameters([self.model.logit_scale]):  # of stage 3; for the others it does nothing
+            return float(self.task.scale().detach())
+
     def _evaluate(self) -> None:
         """Rank 0 evaluates on the held-out shards; the others wait in the next step's first collective."""
-        if not parallel.is_main() or self.held_out is None:
+        if self.held_out is None:
+            return
+        model, weights = self.model, self._weights() if self.zero_stage == 3 else None
+        if not parallel.is_main():
             return
         from mvptr_ds.evaluation.report import evaluate_model, flatten_scores
 
-        report = evaluate_model(self.model, self.vocabs, self.config, self.held_out, self.device)
+        if weights is not None:  # the engine's model gathers its partitions in collectives of all ranks
+            model = model_folder.copy_of(self.model, weights, self.device)
+        report = evaluate_model(model, self.vocabs, self.config, self.held_out, self.device)
         self.log.write_scores(self.step, flatten_scores(report))
         self.task.train()
 
@@ -265,6 +281,9 @@ class Trainer:
             "stage": self.dir.name,
             "batch_size": self.config.train.batch_size,
             "bucket_batches": self.config.data.bucket_batches,
+            "accumulation_steps": self.config.train.accumulation_steps,
+            "zero_stage": self.zero_stage,
+            "precision": self.precision,
             "samples_seen": self.step * self.config.train.batch_size,
             "data": self.dataset.fingerprint,
             "trained_parts": self.task.trained_parts(),
@@ -273,17 +292,31 @@ class Trainer:
             "wandb_id": self.log.wandb_id,
             "versions": versions(),
         }
+        weights = self._weights()
         path = checkpointing.save(
             self.dir / "checkpoints",
             self.step,
             state,
             self._write_engine,
-            lambda path: model_folder.save_model_folder(path, self.model, self.vocabs, self.config),
+            lambda path: model_folder.save_model_folder(path, self.model, weights, self.vocabs, self.config),
             self.config.train.keep_checkpoints,
             self.config.train.keep_every_steps,
         )
         if path is not None:
             self.saved_step = self.step
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """The whole model on rank 0's host, what is trained in float32 whatever the engine computes in.
+
+        All ranks call it, since the engine keeps its float32 weights in parts; on the others it is empty.
+        """
+        weights = dict(self.untrained)
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                whole = deepspeed.utils.safe_get_full_fp32_param(parameter)
+                if parallel.is_main():
+                    weights[name] = (parameter if whole is None else whole).detach().cpu().clone()
+        return weights
 
     def _catch_write_errors(self) -> None:
         """Holds back errors of the engine's own writes: raised inside, one would leave the others in a barrier.
@@ -325,15 +358,16 @@ class Trainer:
         state = checkpointing.read_state(path)
         state.setdefault("bucket_batches", 0)
         for name, here in (
-            ("num_ranks", parallel.num_ranks()),
             ("batch_size", self.config.train.batch_size),
             ("bucket_batches", self.config.data.bucket_batches),
+            ("precision", self.precision),
         ):
-            if state[name] != here:
+            if state.get(name, here) != here:
                 raise checkpointing.CheckpointError(
                     f"{path} was written with {name} {state[name]}, this run has {here}: start it with {state[name]}, "
                     f"or elsewhere with run.init_from={self.dir}"
                 )
+        elastic.must_convert(path, state, parallel.num_ranks(), self.zero_stage)
         if state["data"] != self.dataset.fingerprint:
             what = f"other shards than {self.config.data.train} holds now: bring them back"
             if self.config.data.sources or not isinstance(state["data"], str):
@@ -353,11 +387,26 @@ class Trainer:
             )
         return path
 
-    def _resume(self, path: Path) -> None:
-        state = checkpointing.read_state(path)
-        self.engine.load_checkpoint(str(path), tag="engine")
-        checkpointing.restore_rng(path)
+    def _resume(self, path: Path, filled: dict[str, Any]) -> None:
+        """Builds the engine as it was at a checkpoint."""
+        state, num_ranks = checkpointing.read_state(path), parallel.num_ranks()
+        model_folder.load_weights(self.model, path / "model")  # what is not trained is in no file of the engine's
+        source, converted = path / "engine", elastic.must_convert(path, state, num_ranks, self.zero_stage)
+        if converted:
+            source = elastic.convert(path, self.dir / elastic.FOLDER) / "engine"
+            filled = filled | {"checkpoint": {"load_universal": True}}
+        self._build_engine(filled)
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.engine.optimizer.param_groups]
+        self.engine.load_checkpoint(str(source.parent), tag=source.name)
+        for group, ours in zip(self.engine.optimizer.param_groups, settings, strict=True):
+            group.update(ours)  # stage 3 gives all groups the first one's weight decay when it reads a universal one
         self.step = self.saved_step = state["step"]
+        if state["num_ranks"] == num_ranks:
+            checkpointing.restore_rng(path)
+        else:
+            checkpointing.seed_rng(self.seed, self.step)
+        parallel.barrier()
+        assembly.on_main(lambda: shutil.rmtree(self.dir / elastic.FOLDER, ignore_errors=True))
         self.skipped.total = state["skipped_steps"]
         self.bad_samples.count(state["samples"]["bad"], state["samples"]["read"])
         logger.info("%s goes on from step %d (%s)", self.dir.name, self.step, path)

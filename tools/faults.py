@@ -70,15 +70,15 @@ def build_shards(out: Path) -> list[str]:
     return [*SETTINGS, *(f"data.{key}={path}" for key, path in paths.items()), "data.demo_source=null"]
 
 
-def launch(run_dir: Path, overrides: list[str]) -> list[subprocess.Popen[bytes]]:
+def launch(run_dir: Path, overrides: list[str], num_ranks: int = NUM_RANKS) -> list[subprocess.Popen[bytes]]:
     """Starts the ranks in one process group, led by rank 0, without a launcher: that would be killed with them."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     ranks: list[subprocess.Popen[bytes]] = []
     common = {
-        "WORLD_SIZE": str(NUM_RANKS),
-        "LOCAL_SIZE": str(NUM_RANKS),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_SIZE": str(num_ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
         "CUDA_VISIBLE_DEVICES": "",  # two ranks on any machine
@@ -87,7 +87,7 @@ def launch(run_dir: Path, overrides: list[str]) -> list[subprocess.Popen[bytes]]
     }
     command = [sys.executable, str(REPO / "mvptr_ds/train.py"), f"run.dir={run_dir}", *overrides]
     run_dir.mkdir(parents=True, exist_ok=True)
-    for rank in range(NUM_RANKS):
+    for rank in range(num_ranks):
         group = ranks[0].pid if ranks else 0
         with (run_dir / f"rank{rank}.log").open("ab") as log:
             environment = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}

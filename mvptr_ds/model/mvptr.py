@@ -269,5 +269,9 @@ class Mvptr(PreTrainedModel):
         names = (name for name, _ in self.named_parameters() if name.startswith(prefixes))
         return [name for name in names if frozen is None or not name.startswith(frozen)]
 
+    def parameters_used_at_large(self) -> list[nn.Parameter]:
+        """Those read outside the forward pass of the module that owns them, which ZeRO-3 has to be told of."""
+        return [*self.parameters(recurse=False), *self.embeddings.parameters()]
+
     def _word_rows(self) -> Tensor:
         return self.embeddings.word_embeddings.weight[: self.config.num_words]

@@ -130,8 +130,15 @@ overrides("unknown-demo-source", "data.demo_source=photos")
 def batch_not_divisible(place: Place) -> None:
     """Three ranks; what needs the others is left out."""
     place.patch.setattr("mvptr_ds.parallel.num_ranks", lambda: 3)
+    place.patch.setattr("mvptr_ds.parallel.broadcast_object", lambda value: value)
     place.patch.setattr("mvptr_ds.train.prepare_shards", lambda *_: None)
     place.patch.setattr("mvptr_ds.train.on_main", lambda function: function())
+
+
+@case
+def batch_of_a_run_not_divisible(place: Place) -> None:
+    place.checkpoint()
+    batch_not_divisible(place)
 
 
 @case
@@ -305,8 +312,14 @@ def demo_folder_taken(place: Place) -> None:
 
 
 @case
-def checkpoint_of_other_ranks(place: Place) -> None:
-    place.checkpoint(num_ranks=8)
+def checkpoint_of_another_zero_stage(place: Place) -> None:
+    place.checkpoint(zero_stage=3)
+    place.deepspeed()
+
+
+@case
+def checkpoint_of_another_precision(place: Place) -> None:
+    place.checkpoint(precision="bf16")
 
 
 @case

@@ -352,7 +352,7 @@ def test_the_entry_writes_report_and_pictures(
     backbone = {"model_type": "convnext", "hidden_sizes": [8], "depths": [1], "num_stages": 1}
     config.visual.source, config.visual.image_size = source, 32
     model = untrained(vocabs, visual_source=source, backbone_config=backbone if source == "image" else None)
-    save_model_folder(tmp_path / "model", model, vocabs, config)
+    save_model_folder(tmp_path / "model", model, model.state_dict(), vocabs, config)
     report = evaluate(tmp_path / "model", [f"data.held_out={index.folder}"], tmp_path / "out")
     assert json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8")) == report
     assert report["grounding"]["n"] > 500

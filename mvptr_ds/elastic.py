@@ -1,0 +1,182 @@
+"""A run that goes on elsewhere: on another number of ranks, or with another ZeRO stage.
+
+The engine's files are cut by ranks, so that another number of them cannot read them. DeepSpeed's own converter joins
+them to a universal checkpoint, which any number reads; rank 0 runs it in a process of its own:
+
+    RUN/STAGE/universal/
+      partial-XXXX/                being written, or the remains of a conversion that was interrupted
+      step-00000100-1a2b3c4d/      whole (renamed last); removed when all ranks have read it
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from mvptr_ds import parallel
+from mvptr_ds.assembly import on_main
+from mvptr_ds.checkpointing import CHECKSUMS, CheckpointError
+from mvptr_ds.config import TrainConfig
+from mvptr_ds.ds_config import rounded_batch_size
+
+logger = logging.getLogger(__name__)
+FOLDER = "universal"  # of a stage
+POLL_S = 5.0  # how long a collective of the ranks that wait lasts at most
+SAY_EVERY_S = 60.0
+JOINABLE = ({1, 2}, {3})  # ZeRO stages whose universal checkpoints read alike
+
+
+def share_batch(train: TrainConfig, saved: dict[str, Any] | None, num_ranks: int) -> None:
+    """Fits `train` to the number of ranks; the global batch of a run that goes on stays.
+
+    Where ranks x accumulation steps do not divide it, the accumulation steps change, so that the micro-batch of a rank
+    is at most what it was.
+
+    Args:
+        saved: `state.json` of the checkpoint that the run goes on from, None for a fresh one.
+
+    Raises:
+        CheckpointError: so many ranks cannot share the batch, with the numbers that can.
+    """
+    if train.round_batch_size:
+        train.batch_size = rounded_batch_size(train, num_ranks if saved is None else saved["num_ranks"])
+    if saved is None or saved["batch_size"] != train.batch_size:
+        return
+    ranks_before, accumulation_before = saved["num_ranks"], saved.get("accumulation_steps", 1)
+    micro_before = train.batch_size // (ranks_before * accumulation_before)
+    if train.batch_size % num_ranks:
+        valid = [n for n in range(1, train.batch_size + 1) if train.batch_size % n == 0]
+        listed = ", ".join(map(str, valid[:24])) + (", ..." if len(valid) > 24 else "")
+        raise CheckpointError(
+            f"the run was begun with {train.batch_size} samples a step, which {num_ranks} ranks cannot share: go on "
+            f"with {listed} ranks, or start elsewhere with run.dir=... run.init_from=..."
+        )
+    share = train.batch_size // num_ranks
+    if share % train.accumulation_steps:
+        fitting = (a for a in range(1, share + 1) if share % a == 0 and share // a <= micro_before)
+        given, train.accumulation_steps = train.accumulation_steps, next(fitting)
+        if parallel.is_main():
+            logger.info("train.accumulation_steps=%d instead of %d", train.accumulation_steps, given)
+    micro = share // train.accumulation_steps
+    now, before = (num_ranks, train.accumulation_steps), (ranks_before, accumulation_before)
+    if now != before and parallel.is_main():
+        logger.info(
+            "%d samples a step as before: %d ranks x %d accumulation steps x %d samples (before: %d x %d x %d); "
+            "negatives come from %d samples (before: %d)",
+            train.batch_size, *now, micro, *before, micro_before, micro * num_ranks, micro_before * ranks_before,
+        )  # fmt: skip
+
+
+def must_convert(checkpoint: Path, saved: dict[str, Any], num_ranks: int, zero_stage: int) -> bool:
+    """Whether the engine's files have to be joined before this run can read them.
+
+    Raises:
+        CheckpointError: no conversion makes them readable.
+    """
+    stage_before = saved.get("zero_stage", 2)
+    if stage_before == zero_stage:
+        return zero_stage > 0 and saved["num_ranks"] != num_ranks
+    if any({stage_before, zero_stage} <= stages for stages in JOINABLE):
+        return True
+    raise CheckpointError(
+        f"{checkpoint} was written with ZeRO stage {stage_before}, which stage {zero_stage} cannot read: go on with a "
+        f"--deepspeed JSON of stage {stage_before}, or start elsewhere with run.dir=... run.init_from=..."
+    )
+
+
+def convert(checkpoint: Path, folder: Path) -> Path:
+    """The universal checkpoint of `checkpoint` in `folder`; all ranks call it.
+
+    Rank 0 converts, in a process of its own, unless it was done before; the others wait in one short collective after
+    the other, so that no time limit of a collective matters, however long it takes.
+
+    Raises:
+        CheckpointError: on all ranks, with what the converter said.
+    """
+    target = folder / parallel.broadcast_object(_name(checkpoint) if parallel.is_main() else None)
+    run: list[tuple[subprocess.Popen[bytes], IO[bytes], Path]] = []
+
+    def start() -> None:
+        for stale in folder.glob("*"):
+            if stale != target:
+                shutil.rmtree(stale)
+        if not target.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix="partial-", dir=folder))
+            output = tempfile.TemporaryFile()  # noqa: SIM115  (read when the process has ended)
+            run.append((_start(checkpoint / "engine", partial / "engine", output), output, partial))
+
+    on_main(start)
+    code = _wait(run[0][0] if run else None, checkpoint)
+
+    def finish() -> None:
+        if not run:
+            return
+        _, output, partial = run[0]
+        if code == 0:
+            os.replace(partial, target)
+        else:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(_failure(checkpoint, folder, code, output))
+
+    on_main(finish)
+    return target
+
+
+def _name(checkpoint: Path) -> str:
+    """Tells this checkpoint from another of the same step."""
+    return f"{checkpoint.name}-{hashlib.sha256((checkpoint / CHECKSUMS).read_bytes()).hexdigest()[:8]}"
+
+
+def _start(source: Path, target: Path, output: IO[bytes]) -> subprocess.Popen[bytes]:
+    arguments = ["--input_folder", str(source), "--output_folder", str(target), "--inject_missing_state"]
+    # one worker each: more of them hold more of the checkpoint in memory, beside the ranks
+    arguments += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+    alone = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    environment = alone | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, str(Path(__file__).with_name("ds_to_universal.py")), *arguments]
+    return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+
+
+def _wait(process: subprocess.Popen[bytes] | None, checkpoint: Path) -> int:
+    """The exit code of rank 0's process, on all ranks; 0 where there is none."""
+    started_s = said_s = time.monotonic()
+    if process is not None:
+        logger.info("%s is converted for %d ranks and this ZeRO stage", checkpoint, parallel.num_ranks())
+    while True:
+        code = 0 if process is None else _poll(process)
+        code = parallel.broadcast_object(code)
+        now_s = time.monotonic()
+        if code is not None:
+            if process is not None:
+                logger.info("... which took %.0f s", now_s - started_s)
+            return int(code)
+        if process is not None and now_s > said_s + SAY_EVERY_S:
+            said_s = now_s
+            logger.info("... for %.0f s so far", now_s - started_s)
+
+
+def _poll(process: subprocess.Popen[bytes]) -> int | None:
+    try:
+        return process.wait(POLL_S)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _failure(checkpoint: Path, folder: Path, code: int, output: IO[bytes]) -> str:
+    output.seek(0)
+    lines = [line for line in output.read().decode(errors="replace").splitlines() if line.strip()]
+    num_bytes = sum(path.stat().st_size for path in (checkpoint / "engine").rglob("*"))
+    return (
+        f"{checkpoint} could not be converted to another number of ranks or ZeRO stage (exit code {code}): "
+        f"{lines[-1] if lines else 'it said nothing'}; it needs {2 * num_bytes / 2**30:.1f} GiB in {folder} for a "
+        "while: make room and start again, or go on with the ranks and the JSON it was written with"
+    )

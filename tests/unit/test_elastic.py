@@ -1,0 +1,148 @@
+"""Going on with another number of ranks: the batch arithmetic, what is refused, a conversion that fails."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mvptr_ds import checkpointing, elastic
+from mvptr_ds.checkpointing import CheckpointError
+from mvptr_ds.config import TrainConfig
+
+
+def saved(batch_size: int, num_ranks: int, accumulation_steps: int) -> dict[str, Any]:
+    return {"batch_size": batch_size, "num_ranks": num_ranks, "accumulation_steps": accumulation_steps}
+
+
+@pytest.mark.parametrize(
+    ("before", "asked", "num_ranks", "wanted"),
+    [
+        (saved(16, 2, 2), 2, 1, 2),  # it divides: what the configuration says holds
+        (saved(16, 2, 2), 2, 4, 2),
+        (saved(16, 2, 2), 4, 1, 4),
+        (saved(12, 2, 2), 2, 4, 1),  # micro-batches of 3 before, of 3 now
+        (saved(12, 2, 2), 2, 12, 1),
+        (saved(64, 8, 4), 4, 32, 1),  # of 2 before, of 2 now
+        (saved(24, 6, 1), 5, 2, 3),  # of 4 before, of 4 now
+    ],
+)
+def test_the_global_batch_stays_and_the_micro_batch_does_not_grow(
+    before: dict[str, Any], asked: int, num_ranks: int, wanted: int
+) -> None:
+    train = TrainConfig(batch_size=before["batch_size"], accumulation_steps=asked)
+    elastic.share_batch(train, before, num_ranks)
+    assert (train.batch_size, train.accumulation_steps) == (before["batch_size"], wanted)
+    assert train.batch_size % (num_ranks * train.accumulation_steps) == 0
+    if wanted != asked:
+        assert before["batch_size"] // (num_ranks * wanted) <= before["batch_size"] // (
+            before["num_ranks"] * before["accumulation_steps"]
+        )
+
+
+def test_a_change_is_said_with_what_it_does_to_the_negatives(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        elastic.share_batch(TrainConfig(batch_size=12, accumulation_steps=2), saved(12, 2, 2), 12)
+    assert "train.accumulation_steps=1 instead of 2" in caplog.text
+    assert "12 ranks x 1 accumulation steps x 1 samples (before: 2 x 2 x 3)" in caplog.text
+    assert "negatives come from 12 samples (before: 6)" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        elastic.share_batch(TrainConfig(batch_size=12, accumulation_steps=2), saved(12, 2, 2), 2)
+    assert caplog.text == ""
+
+
+def test_ranks_that_cannot_share_the_batch_are_refused_with_those_that_can() -> None:
+    with pytest.raises(CheckpointError, match="which 5 ranks cannot share: go on with 1, 2, 3, 4, 6, 12 ranks"):
+        elastic.share_batch(TrainConfig(batch_size=12), saved(12, 2, 2), 5)
+
+
+def test_a_rounded_batch_is_that_of_the_run() -> None:
+    """64 rounds to 63 on three ranks; the run goes on with 63 on one."""
+    train = TrainConfig(batch_size=64, round_batch_size=True)
+    elastic.share_batch(train, saved(63, 3, 1), 1)
+    assert train.batch_size == 63
+    train = TrainConfig(batch_size=64, round_batch_size=True)
+    elastic.share_batch(train, None, 3)
+    assert train.batch_size == 63
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "wanted"),
+    [
+        ((2, 2), (2, 2), False),
+        ((2, 2), (1, 2), True),
+        ((2, 2), (2, 1), True),
+        ((4, 1), (2, 2), True),
+        ((2, 3), (4, 3), True),
+        ((2, 3), (2, 3), False),
+        ((2, 0), (4, 0), False),  # every rank has it all
+    ],
+)
+def test_what_is_converted(before: tuple[int, int], now: tuple[int, int], wanted: bool) -> None:
+    state = {"num_ranks": before[0], "zero_stage": before[1]}
+    assert elastic.must_convert(Path("step"), state, *now) is wanted
+
+
+@pytest.mark.parametrize("stages", [(2, 3), (3, 1), (0, 2), (3, 0)])
+def test_stages_that_do_not_read_each_other_are_refused(stages: tuple[int, int]) -> None:
+    state = {"num_ranks": 2, "zero_stage": stages[0]}
+    with pytest.raises(CheckpointError, match=f"written with ZeRO stage {stages[0]}, which stage {stages[1]} cannot"):
+        elastic.must_convert(Path("step"), state, 2, stages[1])
+
+
+def checkpoint_of_garbage(folder: Path) -> Path:
+    def write_engine(path: Path) -> None:
+        path.mkdir()
+        (path / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"garbage")
+
+    path = checkpointing.save(folder, 3, {}, write_engine, lambda path: path.mkdir(), 1)
+    assert path is not None
+    return path
+
+
+def test_a_conversion_that_fails_says_why_and_leaves_nothing(tmp_path: Path) -> None:
+    path = checkpoint_of_garbage(tmp_path / "checkpoints")
+    stale = tmp_path / "universal" / "partial-of-a-killed-one"
+    stale.mkdir(parents=True)
+    with pytest.raises(CheckpointError) as error:
+        elastic.convert(path, tmp_path / "universal")
+    for part in (str(path), "could not be converted", "exit code 1", "UnpicklingError", "GiB in"):
+        assert part in str(error.value), str(error.value)
+    assert list((tmp_path / "universal").iterdir()) == []
+
+
+def test_one_that_is_there_is_taken_unless_the_checkpoint_has_changed(tmp_path: Path) -> None:
+    """The converter would fail on this checkpoint: it is not run."""
+    path = checkpoint_of_garbage(tmp_path / "checkpoints")
+    whole = tmp_path / "universal" / elastic._name(path)
+    whole.mkdir(parents=True)
+    assert elastic.convert(path, tmp_path / "universal") == whole
+    (path / checkpointing.CHECKSUMS).write_text("{}", encoding="utf-8")  # another of the same step
+    with pytest.raises(CheckpointError):
+        elastic.convert(path, tmp_path / "universal")
+    assert not whole.exists()
+
+
+def test_ranks_that_are_new_draw_from_step_and_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    def draw(seed: int, step: int, rank: int) -> float:
+        monkeypatch.setattr("mvptr_ds.parallel.rank", lambda: rank)
+        checkpointing.seed_rng(seed, step)
+        return float(torch.rand(()))
+
+    drawn = [draw(*key) for key in ((0, 4, 0), (0, 4, 1), (0, 5, 0), (1, 4, 0))]
+    assert len(set(drawn)) == 4 and draw(0, 4, 1) == drawn[1]
+
+
+def test_newest_state(tmp_path: Path) -> None:
+    assert checkpointing.newest_state(tmp_path, ["stage1", "stage2"]) is None
+    for stage, step in (("stage1", 4), ("stage1", 6), ("stage2", 2)):
+        checkpoint = checkpointing.save(
+            tmp_path / stage / "checkpoints", step, {"of": stage}, lambda p: p.mkdir(), lambda p: p.mkdir(), 9
+        )
+        assert checkpoint is not None
+        state = checkpointing.newest_state(tmp_path, ["stage1", "stage2"])
+        assert state is not None and (state["of"], state["step"]) == (stage, step)

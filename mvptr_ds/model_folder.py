@@ -5,12 +5,13 @@ config.json  model.safetensors  vocab.txt  phrase_vocab.json  mvptr.yaml
 
 from __future__ import annotations
 
+import copy
 import typing
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mvptr_ds.assembly import Vocabs
 from mvptr_ds.checkpointing import CheckpointError
@@ -33,7 +34,10 @@ def save_model_folder(
 ) -> None:
     """Writes the folder: the structure of `model` with these weights, all of them."""
     path.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(path, state_dict=dict(weights))
+    structure = copy.deepcopy(model.config)
+    structure.architectures, structure.dtype = [type(model).__name__], "float32"
+    structure.save_pretrained(path)
+    save_file(dict(weights), path / "model.safetensors", metadata={"format": "pt"})
     (path / "vocab.txt").write_text("\n".join(vocabs.words.tokens) + "\n", encoding="utf-8")
     vocabs.phrases.save(path / "phrase_vocab.json")
     save_config(config, path / "mvptr.yaml")

@@ -64,6 +64,7 @@ def run(arguments: argparse.Namespace, stop: StopSignal) -> int:
             parallel.barrier()  # the first rank that ends makes the launcher end the others
             return EXIT_STOPPED
         init_from = find_model(trainer.dir)
+    parallel.barrier()  # a rank that leaves while another one still talks to it makes that one abort
     return 0
 
 

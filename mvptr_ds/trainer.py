@@ -104,16 +104,19 @@ class Trainer:
         trained = set(model.parameters_of(self.task.trained_parts()))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
+        self._hold_untrained()
+
+    def _hold_untrained(self) -> None:
+        """Keeps on rank 0 what is not trained as it is, before the engine rounds or partitions it."""
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        state = self.model.state_dict() if parallel.is_main() else {}
+        self.untrained = {name: tensor.detach().clone() for name, tensor in state.items() if name not in trained}
 
     def _build_engine(self, filled: dict[str, Any]) -> None:
         config, parameters = self.config, [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        trained = {name for name, _ in parameters}
-        self.untrained: dict[str, torch.Tensor] = {}  # on rank 0, before the engine rounds or partitions it
-        if parallel.is_main():
-            self.untrained = {n: t.detach().clone() for n, t in self.model.state_dict().items() if n not in trained}
         groups = parameter_groups(parameters, config.optim.weight_decay)
-        optimizer = build_optimizer(groups, config.optim, self.stage.learning_rate)
-        self.engine, *_ = deepspeed.initialize(model=self.task, optimizer=optimizer, config=filled)
+        self.optimizer = build_optimizer(groups, config.optim, self.stage.learning_rate)
+        self.engine, *_ = deepspeed.initialize(model=self.task, optimizer=self.optimizer, config=filled)
         self._catch_write_errors()
         if self.zero_stage == 3:
             for parameter in self.model.parameters_used_at_large():
@@ -391,15 +394,16 @@ class Trainer:
         """Builds the engine as it was at a checkpoint."""
         state, num_ranks = checkpointing.read_state(path), parallel.num_ranks()
         model_folder.load_weights(self.model, path / "model")  # what is not trained is in no file of the engine's
+        self._hold_untrained()
         source, converted = path / "engine", elastic.must_convert(path, state, num_ranks, self.zero_stage)
         if converted:
             source = elastic.convert(path, self.dir / elastic.FOLDER) / "engine"
             filled = filled | {"checkpoint": {"load_universal": True}}
         self._build_engine(filled)
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.engine.optimizer.param_groups]
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.engine.load_checkpoint(str(source.parent), tag=source.name)
-        for group, ours in zip(self.engine.optimizer.param_groups, settings, strict=True):
-            group.update(ours)  # stage 3 gives all groups the first one's weight decay when it reads a universal one
+        if converted:
+            self._mend_optimizer(settings)
         self.step = self.saved_step = state["step"]
         if state["num_ranks"] == num_ranks:
             checkpointing.restore_rng(path)
@@ -411,11 +415,22 @@ class Trainer:
         self.bad_samples.count(state["samples"]["bad"], state["samples"]["read"])
         logger.info("%s goes on from step %d (%s)", self.dir.name, self.step, path)
 
+    def _mend_optimizer(self, settings: list[dict[str, Any]]) -> None:
+        """What deepspeed 0.19.8 gets wrong when it reads a universal checkpoint.
+
+        Stage 3 gives every group the first one's weight decay, and one step count to all, which each of them then
+        raises; the other stages leave the count on the host, where CUDA's fused AdamW does not take it.
+        """
+        for group, ours in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(ours)
+        for parameter, state in self.optimizer.state.items():
+            state["step"] = state["step"].to(parameter.device, copy=True)
+
     def close(self) -> None:
         """Frees the engine, so that the next stage has the memory."""
         self.log.close()
         parallel.time_collectives()
         self.engine.destroy()
-        del self.engine, self.task, self.model
+        del self.engine, self.optimizer, self.task, self.model
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -155,13 +155,6 @@ def test_a_model_folder_stands_by_itself(trained: Run, tmp_path: Path) -> None:
     assert config.model.hidden_size == 32 and len(vocabs.words) == model.config.num_words
 
 
-def test_another_number_of_ranks_is_refused_with_both_numbers(trained: Run, train: Launch, tmp_path: Path) -> None:
-    shutil.copytree(trained.dir, tmp_path / "run")
-    code, output = train(tmp_path / "run", num_ranks=1)
-    assert code == 2 and "Traceback" not in output, output
-    assert "num_ranks 2" in output and "has 1" in output
-
-
 def test_evaluation(trained: Run, tmp_path: Path) -> None:
     """Source: the issue, point 7."""
     command = [sys.executable, str(REPO / "mvptr_ds/eval.py"), str(trained.dir), "eval.num_pictures=3"]

@@ -24,8 +24,8 @@ STEPS, CUT = 6, 2
 # only rounding noise (attention's key bias) must not become a step of its own sign
 TOLERANCE = 1e-6
 SETTINGS = (
-    "run.stages=[2]", "run.init_from=null", f"stage2.max_steps={STEPS}", "stage2.warmup_steps=2", "optim.eps=1e-5", "model.dropout=0",
-    "model.attention_dropout=0", "train.keep_checkpoints=9",
+    "run.stages=[2]", "run.init_from=null", f"stage2.max_steps={STEPS}", "stage2.warmup_steps=2", "optim.eps=1e-5",
+    "model.dropout=0", "model.attention_dropout=0", "train.keep_checkpoints=9",
 )  # fmt: skip
 
 

@@ -167,13 +167,17 @@ def all_to_all(rows: Tensor, num_sent: list[int], num_got: list[int]) -> Tensor:
     return got
 
 
+def _all_gather(local: Tensor) -> Tensor:
+    joined = local.new_empty(num_ranks(), *local.shape)
+    with _timed():
+        dist.all_gather(list(joined.unbind()), local.contiguous())
+    return joined.flatten(0, 1)
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor) -> Tensor:
-        parts = [torch.empty_like(local) for _ in range(num_ranks())]
-        with _timed():
-            dist.all_gather(parts, local.contiguous())
-        return torch.cat(parts)
+        return _all_gather(local)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Tensor:
@@ -195,9 +199,6 @@ def gather(local: Tensor) -> Tensor:
         return local
     if not local.is_floating_point() or not local.requires_grad:
         as_int = local.to(torch.uint8) if local.dtype == torch.bool else local
-        parts = [torch.empty_like(as_int) for _ in range(num_ranks())]
-        with _timed():
-            dist.all_gather(parts, as_int.contiguous())
-        return torch.cat(parts).to(local.dtype)
+        return _all_gather(as_int).to(local.dtype)
     out: Tensor = _Gather.apply(local)
     return out

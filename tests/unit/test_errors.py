@@ -150,6 +150,11 @@ def unknown_optimiser(place: Place) -> None:
 
 
 @case
+def execution_value(place: Place) -> None:
+    place.arguments.append("model.execution=ragged")
+
+
+@case
 def manifest_of_other_tars(place: Place) -> None:
     place.tar.write_bytes(place.tar.read_bytes() + bytes(512))
 

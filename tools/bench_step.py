@@ -1,0 +1,277 @@
+#!/usr/bin/env python3
+"""Measures a training step of the base model (forward + backward) against what the published code computes.
+
+python tools/bench_step.py                          # batches of 8 and 16; the last line is JSON
+python tools/bench_step.py --batch 4 --steps 1      # quicker
+python tools/bench_step.py --captions captions_val2014.json   # caption lengths of a COCO annotation file
+
+Three ways, each in a process of its own and with the same weights: `packed` (valid positions alone), `padded` (ours,
+to the longest of the batch) and `reference` (transformers' BertLayer with eager attention at 40 text, 20 + 50 visual
+and 90 cross slots). They take turns, step by step, so that a busy machine disturbs all alike; the median step counts.
+Their losses must agree. The peak of the machine is that of torch.matmul in the same minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+
+from bench_models import TEXT_SLOTS, Reference, build_task, fixed_slots, make_batch
+
+from mvptr_ds.data.collate import Batch
+from mvptr_ds.data.wordpiece import WordPiece
+from mvptr_ds.evaluation.encode import CrossStates, EncodedSplit
+from mvptr_ds.evaluation.retrieval import match_probability, score_pairs
+from mvptr_ds.flops import StepFlops
+from mvptr_ds.hard_negatives import Draws
+from mvptr_ds.model.config import MvptrConfig
+from mvptr_ds.model.mvptr import Mvptr
+from mvptr_ds.model.packed import Packed
+from mvptr_ds.packed_batch import PackedBatch
+
+WAYS = ("packed", "padded", "reference")
+TOLERANCE = 1e-4  # of a loss summed over the batch, in float32
+LIMIT_S = 600.0  # of one answer
+GEMM = (2048, 768, 3072)  # rows x hidden x FFN, and the reverse of it
+
+
+def model_config(small: bool) -> MvptrConfig:
+    sizes: dict[str, Any] = {"hidden_dropout": 0.0, "attention_dropout": 0.0}  # equal losses need equal states
+    if small:
+        sizes |= {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128, "region_feature_dim": 32}
+        sizes |= {"num_text_layers": 1, "num_visual_layers": 1, "num_cross_layers": 1}
+    return MvptrConfig(**sizes)
+
+
+# --- a worker: one way of computing, one step for every line of its standard input
+
+
+def measured(function: Callable[..., Any], *arguments: Any) -> tuple[Any, dict[str, Any]]:
+    """What a call returns, and the time it took."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    value = function(*arguments)
+    return value, {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
+
+
+def work(way: str, arguments: argparse.Namespace) -> None:
+    torch.set_num_threads(arguments.threads)
+    config = model_config(arguments.small)
+    task: Any = build_task(config, "padded" if way == "padded" else "packed")
+    flops = StepFlops(task, 1)
+    if way == "reference":
+        task = Reference(task.model)
+    for line in sys.stdin:
+        number = int(line)
+        batch = make_batch(arguments.batch, number, config, arguments.caption_lengths)
+        fed = fixed_slots(batch) if way == "reference" else batch
+        draws = Draws.keyed(0, number, 0, arguments.batch, TEXT_SLOTS)
+        parts, answer = measured(step, task, fed, draws)
+        answer |= {"losses": {name: part.sum.item() for name, part in parts.items()}}
+        answer |= {"gflop": flops.of(batch) / 1e9, "peak_rss_gib": peak_rss_gib()}
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+def step(task: Any, batch: Batch, draws: Draws) -> dict[str, Any]:
+    task.zero_grad(set_to_none=True)
+    parts: dict[str, Any] = task.objectives(batch, draws)
+    torch.stack([part.sum / part.count.clamp(min=1.0) for part in parts.values()]).sum().backward()
+    return parts
+
+
+def peak_rss_gib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+# --- the parent
+
+
+class Worker:
+    def __init__(self, way: str, batch: int, arguments: argparse.Namespace) -> None:
+        command = [sys.executable, str(Path(__file__)), "--worker", way, "--batch", str(batch)]
+        command += ["--threads", str(arguments.threads), *(["--small"] if arguments.small else [])]
+        command += ["--captions", str(arguments.captions)] if arguments.captions else []
+        self.way, self.answers = way, []  # type: ignore[var-annotated]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, number: int) -> None:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(f"{number}\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the process of {self.way} ended with code {self.process.wait(LIMIT_S)}")
+        self.answers.append(json.loads(line))
+
+    def median(self, name: str) -> float:
+        return statistics.median(answer[name] for answer in self.answers[1:])  # the first warms up
+
+    def end(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
+def compare(batch: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The three ways on the same batches, in turns."""
+    workers: list[Worker] = []
+    peaks = [gemm_gflops_per_cpu_s()]
+    try:
+        workers += [Worker(way, batch, arguments) for way in WAYS]
+        for number in range(1 + arguments.steps):
+            for worker in workers:
+                worker.ask(number)
+            peaks.append(gemm_gflops_per_cpu_s())
+    finally:
+        for worker in workers:
+            worker.end()
+    packed, padded, reference = workers
+    for worker in workers:
+        cpu_s, wall_s, gflop = (worker.median(name) for name in ("cpu_s", "wall_s", "gflop"))
+        peak_gib = worker.answers[-1]["peak_rss_gib"]
+        sys.stdout.write(
+            f"batch {batch:2}  {worker.way:9}  {cpu_s:6.2f} CPU-s  {wall_s:6.2f} s wall  "
+            f"{gflop / cpu_s:5.1f} GFLOP/CPU-s  peak {peak_gib:.2f} GiB\n"
+        )
+    return {
+        "speedup_vs_reference": reference.median("cpu_s") / packed.median("cpu_s"),
+        "speedup_vs_padded": padded.median("cpu_s") / packed.median("cpu_s"),
+        "gflops_per_cpu_s": packed.median("gflop") / packed.median("cpu_s"),
+        "gemm_peak_gflops_per_cpu_s": statistics.median(peaks),
+        "peak_rss_gib": packed.answers[-1]["peak_rss_gib"],
+        "reference_peak_rss_gib": reference.answers[-1]["peak_rss_gib"],
+        "losses_max_abs_diff": max(
+            abs(value - other.answers[number]["losses"][name])
+            for other in (padded, reference)
+            for number, answer in enumerate(packed.answers)
+            for name, value in answer["losses"].items()
+        ),
+    }
+
+
+def gemm_gflops_per_cpu_s(repeats: int = 6) -> float:
+    """torch.matmul at the FFN's two shapes, over 2,048 rows: the better of them."""
+    rows, dim, inner = GEMM
+    x, w, y = torch.randn(rows, dim), torch.randn(dim, inner), torch.randn(rows, inner)
+    best = 0.0
+    for a, b in ((x, w), (y, w.T.contiguous())):
+        torch.matmul(a, b)
+        _, took = measured(_repeat, a, b, repeats)
+        best = max(best, repeats * 2 * rows * dim * inner / 1e9 / took["cpu_s"])
+    return best
+
+
+def _repeat(a: Tensor, b: Tensor, repeats: int) -> None:
+    for _ in range(repeats):
+        torch.matmul(a, b)
+
+
+# --- scoring
+
+
+@torch.inference_mode()
+def scoring(num: int, arguments: argparse.Namespace) -> dict[str, float]:
+    """All pairs of `num` captions and `num` images: each from raw inputs, or as evaluation re-ranks them."""
+    config = model_config(arguments.small)
+    model = build_task(config, "packed").eval().model
+    packed = PackedBatch.of(make_batch(num, 0, config, arguments.caption_lengths))
+    captions_M, images_M = torch.cartesian_prod(torch.arange(num), torch.arange(num)).unbind(1)
+    device = torch.device("cpu")
+
+    def raw() -> Tensor:
+        scores = []
+        for rows in torch.arange(len(captions_M)).split(arguments.batch):
+            text, regions, _ = encode(model, packed, captions_M[rows].tolist(), images_M[rows].tolist())
+            scores.append(match_probability(model, CrossStates(rows, *model.encode_cross(text, regions))))
+        return torch.cat(scores)
+
+    def cached() -> Tensor:
+        text, regions, tags = encode(model, packed, range(num), range(num))
+        split = EncodedSplit(
+            text_CTD=text.padded(),
+            text_mask_CT=text.mask(),
+            phrase_mask_CT=packed.phrase_mask.padded(False),
+            text_global_CD=model.text_global(text),
+            regions_IRD=regions.padded(),
+            region_mask_IR=regions.mask(),
+            image_global_ID=model.visual_global(tags),
+            image_of_C=torch.arange(num),
+        )
+        return score_pairs(model, split, captions_M, images_M, arguments.batch, device)
+
+    (wanted, slow), (found, fast) = measured(raw), measured(cached)
+    return {
+        "scoring_speedup": slow["cpu_s"] / fast["cpu_s"],
+        "scoring_pairs_per_cpu_s": len(captions_M) / fast["cpu_s"],
+        "scoring_max_abs_diff": (wanted - found).abs().max().item(),
+    }
+
+
+def encode(
+    model: Mvptr, packed: PackedBatch, texts: Sequence[int], images: Sequence[int]
+) -> tuple[Packed, Packed, Packed]:
+    """States of texts, regions and tags, from raw inputs."""
+    assert packed.features is not None
+    embedded = model.embed_regions(packed.features.take(images), None, packed.geometry.take(images))
+    tags, regions = model.encode_visual(packed.tag_ids.take(images), embedded)
+    return model.encode_text(packed.text_ids.take(texts)), regions, tags
+
+
+def caption_lengths(path: Path, num: int = 20_000) -> list[int]:
+    """Wordpieces of a COCO annotation file's first captions."""
+    words = WordPiece()
+    captions = json.loads(path.read_text(encoding="utf-8"))["annotations"]
+    return [len(words.encode(caption["caption"])[0]) for caption in captions[:num]]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, nargs="+", default=[8, 16], help="samples; the last one gives the JSON")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps of each way, after one that warms up")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--captions", type=Path, help="COCO annotation file that gives the lengths of captions")
+    parser.add_argument("--score", type=int, default=8, metavar="N", help="score N x N pairs; 0: do not")
+    parser.add_argument("--small", action="store_true", help="a tiny model, to try the tool itself")
+    parser.add_argument("--worker", choices=WAYS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    arguments.caption_lengths = None if arguments.captions is None else caption_lengths(arguments.captions)
+    sizes = arguments.batch
+    if arguments.worker:
+        arguments.batch = sizes[0]
+        work(arguments.worker, arguments)
+        return 0
+    results = {}
+    for size in sizes:
+        results[size] = compare(size, arguments)
+        sys.stdout.write(f"batch {size:2}  {results[size]['speedup_vs_reference']:.2f} x the reference's speed\n")
+    last = results[sizes[-1]]
+    last |= {f"speedup_vs_reference_batch_{size}": results[size]["speedup_vs_reference"] for size in sizes[:-1]}
+    arguments.batch = sizes[-1]
+    last |= scoring(arguments.score, arguments) if arguments.score else {}
+    sys.stdout.write(json.dumps({name: float(f"{value:.4g}") for name, value in last.items()}) + "\n")
+    if not last["losses_max_abs_diff"] <= TOLERANCE:
+        sys.stderr.write(f"error: losses differ by {last['losses_max_abs_diff']:.2g}, above {TOLERANCE:g}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,6 +5,8 @@ Legend: B samples, D hidden, K picked rows, C classes of a head (word rows or ph
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,24 +31,26 @@ class RowHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_classes))
         self.decoder = None if tied else nn.Parameter(torch.zeros(num_classes, hidden_size))
 
-    def forward(self, states_KD: Tensor, tied_CD: Tensor) -> Tensor:
-        """[K, D] -> logits [K, C]; `tied_CD` is used when the head has no decoder of its own."""
-        return F.linear(self._hidden(states_KD), self._decoder(tied_CD), self.bias)
+    def forward(
+        self, states_KD: Tensor, tied_CD: Tensor, score: Callable[..., Tensor] = F.linear, *asked: Tensor
+    ) -> Tensor:
+        """[K, D] -> logits [K, C], or what another `score` makes of hidden states, decoder and bias.
+
+        Args:
+            tied_CD: used when the head has no decoder of its own.
+        """
+        hidden_KD = self.norm(F.gelu(self.dense(states_KD)))
+        return score(hidden_KD, tied_CD if self.decoder is None else self.decoder, self.bias, *asked)
 
     def nll(self, states_KD: Tensor, labels_K: Tensor, tied_CD: Tensor) -> Tensor:
         """Cross entropy of each row's label (int64 [K]), float32 [K], without the logits of all rows in memory."""
-        return kernels.picked_nll(self._hidden(states_KD), self._decoder(tied_CD), self.bias, labels_K)
+        out: Tensor = self(states_KD, tied_CD, kernels.picked_nll, labels_K)
+        return out
 
     def log_p_of(self, states_KD: Tensor, classes_A: Tensor, tied_CD: Tensor) -> Tensor:
         """Log probabilities of the asked classes (int64 [A]) at every row, float32 [K, A]; memory as `nll`."""
-        return kernels.log_p_of(self._hidden(states_KD), self._decoder(tied_CD), self.bias, classes_A)
-
-    def _hidden(self, states_KD: Tensor) -> Tensor:
-        hidden_KD: Tensor = self.norm(F.gelu(self.dense(states_KD)))
-        return hidden_KD
-
-    def _decoder(self, tied_CD: Tensor) -> Tensor:
-        return tied_CD if self.decoder is None else self.decoder
+        out: Tensor = self(states_KD, tied_CD, kernels.log_p_of, classes_A)
+        return out
 
 
 class Pooler(nn.Module):

@@ -9,8 +9,6 @@ import itertools
 import json
 import logging
 import os
-import struct
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +20,7 @@ from PIL import Image
 from mvptr_ds.corpus.detection import Detections, RegionChoice, choose_regions
 from mvptr_ds.corpus.detector import Detector, DetectorSource, choose_device, find_model, load_detector
 from mvptr_ds.corpus.jobs import Summary, refuse_foreign_tars, run_units
-from mvptr_ds.data.images import MAX_IMAGE_PIXELS, decode_problem
+from mvptr_ds.data.images import DECODE_ERRORS, MAX_IMAGE_PIXELS, decode_problem
 from mvptr_ds.data.schema import DataError, Extractor, parse_record
 from mvptr_ds.data.shards import MANIFEST_NAME, Index, ensure_index
 from mvptr_ds.data.sidecars import sidecar_json
@@ -36,10 +34,6 @@ Entry = tuple[str, dict[str, bytes]]  # key, and the members by extension
 _MAX_SIDE = 2048  # pixels; detectors look at less, and a batch of pictures must fit the memory
 _MAX_ASPECT = 50  # processors that fix the longer side would leave nothing of the shorter one
 _BATCHES_PER_WINDOW = 8  # pictures of similar shape are looked for among so many batches
-_DECODE_ERRORS = (
-    *(OSError, ValueError, TypeError, SyntaxError, EOFError, KeyError, IndexError, struct.error, zlib.error),
-    Image.DecompressionBombError,
-)
 
 
 @dataclass(frozen=True)
@@ -239,7 +233,7 @@ def open_picture(members: Mapping[str, bytes]) -> Image.Image:
     content = next(members[ext] for ext in IMAGE_EXTENSIONS if ext in members)
     try:
         image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP"))
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
         raise DataError(f"the image cannot be decoded: {decode_problem(error)}") from error
     width, height = image.size
     if width * height > MAX_IMAGE_PIXELS:
@@ -259,7 +253,7 @@ def decode_picture(image: Image.Image) -> Image.Image:
         with contextlib.closing(image):
             image.draft("RGB", (_MAX_SIDE, _MAX_SIDE))  # a larger JPEG decodes at 1/2, 1/4, 1/8 where that is enough
             picture = image.convert("RGB")
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
         raise DataError(f"the image cannot be decoded: {decode_problem(error)}") from error
     picture.thumbnail((_MAX_SIDE, _MAX_SIDE), Image.Resampling.BICUBIC)
     return picture

@@ -5,23 +5,20 @@ from __future__ import annotations
 import io
 import os
 import stat
-import struct
 import warnings
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import ExifTags, Image
 
-from mvptr_ds.data.images import MAX_IMAGE_PIXELS, decode_problem
+from mvptr_ds.data.images import DECODE_ERRORS, MAX_IMAGE_PIXELS, decode_problem
 from mvptr_ds.data.tars import MAX_MEMBER_BYTES
 
 MAX_DECODED_PIXELS = 89_000_000  # above it a picture is not decoded at all
 REENCODE_QUALITY = 95  # of what cannot be stored as it is
 _STORED_AS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JPEG with more pictures behind it
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-_DECODE_ERRORS = (OSError, ValueError, TypeError, SyntaxError, EOFError, KeyError, IndexError, struct.error, zlib.error)
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -99,7 +96,7 @@ def check_picture(content: bytes, options: PictureOptions) -> Picture:
                 return _check(image, content, options)
     except Image.DecompressionBombError as error:
         raise PictureError(f"picture: over {MAX_DECODED_PIXELS // 10**6} megapixels", str(error)) from error
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
         if isinstance(error, PictureError):
             raise
         raise PictureError("picture: cannot be decoded", decode_problem(error)) from error
@@ -133,6 +130,6 @@ def _check(image: Image.Image, content: bytes, options: PictureOptions) -> Pictu
 def _turned(pixels: Image.Image, image: Image.Image) -> Image.Image:
     try:
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except (*_DECODE_ERRORS, AttributeError):  # EXIF of the web is often damaged; the pixels are not
+    except (*DECODE_ERRORS, AttributeError):  # EXIF of the web is often damaged; the pixels are not
         turn = None
     return pixels if turn is None else pixels.transpose(turn)

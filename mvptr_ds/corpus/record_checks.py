@@ -15,7 +15,7 @@ from PIL import Image
 from mvptr_ds.corpus.phrase_words import wrong_spans
 from mvptr_ds.corpus.salvage import find_header
 from mvptr_ds.data.features import read_features
-from mvptr_ds.data.images import decode_image, decode_problem
+from mvptr_ds.data.images import DECODE_ERRORS, decode_image, decode_problem
 from mvptr_ds.data.index import SIDECAR
 from mvptr_ds.data.scan import describe
 from mvptr_ds.data.schema import Caption, DataError, Record, SidecarEntry, parse_entry
@@ -23,7 +23,6 @@ from mvptr_ds.data.tars import IMAGE_EXTENSIONS
 
 BOX_TOLERANCE_PX = 1.0  # detectors round outwards
 _DECODED_SIZE = 32  # pixels; a JPEG is then decoded at an eighth, yet read to its end
-_PICTURE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 FEATURES = "features that cannot be used"
 Problem = tuple[str, str]  # what is counted, and the detail of one case
@@ -75,7 +74,7 @@ def _picture_problems(members: Mapping[str, bytes], record: Record, decode: bool
     try:
         with Image.open(io.BytesIO(members[names[0]]), formats=("JPEG", "PNG", "WEBP")) as image:
             size = image.size
-    except _PICTURE_ERRORS as error:
+    except DECODE_ERRORS as error:
         yield "a picture that cannot be decoded", decode_problem(error)
         return
     if size != (record.width, record.height):

@@ -24,7 +24,10 @@ except ImportError:  # there are no wheels for this machine
     simplejpeg = None
 
 MAX_IMAGE_PIXELS = 64_000_000  # a larger picture is refused before it is decoded (decompression bombs)
-_DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+DECODE_ERRORS = (  # what Pillow raises on damaged or hostile pictures
+    *(OSError, ValueError, TypeError, SyntaxError, EOFError, KeyError, IndexError, struct.error, zlib.error),
+    Image.DecompressionBombError,
+)
 _JPEG_COLOURS = ("YCbCr", "Gray", "RGB")  # others (CMYK) are not the same in all programs: Pillow's way
 _REDUCTIONS = (8, 4, 2, 1)  # with kernels of their own; fractions between them cost more than they save
 
@@ -78,7 +81,7 @@ def _decode(content: bytes, image_size: int) -> np.ndarray:
             _check_pixels(*image.size)
             image.draft("RGB", (image_size, image_size))  # JPEG decodes at 1/2, 1/4, 1/8 where that is enough
             small = image.convert("RGB").resize((image_size, image_size), Image.Resampling.BICUBIC)
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"the image cannot be decoded: {decode_problem(error)}; replace or remove it") from error

@@ -233,6 +233,16 @@ def test_bad_members_are_data_errors(change: dict, options: dict, message: str) 
         _build(members, **options)
 
 
+@pytest.mark.parametrize("error", [KeyError("mode"), IndexError("index out of range"), TypeError("no bytes")])
+def test_whatever_pillow_stumbles_over_is_a_data_error(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stumble(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("mvptr_ds.data.images.Image.open", stumble)
+    with pytest.raises(DataError, match="the image cannot be decoded"):
+        _build({**MEMBERS, "jpg": b"no JPEG"}, visual_source="image")
+
+
 def test_pickled_arrays_are_never_loaded() -> None:
     stream = io.BytesIO()
     np.save(stream, np.array([[print]], dtype=object), allow_pickle=True)

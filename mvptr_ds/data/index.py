@@ -16,7 +16,7 @@ import itertools
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Container
+from collections.abc import Collection, Container
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -34,7 +34,7 @@ from mvptr_ds.data.storage import (
     is_url,
     open_files,
 )
-from mvptr_ds.data.tars import read_record, record_key
+from mvptr_ds.data.tars import read_keyed_record, read_record, record_key
 
 if TYPE_CHECKING:  # it imports fsspec, which local shards do without
     from mvptr_ds.data.remote import RemoteFiles
@@ -143,6 +143,10 @@ class SampleIndex(ABC):
         if record.captions and not captions:
             raise DataError(f"caption {place.caption} of a record with {len(record.captions)}; rebuild the index")
         return replace(record, captions=captions), members
+
+    @abstractmethod
+    def describe(self, place: Place) -> tuple[Record, Collection[str]]:
+        """The record at a place, and the extensions of its members, whose contents are not read; raises as `read`."""
 
     @abstractmethod
     def key_of(self, place: Place) -> str:
@@ -281,6 +285,10 @@ class Index(SampleIndex):
     def read_sample(self, place: Place) -> tuple[Record, dict[str, bytes]]:
         members = read_record(place.path, place.offset, place.num_bytes, self.files)
         return parse_sample_record(members["json"], place.caption), members
+
+    def describe(self, place: Place) -> tuple[Record, Collection[str]]:
+        members = read_keyed_record(place.path, place.offset, place.num_bytes, self.files, contents=("json",))[1]
+        return parse_record(members["json"]), members.keys()
 
     def key_of(self, place: Place) -> str:
         return record_key(place.path, place.offset, place.num_bytes, self.files)

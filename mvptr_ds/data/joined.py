@@ -14,7 +14,7 @@ import io
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from mvptr_ds.data.index import NO_CAPTION, NOT_VISUAL, RECORDS, SIDECAR, Extent
 from mvptr_ds.data.schema import DataError, Record, SidecarEntry, parse_entry, parse_record
 from mvptr_ds.data.sidecars import merge_sidecar
 from mvptr_ds.data.storage import Files
-from mvptr_ds.data.tars import read_keyed_record
+from mvptr_ds.data.tars import MEMBER_EXTENSIONS, read_keyed_record
 
 logger = logging.getLogger(__name__)
 
@@ -215,11 +215,18 @@ class JoinedIndex(SampleIndex):
         return self.main.place(int(self._rows["record"][record]), caption)._replace(record=record)
 
     def read(self, place: Place) -> tuple[Record, dict[str, bytes]]:
-        key, members = read_keyed_record(place.path, place.offset, place.num_bytes, self.main.files)
+        return self._read(place, MEMBER_EXTENSIONS)
+
+    def describe(self, place: Place) -> tuple[Record, Collection[str]]:
+        record, members = self._read(place, ("json",))
+        return record, members.keys()
+
+    def _read(self, place: Place, contents: Collection[str]) -> tuple[Record, dict[str, bytes]]:
+        key, members = read_keyed_record(place.path, place.offset, place.num_bytes, self.main.files, contents)
         record = parse_record(members["json"])
         for sidecar, beside in self._beside(place.record):
             try:
-                record, members = _read_partner(beside, sidecar.files, key, record, members)
+                record, members = _read_partner(beside, sidecar.files, key, record, members, contents)
             except (DataError, OSError) as error:
                 raise DataError(f"sidecar {beside.path}: {error}") from error
         return record, members
@@ -243,9 +250,9 @@ class JoinedIndex(SampleIndex):
 
 
 def _read_partner(
-    place: Place, files: Files, key: str, record: Record, members: dict[str, bytes]
+    place: Place, files: Files, key: str, record: Record, members: dict[str, bytes], contents: Collection[str]
 ) -> tuple[Record, dict[str, bytes]]:
-    own_key, own_members = read_keyed_record(place.path, place.offset, place.num_bytes, files)
+    own_key, own_members = read_keyed_record(place.path, place.offset, place.num_bytes, files, contents)
     if own_key != key:
         raise DataError(f"key {own_key!r} stands where {key!r} was: the folder has changed; index it again")
     entry = parse_entry(own_members["json"])

@@ -2,8 +2,9 @@
 
     DIR/lengths-0123456789abcdef.npy    uint8 [samples, 3]: slots of text, slots of tags, regions
 
-The name is a hash of the samples, of the vocabularies and of the caps. Every record is read once to make the file; it
-is then mapped. Tag noise is left out, and a record that cannot be read counts as empty: buckets need no more.
+The name is a hash of the samples, of the vocabularies and of the caps. The json of every record is read once to make
+the file, no features nor pixels; it is then mapped. Tag noise is left out, and a record that cannot be read counts as
+empty: buckets need no more.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def measure(index: SampleIndex, builder: SampleBuilder, records: range, show_pro
         num_samples = len(index.samples_of(number))
         lengths_N3 = np.zeros((num_samples, 3), dtype=np.int64)
         try:
-            record, members = index.read(index.place(number))
+            record, members = index.describe(index.place(number))
             found_N3 = sample_lengths(record, can_be_seen(record, members), builder)
             lengths_N3[: len(found_N3)] = found_N3[:num_samples]
         except (DataError, OSError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -25,6 +25,7 @@ MAX_HEADER_BYTES = 64 << 10  # of a long name or of PAX settings
 MAX_TAIL_BYTES = 2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE  # end mark and padding, as every tar program writes them
 WHOLE_BYTES = 8 << 20  # a span up to this is read at once, a larger one member by member
 _BLOCK = tarfile.BLOCKSIZE
+_GLANCE_BYTES = 16 << 10  # read at once where not all is wanted: a json member and the next header, as a rule
 # a tar may hide a sparse file, another name or another size behind these, which readers do not agree on
 _FOREIGN_PAX = ("GNU.sparse.", "linkpath")
 _GLOBAL_PAX = (*_FOREIGN_PAX, "path", "size")
@@ -221,9 +222,15 @@ def record_key(path: str, offset: int, num_bytes: int, files: Files = LOCAL) -> 
         return "?"
 
 
-def read_keyed_record(path: str, offset: int, num_bytes: int, files: Files = LOCAL) -> tuple[str, dict[str, bytes]]:
-    """The key of a record, and its members as `read_record` gives them; raises what that raises."""
-    file = _span(path, offset, num_bytes, files)
+def read_keyed_record(
+    path: str, offset: int, num_bytes: int, files: Files = LOCAL, contents: Collection[str] = MEMBER_EXTENSIONS
+) -> tuple[str, dict[str, bytes]]:
+    """The key of a record, and its members as `read_record` gives them; raises what that raises.
+
+    Args:
+        contents: extensions of the members that are read; the others come as b"".
+    """
+    file = _span(path, offset, num_bytes, files, whole=contents is MEMBER_EXTENSIONS)
     keys: set[str] = set()
     out: dict[str, bytes] = {}
     try:
@@ -234,7 +241,7 @@ def read_keyed_record(path: str, offset: int, num_bytes: int, files: Files = LOC
             check_record(number, 0, member.end)
             if extension in MEMBER_EXTENSIONS:
                 file.seek(member.data)
-                out[extension] = file.read(member.size)
+                out[extension] = file.read(member.size) if extension in contents else b""
     except TarError as error:
         raise TarError(offset + error.offset, error.reason) from error
     if len(keys) != 1 or "json" not in out:
@@ -242,12 +249,17 @@ def read_keyed_record(path: str, offset: int, num_bytes: int, files: Files = LOC
     return keys.pop(), out
 
 
-def _span(path: str, offset: int, num_bytes: int, files: Files) -> BinaryIO:
-    """A record's bytes as a file. Raises DataError when it is over its cap or the shard ends before."""
+def _span(path: str, offset: int, num_bytes: int, files: Files, whole: bool = True) -> BinaryIO:
+    """A record's bytes as a file. Raises DataError when it is over its cap or the shard ends before.
+
+    Args:
+        whole: read at once, unless it is large.
+    """
     check_record(1, offset, offset + num_bytes)
-    if num_bytes > WHOLE_BYTES:
+    if not whole or num_bytes > WHOLE_BYTES:
         missing = offset + num_bytes - files.size(path)
-        file: BinaryIO = io.BufferedReader(_PartOfFile(files, path, offset, num_bytes), _BLOCK)
+        buffer_bytes = _BLOCK if whole else _GLANCE_BYTES
+        file: BinaryIO = io.BufferedReader(_PartOfFile(files, path, offset, num_bytes), buffer_bytes)
     else:
         content = files.read(path, offset, num_bytes)
         missing = num_bytes - len(content)

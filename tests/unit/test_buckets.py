@@ -19,9 +19,10 @@ from mvptr_ds.data.collate import Sample
 from mvptr_ds.data.lengths import Lengths, lengths_path, measure
 from mvptr_ds.data.loader import SampleDataset, ShardDataset, make_loader
 from mvptr_ds.data.mixture import MixedDataset
-from mvptr_ds.data.shards import Index
+from mvptr_ds.data.shards import Index, write_shards
+from mvptr_ds.data.tar_writer import npy_bytes
 from tests.conftest import REPO
-from tests.unit.test_loader import _assert_equal, _damage
+from tests.unit.test_loader import _assert_equal, _damage, _item
 from tests.unit.test_mixture import BATCH, VOCABS, config_of, content, folders
 
 __all__ = ["folders"]  # the fixture
@@ -256,3 +257,23 @@ def test_the_bench_says_what_buckets_save() -> None:
     assert one["padded_fixed"] > one["padded_as_they_come"] > 0.3
     assert max(one["padded_buckets"], two["padded_buckets"]) < 0.12
     assert two["slowest_rank_buckets"] < 1.01 < two["slowest_rank_as_they_come"] < two["slowest_rank_buckets_per_rank"]
+
+
+def test_features_are_not_read_to_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, record, _ = _item(2, np.random.default_rng(0))
+    write_shards(tmp_path, [(key, record, {"npy": npy_bytes(np.zeros((3, 20_000), dtype=np.float16))})], 1)
+    index = Index.open(tmp_path)
+    read: list[int] = []
+    pread = os.pread
+
+    def counted(descriptor: int, num_bytes: int, offset: int) -> bytes:
+        read.append(num_bytes)
+        return pread(descriptor, num_bytes, offset)
+
+    monkeypatch.setattr(os, "pread", counted)
+    described, extensions = index.describe(index.place(0))
+    assert 0 < sum(read) <= 48 << 10
+    read.clear()
+    whole, members = index.read(index.place(0))
+    assert sum(read) == index.place(0).num_bytes > 120_000
+    assert described == whole and set(extensions) == set(members) == {"json", "npy"}

@@ -17,7 +17,7 @@ import numpy as np
 from mvptr_ds.data.batches import Batches
 
 _BUCKETS = 5  # first word of each generator's key; plan and mixture use 1 to 4
-_MAX_POOLS = 2
+_MAX_POOLS = 4  # the current one, that of what is read ahead, and the first, by which readers know their beginning
 # encoders that read a slot of text, a slot of tags, a region: text and cross; visual; visual and cross
 ENCODERS_3 = np.array([2, 1, 2])
 
@@ -46,6 +46,7 @@ class BucketedBatches(Batches):
             self._pools[number] = self._draw(number)
             if len(self._pools) > _MAX_POOLS:
                 self._pools.popitem(last=False)
+        self._pools.move_to_end(number)
         return self._pools[number][place]
 
     def _draw(self, number: int) -> np.ndarray:

@@ -118,7 +118,7 @@ def _compare(text_slots: np.ndarray, batch: int, num_ranks: int, pool: int, seed
         [rng.choice(text_slots, num_samples), rng.integers(5, 21, num_samples), rng.integers(10, 51, num_samples)], 1
     )
     arrived = Batches(batch * num_ranks)
-    bucketed = BucketedBatches(batch * num_ranks, pool, seed, lambda positions: lengths_N3[positions])
+    of_one, bucketed = (BucketedBatches(batch * num_ranks, k, seed, lengths_N3.__getitem__) for k in (1, pool))
     start_s = time.process_time()
     bucketed.of_step(0)
     out = {"pool_cpu_s": time.process_time() - start_s}
@@ -129,11 +129,12 @@ def _compare(text_slots: np.ndarray, batch: int, num_ranks: int, pool: int, seed
     print(f"  {'fixed slots':18} padded {100 * out['padded_fixed']:4.1f} %")
     ways = {"as they come": _dealt(arrived, num_ranks, lengths_N3), "buckets": _dealt(bucketed, num_ranks, lengths_N3)}
     if num_ranks > 1:
+        ways["dealt, pools of 1"] = _dealt(of_one, num_ranks, lengths_N3)
         ways["buckets per rank"] = _drawn_apart(batch, pool, num_ranks, seed, lengths_N3)
     for way, of_steps in ways.items():
         padded, slowest, slowest_padded = _measure(itertools.islice(of_steps, 2 * pool))
         line = f"  {way:18} padded {100 * padded:4.1f} %"
-        name = way.replace(" ", "_")
+        name = way.replace(",", "").replace(" ", "_")
         out[f"padded_{name}"] = padded
         if num_ranks > 1:
             line += f"   slowest rank / mean: {slowest:.3f} of real slots, {slowest_padded:.3f} of padded ones"

@@ -75,6 +75,8 @@ def _plan(args: argparse.Namespace, nodes: list[int]) -> None:
     print(table(plans, mean, assumed))
     if not has_vocab:
         print(f"no phrase vocabulary here: planned with the published one's {PUBLISHED_PHRASES:,} phrases")
+    if args.measure:
+        print(f"lengths and loader_samples_per_core_s: measured on the first {args.measure} samples of data.train")
     lengths = "measured" if args.measure else asdict(Ranges())
     print(json.dumps({"assumed": asdict(assumed), "lengths": lengths, "mean": asdict(mean), "plans": plans}))
 

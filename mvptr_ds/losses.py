@@ -25,6 +25,17 @@ class LossSum:
 
     sum: Tensor  # float32 or float64 scalar
     count: Tensor  # same dtype, scalar, no gradient
+    per_sample_B2: Tensor | None = None  # both of each sample, no gradient, where they are asked for
+
+    def detach(self) -> LossSum:
+        return LossSum(self.sum.detach(), self.count, self.per_sample_B2)
+
+    @classmethod
+    def of_slots(cls, values_K: Tensor, owner_K: Tensor, num_samples: int) -> LossSum:
+        """Sum of the values, also by the sample that owns each (int64 [K])."""
+        both_K2 = torch.stack([values_K.detach(), torch.ones_like(values_K)], dim=1)
+        per_sample_B2 = both_K2.new_zeros(num_samples, 2).index_add_(0, owner_K, both_K2)
+        return cls(values_K.sum(), values_K.new_tensor(float(values_K.numel())), per_sample_B2)
 
     @classmethod
     def of(cls, values: Tensor, valid: Tensor | None = None) -> LossSum:

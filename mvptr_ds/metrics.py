@@ -54,10 +54,16 @@ class Meters:
         self.counts: dict[str, float] = defaultdict(float)
         self.since_s = time.perf_counter()
 
-    def add_parts(self, parts: dict[str, LossSum]) -> None:
-        """Adds each objective's local sum and count."""
+    def add_parts(self, parts: dict[str, LossSum], source_B: Tensor | None = None) -> None:
+        """Adds each objective's local sum and count, and those of each source where the samples' are known."""
         for name, part in parts.items():
-            self.sums[name] += torch.stack([part.sum, part.count]).double()
+            self.sums[f"loss/{name}"] += torch.stack([part.sum, part.count]).double()
+            if source_B is None or part.per_sample_B2 is None:
+                continue
+            source_B = source_B.to(part.per_sample_B2.device, non_blocking=True)
+            for number, source in enumerate(self.sources):
+                of_source_B1 = (source_B == number)[:, None]
+                self.sums[f"source/{source}/loss/{name}"] += (part.per_sample_B2 * of_source_B1).sum(0).double()
 
     def add_batch(self, batch: Batch, data_wait_s: float) -> None:
         """Counts samples, slots and phrases of a batch that is still on the host."""
@@ -92,7 +98,7 @@ class Meters:
         out = {}
         for i, name in enumerate(names):
             total, count = packed[2 * i : 2 * i + 2]
-            out[f"loss/{name}"] = total / count if count else float("nan")
+            out[name] = total / count if count else float("nan")
         totals = dict(zip(count_names, packed[2 * len(names) :], strict=True))
         rank_seconds = parallel.num_ranks() * elapsed_s
         out |= {

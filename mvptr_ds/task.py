@@ -63,6 +63,7 @@ class Task(nn.Module):
         max_text_slots: the most that a sample has; WPG draws a number for each.
         max_steps: of the stage; the schedule of ITM's negatives is a share of it.
         seed: of the random choices of every step.
+        per_sample: whether masked predictions are also summed by sample, as a mixture's meters want them.
 
     Raises:
         ValueError: an objective has a weight that the stage cannot compute, or none has.
@@ -78,6 +79,7 @@ class Task(nn.Module):
         max_text_slots: int,
         max_steps: int,
         seed: int,
+        per_sample: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -85,6 +87,7 @@ class Task(nn.Module):
         self.weights = {name: weight for name, weight in vars(weights).items() if weight}
         self.config = config
         self.max_text_slots, self.max_steps, self.seed = max_text_slots, max_steps, seed
+        self.per_sample = per_sample
         known = STAGE1_OBJECTIVES if stage == "stage1" else STAGE2_OBJECTIVES
         if not self.weights or not set(self.weights) <= set(known):
             given = ", ".join(self.weights) or "nothing"
@@ -157,7 +160,7 @@ class Task(nn.Module):
             for (name, part), count in zip(parts.items(), counts, strict=True)
         ]
         loss = parallel.num_ranks() * torch.stack(terms).sum()
-        return TaskOutput(loss, {name: LossSum(p.sum.detach(), p.count) for name, p in parts.items()})
+        return TaskOutput(loss, {name: part.detach() for name, part in parts.items()})
 
     def objectives(self, batch: Batch, draws: Draws, step: int = 0) -> dict[str, LossSum]:
         """Sums and counts of this rank's samples, in a fixed order; `draws` are those of all ranks."""
@@ -175,9 +178,8 @@ class Task(nn.Module):
                 picked_N = packed.phrase_labels_N != IGNORE
                 labels_K = packed.phrase_labels_N[picked_N]
                 assert table.phrases_PD is not None
-                parts["mcr_phrases"] = LossSum.of(
-                    model.phrase_head.nll(text.rows[picked_N], labels_K, table.phrases_PD)
-                )
+                nll_K = model.phrase_head.nll(text.rows[picked_N], labels_K, table.phrases_PD)
+                parts["mcr_phrases"] = self._of_slots(nll_K, text, picked_N)
         if self.weights.keys() & {"mcr_tags", "mcr_regions"}:
             parts |= self._mcr(packed, *self._encode_visual(packed, table), table)
         return parts
@@ -246,7 +248,12 @@ class Task(nn.Module):
     def _mlm(self, packed: PackedBatch, text: Packed, table: TableRows) -> LossSum:
         picked_N = packed.mlm_labels_N != IGNORE
         labels_K = packed.mlm_labels_N[picked_N]
-        return LossSum.of(self.model.token_head.nll(text.rows[picked_N], labels_K, table.words_WD))
+        return self._of_slots(self.model.token_head.nll(text.rows[picked_N], labels_K, table.words_WD), text, picked_N)
+
+    def _of_slots(self, values_K: Tensor, slots: Packed, picked_N: Tensor) -> LossSum:
+        if not self.per_sample:
+            return LossSum.of(values_K)
+        return LossSum.of_slots(values_K, slots.owners()[picked_N], len(slots))
 
     def _mcr(self, packed: PackedBatch, tags: Packed, regions: Packed, table: TableRows) -> dict[str, LossSum]:
         parts: dict[str, LossSum] = {}
@@ -254,7 +261,7 @@ class Task(nn.Module):
         picked_N = packed.tag_labels_N != IGNORE
         labels_K = packed.tag_labels_N[picked_N]
         if "mcr_tags" in self.weights:
-            parts["mcr_tags"] = LossSum.of(head.nll(tags.rows[picked_N], labels_K, words_WD))
+            parts["mcr_tags"] = self._of_slots(head.nll(tags.rows[picked_N], labels_K, words_WD), tags, picked_N)
         if "mcr_regions" in self.weights:
             sample_K = tags.owners()[picked_N]
             # scoring every region against all words is dear: only where a tag is asked for

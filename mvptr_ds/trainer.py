@@ -100,6 +100,7 @@ class Trainer:
             max_text_slots=config.data.max_text_slots,
             max_steps=self.stage.max_steps,
             seed=self.seed,
+            per_sample=bool(self.dataset.names),
         )
         trained = set(model.parameters_of(self.task.trained_parts()))
         for name, parameter in model.named_parameters():
@@ -195,7 +196,7 @@ class Trainer:
                 self.engine.backward(output.loss)
             with self.meters.clock("step"):
                 self.engine.step()
-            self.meters.add_parts(output.parts)
+            self.meters.add_parts(output.parts, batch.source_B)
 
     def _loss_scale(self) -> LossScale | None:
         scaler = getattr(self.engine.optimizer, "loss_scaler", None)  # of ZeRO; fixed at 1 but for fp16

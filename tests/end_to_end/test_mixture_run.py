@@ -73,5 +73,7 @@ def test_a_mixture_trains_and_resumes_bit_for_bit(train: Launch, config: Path, t
             seen[name] += line[f"source/{name}/samples"]
             epochs = 8 * line["step"] * share / num_samples[name]
             assert line[f"source/{name}/epochs"] == pytest.approx(epochs)
+    assert any(line["source/texts/loss/mlm"] is not None for line in lines)
+    assert all(line["source/images/loss/mlm"] is None for line in lines)
     assert seen == {name: 32 * share for name, share in SHARES.items()}  # exact in the four batches of the pool
     assert len(list((cut / "joins").glob("lengths-*.npy"))) == len(SHARES)

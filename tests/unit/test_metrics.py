@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from mvptr_ds.config import WandbConfig
+from mvptr_ds.config import Config, WandbConfig
 from mvptr_ds.data.collate import collate
 from mvptr_ds.losses import LossSum
 from mvptr_ds.metrics import Meters, MetricsLog
-from tests.tiny import sample, whole_batch
+from mvptr_ds.task import Task
+from tests.tiny import TEXT_SLOTS, sample, tiny_model, whole_batch
 
 VALUES = {
     "seconds_per_step": 0.1,
@@ -54,6 +56,30 @@ def test_a_mean_is_sum_over_count_of_all_steps() -> None:
     meters.add_parts({"mlm": part(3.0, 1)})
     meters.add_batch(whole_batch(), 0.0)
     assert meters.report()["loss/mlm"] == 3.0  # the first report reset it
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_masked_predictions_are_also_reported_by_source(stage: str) -> None:
+    samples = [sample(i, i, tokens=3 + i, tags=1 + i, regions=2) for i in range(4)]
+    batch = collate([dataclasses.replace(s, source=i // 3) for i, s in enumerate(samples)])
+    parts = {}
+    for name, chosen in (("all", range(4)), ("a", range(3)), ("b", range(3, 4))):
+        task = Task(
+            tiny_model(), stage, Config().stage(stage).weights, Config().task, max_text_slots=TEXT_SLOTS, max_steps=9,
+            seed=0, per_sample=True,
+        )  # fmt: skip
+        parts[name] = task(collate([samples[i] for i in chosen]) if name != "all" else batch, 0).parts
+    meters = Meters(torch.device("cpu"), ["a", "b"])
+    meters.add_batch(batch, 0.0)
+    meters.add_parts(parts["all"], batch.source_B)
+    report = meters.report()
+    own = {key for key in report if key.startswith("source/a/loss/")}
+    objectives = ["mcr_phrases", "mcr_tags", "mlm"] if stage == "stage1" else ["mcr_tags", "mlm"]
+    assert sorted(own) == [f"source/a/loss/{name}" for name in objectives]
+    for name in objectives:
+        for source in "ab":  # what each sample loses does not depend on those beside it
+            wanted = float(parts[source][name].sum / parts[source][name].count)
+            assert report[f"source/{source}/loss/{name}"] == pytest.approx(wanted, rel=1e-5)
 
 
 def test_shares_of_a_batch() -> None:

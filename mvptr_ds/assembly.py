@@ -356,6 +356,12 @@ def kernel_report(config: Config, device: torch.device, dtype: torch.dtype) -> l
     """Which implementation each operation of training uses on this device, and why."""
     model = config.model
     found = kernels.report(
-        device, dtype, model.attention_dropout, model.execution, model.compile, model.activation_checkpointing
+        device,
+        dtype,
+        model.attention_dropout,
+        model.hidden_size // model.num_attention_heads,
+        model.execution,
+        model.compile,
+        model.activation_checkpointing,
     )
     return [*found, optimizer_choice(config.optim, device)]

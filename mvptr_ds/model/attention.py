@@ -8,12 +8,14 @@ Legend: B sequences, L slots of the longest, N rows of all sequences, H heads, K
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mvptr_ds.model import kernels
+from mvptr_ds.model.packed import Packed
 
 Attend = Callable[[Tensor, float], Tensor]  # queries, keys and values [..., 3, H, K], dropout -> [..., H, K]
 
@@ -49,28 +51,37 @@ class SegmentAttention:
     def __call__(self, qkv_N3HK: Tensor, dropout: float) -> Tensor:
         if not self.longest:
             return qkv_N3HK[:, 0]
-        choice = kernels.attention(qkv_N3HK.device, qkv_N3HK.dtype, dropout)
+        choice = kernels.attention(qkv_N3HK.device, qkv_N3HK.dtype, dropout, qkv_N3HK.shape[-1])
         return _KERNELS[choice.implementation](self, qkv_N3HK, dropout)
 
     def each(self, qkv_N3HK: Tensor, dropout: float) -> Tensor:
-        """One call a sequence. On CPU 2 to 4 times as fast as one call on a nested tensor (docs/performance.md)."""
+        """One call a sequence. On CPU faster than one call on a nested or padded tensor (tools/bench_attention.py)."""
         out = []
         for qkv_L3HK in qkv_N3HK.split(self.lengths):
             query, key, value = qkv_L3HK.permute(1, 2, 0, 3).unsqueeze(1).unbind(0)
             out.append(F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)[0].transpose(0, 1))
         return torch.cat(out)
 
-    def nested(self, qkv_N3HK: Tensor, dropout: float) -> Tensor:
-        """One call on a nested tensor: flash kernels in half precision, memory-efficient ones in float32."""
-        offsets = self.offsets.to(torch.int64)
-        query, key, value = (
-            torch.nested.nested_tensor_from_jagged(
-                rows_NHK.contiguous(), offsets, min_seqlen=min(self.lengths), max_seqlen=self.longest
-            ).transpose(1, 2)
-            for rows_NHK in qkv_N3HK.unbind(1)
-        )
-        out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
-        return out.transpose(1, 2).values()
+    def padded(self, qkv_N3HK: Tensor, dropout: float) -> Tensor:
+        """One call on rows that are padded for it and taken out again."""
+        num_slots = len(self.lengths) * self.longest
+        qkv_X3HK = qkv_N3HK.new_zeros(num_slots, *qkv_N3HK.shape[1:]).index_copy(0, self._slots_N, qkv_N3HK)
+        out_BLHK = self._masked(qkv_X3HK.unflatten(0, (len(self.lengths), self.longest)), dropout)
+        return out_BLHK.flatten(0, 1).index_select(0, self._slots_N)
+
+    @cached_property
+    def _slots_N(self) -> Tensor:
+        """Where each row stands among the padded ones."""
+        rows = self._numbered
+        return rows.owners() * self.longest + rows.positions()
+
+    @cached_property
+    def _masked(self) -> PaddedAttention:
+        return PaddedAttention(self._numbered.mask())
+
+    @property
+    def _numbered(self) -> Packed:
+        return Packed(torch.empty(sum(self.lengths), device=self.offsets.device), self.lengths)
 
     def torch_flash(self, qkv_N3HK: Tensor, dropout: float) -> Tensor:
         """torch's variable-length flash attention, which knows no dropout."""
@@ -92,7 +103,7 @@ class SegmentAttention:
 
 _KERNELS: dict[str, Callable[[SegmentAttention, Tensor, float], Tensor]] = {
     kernels.SDPA_EACH: SegmentAttention.each,
-    kernels.SDPA_NESTED: SegmentAttention.nested,
+    kernels.SDPA_PADDED: SegmentAttention.padded,
     kernels.TORCH_FLASH: SegmentAttention.torch_flash,
     kernels.FLASH_ATTN: SegmentAttention.flash_attn,
 }

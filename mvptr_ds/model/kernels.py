@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 SDPA_EACH = "scaled_dot_product_attention, a call a sequence"
-SDPA_NESTED = "scaled_dot_product_attention on a nested jagged tensor"
+SDPA_PADDED = "scaled_dot_product_attention on rows padded for it alone, with a mask"
 TORCH_FLASH = "torch.nn.attention.varlen.varlen_attn"
 FLASH_ATTN = "flash_attn.flash_attn_varlen_qkvpacked_func"
 APEX_NORM = "apex.normalization.fused_layer_norm"
@@ -42,24 +42,30 @@ class Choice:
 # --- attention within packed sequences
 
 
-def attention(device: torch.device, dtype: torch.dtype, dropout: float) -> Choice:
-    """The kernel of `SegmentAttention` (attention.py bears the calls themselves)."""
-    return _attention(device.type, dtype, dropout > 0.0)
+def attention(device: torch.device, dtype: torch.dtype, dropout: float, head_size: int) -> Choice:
+    """The kernel of `SegmentAttention` (attention.py bears the calls themselves).
+
+    Where no kernel for sequences of different lengths serves, attention alone is padded: on an H200 one call on a
+    nested jagged tensor took 8 times as long (tools/bench_attention.py).
+    """
+    return _attention(device.type, dtype, dropout > 0.0, head_size)
 
 
 @functools.lru_cache
-def _attention(device_type: str, dtype: torch.dtype, drops: bool) -> Choice:
+def _attention(device_type: str, dtype: torch.dtype, drops: bool, head_size: int) -> Choice:
     name = "attention"
     if device_type != "cuda":
         return Choice(name, SDPA_EACH, f"the device is {device_type}")
     if dtype not in _HALF:
-        return Choice(name, SDPA_NESTED, f"flash kernels take half precision, this is {_short(dtype)}")
+        return Choice(name, SDPA_PADDED, f"flash kernels take half precision, this is {_short(dtype)}")
+    if head_size % 8 or head_size > 256:
+        return Choice(name, SDPA_PADDED, f"flash kernels take heads of 8, 16, ... 256 numbers, these have {head_size}")
     if importlib.util.find_spec("flash_attn") is not None:
         return Choice(name, FLASH_ATTN, "flash_attn is installed")
     if drops:
-        return Choice(name, SDPA_NESTED, "attention drops out, which varlen_attn cannot; flash_attn is not installed")
+        return Choice(name, SDPA_PADDED, "attention drops out, which varlen_attn cannot; flash_attn is not installed")
     if not _has_varlen():
-        return Choice(name, SDPA_NESTED, f"torch {torch.__version__} has no varlen_attn; flash_attn is not installed")
+        return Choice(name, SDPA_PADDED, f"torch {torch.__version__} has no varlen_attn; flash_attn is not installed")
     return Choice(name, TORCH_FLASH, "no dropout; flash_attn is not installed")
 
 
@@ -186,16 +192,22 @@ class ReadTable(torch.autograd.Function):
 
 
 def report(
-    device: torch.device, dtype: torch.dtype, dropout: float, execution: str, compiled: bool, checkpointing: bool
+    device: torch.device,
+    dtype: torch.dtype,
+    dropout: float,
+    head_size: int,
+    execution: str,
+    compiled: bool,
+    checkpointing: bool,
 ) -> list[Choice]:
     """What each operation of a training step uses.
 
     Args:
-        dropout: of attention.
+        dropout, head_size: of attention.
     """
     if execution == "packed":
         lines = [Choice("padding", "none: valid positions packed", "model.execution=packed")]
-        lines.append(attention(device, dtype, dropout))
+        lines.append(attention(device, dtype, dropout, head_size))
     else:
         lines = [Choice("padding", "to the longest of the batch", f"model.execution={execution}")]
         lines.append(Choice("attention", "scaled_dot_product_attention with a mask", "padded"))

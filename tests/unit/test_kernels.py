@@ -53,8 +53,8 @@ def installed(folder: Path, monkeypatch: pytest.MonkeyPatch, **files: str) -> No
     [
         (CPU, FULL, 0.0, kernels.SDPA_EACH),
         (CPU, HALF, 0.1, kernels.SDPA_EACH),
-        (CUDA, FULL, 0.0, kernels.SDPA_NESTED),
-        (CUDA, HALF, 0.1, kernels.SDPA_NESTED),
+        (CUDA, FULL, 0.0, kernels.SDPA_PADDED),
+        (CUDA, HALF, 0.1, kernels.SDPA_PADDED),
         (CUDA, torch.float16, 0.0, kernels.TORCH_FLASH),
         (CUDA, HALF, 0.0, kernels.TORCH_FLASH),
     ],
@@ -62,14 +62,21 @@ def installed(folder: Path, monkeypatch: pytest.MonkeyPatch, **files: str) -> No
 def test_attention_by_device_dtype_and_dropout(
     device: torch.device, dtype: torch.dtype, dropout: float, wanted: str
 ) -> None:
-    assert kernels.attention(device, dtype, dropout).implementation == wanted
+    assert kernels.attention(device, dtype, dropout, 64).implementation == wanted
+
+
+@pytest.mark.parametrize("head_size", [4, 100, 264])
+def test_heads_that_flash_kernels_do_not_take(head_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(tmp_path, monkeypatch, flash_attn="")
+    choice = kernels.attention(CUDA, HALF, 0.0, head_size)
+    assert choice.implementation == kernels.SDPA_PADDED and f"these have {head_size}" in choice.reason
 
 
 def test_flash_attn_serves_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installed(tmp_path, monkeypatch, flash_attn="")
-    assert kernels.attention(CUDA, HALF, 0.1).implementation == kernels.FLASH_ATTN
-    assert kernels.attention(CUDA, FULL, 0.1).implementation == kernels.SDPA_NESTED
-    assert kernels.attention(CPU, HALF, 0.1).implementation == kernels.SDPA_EACH
+    assert kernels.attention(CUDA, HALF, 0.1, 64).implementation == kernels.FLASH_ATTN
+    assert kernels.attention(CUDA, FULL, 0.1, 64).implementation == kernels.SDPA_PADDED
+    assert kernels.attention(CPU, HALF, 0.1, 64).implementation == kernels.SDPA_EACH
 
 
 # --- layer norm: a stand-in with the signatures of NVIDIA's apex (apex/normalization/fused_layer_norm.py)
@@ -230,11 +237,11 @@ def _graph(loss: Tensor) -> set[Any]:
 
 
 def test_the_report_names_each_operation_once_with_its_reason() -> None:
-    lines = kernels.report(CPU, FULL, 0.1, "packed", compiled=False, checkpointing=True)
+    lines = kernels.report(CPU, FULL, 0.1, 64, "packed", compiled=False, checkpointing=True)
     assert len({line.operation for line in lines}) == len(lines) == 7
     text = "\n".join(map(str, lines))
     assert "attention: scaled_dot_product_attention, a call a sequence (the device is cpu)" in text
     assert "activations: computed again in the backward pass (model.activation_checkpointing=true)" in text
-    padded = kernels.report(CPU, FULL, 0.1, "padded", compiled=True, checkpointing=False)
+    padded = kernels.report(CPU, FULL, 0.1, 64, "padded", compiled=True, checkpointing=False)
     assert "padding: to the longest of the batch (model.execution=padded)" in "\n".join(map(str, padded))
     assert any(line.implementation == "torch.compile" for line in padded)

@@ -100,7 +100,8 @@ def vendor_tflops(name: str, dtype: torch.dtype) -> float | None:
 def measured_tflops(device: torch.device, dtype: torch.dtype) -> float:
     """The best of a few square matrix products: about 0.2 s on a CPU core, less on a GPU."""
     size = 8192 if device.type == "cuda" else 1024
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    generator = torch.Generator(device).manual_seed(0)  # its own: a resumed run has its random state back by now
+    left, right = (torch.randn(size, size, device=device, dtype=dtype, generator=generator) for _ in range(2))
     clock, best_s = PhaseClock(device), float("inf")
     for _ in range(5):
         with clock("gemm"):

@@ -95,6 +95,13 @@ def test_an_unknown_device_is_measured() -> None:
     assert peak.tflops > 1e-4 and peak.source == "a float32 matrix product measured at start on this CPU"
 
 
+def test_measuring_leaves_the_random_state_alone() -> None:
+    """It comes after a resumed run has got its own back: dropout would be another."""
+    before = torch.get_rng_state()
+    device_peak(torch.device("cpu"), torch.float32)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_window_leaves_one_trace_with_the_phases(tmp_path: Path) -> None:
     clock, window = PhaseClock(CPU), ProfileWindow([2, 4], tmp_path / "profile")
     with window:

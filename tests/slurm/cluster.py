@@ -120,8 +120,15 @@ class Cluster:
                     found[int(variables["SLURM_PROCID"])] = process
         return found
 
-    def slurmd(self, node: str) -> psutil.Process:
-        return psutil.Process(int((self.root / f"slurmd.{node}.pid").read_text()))
+    def on_node(self, node: str) -> list[psutil.Process]:
+        """Everything that runs on a node: it has a name space of its own."""
+        own = os.readlink(f"/proc/{(self.root / f'slurmd.{node}.pid').read_text().strip()}/ns/uts")
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error, OSError):
+                if os.readlink(f"/proc/{process.pid}/ns/uts") == own:
+                    found.append(process)
+        return found
 
 
 def _trains(process: psutil.Process) -> bool:

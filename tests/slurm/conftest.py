@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster, why_not
+from tests.slurm.cluster import Cluster, wait_until, why_not
 from tools import faults
 
 
@@ -46,3 +48,17 @@ def undisturbed(cluster: Cluster, settings: list[str], tmp_path_factory: pytest.
         state = cluster.wait(job)
         assert state == "COMPLETED", f"{name} is {state}\n{log.read_text() if log.exists() else ''}"
     return folder
+
+
+def text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def freeze_at(cluster: Cluster, job: str, watch: faults.Watch, num_reports: int) -> list[int]:
+    """Stops the ranks once so many steps are logged; their pids by rank. Time passes, the run does not."""
+    wait_until(lambda: watch.num_reports() >= num_reports, f"{num_reports} steps are logged")
+    ranks = cluster.ranks(job)
+    pids = [ranks[rank].pid for rank in range(2)]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    return pids

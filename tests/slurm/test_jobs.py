@@ -13,14 +13,10 @@ import pytest
 
 from tests.conftest import REPO
 from tests.slurm.cluster import Cluster, wait_until
-from tests.slurm.conftest import submit_chain
+from tests.slurm.conftest import freeze_at, submit_chain, text
 from tools import faults
 
 pytestmark = pytest.mark.timeout(900)
-
-
-def text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def test_stage_1_then_stage_2_then_the_evaluation(undisturbed: Path) -> None:
@@ -34,16 +30,6 @@ def test_stage_1_then_stage_2_then_the_evaluation(undisturbed: Path) -> None:
     assert report["num_scenes"] == 4
     (log,) = undisturbed.glob("mvptr-evaluate-*.log")
     assert "RETRIEVAL" in text(log)
-
-
-def freeze_at(cluster: Cluster, job: str, watch: faults.Watch, num_reports: int) -> list[int]:
-    """Stops the ranks where they are once so many steps are logged; their pids. Time passes, the run does not."""
-    wait_until(lambda: watch.num_reports() >= num_reports, f"{num_reports} steps are logged")
-    pids = [process.pid for process in cluster.ranks(job).values()]
-    assert len(pids) == 2
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    return pids
 
 
 def test_a_killed_rank_and_the_time_limit_change_nothing(

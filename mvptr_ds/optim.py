@@ -56,7 +56,11 @@ def optimizer_choice(config: OptimConfig, device: torch.device) -> Choice:
 
 
 def _steps_where_they_belong(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """torch counts the steps of each parameter, apex those of a group: a state of either is made to serve both."""
+    """torch counts the steps of each parameter, apex those of a group: a state of either becomes one of `optimizer`.
+
+    It gets nothing else: what a resumed run saves is bit-identical with what an undisturbed one does.
+    """
+    counts_by_group = not isinstance(optimizer, torch.optim.AdamW)
     groups = [dict(group) for group in state["param_groups"]]
     moments = {number: dict(values) for number, values in state["state"].items()}
     for group in groups:
@@ -65,7 +69,9 @@ def _steps_where_they_belong(optimizer: torch.optim.Optimizer, state: dict[str, 
         step = max(steps, default=float(group.get("step", 0)))
         for values in trained:
             values.setdefault("step", torch.tensor(step))
-        group["step"] = int(step)
+        group.pop("step", None)
+        if counts_by_group:
+            group["step"] = int(step)
     return {**state, "state": moments, "param_groups": groups}
 
 

@@ -11,7 +11,13 @@ from torch import nn
 from mvptr_ds.config import OptimConfig, StageConfig
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.mvptr import Mvptr
-from mvptr_ds.optim import build_optimizer, learning_rate_at, optimizer_choice, parameter_groups
+from mvptr_ds.optim import (
+    _steps_where_they_belong,
+    build_optimizer,
+    learning_rate_at,
+    optimizer_choice,
+    parameter_groups,
+)
 
 
 def test_warm_up_then_linear_decay_to_zero() -> None:
@@ -94,10 +100,13 @@ def test_the_state_of_one_kernel_serves_the_other() -> None:
         resumed = nn.Parameter(weight.detach().clone())
         other = build_optimizer(parameter_groups([("w", resumed)], 0.1), OptimConfig(), 0.01)
         other.load_state_dict(copy.deepcopy(given))
-        assert other.param_groups[0]["step"] == 2  # where apex looks for it
+        assert "step" not in other.param_groups[0]  # a saved state is that of a run that never stopped
+        assert other.state[resumed]["step"] == 2
         resumed.grad = torch.tensor([[4.0, -0.5]]) * 3
         other.step()
         assert torch.equal(resumed, straight)
+    of_another_class = torch.optim.SGD([nn.Parameter(torch.zeros(1))])  # as apex's is
+    assert _steps_where_they_belong(of_another_class, state)["param_groups"][0]["step"] == 2
 
 
 def test_the_optimiser_says_which_kernel_it_is() -> None:

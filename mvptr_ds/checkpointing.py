@@ -134,6 +134,12 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
+def check_resume(mode: str) -> None:
+    """Raises ValueError for another `train.resume` than `auto`, `never`."""
+    if mode not in ("auto", "never"):
+        raise ValueError(f"train.resume is {mode!r}; choose from auto, never")
+
+
 def newest_good(folder: Path) -> Path | None:
     """The newest checkpoint whose every file has its checksum; damaged ones are reported and passed over."""
     names = parallel.broadcast_object([p.name for p in _complete(folder)] if parallel.is_main() else None)

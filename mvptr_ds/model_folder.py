@@ -53,7 +53,13 @@ def load_model_folder(path: Path) -> tuple[Mvptr, Vocabs, Config]:
 
 
 def init_from_folder(model: Mvptr, vocabs: Vocabs, path: Path) -> None:
-    """Gives `model` the weights of a model folder (the stage hand-over).
+    """Gives `model` the weights of a model folder (the stage hand-over). Raises CheckpointError like `check_fits`."""
+    check_fits(model, vocabs, path)
+    load_weights(model, path)
+
+
+def check_fits(model: Mvptr, vocabs: Vocabs, path: Path) -> None:
+    """Whether `model`, of which only shapes are looked at, could take the weights of a model folder.
 
     Raises:
         CheckpointError: dimensions, vocabularies or schema differ, listing all that do with both values.
@@ -65,7 +71,6 @@ def init_from_folder(model: Mvptr, vocabs: Vocabs, path: Path) -> None:
             + "\n  - ".join(problems)
             + "\n  use the configuration of that run (its mvptr.yaml), or start fresh without run.init_from"
         )
-    load_weights(model, path)
 
 
 def load_weights(model: Mvptr, path: Path) -> None:

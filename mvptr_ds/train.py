@@ -11,7 +11,7 @@ from pathlib import Path
 if __name__ == "__main__":  # a script's own folder comes first on the path, where our modules could shadow others
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from mvptr_ds import parallel
+from mvptr_ds import parallel, preflight
 from mvptr_ds.assembly import on_main, prepare_shards
 from mvptr_ds.checkpointing import CheckpointError, find_model, first_model, newest_state
 from mvptr_ds.config import load_config, save_config
@@ -53,7 +53,13 @@ def run(arguments: argparse.Namespace, stop: StopSignal) -> int:
     resumes = config.train.resume == "auto"
     saved = newest_state(Path(config.run.dir), config.stage_names) if resumes else None
     share_batch(config.train, saved, parallel.num_ranks())
-    prepare_shards(config.data, config.run.seed, parallel.num_ranks())
+    if config.train.preflight or config.train.preflight_only:
+        only = config.train.preflight_only
+        preflight.conclude(preflight.examine(config, ds_content, device, prepare=not only), show_all=only)
+        if only:
+            return 0
+    else:
+        prepare_shards(config.data, config.run.seed, parallel.num_ranks())
     on_main(lambda: save_config(config, Path(config.run.dir) / "config.yaml"))
     init_from = first_model(config)
     for stage in config.stage_names:

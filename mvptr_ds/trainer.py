@@ -354,8 +354,7 @@ class Trainer:
         Raises:
             CheckpointError: it does not fit this run; found before the engine is built, which takes a while.
         """
-        if self.config.train.resume not in ("auto", "never"):
-            raise ValueError(f"train.resume is {self.config.train.resume!r}; choose from auto, never")
+        checkpointing.check_resume(self.config.train.resume)
         path = checkpointing.newest_good(self.dir / "checkpoints") if self.config.train.resume == "auto" else None
         if path is None:
             return None

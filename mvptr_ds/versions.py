@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.metadata
 import platform
 import subprocess
@@ -35,6 +36,15 @@ def versions() -> dict[str, str]:
     if commit:
         found["commit"] = commit + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
     return found
+
+
+def code_sha256() -> str:
+    """Of the package's sources and packaged configurations, as they lie on this machine."""
+    package = Path(__file__).resolve().parent
+    digest = hashlib.sha256()
+    for path in sorted(p for p in package.rglob("*") if p.suffix in (".py", ".yaml")):
+        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _git(*arguments: str) -> str:

@@ -1,0 +1,300 @@
+"""What would go wrong later, found before the first step: all findings at once, each with what to do.
+
+A training run begins with it (`train.preflight`), and `train.preflight_only=true` ends after it: with 0, or with 2
+where a finding is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from mvptr_ds import assembly, checkpointing, ds_config, model_folder, parallel
+from mvptr_ds.assembly import Vocabs
+from mvptr_ds.config import Config
+from mvptr_ds.data.shards import MANIFEST_NAME, Index
+from mvptr_ds.data.storage import is_url
+from mvptr_ds.model.mvptr import Mvptr
+from mvptr_ds.optim import optimizer_choice
+from mvptr_ds.preflight_ranks import (
+    ERROR,
+    OK,
+    WARNING,
+    Finding,
+    alike,
+    clocks,
+    deadline,
+    devices,
+    exchange,
+    on_each,
+    on_first,
+    run_folder,
+)
+from mvptr_ds.task import Task
+from mvptr_ds.versions import code_sha256, versions
+from mvptr_ds.wandb_run import check_mode
+
+logger = logging.getLogger(__name__)
+LIMIT_S = 60.0
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class PreflightError(ValueError):
+    """Findings that no run can go on with; the message lists all of them."""
+
+
+def examine(config: Config, ds_content: dict[str, Any], device: torch.device, prepare: bool) -> list[Finding]:
+    """All findings, the same on every rank; all ranks call it.
+
+    Args:
+        ds_content: the DeepSpeed JSON as written.
+        prepare: build shards and indices that are missing, which may take long; else say that they are.
+    """
+    started_s = time.perf_counter()
+    with deadline(LIMIT_S, "the exchange between the ranks"):
+        found = exchange(device) + devices(device) + clocks()
+        found += alike("versions", versions() | {"code": code_sha256()[:12]}, "install the same on all nodes")
+        asked = alike("configuration", _fingerprints(config, ds_content), "give all ranks the same files and arguments")
+        found += asked + run_folder(Path(config.run.dir))
+    if any(finding.level == ERROR for finding in asked):
+        return found  # ranks that want different things cannot look any further together
+    found += on_each("configuration", lambda: _settings(config))
+    found += on_each("batch", lambda: _batch(config, ds_content))
+    begun_s = time.perf_counter()
+    missing = _prepare(config) if prepare else _missing(config)
+    started_s += time.perf_counter() - begun_s
+    found += missing if missing else _shards(config)
+    if not parallel.broadcast_object(_demo_to_be_drawn(config)):
+        found += _model(config, ds_content, device)
+    took_s = parallel.broadcast_object(time.perf_counter() - started_s)
+    found.append(Finding("preflight", OK, f"took {took_s:.1f} s, but for what it had to build"))
+    return list({(finding.level, finding.text): finding for finding in reversed(found)}.values())[::-1]
+
+
+def conclude(findings: Iterable[Finding], show_all: bool) -> None:
+    """Logs what is not well, or everything.
+
+    Raises:
+        PreflightError: there are errors.
+    """
+    findings = list(findings)
+    for finding in findings:
+        if show_all or finding.level == WARNING:
+            logger.info("%-8s %-14s %s", finding.level, finding.check, finding.text)
+            if finding.remedy:
+                logger.info("%-23s -> %s", "", finding.remedy)
+    errors = [f"{f.text}: {f.remedy}" if f.remedy else f.text for f in findings if f.level == ERROR]
+    if len(errors) == 1:
+        raise PreflightError(errors[0])
+    if errors:
+        raise PreflightError(f"preflight found {len(errors)} errors:\n  - " + "\n  - ".join(errors))
+    levels = [finding.level for finding in findings]
+    logger.info("preflight: %d checks well, %d warnings", levels.count(OK), levels.count(WARNING))
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**28 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def _fingerprints(config: Config, ds_content: dict[str, Any]) -> dict[str, str]:
+    texts = {
+        "configuration": yaml.safe_dump(dataclasses.asdict(config)),
+        "DeepSpeed JSON": json.dumps(ds_content, sort_keys=True),
+    }
+    return {name: hashlib.sha256(text.encode()).hexdigest()[:12] for name, text in texts.items()}
+
+
+def _settings(config: Config) -> Iterator[Finding]:
+    check_mode(config.wandb.mode)
+    checkpointing.check_resume(config.train.resume)
+    optimizer_choice(config.optim, torch.device("cpu"))  # which knows the names
+    yield Finding("configuration", OK, f"{' then '.join(config.stage_names)} in {config.run.dir}")
+
+
+def _batch(config: Config, ds_content: dict[str, Any]) -> Iterator[Finding]:
+    train, num = config.train, parallel.num_ranks()
+    filled = _filled(config, ds_content)
+    micro = filled["train_micro_batch_size_per_gpu"]
+    text = f"{train.batch_size} samples a step = {num} ranks x {train.accumulation_steps} accumulated x {micro}"
+    yield Finding("batch", OK, text)
+
+
+def _filled(config: Config, ds_content: dict[str, Any]) -> dict[str, Any]:
+    bf16, fp16 = ds_config.precision_supported()
+    return ds_config.fill_ds_config(
+        ds_content, config.train, config.optim, parallel.num_ranks(), bf16_supported=bf16, fp16_supported=fp16
+    )
+
+
+def _prepare(config: Config) -> list[Finding]:
+    try:
+        assembly.prepare_shards(config.data, config.run.seed, parallel.num_ranks())
+    except (ValueError, OSError) as error:  # the same on all ranks
+        return [Finding("shards", ERROR, str(error))]
+    return []
+
+
+def _missing(config: Config) -> list[Finding]:
+    """What training would build first."""
+    data = config.data
+
+    def check() -> Iterator[Finding]:
+        folders = {folder for split in assembly.splits_of(data).values() for folder in (split.shards, *split.sidecars)}
+        if _demo_to_be_drawn(config):
+            text = f"{data.train} is not there yet: the run draws its {data.demo_train_scenes} demo scenes first"
+            yield Finding("shards", WARNING, text, "nothing; vocabularies and hand-over can be looked at only then")
+            return
+        for folder in sorted(folder for folder in folders if not is_url(folder)):
+            num_bytes = sum(tar.stat().st_size for tar in Path(folder).glob("*.tar"))
+            if not num_bytes and not (Path(folder) / MANIFEST_NAME).exists():
+                text = f"{folder} holds no .tar file; set data.train / data.held_out to a folder of shards"
+                yield Finding("shards", ERROR, text)
+            elif not (Path(folder) / MANIFEST_NAME).exists():
+                text = f"{folder} has no index yet: one process reads its {_size(num_bytes)} when the run starts"
+                yield Finding("shards", WARNING, text, f"python tools/validate_shards.py {folder} makes it now")
+
+    return on_first("shards", check)
+
+
+def _demo_to_be_drawn(config: Config) -> bool:
+    data = config.data
+    return data.demo_source is not None and data.train is not None and not Path(data.train).exists()
+
+
+def _shards(config: Config) -> list[Finding]:
+    """Every rank opens every folder; rank 0 compares the indices with their hashes; stages get what they need."""
+    data, joins = config.data, Path(config.run.dir) / "joins"
+    options = assembly.read_options(data)
+
+    def opened() -> Iterator[Finding]:
+        for name, split in assembly.splits_of(data).items():
+            index = Index.open(split.shards, options)
+            for sidecar in split.sidecars:
+                Index.open(sidecar, options)
+            text = f"{name}: {len(index)} samples of {index.num_records} records in {index.num_shards} shards"
+            yield Finding("shards", OK, f"{text}, {_size(index.num_bytes)}")
+
+    def verified() -> Iterator[Finding]:
+        for split in assembly.splits_of(data).values():
+            for folder in (split.shards, *split.sidecars):
+                Index.open(folder, options).verify()
+        yield from ()
+
+    found = on_each("shards", opened)
+    if all(finding.level == OK for finding in found):
+        found += on_first("shards", verified)
+    if all(finding.level == OK for finding in found):
+        try:  # what follows is alike on all ranks, and some of it is done together
+            for stage in config.stage_names:
+                assembly.open_sources(data, stage, joins)
+            if data.held_out is not None and config.train.evaluate_every_steps > 0:
+                assembly.open_held_out(data, joins)
+        except (ValueError, OSError) as error:
+            found.append(Finding("shards", ERROR, str(error)))
+    return found
+
+
+def _model(config: Config, ds_content: dict[str, Any], device: torch.device) -> list[Finding]:
+    """Vocabularies, objectives, what runs, disk, hand-over: with a model that has shapes and no numbers."""
+    vocabs: list[Vocabs] = []
+
+    def load() -> Iterator[Finding]:
+        vocabs.append(assembly.build_vocabs(config.data))
+        words, phrases = vocabs[0].words, vocabs[0].phrases
+        text = f"{len(words)} words ({words.fingerprint[:12]}), {len(phrases)} phrases ({phrases.fingerprint[:12]})"
+        yield Finding("vocabularies", OK, text)
+
+    found = on_each("vocabularies", load)
+    if any(finding.level == ERROR for finding in found):
+        return found
+    if len({finding.text for finding in found}) > 1:
+        return [dataclasses.replace(f, level=ERROR, remedy="give all nodes the same files") for f in found]
+
+    def build() -> Iterator[Finding]:
+        num = sum(p.numel() for p in _shapes(config, vocabs[0]).parameters())
+        yield Finding("model", OK, f"{num / 1e6:.1f} M parameters")
+
+    def run() -> Iterator[Finding]:
+        precision = ds_config.precision_of(_filled(config, ds_content))
+        for choice in assembly.kernel_report(config, device, DTYPES[precision]):
+            yield Finding("kernels", OK, str(choice))
+        yield from _disk(config, _num_bytes(config, _shapes(config, vocabs[0]), precision))
+
+    built = on_first("model", build)
+    found += built
+    if built[0].level == OK:
+        found += on_first("model", run) + _hand_over(config, vocabs[0])
+    return found
+
+
+def _shapes(config: Config, vocabs: Vocabs) -> Mvptr:
+    with torch.device("meta"):
+        return Mvptr(assembly.model_config(config, vocabs))
+
+
+def _num_bytes(config: Config, model: Mvptr, precision: str) -> dict[str, int]:
+    """Of a checkpoint of each stage: the model in float32 and as computed, and of what is trained 12 bytes a parameter.
+
+    Raises:
+        ValueError: a stage's objectives cannot be computed.
+    """
+    width, num_bytes = 4 if precision == "float32" else 2, {}
+    num_all = sum(p.numel() for p in model.parameters())
+    for name in config.stage_names:
+        stage = config.stage(name)
+        task = Task(
+            model, name, stage.weights, config.task, max_text_slots=config.data.max_text_slots,
+            max_steps=stage.max_steps, seed=0,
+        )  # fmt: skip
+        trained = set(model.parameters_of(task.trained_parts()))
+        num_trained = sum(p.numel() for n, p in model.named_parameters() if n in trained)
+        num_bytes[name] = (4 + width) * num_all + 12 * num_trained
+    return num_bytes
+
+
+def _disk(config: Config, num_bytes: dict[str, int]) -> Iterator[Finding]:
+    """Space for the checkpoints that are kept, and one more while it is written."""
+    train, run_dir = config.train, Path(config.run.dir)
+    needed, next_needed = 0, None
+    for name, size in num_bytes.items():
+        kept = train.keep_checkpoints + (
+            config.stage(name).max_steps // train.keep_every_steps if train.keep_every_steps else 0
+        )
+        there = sum(file.stat().st_size for file in (run_dir / name / "checkpoints").rglob("*") if file.is_file())
+        needed += max(0, (kept + 1) * size - there)
+        next_needed = size if next_needed is None else next_needed
+    free = shutil.disk_usage(run_dir if run_dir.exists() else Path(".")).free
+    text = f"{_size(free)} free, the checkpoints take up to {_size(needed)} more"
+    remedy = "free some, set another run.dir, or keep fewer (train.keep_checkpoints, train.keep_every_steps)"
+    if free < (next_needed or 0):
+        yield Finding("disk", ERROR, f"{text}; there is no room for a single one", remedy)
+    elif free < needed:
+        yield Finding("disk", WARNING, f"{text}; saves will fail then, training goes on without", remedy)
+    else:
+        yield Finding("disk", OK, text)
+
+
+def _hand_over(config: Config, vocabs: Vocabs) -> list[Finding]:
+    """What the first stage starts from; all ranks look for it together."""
+    try:
+        path = checkpointing.first_model(config)
+    except (ValueError, OSError) as error:
+        return [Finding("hand-over", ERROR, str(error))]
+    if path is None:
+        return [Finding("hand-over", OK, f"{config.stage_names[0]} takes over no other's weights")]
+
+    def fits() -> Iterator[Finding]:
+        model_folder.check_fits(_shapes(config, vocabs), vocabs, path)
+        yield Finding("hand-over", OK, f"{config.stage_names[0]} starts from {path}")
+
+    return on_first("hand-over", fits)

@@ -1,0 +1,85 @@
+"""Run by each of two ranks in FOLDER: what preflight finds where the ranks differ; both write what they were told."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mvptr_ds import parallel, preflight, preflight_ranks
+from mvptr_ds.config import load_config
+from mvptr_ds.ds_config import load_ds_config
+from tests.conftest import REPO
+
+LATE_S = 5.0
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute of this process, for a while."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def examine(*overrides: str) -> list[dict[str, str]]:
+    overrides_all = json.loads(Path("overrides.json").read_text(encoding="utf-8"))
+    config = load_config("demo", [*overrides_all, *overrides])
+    content = load_ds_config(REPO / "ds_configs/z2.json")
+    found = preflight.examine(config, content, torch.device("cpu"), prepare=False)
+    return [vars(finding) for finding in found]
+
+
+def wrong_sum(values: torch.Tensor) -> None:
+    real_all_reduce(values)
+    values[-1] += parallel.rank()
+
+
+real_all_reduce, real_time, real_versions = dist.all_reduce, time.time, preflight.versions
+
+
+def scenarios(folder: Path) -> Iterator[tuple[str, Callable[[], list[dict[str, str]]]]]:
+    second = parallel.rank() == 1
+    yield "well", examine
+    with replaced(preflight, "versions", lambda: real_versions() | ({"torch": "1.0"} if second else {})):
+        yield "versions", examine
+    with replaced(time, "time", lambda: real_time() - second * LATE_S):
+        yield "clocks", examine
+    with replaced(preflight_ranks.dist, "all_reduce", wrong_sum):
+        yield "all-reduce", examine
+    yield "arguments", lambda: examine(f"train.batch_size={8 + 8 * second}")
+    yield "run folder", lambda: examine("run.dir=own")  # relative: each rank stands in another folder
+    yield "shards", lambda: examine("data.train=own-train")
+    yield "vocabularies", lambda: examine("data.phrase_vocab=own.json")
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parallel.init()
+    os.chdir(folder / f"node{parallel.rank()}")
+    if (folder / "one-is-gone").exists():
+        if parallel.rank() == 1:
+            time.sleep(60)
+        with replaced(preflight, "LIMIT_S", 2.0):
+            examine()
+    told = {name: scenario() for name, scenario in scenarios(folder)}
+    (folder / f"told-rank{parallel.rank()}.json").write_text(json.dumps(told), encoding="utf-8")
+    parallel.barrier()
+    parallel.shut_down()
+
+
+if __name__ == "__main__":
+    main()

@@ -28,8 +28,7 @@ class Globals:
 
     def of_all_ranks(self) -> Globals:
         """In the order of ranks, with gradient."""
-        both_N2D = parallel.gather(torch.stack([self.text_ND, self.image_ND], dim=1))
-        return Globals(both_N2D[:, 0], both_N2D[:, 1], parallel.gather(self.image_index_N))
+        return Globals(*(parallel.gather(x) for x in (self.text_ND, self.image_ND, self.image_index_N)))
 
 
 class Pool:

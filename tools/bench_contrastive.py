@@ -125,13 +125,12 @@ class Collectives:
     def __init__(self, setting: Setting) -> None:
         self.setting, self.received = setting, 0
         self.real = dist.all_gather, dist.reduce_scatter, dist.all_to_all_single
-        self.globals_R: list[Tensor] = []
+        self.globals_R: list[tuple[Tensor, Tensor]] = []
         if not setting.gloo:
             parallel.rank = lambda: 0
             parallel.num_ranks = lambda: setting.num_ranks
             if setting.part not in ("states", "states_plain"):
-                pairs = (globals_of(rank, setting) for rank in range(setting.num_ranks))
-                self.globals_R = [torch.stack(pair, dim=1) for pair in pairs]
+                self.globals_R = [globals_of(rank, setting) for rank in range(setting.num_ranks)]
         for name in ("all_gather", "reduce_scatter", "all_to_all_single"):
             setattr(dist, name, getattr(self, name))
 
@@ -142,12 +141,13 @@ class Collectives:
             return
         of_texts = local.ndim == 3 and torch.equal(local[0, 0], lengths_of(0, self.setting, TEXT_LENGTHS))
         limits = TEXT_LENGTHS if of_texts else REGION_LENGTHS
+        of_images = bool(self.globals_R) and not torch.equal(local, self.globals_R[0][0])
         for rank, part in enumerate(parts):
             if local.dtype == torch.int64:
                 told = local.ndim == 3  # else the images of the global states
                 part.copy_(told_of(rank, self.setting, limits) if told else image_index_of(rank, self.setting))
             else:
-                part.copy_(self.globals_R[rank] if self.globals_R else local)
+                part.copy_(self.globals_R[rank][of_images] if self.globals_R else local)
 
     def reduce_scatter(self, own: Tensor, parts: list[Tensor]) -> None:
         self.received += own.nbytes * (len(parts) - 1)

@@ -1,0 +1,94 @@
+"""The parts of tools/bench_loader.py that need an index of ten million samples: resume, and the memory of workers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+import bench_data
+import numpy as np
+
+from mvptr_ds.data.batches import Batches
+from mvptr_ds.data.features import SampleBuilder, SampleOptions
+from mvptr_ds.data.index import INDEX_NAME, MANIFEST_NAME, ROW, Index, probe
+from mvptr_ds.data.loader import ShardDataset, make_loader
+from mvptr_ds.data.phrases import PhraseVocab
+from mvptr_ds.data.plan import Plan
+from mvptr_ds.data.wordpiece import WordPiece
+
+BATCH = 32
+NUM_TRIES = 7
+NUM_WORKERS = 2
+
+
+def write_large_index(folder: Path, num_samples: int) -> None:
+    """An index of as many records of one caption each; their places are those of a few real ones, again and again."""
+    bench_data.write(folder, "features", bench_data.RECORDS_PER_SHARD, num_captions=1)
+    manifest = json.loads((folder / MANIFEST_NAME).read_text())
+    real = np.load(folder / INDEX_NAME)
+    rows = np.empty(num_samples, dtype=ROW)
+    for name in ("block", "span"):
+        rows[name] = np.resize(real[name], num_samples)
+    rows["first_sample"] = np.arange(num_samples)
+    rows["key_hash"] = np.random.default_rng(0).integers(0, 1 << 63, num_samples)
+    np.save(folder / INDEX_NAME, rows)
+    with open(folder / INDEX_NAME, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else "0" * 64
+        manifest |= {"sha256": sha256, "probe": probe(file, sha256), "num_records": num_samples}
+    manifest["num_samples"] = num_samples
+    manifest["shards"][0] |= {"num_records": num_samples, "num_samples": num_samples}
+    (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
+
+
+def _dataset(folder: Path, words: WordPiece, phrases: PhraseVocab) -> ShardDataset:
+    index = Index.open(folder)
+    options = SampleOptions(feature_dim=bench_data.FEATURE_DIM, word_prob=0.15, tag_prob=0.15)
+    return ShardDataset(index, Plan(len(index), seed=0), SampleBuilder(words, phrases, options))
+
+
+def bench_index(folder: Path, num_samples: int, words: WordPiece, phrases: PhraseVocab) -> dict[str, float]:
+    """Opening the index, and the first batch of a run that goes on at position `num_samples`; wall time."""
+    write_large_index(folder, num_samples)
+    num_bytes = sum((folder / name).stat().st_size for name in (INDEX_NAME, MANIFEST_NAME))
+    opened_ms, resumed_ms = [], []
+    for _ in range(NUM_TRIES):
+        started_s = time.perf_counter()
+        Index.open(folder)
+        opened_ms.append((time.perf_counter() - started_s) * 1e3)
+        started_s = time.perf_counter()
+        step = num_samples // BATCH
+        next(iter(make_loader(_dataset(folder, words, phrases), Batches(BATCH), step, step + 1)))
+        resumed_ms.append((time.perf_counter() - started_s) * 1e3)
+    print(f"\nan index of {num_samples:,} samples: {num_bytes / 1e6:.1f} MB")
+    for name, taken_ms in (("opened", opened_ms), (f"first batch of {BATCH} at position {step * BATCH:,}", resumed_ms)):
+        shown = f"median {statistics.median(taken_ms):.1f}, first {taken_ms[0]:.1f}, quickest {min(taken_ms):.1f}"
+        print(f"  {name:56} ms: {shown}")
+    return {
+        "resume_first_batch_ms": round(statistics.median(resumed_ms), 1),
+        "index_bytes_per_sample": round(num_bytes / num_samples, 2),
+    }
+
+
+def _private_mib(process: int) -> float:
+    """What the process shares with no other, in MiB."""
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
+
+
+def bench_workers(folder: Path, num_samples: int, words: WordPiece, phrases: PhraseVocab) -> None:
+    """Private memory of loader processes with the large index, from their first batches on."""
+    dataset = _dataset(folder, words, phrases)
+    num_steps = num_samples // BATCH
+    watched = {num_steps * share // 8 for share in range(1, 9)}
+    loader = iter(make_loader(dataset, Batches(BATCH), 0, num_steps + 1, num_workers=NUM_WORKERS))
+    workers = [worker.pid for worker in loader._workers]  # type: ignore[attr-defined]
+    print(f"\nprivate memory of {NUM_WORKERS} workers and of this process, MiB (the index has "
+          f"{os.stat(folder / INDEX_NAME).st_size >> 20} MiB)")  # fmt: skip
+    for step, _ in enumerate(loader, start=1):
+        if step == 20 or step in watched:
+            sizes = " ".join(f"{_private_mib(worker):8.1f}" for worker in workers)
+            print(f"  after {step * BATCH:8,} samples {sizes} {_private_mib(os.getpid()):8.1f}", flush=True)

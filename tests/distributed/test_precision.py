@@ -12,13 +12,14 @@ import torch
 
 from mvptr_ds.config import Config
 from mvptr_ds.hard_negatives import Draws
+from mvptr_ds.model.packed import Packed
 from mvptr_ds.task import Task
 from tests.distributed.launch import run, run_ranks
 from tests.tiny import tiny_model, whole_batch
 
-# bf16 keeps 8 bits: states of order 1 are off by 0.4 %, and so, at most, is a loss that is a mean of many; over 24
-# micro-batches of training the runs part a little further
-TOLERANCE = {"rel": 0.02, "abs": 0.02}
+# bf16 keeps 8 bits: states of order 1 are off by 0.4 %. Over 24 micro-batches the runs part a little further, and a
+# choice (the hardest negative, the highest similarity) may fall otherwise: 1.6 % was the most seen on a CPU
+TOLERANCE = {"rel": 0.05, "abs": 0.02}
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +57,10 @@ def test_each_objective_in_bf16_is_near_its_float32_value(stage: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         model = tiny_model().to(dtype)  # type: ignore[arg-type]
         weights = Config().stage(stage).weights
-        task = Task(model, stage, weights, Config().task, max_text_slots=12, max_regions=6, max_steps=9, seed=0)
+        task = Task(model, stage, weights, Config().task, max_text_slots=12, max_steps=9, seed=0)
         parts[dtype] = task.objectives(whole_batch(), Draws.keyed(0, 0, 0, 4, 12))
-        states_BLD = torch.randn(2, 3, 16, dtype=dtype)
-        for states_BD in (model.text_global(states_BLD), model.visual_global(states_BLD)):
+        states = Packed(torch.randn(6, 16, dtype=dtype), (2, 4))
+        for states_BD in (model.text_global(states), model.visual_global(states)):
             assert states_BD.dtype == torch.float32
             torch.testing.assert_close(states_BD.norm(dim=-1), torch.ones(2))  # of length 1 to float32's last bits
         assert task.scale().dtype == torch.float32

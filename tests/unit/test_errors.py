@@ -359,6 +359,7 @@ def checkpoint_of_other_objectives(place: Place) -> None:
 
 
 overrides("stage-2-without-stage-1", "run.stages=[2]")
+overrides("several-errors", "optim.name=lamb", "run.stages=[2]")
 
 
 @case

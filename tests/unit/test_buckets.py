@@ -22,7 +22,8 @@ from mvptr_ds.data.mixture import MixedDataset
 from mvptr_ds.data.shards import Index, write_shards
 from mvptr_ds.data.tar_writer import npy_bytes
 from tests.conftest import REPO
-from tests.unit.test_loader import _assert_equal, _damage, _item
+from tests.same import assert_equal_batches
+from tests.unit.test_loader import _damage, _item
 from tests.unit.test_mixture import BATCH, VOCABS, config_of, content, folders
 
 __all__ = ["folders"]  # the fixture
@@ -219,7 +220,7 @@ def test_positions_keep_their_samples_on_any_number_of_ranks(
         resumed = [next(share) for _ in range(7 * accumulation_steps) for share in shares]
         assert [p for batch in resumed for p in batch.position_B.tolist()] == seen[3 * BATCH :]
     whole = next(iter(make_loader(dataset, batches, 4, 5)))
-    _assert_equal(whole, loaders[0].collate_fn(fresh.__getitems__(seen[4 * BATCH : 5 * BATCH])))
+    assert_equal_batches(whole, loaders[0].collate_fn(fresh.__getitems__(seen[4 * BATCH : 5 * BATCH])))
 
 
 def test_samples_of_like_lengths_come_together(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from mvptr_ds.data.plan import Plan
 from mvptr_ds.data.schema import Caption, DataError, Phrase, Record, Region
 from mvptr_ds.data.shards import Index, write_shards
 from mvptr_ds.data.wordpiece import WordPiece
+from tests.same import assert_equal_batches
 
 WORDS = WordPiece()
 NOUNS = ["dog", "cat", "tree", "house", "frisbee", "cow"]
@@ -62,15 +63,6 @@ def _dataset(folder: Path) -> ShardDataset:
     index = Index.open(folder)
     plan = Plan(len(index), SEED, block_samples=4, window_blocks=3)
     return ShardDataset(index, plan, SampleBuilder(WORDS, VOCAB, OPTIONS))
-
-
-def _assert_equal(first: Batch, second: Batch) -> None:
-    for field in dataclasses.fields(Batch):
-        a, b = getattr(first, field.name), getattr(second, field.name)
-        if isinstance(a, torch.Tensor):
-            assert a.dtype == b.dtype and torch.equal(a, b), field.name
-        else:
-            assert a == b, field.name
 
 
 def _rows(batch: Batch) -> list[dict[str, object]]:
@@ -122,7 +114,7 @@ def test_number_of_workers_changes_nothing(folder: Path) -> None:
         make_loader(dataset, Batches(BATCH), 0, STEPS, num_workers=2, prefetch_batches=2),
         strict=True,
     ):
-        _assert_equal(alone, helped)
+        assert_equal_batches(alone, helped)
 
 
 def test_resume_gives_the_same_batches(folder: Path) -> None:
@@ -131,7 +123,7 @@ def test_resume_gives_the_same_batches(folder: Path) -> None:
     rest = list(make_loader(fresh, Batches(BATCH), 4, STEPS))
     assert len(rest) == STEPS - 4
     for first, second in zip(whole[4:], rest, strict=True):
-        _assert_equal(first, second)
+        assert_equal_batches(first, second)
 
 
 def test_masking_differs_between_epochs_and_every_sample_comes_once(folder: Path) -> None:
@@ -171,12 +163,12 @@ def test_a_bad_sample_is_replaced_in_the_same_way_every_time(folder: Path, caplo
     second = again.__getitems__(list(range(len(again.index))))
     num_replaced = 0
     for position, (was, now, then) in enumerate(zip(good, first, second, strict=True)):
-        _assert_equal(collate([now]), collate([then]))
+        assert_equal_batches(collate([now]), collate([then]))
         assert now.position == position and now.image_index != 5
         if was.image_index == 5:
             num_replaced += 1
         else:
-            _assert_equal(collate([was]), collate([now]))
+            assert_equal_batches(collate([was]), collate([now]))
     assert num_replaced == len(dataset.index.samples_of(5)) == 3
     assert path in caplog.text and "'k5'" in caplog.text and "npy member cannot be read" in caplog.text
     assert sum(sample.num_bad > 0 for sample in first) == 3

@@ -22,7 +22,8 @@ from mvptr_ds.data.schema import DataError, Extractor, Record
 from mvptr_ds.data.shards import Index, write_shards
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.metrics import Meters
-from tests.unit.test_loader import _assert_equal, _damage, _item
+from tests.same import assert_equal_batches
+from tests.unit.test_loader import _damage, _item
 
 WORDS = WordPiece()
 VOCABS = assembly.Vocabs(WORDS, PhraseVocab.build({(noun, "big"): 1 for noun in ("dog", "cat", "tree")}, WORDS, 1))
@@ -200,7 +201,7 @@ def test_ranks_workers_and_resumes_give_the_same_batches(
                 share = BATCH // num_ranks // accumulation_steps
                 start = (accumulation * num_ranks + rank) * share
                 own = whole[step][start : start + share]
-                _assert_equal(next(micro_batches), loader.collate_fn(own))
+                assert_equal_batches(next(micro_batches), loader.collate_fn(own))
 
 
 def test_substitutes_come_from_the_same_source(folders: dict[str, Path]) -> None:

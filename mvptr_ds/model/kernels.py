@@ -187,8 +187,24 @@ class ReadTable(torch.autograd.Function):
             total_VD[:num_first] = to_first_WD
         total_VD[num_first:].zero_()
         if to_rows_ND is not None:
-            total_VD.index_add_(0, ctx.saved_tensors[0], to_rows_ND)
+            _add_rows(total_VD, ctx.saved_tensors[0], to_rows_ND)
         return total_VD, None, None
+
+
+def _add_rows(total_VD: Tensor, ids_N: Tensor, rows_ND: Tensor) -> None:
+    """Adds each row where its id says. In half precision the rows of one id are summed in float32 first.
+
+    Some ids stand in every sample: their sum, one rounded addition after another, would lose the small ones.
+    """
+    if total_VD.dtype not in _HALF:
+        total_VD.index_add_(0, ids_N, rows_ND)
+        return
+    sorted_N, order_N = ids_N.sort()
+    place_N = torch.zeros_like(sorted_N)  # of its id among the different ones; how many there are, nobody asks
+    place_N[1:] = (sorted_N[1:] != sorted_N[:-1]).cumsum(0)
+    sums_ND = torch.zeros_like(rows_ND, dtype=torch.float32).index_add_(0, place_N, rows_ND[order_N].float())
+    ids_N = torch.zeros_like(sorted_N).scatter_(0, place_N, sorted_N)  # beyond them: row 0, to which zero is added
+    total_VD.index_add_(0, ids_N, sums_ND.to(total_VD.dtype))
 
 
 def report(

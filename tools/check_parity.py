@@ -27,6 +27,7 @@ from mvptr_ds.hard_negatives import Draws
 from mvptr_ds.model import convert
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.embeddings import TAG_SEGMENT, TEXT_SEGMENT
+from mvptr_ds.model.encoder import EXECUTIONS
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.model.packed import Packed
 from mvptr_ds.packed_batch import PackedBatch
@@ -198,8 +199,8 @@ class Comparison:
         sys.stdout.write(f"{verdict:4}  {name:70} {difference:9.2e}  {problem or ''}".rstrip() + "\n")
 
 
-def check_folder(folder: Path) -> Comparison:
-    """Both dtypes' losses and tensors, and the gradients."""
+def check_folder(folder: Path, execution: str = "packed") -> Comparison:
+    """Both dtypes' losses and tensors, and the gradients, by the encoders' `execution`."""
     state = load_file(folder / "weights.safetensors")
     inputs = load_file(folder / "inputs.safetensors")
     expected = load_file(folder / "expected.safetensors")
@@ -208,13 +209,14 @@ def check_folder(folder: Path) -> Comparison:
     config.tie_word_heads = False  # the reference's decoders are parameters of their own: so are their gradients
     comparison = Comparison()
     for dtype in (torch.float64, torch.float32):
-        _check_dtype(comparison, dtype, config, state, inputs, expected, scalars)
+        _check_dtype(comparison, dtype, execution, config, state, inputs, expected, scalars)
     return comparison
 
 
 def _check_dtype(
     comparison: Comparison,
     dtype: torch.dtype,
+    execution: str,
     config: MvptrConfig,
     state: dict[str, Tensor],
     inputs: dict[str, Tensor],
@@ -225,6 +227,7 @@ def _check_dtype(
     model = Mvptr(config)
     model.load_state_dict(convert.from_reference(state, config))
     model.eval().to(dtype)
+    model.set_execution(execution)
     batch = make_batch(inputs, config.region_feature_dim, dtype)
     weights = WeightsConfig(mcr_tags=1.0, mlm=1.0, vsc=1.0, wpg=1.0, itm=1.0)
     num_slots = batch.text_ids_BT.shape[1]
@@ -275,9 +278,10 @@ def _check_gradients(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder of recorded numbers")
+    parser.add_argument("--execution", choices=EXECUTIONS, default="packed", help="of the encoders")
     arguments = parser.parse_args()
     try:
-        comparison = check_folder(arguments.folder)
+        comparison = check_folder(arguments.folder, arguments.execution)
     except (OSError, KeyError, ValueError) as error:
         sys.stderr.write(f"error: {arguments.folder} is not a folder of recorded numbers: {error!r}\n")
         return 2

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Measures single operations of a base-size step, in CPU-seconds forward + backward, against what they replace.
+"""Measures the gradient of the base model's embedding table: written once, or once for each use. Forward + backward.
 
-python tools/bench_parts.py     # less than a minute on two cores
+python tools/bench_embedding.py     # less than a minute on two cores
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as bench_step.py
@@ -26,12 +25,11 @@ from bench_models import make_batch
 from bench_step import measured
 
 from mvptr_ds.model import kernels
-from mvptr_ds.model.attention import PaddedAttention, SegmentAttention
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.packed import Packed
 
 CONFIG = MvptrConfig()
-DIM, HEADS = CONFIG.hidden_size, CONFIG.num_attention_heads
+DIM = CONFIG.hidden_size
 
 
 def compare(title: str, ways: dict[str, Callable[[], Tensor]], rounds: int) -> None:
@@ -47,28 +45,6 @@ def compare(title: str, ways: dict[str, Callable[[], Tensor]], rounds: int) -> N
 
 def _both_ways(forward: Callable[[], Tensor]) -> None:
     forward().sum().backward()
-
-
-def attention(batch: int, rounds: int) -> None:
-    made = make_batch(batch, 0, CONFIG)
-    visual = tuple(tags + regions for tags, regions in zip(made.tag_lengths, made.region_lengths, strict=True))
-    for name, lengths in (("text", made.text_lengths), ("visual", visual)):
-        rows = torch.randn(sum(lengths), 3, HEADS, DIM // HEADS, requires_grad=True)
-        packed, segments = Packed(rows, lengths), SegmentAttention(lengths, rows.device)
-        padded = PaddedAttention(packed.mask())
-        compare(
-            f"attention of one layer, {batch} {name} sequences, {sum(lengths)} positions",
-            {
-                kernels.SDPA_EACH: partial(segments.each, rows, 0.0),
-                kernels.SDPA_NESTED: partial(segments.nested, rows, 0.0),
-                "padded for attention alone": partial(_attend_padded, packed, padded),
-            },
-            rounds,
-        )
-
-
-def _attend_padded(packed: Packed, attend: PaddedAttention) -> Tensor:
-    return attend(packed.padded(), 0.0)
 
 
 def embedding_gradient(batch: int, rounds: int) -> None:
@@ -101,7 +77,6 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=16, help="samples")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    attention(arguments.batch, arguments.rounds)
     embedding_gradient(arguments.batch, arguments.rounds)
     return 0
 

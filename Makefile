@@ -28,10 +28,11 @@ demo: install
 test: install
 	$(BIN)/python -m pytest
 
-# kills a run 50 times at random instants and compares what it comes to with an undisturbed one; then, as root and with
+# kills, hangs and poisons ranks at random instants and compares what runs come to with undisturbed ones; then, as root with
 # Debian's SLURM, a node that dies, a preemption and a resume on fewer nodes
 faults: install
-	$(BIN)/python tools/faults.py --tries 50 --out runs/faults
+	$(BIN)/python tools/faults.py --tries 24 --ranks 2 --out runs/faults
+	$(BIN)/python tools/faults.py --tries 12 --ranks 4 --out runs/faults-of-4
 	$(BIN)/python -m pytest tests/slurm -m faults
 
 # 100,000 damaged tars, records, features and pictures: each is read or refused, nothing else

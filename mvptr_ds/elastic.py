@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -92,11 +93,14 @@ def must_convert(checkpoint: Path, saved: dict[str, Any], num_ranks: int, zero_s
     )
 
 
-def convert(checkpoint: Path, folder: Path) -> Path:
+def convert(checkpoint: Path, folder: Path, alive: Callable[[], None] = lambda: None) -> Path:
     """The universal checkpoint of `checkpoint` in `folder`; all ranks call it.
 
     Rank 0 converts, in a process of its own, unless it was done before; the others wait in one short collective after
     the other, so that no time limit of a collective matters, however long it takes.
+
+    Args:
+        alive: called all the while.
 
     Raises:
         CheckpointError: on all ranks, with what the converter said.
@@ -115,7 +119,7 @@ def convert(checkpoint: Path, folder: Path) -> Path:
             run.append((_start(checkpoint / "engine", partial / "engine", output), output, partial))
 
     on_main(start)
-    code = _wait(run[0][0] if run else None, checkpoint)
+    code = _wait(run[0][0] if run else None, checkpoint, alive)
 
     def finish() -> None:
         if not run:
@@ -146,7 +150,7 @@ def _start(source: Path, target: Path, output: IO[bytes]) -> subprocess.Popen[by
     return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
 
 
-def _wait(process: subprocess.Popen[bytes] | None, checkpoint: Path) -> int:
+def _wait(process: subprocess.Popen[bytes] | None, checkpoint: Path, alive: Callable[[], None]) -> int:
     """The exit code of rank 0's process, on all ranks; 0 where there is none."""
     started_s = said_s = time.monotonic()
     if process is not None:
@@ -154,6 +158,7 @@ def _wait(process: subprocess.Popen[bytes] | None, checkpoint: Path) -> int:
     while True:
         code = 0 if process is None else _poll(process)
         code = parallel.broadcast_object(code)
+        alive()
         now_s = time.monotonic()
         if code is not None:
             if process is not None:

@@ -18,7 +18,7 @@ from mvptr_ds.config import load_config, save_config
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.ds_config import load_ds_config
 from mvptr_ds.elastic import share_batch
-from mvptr_ds.safeguards import EXIT_STOPPED, StopSignal, TrainingError
+from mvptr_ds.safeguards import EXIT_STOPPED, HangGuard, StopSignal, TrainingError
 from mvptr_ds.trainer import Trainer
 from mvptr_ds.wandb_run import check_mode
 
@@ -63,14 +63,15 @@ def run(arguments: argparse.Namespace, stop: StopSignal) -> int:
     on_main(lambda: save_config(config, Path(config.run.dir) / "config.yaml"))
     init_from = first_model(config)
     for stage in config.stage_names:
-        trainer = Trainer(config, stage, ds_content, device, init_from, stop)
-        done = trainer.train()
-        trainer.close()
-        if not done:
-            parallel.barrier()  # the first rank that ends makes the launcher end the others
-            return EXIT_STOPPED
-        init_from = find_model(trainer.dir)
-    parallel.barrier()  # a rank that leaves while another one still talks to it makes that one abort
+        stacks = Path(config.run.dir) / stage / f"stacks-rank{parallel.rank()}.txt"
+        with HangGuard(stacks, config.train.hang_timeout_s) as guard:
+            trainer = Trainer(config, stage, ds_content, device, init_from, stop, guard.alive)
+            done = trainer.train()
+            trainer.close()
+            if not done:
+                parallel.barrier()  # the first rank that ends makes the launcher end the others
+                return EXIT_STOPPED
+            init_from = find_model(trainer.dir)
     return 0
 
 

@@ -23,7 +23,7 @@ from mvptr_ds.data.schema import DataError
 from mvptr_ds.flops import StepFlops
 from mvptr_ds.metrics import Meters, MetricsLog
 from mvptr_ds.optim import build_optimizer, learning_rate_at, parameter_groups
-from mvptr_ds.safeguards import BadSamples, HangGuard, LossScale, SkippedSteps, StopSignal, agree
+from mvptr_ds.safeguards import BadSamples, LossScale, SkippedSteps, StopSignal, agree
 from mvptr_ds.task import Task
 from mvptr_ds.timing import ProfileWindow, device_peak
 from mvptr_ds.versions import versions
@@ -38,6 +38,7 @@ class Trainer:
         ds_content: the DeepSpeed JSON as written, with its `"auto"`.
         init_from: model folder whose weights the stage starts from, unless it resumes.
         stop: what tells of a signal.
+        alive: called before each step, and while a conversion is waited for.
     """
 
     def __init__(
@@ -48,7 +49,9 @@ class Trainer:
         device: torch.device,
         init_from: Path | None,
         stop: StopSignal,
+        alive: Callable[[], None] = lambda: None,
     ) -> None:
+        self.alive = alive
         self.started_s = time.perf_counter()
         self.config, self.device = config, device
         self.stage = config.stage(stage)
@@ -115,6 +118,7 @@ class Trainer:
 
     def _build_engine(self, filled: dict[str, Any]) -> None:
         config, parameters = self.config, [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        num_trained = sum(p.numel() for _, p in parameters)  # before stage 3 cuts them
         groups = parameter_groups(parameters, config.optim.weight_decay)
         self.optimizer = build_optimizer(groups, config.optim, self.stage.learning_rate)
         self.engine, *_ = deepspeed.initialize(model=self.task, optimizer=self.optimizer, config=filled)
@@ -125,7 +129,6 @@ class Trainer:
         torch.manual_seed(self.seed + 1_000_003 * (1 + parallel.rank()))  # dropout differs between ranks
         for line in assembly.kernel_report(config, self.device, self._dtype):
             logger.info("%s", line)
-        num_trained = sum(p.numel() for _, p in parameters)
         logger.info(
             "%s: %.1f M parameters trained on %d ranks (%s), %d samples a step, %d samples in %s",
             self.dir.name, num_trained / 1e6, parallel.num_ranks(), self.precision, config.train.batch_size,
@@ -150,10 +153,10 @@ class Trainer:
 
     def train(self) -> bool:
         """Trains to `max_steps`, or to the step at which a signal asks to stop; both are saved. True at the end."""
-        with HangGuard(self._stacks_path(), self.config.train.hang_timeout_s) as guard, self.profile:
+        with self.profile:
             batches = iter(self._loader())
             while self.step < self.stage.max_steps:
-                guard.alive()
+                self.alive()
                 self.profile.begin(self.step)
                 micro_batches, problem = self._read(batches)
                 if self._must_stop(problem):
@@ -204,9 +207,6 @@ class Trainer:
 
     def _due(self, every_steps: int) -> bool:
         return every_steps > 0 and (self.step % every_steps == 0 or self.step == self.stage.max_steps)
-
-    def _stacks_path(self) -> Path:
-        return self.dir / f"stacks-rank{parallel.rank()}.txt"
 
     def _loader(self) -> Any:
         data = self.config.data
@@ -397,7 +397,7 @@ class Trainer:
         self._hold_untrained()
         source, converted = path / "engine", elastic.must_convert(path, state, num_ranks, self.zero_stage)
         if converted:
-            source = elastic.convert(path, self.dir / elastic.FOLDER) / "engine"
+            source = elastic.convert(path, self.dir / elastic.FOLDER, self.alive) / "engine"
             filled = filled | {"checkpoint": {"load_universal": True}}
         self._build_engine(filled)
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]

@@ -1,11 +1,17 @@
-"""Kills a training run again and again, and compares what it ends with with a run that nobody disturbed.
+"""Disturbs a training run again and again, and compares what it ends with with a run that nobody disturbed.
 
-python tools/faults.py --tries 50 --out runs/faults
+python tools/faults.py --tries 24 --ranks 2 --out runs/faults
 
-Two ranks on tiny demo shards, both stages, dropout, accumulation and a checkpoint every second step, across the end of
-an epoch. All ranks are killed at once (kill -9 of their process group) at drawn instants, a good share of them inside
-a save; the run is started again until it is done. Weights, optimiser state and every logged number of every step
-must be bit-identical with the undisturbed run.
+Small runs of both stages (small_runs.py) on gloo ranks. At drawn instants, a good share of them inside a save, in turn
+
+    all     every rank is killed at once (kill -9 of their process group)
+    kill    one rank is killed (kill -9)
+    hang    one rank is stopped (SIGSTOP)
+    nan     the loss of one rank is NaN in one step
+
+In the last three the other ranks must end by themselves, within --limit (train.hang_timeout_s) where one hangs. Then
+the run is started again, until it is done. Weights, optimiser state and every logged number of every step must be
+bit-identical with the undisturbed run.
 """
 
 from __future__ import annotations
@@ -13,169 +19,93 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import random
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
 import time
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+REPO = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path[0] = str(REPO)
+
 from tqdm import tqdm
 
-from mvptr_ds.checkpointing import CHECKSUMS
-from mvptr_ds.demo.build import build_demo_shards
+from tools.small_runs import (
+    LAUNCH_LIMIT_S,
+    NUM_STEPS,
+    STAGES,
+    FaultsError,
+    Watch,
+    build_shards,
+    differences,
+    finished,
+    kill,
+    launch,
+    run_undisturbed,
+    wrong_samples,
+)
 
-REPO = Path(__file__).resolve().parents[1]
-STAGES = ("stage1", "stage2")
-NUM_RANKS, NUM_STEPS = 2, 9
-KINDS = {"start": 1, "step": 3, "save": 6}  # what a kill is aimed at, and how often
-LAUNCH_LIMIT_S = 600.0
-COMPARED = ("loss/", "grad_norm", "learning_rate", "scale", "skipped_steps", "data/bad", "data/oov", "data/padded")
-SETTINGS = (
-    f"stage1.max_steps={NUM_STEPS}", f"stage2.max_steps={NUM_STEPS}", "stage1.warmup_steps=4",
-    "model.hidden_size=32", "model.intermediate_size=64", "model.num_attention_heads=2", "model.num_text_layers=1",
-    "model.num_visual_layers=1", "model.num_cross_layers=1", "model.dropout=0.1", "model.attention_dropout=0.1",
-    "visual.image_size=48", "train.batch_size=16", "train.accumulation_steps=2", "train.log_every_steps=1",
-    "train.checkpoint_every_steps=2", "train.keep_checkpoints=2", "train.hang_timeout_s=120",
-)  # fmt: skip
+FAULTS = ("all", "kill", "hang", "nan")
+INSTANTS = {"start": 1, "step": 3, "save": 6}  # what a fault is aimed at, and how often
+IN_TRAINING = ("step", "save")
+BUSY_S = 60.0  # beyond the limit, for a machine that is busy with other things
+EXIT_NAN = 2  # of every rank
 
-
-class FaultsError(RuntimeError):
-    """The trial itself went wrong: a launch ended with an error, or never."""
+Ranks = list[subprocess.Popen[bytes]]
 
 
 @dataclass
-class Counts:
-    kills: int = 0
-    kills_inside_a_save: int = 0
-    kills_aimed_at: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
-    runs: int = 0
+class Fault:
+    """One that was tried, and what it cost."""
+
+    kind: str
+    at_s: float  # since the epoch
+    inside_a_save: bool
+    steps_lost: int
+    ended_s: float | None  # until the last of the other ranks had ended by itself; None where all were killed
+    again_s: float | None = None  # until the first step was trained after it; None where no step was left to train
+    survived: bool = False  # the run went on to the bits of the undisturbed one
+
+
+@dataclass
+class Trial:
+    """The runs of one call, and what was found."""
+
+    out: Path
+    overrides: list[str]
+    num_ranks: int
+    tries: int
+    limit_s: float
+    rng: random.Random
+    save_s: float = 0.0  # how long a save takes
+    faults: list[Fault] = field(default_factory=list)
+    num_runs: int = 0
+    num_wrong_samples: int = 0
     differences: list[str] = field(default_factory=list)
-    steps_lost: list[int] = field(default_factory=list)
+
+    def next_kind(self) -> str | None:
+        """Each kind in turn, None when there were enough."""
+        return FAULTS[len(self.faults) % len(FAULTS)] if len(self.faults) < self.tries else None
 
 
-def build_shards(out: Path) -> list[str]:
-    """Tiny demo shards below `out`; the overrides of the demo configuration that train on them."""
-    shards = out / "shards"
-    build_demo_shards(shards, "shapes", num_train=48, num_held_out=4, seed=0, num_processes=1)
-    files = {"word_vocab": "word_vocab.txt", "phrase_vocab": "phrase_vocab.json"}
-    paths = {key: shards / files.get(key, key) for key in ("train", "held_out", *files)}
-    return [*SETTINGS, *(f"data.{key}={path}" for key, path in paths.items()), "data.demo_source=null"]
+def wait_for_instant(ranks: Ranks, watch: Watch, trial: Trial, aims: Sequence[str]) -> bool:
+    """Waits for a drawn instant; False when the run was done before.
 
-
-def launch(run_dir: Path, overrides: list[str], num_ranks: int = NUM_RANKS) -> list[subprocess.Popen[bytes]]:
-    """Starts the ranks in one process group, led by rank 0, without a launcher: that would be killed with them."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    ranks: list[subprocess.Popen[bytes]] = []
-    common = {
-        "WORLD_SIZE": str(num_ranks),
-        "LOCAL_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "CUDA_VISIBLE_DEVICES": "",  # two ranks on any machine
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, str(REPO / "mvptr_ds/train.py"), f"run.dir={run_dir}", *overrides]
-    run_dir.mkdir(parents=True, exist_ok=True)
-    for rank in range(num_ranks):
-        group = ranks[0].pid if ranks else 0
-        with (run_dir / f"rank{rank}.log").open("ab") as log:
-            environment = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            ranks.append(
-                subprocess.Popen(
-                    command,
-                    env=environment,
-                    cwd=REPO,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    preexec_fn=lambda group=group: os.setpgid(0, group),  # type: ignore[misc]
-                )
-            )
-    return ranks
-
-
-def kill(ranks: list[subprocess.Popen[bytes]]) -> None:
-    """kill -9 of the whole group: ranks and their loader processes."""
-    with suppress(ProcessLookupError):
-        os.killpg(ranks[0].pid, signal.SIGKILL)
-    for rank in ranks:
-        rank.wait()
-
-
-def finished(ranks: list[subprocess.Popen[bytes]]) -> bool:
-    """Whether all ranks have ended well. Raises FaultsError where one has not."""
-    codes = [rank.poll() for rank in ranks]
-    if any(codes):
-        raise FaultsError(f"the ranks ended with {codes}; their output is in the run's folder (rank0.log ...)")
-    return None not in codes
-
-
-class Watch:
-    """What a run's folder shows: steps that were logged, checkpoints that are complete, a save that is going on."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
-        self.save_s: list[float] = []  # durations of the saves that were seen whole
-        self._saving_since_s: float | None = None
-
-    def num_reports(self) -> int:
-        """Lines logged in both stages."""
-        files = [self.run_dir / stage / "metrics.jsonl" for stage in STAGES]
-        return sum(file.read_bytes().count(b"\n") for file in files if file.exists())
-
-    def begun(self) -> dict[Path, int]:
-        """Checkpoints that are not complete, with the time of their folders: one that is begun anew has another."""
-        found = {}
-        for path in self.run_dir.glob("*/checkpoints/step-*"):
-            with suppress(FileNotFoundError):  # removed meanwhile
-                if not (path / CHECKSUMS).exists():
-                    found[path] = path.stat().st_mtime_ns
-        return found
-
-    def saw_begin(self) -> bool:
-        """Whether a save has begun since the last call."""
-        now_s, was_saving = time.monotonic(), self._saving_since_s is not None
-        if not self.begun():
-            if self._saving_since_s is not None:
-                self.save_s.append(now_s - self._saving_since_s)
-            self._saving_since_s = None
-        elif not was_saving:
-            self._saving_since_s = now_s
-            return True
-        return False
-
-    def num_saved(self) -> int:
-        """Steps of both stages that the newest complete checkpoints keep."""
-        total = 0
-        for stage in STAGES:
-            complete = self.run_dir.glob(f"{stage}/checkpoints/step-*/{CHECKSUMS}")
-            total += max((int(path.parent.name.removeprefix("step-")) for path in complete), default=0)
-        return total
-
-
-def wait_for_instant(
-    kind: str, ranks: list[subprocess.Popen[bytes]], watch: Watch, rng: random.Random, save_s: float
-) -> bool:
-    """Waits for an instant of its kind; False when the run was done before.
-
-    start: anywhere in the start-up. step: so many reports later, and a little. save: inside one of the next saves,
-    which last about `save_s`. end: when the run is done.
+    start: anywhere in the start-up. step: so many reports later, and a little. save: inside one of the next saves.
     """
-    started_s = time.monotonic()
+    rng, started_s = trial.rng, time.monotonic()
+    aim = rng.choices(aims, [INSTANTS[name] for name in aims])[0]
     wanted, saves = watch.num_reports() + rng.randrange(1, NUM_STEPS), rng.randrange(1, 4)
-    delay_s = rng.uniform(0.0, {"start": 12.0, "step": 0.3, "save": save_s, "end": 0.0}[kind])
+    delay_s = rng.uniform(0.0, {"start": 12.0, "step": 0.3, "save": trial.save_s}[aim])
     watch.saw_begin()  # remains of a killed save
-    reached_s = started_s if kind == "start" else None
+    reached_s = started_s if aim == "start" else None
     while reached_s is None or time.monotonic() < reached_s + delay_s:
         if finished(ranks):
             return False
@@ -183,96 +113,147 @@ def wait_for_instant(
             raise FaultsError(f"a launch in {watch.run_dir} was not done after {LAUNCH_LIMIT_S:.0f} s")
         if reached_s is None:
             saves -= watch.saw_begin()
-            if (kind == "save" and saves <= 0) or (kind == "step" and watch.num_reports() >= wanted):
+            if (aim == "save" and saves <= 0) or (aim == "step" and watch.num_reports() >= wanted):
                 reached_s = time.monotonic()
         time.sleep(0.002)
     return True
 
 
-def run_with_kills(
-    watch: Watch, overrides: list[str], tries: int, rng: random.Random, counts: Counts, save_s: float, bar: Any
-) -> None:
-    """One run, started until it is done, killed while `tries` allows."""
-    while True:
-        kind = rng.choices(list(KINDS), list(KINDS.values()))[0] if counts.kills < tries else "end"
-        remains = watch.begun()
-        ranks = launch(watch.run_dir, overrides)
+def wait_for_end(ranks: Ranks, limit_s: float) -> set[int]:
+    """Waits until ranks have ended by themselves; their exit codes. Raises FaultsError when one does not in time."""
+    deadline_s = time.monotonic() + limit_s
+    while None in (codes := [rank.poll() for rank in ranks]):
+        if time.monotonic() > deadline_s:
+            raise FaultsError(f"of the ranks that were not disturbed some still run after {limit_s:.0f} s: {codes}")
+        time.sleep(0.01)
+    return {code for code in codes if code is not None}
+
+
+def disturb(kind: str, ranks: Ranks, watch: Watch, trial: Trial) -> tuple[float, float | None] | None:
+    """Waits for the instant of the fault; when it was, and how long the others took to end. None: the run was done."""
+    if kind == "nan":  # it was given to the rank when it was launched
+        while all(rank.poll() is None for rank in ranks):
+            time.sleep(0.01)
+        at_s, codes = time.time(), wait_for_end(ranks, BUSY_S)
+        if codes != {EXIT_NAN}:
+            raise FaultsError(f"a loss that is NaN ended the ranks in {watch.run_dir} with the codes {sorted(codes)}")
+        return at_s, time.time() - at_s
+    if not wait_for_instant(ranks, watch, trial, list(INSTANTS) if kind == "all" else IN_TRAINING):
+        return None
+    at_s = time.time()
+    if kind == "all":
+        return at_s, None
+    chosen = trial.rng.randrange(trial.num_ranks)
+    ranks[chosen].send_signal(signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
+    wait_for_end([rank for number, rank in enumerate(ranks) if number != chosen], trial.limit_s + BUSY_S)
+    return at_s, time.time() - at_s
+
+
+def run_disturbed(run_dir: Path, trial: Trial, bar: Any) -> list[Fault]:
+    """One run, started until it is done, disturbed while the tries allow; what it suffered."""
+    watch, suffered = Watch(run_dir), list[Fault]()
+    while (kind := trial.next_kind()) is not None and watch.num_saved() < len(STAGES) * NUM_STEPS:
+        poisoned, remains, launched_s = None, watch.begun(), time.time()
+        if kind == "nan":
+            step = min(watch.num_saved() + trial.rng.randrange(4), len(STAGES) * NUM_STEPS - 1)
+            poisoned = trial.rng.randrange(trial.num_ranks), step
+        ranks = launch(run_dir, trial.overrides, trial.num_ranks, poisoned)
         try:
-            if not wait_for_instant(kind, ranks, watch, rng, save_s):
-                return
+            instant = disturb(kind, ranks, watch, trial)
         finally:
             kill(ranks)
-        counts.kills += 1
-        counts.kills_aimed_at[kind] += 1
-        counts.kills_inside_a_save += bool(watch.begun().items() - remains.items())
-        counts.steps_lost.append(max(0, watch.num_reports() - watch.num_saved()))
+        note_first_step(watch, launched_s, suffered)
+        if instant is None:
+            return suffered
+        lost = max(0, watch.num_reports() - watch.num_saved())
+        suffered.append(Fault(kind, instant[0], bool(watch.begun().items() - remains.items()), lost, instant[1]))
+        trial.faults.append(suffered[-1])
         bar.update()
+    launched_s = time.time()
+    run_undisturbed(run_dir, trial.overrides, trial.num_ranks)
+    note_first_step(watch, launched_s, suffered)
+    return suffered
 
 
-def differences(run_dir: Path, reference: Path) -> list[str]:
-    """Where a run's last checkpoints and its logged numbers are not those of the undisturbed run."""
-    found = []
-    for stage in STAGES:
-        last = f"{stage}/checkpoints/step-{NUM_STEPS:08d}/{CHECKSUMS}"
-        ours, theirs = (json.loads((folder / last).read_text(encoding="utf-8")) for folder in (run_dir, reference))
-        # these two name the run's own folder, its kills and its time
-        names = (ours.keys() | theirs.keys()) - {"state.json", "model/mvptr.yaml"}
-        found += [f"{stage}: {name}" for name in sorted(names) if ours.get(name) != theirs.get(name)]
-        lines = [_reports(folder / stage / "metrics.jsonl") for folder in (run_dir, reference)]
-        if [line["step"] for line in lines[0]] != list(range(1, NUM_STEPS + 1)):
-            found.append(f"{stage}: the reports are of the steps {[line['step'] for line in lines[0]]}")
-        for our_line, their_line in zip(*lines, strict=False):
-            found += [
-                f"{stage}, step {our_line['step']}: {key}"
-                for key, value in their_line.items()
-                if key.startswith(COMPARED) and our_line.get(key) != value
-            ]
-    return found
+def note_first_step(watch: Watch, launched_s: float, faults: list[Fault]) -> None:
+    """When the launch trained, the faults before it learn when training went on."""
+    trained_s = watch.first_report_after(launched_s)
+    for fault in faults:
+        if fault.again_s is None and trained_s is not None:
+            fault.again_s = trained_s - fault.at_s
 
 
-def _reports(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def run_trials(out: Path, tries: int, seed: int) -> Counts:
-    """The undisturbed run, then as many disturbed ones as `tries` kills take."""
-    overrides, rng, counts = build_shards(out), random.Random(seed), Counts()
-    for stale in out.glob("run-*"):
+def run_trial(trial: Trial) -> None:
+    """The undisturbed run, then as many disturbed ones as the tries take."""
+    for stale in trial.out.glob("run-*"):
         shutil.rmtree(stale)
-    reference = out / "run-undisturbed"
-    undisturbed = Watch(reference)
-    run_with_kills(undisturbed, overrides, 0, rng, counts, 0.0, None)
-    save_s = statistics.median(undisturbed.save_s)
-    with tqdm(total=tries, desc="kills", unit="kill") as bar:
-        while counts.kills < tries:
-            run_dir = out / f"run-{counts.runs:03d}"
-            before = counts.kills
-            run_with_kills(Watch(run_dir), overrides, tries, rng, counts, save_s, bar)
-            if counts.kills == before:
-                continue  # it was done before the drawn instant: that is another undisturbed one
-            counts.runs += 1
+    reference = trial.out / "run-undisturbed"
+    trial.save_s = statistics.median(run_undisturbed(reference, trial.overrides, trial.num_ranks).save_s)
+    with tqdm(total=trial.tries, desc="faults", unit="fault") as bar:
+        while len(trial.faults) < trial.tries:
+            run_dir = trial.out / f"run-{trial.num_runs:03d}"
+            suffered = run_disturbed(run_dir, trial, bar)
+            trial.num_runs += 1
             found = differences(run_dir, reference)
-            counts.differences += [f"{run_dir.name}: {difference}" for difference in found]
+            trial.differences += [f"{run_dir.name}: {difference}" for difference in found]
+            trial.num_wrong_samples += wrong_samples(run_dir)
+            for fault in suffered:
+                fault.survived = not found
             if not found:
                 shutil.rmtree(run_dir)
-    return counts
 
 
-def summary(counts: Counts, wall_s: float) -> dict[str, Any]:
-    """The last line, as JSON."""
-    content = asdict(counts)
-    lost = content.pop("steps_lost")
-    return content | {
-        "bit_identical": not counts.differences,
-        "steps_lost_mean": round(sum(lost) / max(1, len(lost)), 2),
-        "steps_lost_max": max(lost, default=0),
-        "wall_s": round(wall_s, 1),
+def row(faults: list[Fault]) -> dict[str, Any]:
+    """The numbers of some faults: means, and the most."""
+
+    def mean_and_most(values: Sequence[float | None]) -> list[float]:
+        known = [value for value in values if value is not None]
+        return [round(statistics.mean(known), 1), round(max(known), 1)] if known else []
+
+    return {
+        "tried": len(faults),
+        "survived": sum(fault.survived for fault in faults),
+        "inside_a_save": sum(fault.inside_a_save for fault in faults),
+        "steps_lost": mean_and_most([fault.steps_lost for fault in faults]),
+        "others_ended_s": mean_and_most([fault.ended_s for fault in faults]),
+        "again_s": mean_and_most([fault.again_s for fault in faults]),
     }
+
+
+def summary(trial: Trial, wall_s: float) -> dict[str, Any]:
+    """The last line, as JSON."""
+    kinds = {kind: [fault for fault in trial.faults if fault.kind == kind] for kind in FAULTS}
+    return {
+        "ranks": trial.num_ranks,
+        "limit_s": trial.limit_s,
+        **row(trial.faults),
+        "samples_lost_or_repeated": trial.num_wrong_samples,
+        "runs": trial.num_runs,
+        "bit_identical": not trial.differences,
+        "differences": trial.differences,
+        "wall_s": round(wall_s, 1),
+        "kinds": {kind: row(faults) for kind, faults in kinds.items() if faults},
+    }
+
+
+def table(content: dict[str, Any]) -> str:
+    """One line a kind of fault; seconds and steps as mean (most)."""
+    columns = ("tried", "survived", "inside_a_save", "steps_lost", "others_ended_s", "again_s")
+    lines = ["".join(f"{name:>17}" for name in ("fault", *columns))]
+    for kind, values in {**content["kinds"], "together": content}.items():
+        cells = [values[name] for name in columns]
+        texts = [f"{c[0]} ({c[1]})" if isinstance(c, list) and c else "-" if c == [] else str(c) for c in cells]
+        lines.append("".join(f"{text:>17}" for text in (kind, *texts)))
+    return "\n".join(lines)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tries", type=int, default=50, metavar="N", help="kills in all (%(default)s)")
+    parser.add_argument("--tries", type=int, default=24, metavar="N", help="faults in all (%(default)s)")
+    parser.add_argument("--ranks", type=int, default=2, metavar="N", help="ranks of a run (%(default)s)")
+    parser.add_argument(
+        "--limit", type=float, default=60.0, metavar="S", help="train.hang_timeout_s; above the start-up (%(default)s)"
+    )
     parser.add_argument("--out", default="runs/faults", help="folder of the shards and runs (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the instants (%(default)s)")
     return parser.parse_args()
@@ -281,17 +262,18 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    started_s = time.monotonic()
+    started_s, out = time.monotonic(), Path(arguments.out).resolve()
     try:
-        counts = run_trials(Path(arguments.out).resolve(), arguments.tries, arguments.seed)
+        overrides = [*build_shards(out), f"train.hang_timeout_s={arguments.limit}"]
+        rng = random.Random(arguments.seed)
+        trial = Trial(out, overrides, arguments.ranks, arguments.tries, arguments.limit, rng)
+        run_trial(trial)
     except (FaultsError, ValueError, OSError) as error:
         logging.error("error: %s", error)
         return 2
-    content = summary(counts, time.monotonic() - started_s)
-    for name, value in content.items():
-        print(f"{name:<20} {value}")
-    print(json.dumps(content))
-    return 0 if content["bit_identical"] else 1
+    content = summary(trial, time.monotonic() - started_s)
+    print(table(content), *trial.differences, json.dumps(content), sep="\n")
+    return 0 if content["bit_identical"] and not trial.num_wrong_samples else 1
 
 
 if __name__ == "__main__":

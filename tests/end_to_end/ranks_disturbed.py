@@ -1,6 +1,7 @@
 """Run by every rank: FOLDER/scenarios.json through the real entry point, each disturbed on purpose.
 
-Each scenario is {"name", "arguments", "disturb"}; the exit codes go to FOLDER/codes-rankN.json. The process group stays
+Each scenario is {"name", "arguments", "disturb"}, and {"copy": [RUN, STAGE, STEP]} where it starts from an earlier one
+as it was at that step; the exit codes go to FOLDER/codes-rankN.json. The process group stays
 between them, since start-up is what takes the time.
 """
 
@@ -23,6 +24,7 @@ from mvptr_ds import parallel, train
 from mvptr_ds.data.loader import ShardDataset
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.trainer import Trainer
+from tests.end_to_end.copies import forget
 
 MAX_FILE_BYTES = 100_000  # above this program's log, below the smallest file of the engine
 POISONED_STEPS = (1, 4, 5, 6)  # counted from 0, as the step that is being made
@@ -98,7 +100,19 @@ DISTURBANCES: dict[str, tuple[type, str, Callable[..., Any]]] = {
     "dead storage": (ShardDataset, "load", load_with_dead_storage),
     "signal": (Trainer, "_build_engine", build_and_get_signal),
     "hang": (Trainer, "_train_step", hang),
+    "hang in the start-up": (Trainer, "_build_engine", lambda *_: sleep_for_ever()),
 }
+
+
+def copy_run(scenario: dict[str, Any]) -> None:
+    """Where the scenario goes on from an earlier one of the same launch."""
+    if "copy" not in scenario:
+        return
+    source, stage, step = scenario["copy"]
+    if parallel.is_main():
+        run_dir = next(a for a in scenario["arguments"] if a.startswith("run.dir=")).partition("=")[2]
+        forget(Path(source), Path(run_dir), stage, step)
+    parallel.barrier()
 
 
 def main() -> None:
@@ -107,6 +121,7 @@ def main() -> None:
     with patch.object(parallel, "shut_down", lambda: None):
         for scenario in json.loads((folder / "scenarios.json").read_text(encoding="utf-8")):
             print(f"=== {scenario['name']}", file=sys.stderr, flush=True)
+            copy_run(scenario)
             with ExitStack() as stack:
                 stack.enter_context(patch.object(sys, "argv", ["train.py", *scenario["arguments"]]))
                 stack.enter_context(patch.object(train, "OTHERS_WAIT_S", 0.0))

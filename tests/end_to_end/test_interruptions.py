@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import subprocess
+import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from mvptr_ds.checkpointing import verify
 from mvptr_ds.safeguards import EXIT_STOPPED
 from tests.conftest import REPO
-from tests.distributed.launch import environment, free_port, run_ranks, started
+from tests.distributed.launch import environment, free_port, run, run_ranks, started
 from tests.end_to_end.ranks_disturbed import FULL_STEP, HUNG_STEP, POISONED_STEPS, RANK1_STEP
-from tools import faults
+from tools import small_runs
 
 pytestmark = pytest.mark.timeout(600)
 LIMIT_S = 200.0
@@ -67,25 +67,25 @@ def with_launcher(run_dir: Path, overrides: list[str]) -> list[str]:
     ]
 
 
-def check_saved(watch: faults.Watch, reports_before: int) -> None:
+def check_saved(watch: small_runs.Watch, reports_before: int) -> None:
     """What was logged is saved, to the last step, and complete."""
     assert watch.num_saved() == watch.num_reports() >= reports_before and not watch.begun()
 
 
-def signal_the_group(watch: faults.Watch, overrides: list[str]) -> None:
+def signal_the_group(watch: small_runs.Watch, overrides: list[str]) -> None:
     """SIGUSR1 to the ranks and their loader processes."""
-    ranks = faults.launch(watch.run_dir, overrides)
+    ranks = small_runs.launch(watch.run_dir, overrides)
     try:
-        wait_until(lambda: watch.num_reports() >= 1 or faults.finished(ranks))
+        wait_until(lambda: watch.num_reports() >= 1 or small_runs.finished(ranks))
         os.killpg(ranks[0].pid, signal.SIGUSR1)
         os.killpg(ranks[0].pid, signal.SIGTERM)  # a second one does not spoil it
         assert [rank.wait(LIMIT_S) for rank in ranks] == [EXIT_STOPPED] * 2
     finally:
-        faults.kill(ranks)
+        small_runs.kill(ranks)
     check_saved(watch, 1)
 
 
-def signal_one_rank(watch: faults.Watch, overrides: list[str], log: Path) -> None:
+def signal_one_rank(watch: small_runs.Watch, overrides: list[str], log: Path) -> None:
     """SIGTERM to rank 1 alone, then SIGUSR1 to both, below the real launcher, which hands the code on."""
     before = watch.num_reports()
     with started(with_launcher(watch.run_dir, overrides), log, environment()) as launcher:
@@ -99,7 +99,7 @@ def signal_one_rank(watch: faults.Watch, overrides: list[str], log: Path) -> Non
     check_saved(watch, before + 1)
 
 
-def signal_the_launcher(watch: faults.Watch, overrides: list[str], log: Path) -> None:
+def signal_the_launcher(watch: small_runs.Watch, overrides: list[str], log: Path) -> None:
     """SIGTERM to launch.py, which signals the whole tree and ends with 1 whatever the ranks say."""
     before = watch.num_reports()
     with started(with_launcher(watch.run_dir, overrides), log, environment()) as launcher:
@@ -111,23 +111,23 @@ def signal_the_launcher(watch: faults.Watch, overrides: list[str], log: Path) ->
 
 
 def test_interrupted_four_ways_and_bit_identical_in_the_end(tmp_path: Path) -> None:
-    overrides = faults.build_shards(tmp_path)
-    reference, watch = faults.Watch(tmp_path / "undisturbed"), faults.Watch(tmp_path / "run")
-    faults.run_with_kills(reference, overrides, 0, random.Random(0), faults.Counts(), 0.0, None)
+    overrides = small_runs.build_shards(tmp_path)
+    reference, watch = small_runs.Watch(tmp_path / "undisturbed"), small_runs.Watch(tmp_path / "run")
+    small_runs.run_undisturbed(reference.run_dir, overrides)
     signal_the_group(watch, overrides)
     signal_one_rank(watch, overrides, tmp_path / "log-rank")
     signal_the_launcher(watch, overrides, tmp_path / "log-launcher")
-    stage = [stage for stage in faults.STAGES if (watch.run_dir / stage).exists()][-1]
+    stage = [stage for stage in small_runs.STAGES if (watch.run_dir / stage).exists()][-1]
     good, damaged = sorted((watch.run_dir / stage / "checkpoints").glob("step-*"))[-2:]
     weights = damaged / "model/model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-5] ^= 0x10
     weights.write_bytes(content)
-    faults.run_with_kills(watch, overrides, 0, random.Random(0), faults.Counts(), 0.0, None)
+    small_runs.run_undisturbed(watch.run_dir, overrides)
     said = (watch.run_dir / "rank0.log").read_text(encoding="utf-8")
     assert f"{damaged} is damaged (model/model.safetensors has changed); trying the one before it" in said
     assert f"{stage} goes on from step {int(good.name[5:])} ({good})" in said
-    assert faults.differences(watch.run_dir, reference.run_dir) == []
+    assert small_runs.differences(watch.run_dir, reference.run_dir) == []
 
 
 # ---- what goes wrong inside: all scenarios in one launch of two ranks
@@ -296,6 +296,17 @@ def test_a_rank_that_hangs_ends_the_run_with_everyones_stacks(small: list[str], 
         wait_until(lambda: not group_of(launcher), 60.0)  # loader processes look after their rank every 5 s
     assert "sleep_for_ever" in stacks[1] and "without a step" in stacks[0] and "in train" in stacks[0]
     assert (tmp_path / f"run/stage1/checkpoints/step-{HUNG_STEP:08d}").is_dir()
+
+
+def test_a_start_up_that_hangs_ends_with_its_stacks(small: list[str], tmp_path: Path) -> None:
+    arguments = ["--config", "demo", *small, "run.stages=[1]", "train.hang_timeout_s=4", f"run.dir={tmp_path}/run"]
+    scenario = {"name": "hang", "arguments": arguments, "disturb": "hang in the start-up"}
+    (tmp_path / "scenarios.json").write_text(json.dumps([scenario]), encoding="utf-8")
+    code, output = run(
+        [sys.executable, "-m", "tests.end_to_end.ranks_disturbed", str(tmp_path)], tmp_path / "log", LIMIT_S
+    )
+    assert code == 1, output
+    assert "sleep_for_ever" in (tmp_path / "run/stage1/stacks-rank0.txt").read_text(encoding="utf-8")
 
 
 def group_of(launcher: subprocess.Popen[bytes]) -> list[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,8 @@ from safetensors.torch import load_file
 
 from mvptr_ds import elastic
 from mvptr_ds.checkpointing import CheckpointError, verify
-from tools import faults
+from tests.end_to_end.copies import forget
+from tools.small_runs import build_shards, kill, launch
 
 pytestmark = pytest.mark.timeout(600)
 LIMIT_S = 200.0
@@ -31,25 +31,14 @@ SETTINGS = (
 
 def train(run_dir: Path, overrides: list[str], num_ranks: int) -> str:
     """What rank 0 says."""
-    ranks = faults.launch(run_dir, overrides, num_ranks)
+    ranks = launch(run_dir, overrides, num_ranks)
     try:
         codes = [rank.wait(LIMIT_S) for rank in ranks]
     finally:
-        faults.kill(ranks)
+        kill(ranks)
     said = (run_dir / "rank0.log").read_text(encoding="utf-8")
     assert codes == [0] * num_ranks, said
     return said
-
-
-def forget(run_dir: Path, copy: Path, step: int) -> Path:
-    """A copy of a run as it was after `step`."""
-    shutil.copytree(run_dir, copy)
-    for path in (copy / "stage2/checkpoints").glob("step-*"):
-        if int(path.name.removeprefix("step-")) > step:
-            shutil.rmtree(path)
-    for log in copy.glob("rank*.log"):
-        log.unlink()
-    return copy
 
 
 def reports(run_dir: Path) -> list[dict[str, Any]]:
@@ -73,7 +62,7 @@ def check(run_dir: Path, reference: Path) -> None:
 
 @pytest.fixture(scope="module")
 def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return [*faults.build_shards(tmp_path_factory.mktemp("shards")), *SETTINGS]
+    return [*build_shards(tmp_path_factory.mktemp("shards")), *SETTINGS]
 
 
 @pytest.fixture(scope="module")
@@ -85,18 +74,18 @@ def undisturbed(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) 
 
 
 def test_two_ranks_then_one_then_two(undisturbed: Path, overrides: list[str], tmp_path: Path) -> None:
-    alone = forget(undisturbed, tmp_path / "one", CUT)
+    alone = forget(undisturbed, tmp_path / "one", "stage2", CUT)
     said = train(alone, overrides, 1)
     assert "is converted for 1 ranks" in said and f"stage2 goes on from step {CUT}" in said
     assert "1 ranks x 2 accumulation steps x 8 samples (before: 2 x 2 x 4)" in said
     check(alone, undisturbed)
-    again = forget(alone, tmp_path / "two", CUT + 2)  # that one was written by one rank
+    again = forget(alone, tmp_path / "two", "stage2", CUT + 2)  # that one was written by one rank
     assert "is converted for 2 ranks" in train(again, overrides, 2)
     check(again, undisturbed)
 
 
 def test_two_ranks_then_four(undisturbed: Path, overrides: list[str], tmp_path: Path) -> None:
-    more = forget(undisturbed, tmp_path / "four", CUT)
+    more = forget(undisturbed, tmp_path / "four", "stage2", CUT)
     assert "is converted for 4 ranks" in train(more, overrides, 4)
     check(more, undisturbed)
 

@@ -66,25 +66,32 @@ class StopSignal:
 class HangGuard:
     """Ends this process with the stacks of its threads when `alive` was not called for `timeout_s`.
 
+    Until its first call the limit is `start_timeout_s` (None: the same).
+
     The timer is a C thread of the interpreter's own, so that it also fires while a kernel or a collective holds the
     process. A rank that hangs stops the others in their next collective: every one of them writes its stacks, or, if
     another one's end made that collective fail before its own time was up, where it waited.
     """
 
-    def __init__(self, path: Path, timeout_s: float) -> None:
+    def __init__(self, path: Path, timeout_s: float, start_timeout_s: float | None = None) -> None:
         self.path, self.timeout_s = path, timeout_s
+        self.start_timeout_s = timeout_s if start_timeout_s is None else start_timeout_s
 
     def __enter__(self) -> HangGuard:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("w", encoding="utf-8")
-        self.alive()
+        self._start(self.start_timeout_s)
         return self
 
     def alive(self) -> None:
         """Starts the time anew. 0 seconds means no limit."""
+        self._start(self.timeout_s)
+
+    def _start(self, timeout_s: float) -> None:
         self._alive_s = time.monotonic()
-        if self.timeout_s > 0:
-            faulthandler.dump_traceback_later(self.timeout_s, exit=True, file=self._file)
+        faulthandler.cancel_dump_traceback_later()
+        if timeout_s > 0:
+            faulthandler.dump_traceback_later(timeout_s, exit=True, file=self._file)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         faulthandler.cancel_dump_traceback_later()

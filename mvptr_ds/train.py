@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace, stop: StopSignal) -> int:
     init_from = first_model(config)
     for stage in config.stage_names:
         stacks = Path(config.run.dir) / stage / f"stacks-rank{parallel.rank()}.txt"
-        with HangGuard(stacks, config.train.hang_timeout_s) as guard:
+        with HangGuard(stacks, config.train.hang_timeout_s, config.train.start_timeout_s) as guard:
             trainer = Trainer(config, stage, ds_content, device, init_from, stop, guard.alive)
             done = trainer.train()
             trainer.close()

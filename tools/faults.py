@@ -55,6 +55,7 @@ from tools.small_runs import (
 FAULTS = ("all", "kill", "hang", "nan")
 INSTANTS = {"start": 1, "step": 3, "save": 6}  # what a fault is aimed at, and how often
 IN_TRAINING = ("step", "save")
+START_LIMIT_S = 240.0
 BUSY_S = 60.0  # beyond the limit, for a machine that is busy with other things
 EXIT_NAN = 2  # of every rank
 
@@ -145,7 +146,8 @@ def disturb(kind: str, ranks: Ranks, watch: Watch, trial: Trial) -> tuple[float,
         return at_s, None
     chosen = trial.rng.randrange(trial.num_ranks)
     ranks[chosen].send_signal(signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
-    wait_for_end([rank for number, rank in enumerate(ranks) if number != chosen], trial.limit_s + BUSY_S)
+    others = [rank for number, rank in enumerate(ranks) if number != chosen]
+    wait_for_end(others, max(trial.limit_s, START_LIMIT_S) + BUSY_S)  # stage 2 may just have been begun
     return at_s, time.time() - at_s
 
 
@@ -251,9 +253,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tries", type=int, default=24, metavar="N", help="faults in all (%(default)s)")
     parser.add_argument("--ranks", type=int, default=2, metavar="N", help="ranks of a run (%(default)s)")
-    parser.add_argument(
-        "--limit", type=float, default=60.0, metavar="S", help="train.hang_timeout_s; above the start-up (%(default)s)"
-    )
+    parser.add_argument("--limit", type=float, default=30.0, metavar="S", help="train.hang_timeout_s (%(default)s)")
     parser.add_argument("--out", default="runs/faults", help="folder of the shards and runs (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the instants (%(default)s)")
     return parser.parse_args()
@@ -264,7 +264,8 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     started_s, out = time.monotonic(), Path(arguments.out).resolve()
     try:
-        overrides = [*build_shards(out), f"train.hang_timeout_s={arguments.limit}"]
+        limits = [f"train.hang_timeout_s={arguments.limit}", f"train.start_timeout_s={START_LIMIT_S}"]
+        overrides = [*build_shards(out), *limits]
         rng = random.Random(arguments.seed)
         trial = Trial(out, overrides, arguments.ranks, arguments.tries, arguments.limit, rng)
         run_trial(trial)

@@ -299,7 +299,7 @@ def test_a_rank_that_hangs_ends_the_run_with_everyones_stacks(small: list[str], 
 
 
 def test_a_start_up_that_hangs_ends_with_its_stacks(small: list[str], tmp_path: Path) -> None:
-    arguments = ["--config", "demo", *small, "run.stages=[1]", "train.hang_timeout_s=4", f"run.dir={tmp_path}/run"]
+    arguments = ["--config", "demo", *small, "run.stages=[1]", "train.start_timeout_s=4", f"run.dir={tmp_path}/run"]
     scenario = {"name": "hang", "arguments": arguments, "disturb": "hang in the start-up"}
     (tmp_path / "scenarios.json").write_text(json.dumps([scenario]), encoding="utf-8")
     code, output = run(

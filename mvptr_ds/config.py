@@ -55,7 +55,7 @@ class DataConfig:
     demo_source: str | None = None  # shapes | stamps: build these demo shards when `train` is missing
     demo_train_scenes: int = 6000
     demo_held_out_scenes: int = 500
-    bucket_batches: int = 0  # batches of samples of like lengths are drawn out of so many; 0: as they come
+    bucket_batches: int = 0  # pool that batches of like lengths come from; 1: dealt to equal ranks; 0: off
     num_workers: int = 1  # loader processes a rank; 0 reads in the training process
     prefetch_batches: int = 4  # a worker
     block_samples: int = 64  # neighbours read together

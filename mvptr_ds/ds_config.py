@@ -113,6 +113,12 @@ def precision_of(filled: dict[str, Any]) -> str:
     return next((name for name in ("bf16", "fp16") if filled[name].get("enabled")), "float32")
 
 
+def optimizer_device(filled: dict[str, Any], device: torch.device) -> torch.device:
+    """Where the optimiser steps: on the engine's device, or on the host where the JSON offloads it."""
+    offload = filled.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return device if offload.get("device", "none") == "none" else torch.device("cpu")
+
+
 def _fill_precision(filled: dict[str, Any], *, bf16_supported: bool, fp16_supported: bool) -> list[str]:
     bf16, fp16 = filled.setdefault("bf16", {}), filled.setdefault("fp16", {})
     if bf16.get("enabled") == "auto":

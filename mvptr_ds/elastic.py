@@ -48,7 +48,8 @@ def share_batch(train: TrainConfig, saved: dict[str, Any] | None, num_ranks: int
         CheckpointError: so many ranks cannot share the batch, with the numbers that can.
     """
     if train.round_batch_size:
-        train.batch_size = rounded_batch_size(train, num_ranks if saved is None else saved["num_ranks"])
+        # a run that goes on keeps what it was begun with, on however many ranks that was
+        train.batch_size = rounded_batch_size(train, num_ranks) if saved is None else saved["batch_size"]
     if saved is None or saved["batch_size"] != train.batch_size:
         return
     ranks_before, accumulation_before = saved["num_ranks"], saved.get("accumulation_steps", 1)

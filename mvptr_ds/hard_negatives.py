@@ -61,7 +61,7 @@ def choose(mode: str, sim_BN: Tensor, same_image_BN: Tensor, draw_B: Tensor, sca
     Returns:
         int64 [B]; any index where a row has no other image (`has_negative` tells).
 
-    Source: REFERENCE, Losses 4 (hardest). Differs: other captions of the same image are never negatives.
+    Source: Li et al. 2022, ITM (hardest). Differs: other captions of the same image are never negatives.
     """
     sim_BN = sim_BN.detach()
     # a state that is not finite makes no choice fail: the step is skipped for its gradient

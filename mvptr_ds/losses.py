@@ -56,7 +56,7 @@ def mcr_regions(log_p_RK: Tensor, own_RK: Tensor) -> LossSum:
         log_p_RK: the tag head's log probability of every masked tag at the regions; K or R may be 0.
         own_RK: bool, the region is one of the tag's own image. A tag whose image has no region does not count.
 
-    Source: REFERENCE, "What we add".
+    Source: README, "The same numbers".
     """
     has_region_K = own_RK.any(0)
     # a column of -inf alone has no gradient: let it be zeros, which do not count
@@ -82,7 +82,7 @@ def vsc(
         image_index_B, image_index_N: int64, the image that a sample shows.
         rows_at_once: samples whose N logits are held at a time, forward and backward.
 
-    Source: REFERENCE, Losses 2. Differs: negatives come from all ranks, and another caption of the same image is no
+    Source: Li et al. 2022, VSC. Differs: negatives come from all ranks, and another caption of the same image is no
     negative.
     """
     (text_BD, image_BD), (text_ND, image_ND) = ((_at_least_float32(x) for x in pair) for pair in (own, everyone))
@@ -155,7 +155,7 @@ def itm(matched_logits_B2: Tensor, mismatched_logits_B2: Tensor, has_negative_B:
     Args:
         has_negative_B: bool; False where the batch holds no other image, whose pair then does not count.
 
-    Source: REFERENCE, Losses 4.
+    Source: Li et al. 2022, ITM.
     """
     logits_M2 = _at_least_float32(torch.cat([matched_logits_B2, mismatched_logits_B2]))
     labels_M = torch.zeros(len(logits_M2), dtype=torch.long, device=logits_M2.device)
@@ -194,6 +194,6 @@ def wpg(pos_B: Tensor, neg_B: Tensor, counts_B: Tensor, margin: float) -> LossSu
         pos_B, neg_B: `phrase_region_score` with the own and with another image.
         counts_B: bool, the sample has a phrase and the batch another image.
 
-    Source: REFERENCE, Losses 5.
+    Source: Li et al. 2022, WPG.
     """
     return LossSum.of((neg_B + margin - pos_B).clamp(min=0.0), counts_B)

@@ -13,12 +13,13 @@ from mvptr_ds.model.kernels import Choice, apex_lacks
 
 APEX_ADAM = "apex.optimizers.FusedAdam"
 TORCH_ADAM = "torch.optim.AdamW(fused=True)"
+HOST = torch.device("cpu")
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: matrices decay; biases, norms and the logit scale (everything of one dimension) do not.
 
-    Source: REFERENCE, "Optimiser in the published defaults".
+    Source: the published code, "Optimiser in the published defaults".
     """
     named = list(named)
     decayed = [p for _, p in named if p.ndim > 1]
@@ -27,13 +28,17 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: fl
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig, learning_rate: float) -> torch.optim.Optimizer:
+def build_optimizer(
+    groups: list[dict[str, Any]], config: OptimConfig, learning_rate: float, device: torch.device = HOST
+) -> torch.optim.Optimizer:
     """AdamW by the kernel of `optimizer_choice`. Its state goes into any other of them.
+
+    Args:
+        device: where it will step: that of the engine, which moves the parameters there, or the host when offloading.
 
     Raises:
         ValueError: another name.
     """
-    device = groups[0]["params"][0].device if groups else torch.device("cpu")
     settings: dict[str, Any] = {"lr": learning_rate, "betas": (config.beta1, config.beta2), "eps": config.eps}
     if optimizer_choice(config, device).implementation == APEX_ADAM:
         from apex.optimizers import FusedAdam

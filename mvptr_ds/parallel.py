@@ -11,6 +11,7 @@ import re
 import socket
 from collections.abc import Callable, MutableMapping
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -32,11 +33,14 @@ def time_collectives(timer: Callable[[], AbstractContextManager[Any]] = nullcont
     _timed = timer
 
 
-def init() -> torch.device:
+def init(collectives_timeout_s: float = 2400.0) -> torch.device:
     """Joins the process group that the launcher described (or makes one of a single rank); returns this rank's device.
 
     Every launcher that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT will do: `deepspeed`,
     `torchrun`; or `srun` with a task a rank. Without one the process is the only rank.
+
+    Args:
+        collectives_timeout_s: how long a collective may wait for a rank; DEEPSPEED_TIMEOUT (minutes) counts before it.
     """
     import deepspeed
 
@@ -56,7 +60,10 @@ def init() -> torch.device:
         if "OMP_NUM_THREADS" not in os.environ:  # ranks of one machine share its cores
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_SIZE", "1"))))
     if not dist.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+        asked = os.environ.get("DEEPSPEED_TIMEOUT")
+        timeout = timedelta(minutes=float(asked)) if asked else timedelta(seconds=collectives_timeout_s)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     return device
 
 

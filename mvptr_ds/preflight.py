@@ -118,6 +118,8 @@ def _settings(config: Config) -> Iterator[Finding]:
     check_mode(config.wandb.mode)
     checkpointing.check_resume(config.train.resume)
     optimizer_choice(config.optim, torch.device("cpu"))  # which knows the names
+    if config.train.log_every_steps < 1:
+        raise ValueError(f"train.log_every_steps is {config.train.log_every_steps}, must be at least 1")
     yield Finding("configuration", OK, f"{' then '.join(config.stage_names)} in {config.run.dir}")
 
 
@@ -225,8 +227,9 @@ def _model(config: Config, ds_content: dict[str, Any], device: torch.device) -> 
         yield Finding("model", OK, f"{num / 1e6:.1f} M parameters")
 
     def run() -> Iterator[Finding]:
-        precision = ds_config.precision_of(_filled(config, ds_content))
-        for choice in assembly.kernel_report(config, device, DTYPES[precision]):
+        filled = _filled(config, ds_content)
+        precision, steps_on = ds_config.precision_of(filled), ds_config.optimizer_device(filled, device)
+        for choice in assembly.kernel_report(config, device, DTYPES[precision], steps_on):
             yield Finding("kernels", OK, str(choice))
         yield from _disk(config, _num_bytes(config, _shapes(config, vocabs[0]), precision))
 

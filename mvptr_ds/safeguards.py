@@ -66,7 +66,7 @@ class StopSignal:
 class HangGuard:
     """Ends this process with the stacks of its threads when `alive` was not called for `timeout_s`.
 
-    Until its first call the limit is `start_timeout_s` (None: the same).
+    Until its first call the limit is `start_timeout_s` (None: the same), anew with each call of `starting`.
 
     The timer is a C thread of the interpreter's own, so that it also fires while a kernel or a collective holds the
     process. A rank that hangs stops the others in their next collective: every one of them writes its stacks, or, if
@@ -86,6 +86,10 @@ class HangGuard:
     def alive(self) -> None:
         """Starts the time anew. 0 seconds means no limit."""
         self._start(self.timeout_s)
+
+    def starting(self) -> None:
+        """Starts the time of the start-up anew, whose long parts wait in short turns."""
+        self._start(self.start_timeout_s)
 
     def _start(self, timeout_s: float) -> None:
         self._alive_s = time.monotonic()

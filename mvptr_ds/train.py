@@ -25,6 +25,7 @@ from mvptr_ds.wandb_run import check_mode
 logger = logging.getLogger("mvptr_ds.train")
 REPO = Path(__file__).resolve().parents[1]
 OTHERS_WAIT_S = 10.0
+COLLECTIVES_WAIT_S = 600.0  # longer than HangGuard, which says where it hung
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -45,9 +46,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def run(arguments: argparse.Namespace, stop: StopSignal) -> int:
     """Every stage of `run.stages`, one after the other, each from the one before it. Returns the exit code."""
     config = load_config(arguments.config or "demo", arguments.overrides)
-    check_mode(config.wandb.mode)
     ds_content = load_ds_config(arguments.deepspeed)
-    device = parallel.init()
+    longest_s = max(config.train.hang_timeout_s, config.train.start_timeout_s)
+    device = parallel.init(longest_s + COLLECTIVES_WAIT_S)
     if arguments.config is None:
         logger.info("no --config given: this is the demo configuration (%s)", " then ".join(config.stage_names))
     resumes = config.train.resume == "auto"
@@ -59,13 +60,14 @@ def run(arguments: argparse.Namespace, stop: StopSignal) -> int:
         if only:
             return 0
     else:
+        check_mode(config.wandb.mode)
         prepare_shards(config.data, config.run.seed, parallel.num_ranks())
     on_main(lambda: save_config(config, Path(config.run.dir) / "config.yaml"))
     init_from = first_model(config)
     for stage in config.stage_names:
         stacks = Path(config.run.dir) / stage / f"stacks-rank{parallel.rank()}.txt"
         with HangGuard(stacks, config.train.hang_timeout_s, config.train.start_timeout_s) as guard:
-            trainer = Trainer(config, stage, ds_content, device, init_from, stop, guard.alive)
+            trainer = Trainer(config, stage, ds_content, device, init_from, stop, guard.alive, guard.starting)
             done = trainer.train()
             trainer.close()
             if not done:
@@ -82,13 +84,14 @@ def main() -> int:
     logging.getLogger("mvptr_ds").setLevel(logging.INFO if parallel.launched_as_main() else logging.WARNING)
     with StopSignal() as stop:
         try:
-            return run(arguments, stop)
+            code = run(arguments, stop)
         except (DataError, CheckpointError, TrainingError, ValueError, OSError) as error:
             logger.debug("where it was raised", exc_info=True)
             _say(error, stop)
-            return 2
-        finally:
-            parallel.shut_down()
+            code = 2
+        # not after any other error: with NCCL it would wait for ranks that may never come, before the error is printed
+        parallel.shut_down()
+        return code
 
 
 def _say(error: Exception, stop: StopSignal) -> None:

@@ -38,7 +38,8 @@ class Trainer:
         ds_content: the DeepSpeed JSON as written, with its `"auto"`.
         init_from: model folder whose weights the stage starts from, unless it resumes.
         stop: what tells of a signal.
-        alive: called before each step, and while a conversion is waited for.
+        alive: called before each step.
+        starting: called while lengths are measured or a checkpoint is converted.
     """
 
     def __init__(
@@ -50,8 +51,9 @@ class Trainer:
         init_from: Path | None,
         stop: StopSignal,
         alive: Callable[[], None] = lambda: None,
+        starting: Callable[[], None] = lambda: None,
     ) -> None:
-        self.alive = alive
+        self.alive, self.starting = alive, starting
         self.started_s = time.perf_counter()
         self.config, self.device = config, device
         self.stage = config.stage(stage)
@@ -68,6 +70,7 @@ class Trainer:
         )
         self.zero_stage = int(filled.get("zero_optimization", {}).get("stage", 0))
         self.precision = ds_config.precision_of(filled)
+        self.optimizer_device = ds_config.optimizer_device(filled, device)
         self._build_data()
         self._build_task(stage, init_from)
         checkpoint = self._checkpoint()
@@ -86,7 +89,7 @@ class Trainer:
         evaluates = data.held_out is not None and self.config.train.evaluate_every_steps > 0
         self.held_out = assembly.open_held_out(data, joins) if evaluates else None
         self.dataset = assembly.build_dataset(self.config, self.vocabs, self.dir.name, self.seed, joins)
-        self.batches = assembly.build_batches(self.config, self.dataset, self.seed, joins)
+        self.batches = assembly.build_batches(self.config, self.dataset, self.seed, joins, self.starting)
 
     def _build_task(self, stage: str, init_from: Path | None) -> None:
         config = self.config
@@ -120,14 +123,14 @@ class Trainer:
         config, parameters = self.config, [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         num_trained = sum(p.numel() for _, p in parameters)  # before stage 3 cuts them
         groups = parameter_groups(parameters, config.optim.weight_decay)
-        self.optimizer = build_optimizer(groups, config.optim, self.stage.learning_rate)
+        self.optimizer = build_optimizer(groups, config.optim, self.stage.learning_rate, self.optimizer_device)
         self.engine, *_ = deepspeed.initialize(model=self.task, optimizer=self.optimizer, config=filled)
         self._catch_write_errors()
         if self.zero_stage == 3:
             for parameter in self.model.parameters_used_at_large():
                 deepspeed.zero.register_external_parameter(self.task, parameter)
         torch.manual_seed(self.seed + 1_000_003 * (1 + parallel.rank()))  # dropout differs between ranks
-        for line in assembly.kernel_report(config, self.device, self._dtype):
+        for line in assembly.kernel_report(config, self.device, self._dtype, self.optimizer_device):
             logger.info("%s", line)
         logger.info(
             "%s: %.1f M parameters trained on %d ranks (%s), %d samples a step, %d samples in %s",
@@ -397,13 +400,13 @@ class Trainer:
         self._hold_untrained()
         source, converted = path / "engine", elastic.must_convert(path, state, num_ranks, self.zero_stage)
         if converted:
-            source = elastic.convert(path, self.dir / elastic.FOLDER, self.alive) / "engine"
+            source = elastic.convert(path, self.dir / elastic.FOLDER, self.starting) / "engine"
             filled = filled | {"checkpoint": {"load_universal": True}}
         self._build_engine(filled)
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.engine.load_checkpoint(str(source.parent), tag=source.name)
         if converted:
-            self._mend_optimizer(settings)
+            self._mend_optimizer(settings, state["step"] - state["skipped_steps"])
         self.step = self.saved_step = state["step"]
         if state["num_ranks"] == num_ranks:
             checkpointing.restore_rng(path)
@@ -415,7 +418,7 @@ class Trainer:
         self.bad_samples.count(state["samples"]["bad"], state["samples"]["read"])
         logger.info("%s goes on from step %d (%s)", self.dir.name, self.step, path)
 
-    def _mend_optimizer(self, settings: list[dict[str, Any]]) -> None:
+    def _mend_optimizer(self, settings: list[dict[str, Any]], num_steps: int) -> None:
         """What deepspeed 0.19.8 gets wrong when it reads a universal checkpoint.
 
         Stage 3 gives every group the first one's weight decay, and one step count to all, which each of them then
@@ -423,8 +426,11 @@ class Trainer:
         """
         for group, ours in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(ours)
+            if "step" in group:  # apex counts the steps of a group
+                group["step"] = num_steps
         for parameter, state in self.optimizer.state.items():
-            state["step"] = state["step"].to(parameter.device, copy=True)
+            if "step" in state:
+                state["step"] = state["step"].to(parameter.device, copy=True)
 
     def close(self) -> None:
         """Frees the engine, so that the next stage has the memory."""

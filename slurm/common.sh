@@ -15,7 +15,8 @@ RUN_DIR=${RUN_DIR:-runs/$(basename "$CONFIG" .yaml)}
 gpus=${SLURM_GPUS_ON_NODE:-${SLURM_GPUS_PER_NODE:-1}}  # below salloc only the latter is set, perhaps as h100:8
 RANKS_PER_NODE=${RANKS_PER_NODE:-${gpus##*:}}
 MAX_NO_PROGRESS=${MAX_NO_PROGRESS:-3}
-LOCAL_CACHE=${LOCAL_CACHE:-${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/mvptr-$(id -un)}
+node_disk=${SLURM_TMPDIR:-${TMPDIR-}}  # not /tmp, where others could lay kernels ready for us to load
+LOCAL_CACHE=${LOCAL_CACHE:-${node_disk:+$node_disk/mvptr-$(id -un)}}
 for argument in "$@"; do case $argument in run.dir=*) RUN_DIR=${argument#run.dir=} ;; esac; done
 
 # ---- the site's modules, conda, container
@@ -39,9 +40,11 @@ cpus=$((cpus / RANKS_PER_NODE)); [ "$cpus" -ge 1 ] || cpus=1
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
 # what is compiled at run time is kept on the node: hundreds of ranks locking files of one network folder do not get far
-export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$LOCAL_CACHE/triton}
-export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$LOCAL_CACHE/inductor}
-export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$LOCAL_CACHE/extensions}
+if [ -n "$LOCAL_CACHE" ]; then
+  export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$LOCAL_CACHE/triton}
+  export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$LOCAL_CACHE/inductor}
+  export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$LOCAL_CACHE/extensions}
+fi
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}  # says why a connection fails, nothing else
 unset SLURM_CPUS_PER_GPU  # newer versions refuse it beside --cpus-per-task
 
@@ -78,7 +81,7 @@ train() {
   trap - USR1
   [ -z "$guard_pid" ] || kill "$guard_pid" 2>/dev/null
   case $code in
-    0) say "stage $stage is done"; exit 0 ;;
+    0) say "stage $stage ended well"; exit 0 ;;
     2) say "not started again: ${log/\%t/0} says what is wrong"; tail -n 5 "${log/\%t/0}"; exit 2 ;;
     75) say "stage $stage is saved" ;;
     *) say "srun ended with $code: see the ends of $RUN_DIR/logs/stage$stage-rank*.log" ;;

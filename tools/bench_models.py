@@ -105,7 +105,7 @@ class Reference(nn.Module):
 
     Every slot goes through the encoders, padding too; matched and mismatched pairs are two passes; heads read the
     picked slots, as there. Word heads are tied, as in the packaged `base`. The random choices are those of `Task`, so
-    that the losses are the same. Source: REFERENCE.
+    that the losses are the same. Source: the published code.
     """
 
     def __init__(self, ours: Mvptr) -> None:

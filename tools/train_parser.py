@@ -16,7 +16,7 @@ from mvptr_ds.corpus.concepts.backends import MODELS
 from mvptr_ds.corpus.concepts.silver import Settings, make_models, read_captions
 from mvptr_ds.data.schema import DataError
 
-EPILOG = """needs pip install 'mvptr_ds[spacy]' lemminflect; equal captions, settings and versions give equal models.
+EPILOG = """needs pip install -e '.[spacy]' lemminflect; equal captions, settings and versions give equal models.
 
 examples:
   python tools/train_parser.py captions_train2014.json captions_val2014.json --exclude dev.jsonl

@@ -1,7 +1,7 @@
 """The published phrase list, `id2phrase` JSON: {"30522": ["boat", "two"], ..., "2367": ["different"], ...}.
 
 An id is the phrase's row of the embedding table: that of its wordpiece, or one behind the words. The list has no
-counts, and leaves some rows unused. Source: REFERENCE, Inputs.
+counts, and leaves some rows unused. Source: the published code, Inputs.
 """
 
 from __future__ import annotations

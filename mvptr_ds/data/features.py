@@ -254,7 +254,7 @@ def _words_of_phrases(phrases: Sequence[Phrase], offsets: Sequence[tuple[int, in
 def region_geometry(record: Record, grid_size: int) -> np.ndarray:
     """float32 [R, 6]: x1/W y1/H x2/W y2/H w/W h/H of the boxes clipped to the picture, each within 0..1.
 
-    Without boxes the cells of a grid_size x grid_size grid, row by row. Source: REFERENCE, Inputs.
+    Without boxes the cells of a grid_size x grid_size grid, row by row. Source: the published code, Inputs.
     """
     if not record.regions:
         return _grid(grid_size)

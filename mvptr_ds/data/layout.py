@@ -26,7 +26,7 @@ def layout_text(
 ) -> tuple[np.ndarray, np.ndarray]:
     """`[CLS] tokens phrases [SEP]`: ids int64 [T] and the phrase slots bool [T]; T <= max_slots.
 
-    Tokens are cut to `max_tokens`, phrases to what is left. Source: REFERENCE, Inputs.
+    Tokens are cut to `max_tokens`, phrases to what is left. Source: the published code, Inputs.
     """
     tokens = token_ids[: min(max_tokens, max_slots - 2)]
     phrases = phrase_rows[: num_phrases_that_fit(len(token_ids), max_tokens, max_slots)]
@@ -39,6 +39,6 @@ def layout_text(
 def layout_tags(tag_ids: Sequence[int], cls_id: int, sep_id: int, max_slots: int = 20) -> np.ndarray:
     """`[CLS] tags [SEP]`: ids int64 [G], G <= max_slots; tags are cut to `max_slots - 2` wordpieces.
 
-    Source: REFERENCE, Inputs.
+    Source: the published code, Inputs.
     """
     return np.array([cls_id, *tag_ids[: max_slots - 2], sep_id], dtype=np.int64)

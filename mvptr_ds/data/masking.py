@@ -76,7 +76,7 @@ def mask_text(
     picked ones are drawn first and carry labels: for half of them the words stay visible, for half all words are
     [MASK] and predicted too; phrases that share words share that choice, or one's rule would break the other's.
 
-    Source: REFERENCE, Losses (masking of phrases) and "What we add" (phrase MCR).
+    Source: the published code, Losses (masking of phrases) and ours (phrase MCR).
     """
     words_T = ~phrase_mask_T
     words_T[0] = words_T[-1] = False

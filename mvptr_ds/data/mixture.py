@@ -41,7 +41,7 @@ class Mixture:
 
     Args:
         weights: of the sources, as they are written (0.1 means a tenth).
-        block_samples: length of a block; 0: `default_block(weights, at_least=1)`.
+        block_samples: length of a block, at least `default_block(weights, 1)`.
 
     Raises ValueError for a weight that is not positive, or blocks in which a source has less than one sample.
     """

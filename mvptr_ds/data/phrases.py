@@ -26,7 +26,7 @@ class PhraseVocab:
     """Phrases in a fixed order; `rows[i]` is the embedding row of phrase i (int64 [P]).
 
     A one-word phrase whose word is a single wordpiece shares that wordpiece's row; all others own a row each, from
-    `len(words)` on. Source: REFERENCE, Inputs. A published list may leave some of these rows unused.
+    `len(words)` on. Source: the published code, Inputs. A published list may leave some of these rows unused.
     """
 
     def __init__(

@@ -26,7 +26,7 @@ class Plan:
     Position g is place `g % num_samples` of epoch `g // num_samples`; every epoch visits every sample once. Batches
     (data.batches) run on over the epochs' borders.
 
-    Source: DESIGN, The shard. Raises ValueError for a size below 1 or a negative seed.
+    Raises ValueError for a size below 1 or a negative seed.
     """
 
     def __init__(self, num_samples: int, seed: int, block_samples: int = 64, window_blocks: int = 256) -> None:

@@ -30,7 +30,7 @@ class WordPiece:
 
     A caption that spells `[MASK]` gets the pieces `[ mask ]`: text from outside never becomes a special token.
 
-    Source: REFERENCE, Inputs ("WordPiece of bert-base-uncased, 30,522 rows, lower-cased").
+    Source: the published code, Inputs ("WordPiece of bert-base-uncased, 30,522 rows, lower-cased").
 
     Raises:
         DataError: the file is missing, is not UTF-8, repeats a piece, lacks a special or does not begin with [PAD].

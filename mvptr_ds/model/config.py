@@ -34,7 +34,7 @@ class MvptrConfig(PretrainedConfig):
     Raises:
         ValueError: for sizes that cannot be, naming each with its value.
 
-    Source: REFERENCE, Model.
+    Source: the published code, Model.
     """
 
     model_type = "mvptr"

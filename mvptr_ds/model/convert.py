@@ -236,8 +236,7 @@ def init_from_bert(
     Raises:
         ValueError: when sizes differ, naming both, or a phrase has no wordpieces.
 
-    Source: REFERENCE, "what we add" (from BERT). Differs: untied word heads start from the embedding when the BERT has
-    no decoder.
+    Untied word heads start from the embedding when the BERT has no decoder.
     """
     bert = _normalised_bert(bert_state)
     _check_bert(model, bert)

@@ -17,7 +17,7 @@ TAG_SEGMENT = 1
 class SlotEmbeddings(nn.Module):
     """Embeds the slots of text or of tag sequences; positions run 0.. in each.
 
-    Source: REFERENCE, Inputs.
+    Source: the published code, Inputs.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A post-LN BERT encoder: fused QKV, scaled_dot_product_attention, erf GELU.
+"""A post-LN BERT encoder: fused QKV, the attention of attention.py, erf GELU.
 
 Legend: N rows of all sequences, x leading dimensions (N, or padded B and L), D hidden, H heads, K size of a head.
 """
@@ -30,7 +30,7 @@ class EncoderSizes:
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention and feed-forward, each followed by dropout, residual and LayerNorm. Source: REFERENCE, Model."""
+    """Self-attention and feed-forward, each followed by dropout, residual and LayerNorm, as published."""
 
     def __init__(self, sizes: EncoderSizes) -> None:
         super().__init__()

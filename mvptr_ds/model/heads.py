@@ -21,7 +21,7 @@ class RowHead(nn.Module):
     Tied, the decoder is handed in at each call (rows of the embedding table), so that no tensor is shared between
     two names and safetensors, ZeRO and the optimiser each see it once. Untied, the head owns `decoder`.
 
-    Source: REFERENCE, Model (two masked-word heads) and "what we add" (phrase MCR).
+    Source: the published code, Model (two masked-word heads) and ours (phrase MCR).
     """
 
     def __init__(self, hidden_size: int, num_classes: int, norm_eps: float, tied: bool) -> None:
@@ -54,7 +54,7 @@ class RowHead(nn.Module):
 
 
 class Pooler(nn.Module):
-    """tanh(linear) of slot 0. Source: REFERENCE, Model."""
+    """tanh(linear) of slot 0. Source: the published code, Model."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()

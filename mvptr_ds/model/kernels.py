@@ -48,16 +48,24 @@ def attention(device: torch.device, dtype: torch.dtype, dropout: float, head_siz
     Where no kernel for sequences of different lengths serves, attention alone is padded: on an H200 one call on a
     nested jagged tensor took 8 times as long (tools/bench_attention.py).
     """
-    return _attention(device.type, dtype, dropout > 0.0, head_size)
+    is_old = device.type == "cuda" and _before_ampere(device)
+    return _attention(device.type, dtype, dropout > 0.0, head_size, is_old)
 
 
 @functools.lru_cache
-def _attention(device_type: str, dtype: torch.dtype, drops: bool, head_size: int) -> Choice:
+def _before_ampere(device: torch.device) -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0)
+
+
+@functools.lru_cache
+def _attention(device_type: str, dtype: torch.dtype, drops: bool, head_size: int, is_old: bool) -> Choice:
     name = "attention"
     if device_type != "cuda":
         return Choice(name, SDPA_EACH, f"the device is {device_type}")
     if dtype not in _HALF:
         return Choice(name, SDPA_PADDED, f"flash kernels take half precision, this is {_short(dtype)}")
+    if is_old:
+        return Choice(name, SDPA_PADDED, "flash kernels take Ampere GPUs or newer")
     if head_size % 8 or head_size > 256:
         return Choice(name, SDPA_PADDED, f"flash kernels take heads of 8, 16, ... 256 numbers, these have {head_size}")
     if importlib.util.find_spec("flash_attn") is not None:

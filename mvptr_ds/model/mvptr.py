@@ -54,7 +54,7 @@ class TableRows:
 
 
 class Mvptr(PreTrainedModel):
-    """MVPTR without its losses. Source: REFERENCE, Model.
+    """MVPTR without its losses. Source: the published code, Model.
 
     Differs: QKV is one matrix, `logit_scale` has shape [1] (DeepSpeed refuses 0-dim parameters), word heads are tied
     unless `tie_word_heads` is false.
@@ -216,7 +216,7 @@ class Mvptr(PreTrainedModel):
         return pooled_BD
 
     def itm_logits(self, pooled_BD: Tensor) -> Tensor:
-        """-> [B, 2]; class 0 is a match. Source: REFERENCE, Losses 4."""
+        """-> [B, 2]; class 0 is a match. Source: Li et al. 2022, ITM."""
         return self.itm_head(pooled_BD)
 
     def token_logits(self, states_KD: Tensor) -> Tensor:

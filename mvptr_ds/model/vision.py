@@ -109,7 +109,7 @@ class ImageBackbone(nn.Module):
 
 
 class RegionEmbedding(nn.Module):
-    """(feature, geometry) of each region -> linear, dropout. No LayerNorm, as published. Source: REFERENCE, Inputs."""
+    """(feature, geometry) of each region -> linear, dropout. No LayerNorm, as in the published code."""
 
     def __init__(
         self, feature_dim: int, hidden_size: int, dropout: float, backbone: ImageBackbone | None, roi_bins: int

@@ -111,7 +111,7 @@ def make_plan(
     trained = sum(map(sum, groups))
     states = largest_state_bytes(groups, frozen, element_bytes, zero, num)
     passes = 2 if objectives & {"itm", "wpg_cross"} else 1
-    checkpointing = bool(getattr(config.model, "activation_checkpointing", False))
+    checkpointing = config.model.activation_checkpointing
     groundings = 2 * len(objectives & {"wpg", "wpg_cross"})  # with the own and with another image
     kept = activation_bytes(lengths, model, flops.parts, passes, element_bytes, checkpointing, groundings)
     aligns = bool(objectives & {"vsc", "itm", "wpg", "wpg_cross"})

@@ -31,7 +31,7 @@ POISONED_STEPS = (1, 4, 5, 6)  # counted from 0, as the step that is being made
 HUNG_STEP = 2
 FULL_STEP, RANK1_STEP = 4, 6
 
-train_step, save, load, build_engine = Trainer._train_step, Trainer.save, ShardDataset.load, Trainer._build_engine
+train_step, save, load, build_engine = Trainer._train_step, Trainer.save, ShardDataset._load, Trainer._build_engine
 
 
 def poison(trainer: Trainer, micro_batches: list[Any]) -> None:
@@ -69,10 +69,11 @@ def fill(path: Path) -> None:
     parallel.barrier()
 
 
-def load_with_dead_storage(dataset: ShardDataset, position: int, epoch: int, number: int) -> Any:
-    if parallel.rank() == 1 and position >= 20:
-        raise DataError(f"position {position}: the storage of rank 1 is gone; look after it")
-    return load(dataset, position, epoch, number)
+def load_with_dead_storage(dataset: ShardDataset, wanted: list[tuple[int, int, int]]) -> Any:
+    gone = [position for position, _, _ in wanted if position >= 20]
+    if parallel.rank() == 1 and gone:
+        raise DataError(f"position {gone[0]}: the storage of rank 1 is gone; look after it")
+    return load(dataset, wanted)
 
 
 def build_and_get_signal(trainer: Trainer, filled: dict[str, Any]) -> None:
@@ -97,7 +98,7 @@ def sleep_for_ever() -> None:
 DISTURBANCES: dict[str, tuple[type, str, Callable[..., Any]]] = {
     "poison": (Trainer, "_train_step", poison),
     "full disk": (Trainer, "save", save_with_full_disk),
-    "dead storage": (ShardDataset, "load", load_with_dead_storage),
+    "dead storage": (ShardDataset, "_load", load_with_dead_storage),
     "signal": (Trainer, "_build_engine", build_and_get_signal),
     "hang": (Trainer, "_train_step", hang),
     "hang in the start-up": (Trainer, "_build_engine", lambda *_: sleep_for_ever()),
@@ -109,6 +110,7 @@ def copy_run(scenario: dict[str, Any]) -> None:
     if "copy" not in scenario:
         return
     source, stage, step = scenario["copy"]
+    parallel.barrier()  # the others may still be closing the run before
     if parallel.is_main():
         run_dir = next(a for a in scenario["arguments"] if a.startswith("run.dir=")).partition("=")[2]
         forget(Path(source), Path(run_dir), stage, step)

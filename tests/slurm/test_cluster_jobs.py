@@ -45,7 +45,7 @@ def test_a_killed_rank_and_the_time_limit_change_nothing(
     cluster.ranks(jobs["stage1"])[1].kill()
     assert cluster.wait(jobs["stage1"]) == "COMPLETED"
     said = text(tmp_path / f"mvptr-stage1-{jobs['stage1']}.log")
-    assert "srun ended with 137" in said and "start 1] stage 1 is done" in said, said
+    assert "srun ended with 137" in said and "start 1] stage 1 ended well" in said, said
 
     stage2 = jobs["stage2"]
     pids = freeze_at(cluster, stage2, watch, faults.NUM_STEPS + 3)
@@ -60,7 +60,7 @@ def test_a_killed_rank_and_the_time_limit_change_nothing(
     cluster.call("scontrol", "update", f"JobId={stage2}", "TimeLimit=60")
     assert cluster.wait(stage2) == "COMPLETED", text(log)
     said = text(log)
-    assert "start 0] stage 2 is saved" in said and "start 1] stage 2 is done" in said, said
+    assert "start 0] stage 2 is saved" in said and "start 1] stage 2 ended well" in said, said
     rank_0 = text(run_dir / "logs/stage2-rank0.log")  # both starts in one file
     assert "stage2 stopped at step" in rank_0 and "stage2 goes on from step" in rank_0
     assert faults.differences(run_dir, undisturbed / "run") == []

@@ -62,7 +62,7 @@ def test_preempted_by_a_higher_partition(
     assert cluster.wait(urgent) == "COMPLETED"
     for job in (jobs["stage1"], jobs["stage2"]):
         assert cluster.wait(job) == "COMPLETED", text(log)
-    assert "stage 1 is saved" in text(log) and "start 1] stage 1 is done" in text(log), text(log)
+    assert "stage 1 is saved" in text(log) and "start 1] stage 1 ended well" in text(log), text(log)
     assert "stopped at step" in text(run_dir / "logs/stage1-rank0.log")
     assert faults.differences(run_dir, undisturbed / "run") == []
 

@@ -132,7 +132,7 @@ def test_packaged_configs_are_found_by_name_and_hold_no_unknown_key(path: Path) 
 
 
 def test_published_defaults() -> None:
-    """Source: REFERENCE, Model, Losses and the optimiser's published defaults."""
+    """Source: the published code, Model, Losses and the optimiser's published defaults."""
     config = Config()
     optim = config.optim
     assert (optim.beta1, optim.beta2, optim.eps, optim.weight_decay, optim.clip_norm) == (0.9, 0.999, 1e-8, 0.01, 10.0)

@@ -189,7 +189,7 @@ def test_every_yaml_builds_its_model_and_its_stages(yaml_path: Path, vocabs: Voc
 
 
 def test_published_size() -> None:
-    """198,660,471 parameters tied, of which 86,051 rows; no phrase head there. Source: REFERENCE, Model."""
+    """198,660,471 parameters tied, of which 86,051 rows; no phrase head there. Source: the published code, Model."""
     words = WordPiece()
     phrases = _Phrases(words, 86051 - 30522)
     config = model_config(Config(), Vocabs(words, phrases))

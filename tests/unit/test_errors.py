@@ -151,6 +151,11 @@ def unknown_optimiser(place: Place) -> None:
 
 
 @case
+def log_every_steps(place: Place) -> None:
+    place.arguments.append("train.log_every_steps=0")
+
+
+@case
 def execution_value(place: Place) -> None:
     place.arguments.append("model.execution=ragged")
 
@@ -418,7 +423,7 @@ def message_of(name: str, place: Place, caplog: pytest.LogCaptureFixture) -> str
     def build_engine(trainer: Trainer, filled: dict[str, Any]) -> None:
         trainer.engine = None
 
-    place.patch.setattr(parallel, "init", lambda: torch.device("cpu"))
+    place.patch.setattr(parallel, "init", lambda *_: torch.device("cpu"))
     place.patch.setattr(Trainer, "_build_engine", build_engine)
     place.patch.setattr(Trainer, "_write_engine", lambda _, path: path.mkdir())
     place.patch.setattr(Trainer, "_resume", lambda *_: pytest.fail("the checkpoint was taken"))

@@ -1,4 +1,4 @@
-"""Imports run one way (DESIGN, layout), and no file shadows a module where a script's folder is on the path."""
+"""Imports run one way, and no file shadows a module where a script's folder is on the path."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_nothing_in_the_package_imports_tools_or_tests() -> None:
 
 
 def test_nothing_is_printed_and_no_except_is_bare() -> None:
-    """Source: DESIGN, Habits."""
+    """What the package's functions may not do."""
     found = []
     for module, path in MODULES.items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -72,6 +72,13 @@ def test_heads_that_flash_kernels_do_not_take(head_size: int, tmp_path: Path, mo
     assert choice.implementation == kernels.SDPA_PADDED and f"these have {head_size}" in choice.reason
 
 
+def test_gpus_before_ampere_get_no_flash_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(tmp_path, monkeypatch, flash_attn="")
+    monkeypatch.setattr(kernels, "_before_ampere", lambda device: True)  # as on a V100, where "auto" takes fp16
+    choice = kernels.attention(CUDA, torch.float16, 0.0, 64)
+    assert choice.implementation == kernels.SDPA_PADDED and "Ampere" in choice.reason
+
+
 def test_flash_attn_serves_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installed(tmp_path, monkeypatch, flash_attn="")
     assert kernels.attention(CUDA, HALF, 0.1, 64).implementation == kernels.FLASH_ATTN

@@ -85,7 +85,7 @@ def test_stages_divide_more_and_more() -> None:
 
 
 def test_the_published_model_has_its_parameters() -> None:
-    """REFERENCE: 198,660,471 with tied decoders; ours has a phrase head beside it."""
+    """The published size: 198,660,471 with tied decoders; ours has a phrase head beside it."""
     task = task_without_memory(BASE, "stage2", (PUBLISHED_ROWS, PUBLISHED_PHRASES))
     groups, frozen = groups_of(task, 0.01)
     phrase_head = sum(p.numel() for name, p in task.model.named_parameters() if name.startswith("phrase_head."))

@@ -174,7 +174,7 @@ def _two_joined(tar: bytes) -> bytes:
 
 @pytest.mark.parametrize("damage", [_cut_member, _cut_between_members, _garbage_header, _two_joined])
 def test_index_refuses_damaged_tars(folder: Path, damage: Callable[[bytes], bytes]) -> None:
-    """Each of these loses samples silently in webdataset's reader (FACTS)."""
+    """Each of these loses samples silently in webdataset's reader."""
     tar = folder / "shard-000000.tar"
     tar.write_bytes(damage(tar.read_bytes()))
     with pytest.raises(DataError, match=r"shard-000000\.tar, key 'k\d+': byte \d+: .*; write that shard again"):

@@ -209,7 +209,7 @@ def test_a_cut_member_that_runs_on_to_a_valid_header(tmp_path: Path) -> None:
 
 
 def test_a_cut_picture_and_the_caption_of_the_next_shard_are_not_paired(tmp_path: Path) -> None:
-    """Source: FACTS. Joined by `cat`, webdataset yields picture A with caption B as one sample."""
+    """Joined by `cat`, webdataset yields picture A with caption B as one sample."""
     folder = tmp_path / "shards"
     folder.mkdir()
     first = write_tar(folder / "a.tar", named_members([0, 1]))

@@ -31,7 +31,7 @@ class Route:
         across: False: the places are those of this rank's own samples.
 
     Attributes:
-        lengths_B: rows of the samples that were asked for; `lengths` is the same list on the host.
+        lengths: rows of the samples that were asked for.
         num_sent_R, num_got_R: rows that go to and come from each rank, itself included.
     """
 
@@ -59,7 +59,6 @@ class Route:
         self.restored = _rows(starts_B, num_rows_B).to(device)
         self.num_rows = int(own_lengths_B.sum())
         self.lengths: list[int] = num_rows_B.tolist()
-        self.lengths_B = num_rows_B.to(device)
 
     def fetch(self, rows_Nx: Tensor) -> Tensor:
         """The rows of the wanted samples, [M, ...], from this rank's own packed rows."""

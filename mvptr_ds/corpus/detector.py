@@ -22,8 +22,6 @@ from PIL import Image
 from mvptr_ds.corpus.detection import Detections, tag_of
 from mvptr_ds.data.schema import DataError, Extractor
 
-PRECISIONS = ("auto", "float32", "bfloat16")
-DEVICES = ("auto", "cpu", "cuda")
 _CONFIG_FILES = ("config.json", "preprocessor_config.json")
 _WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")  # the first kind that is there is what is loaded
 

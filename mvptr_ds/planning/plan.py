@@ -12,7 +12,7 @@ from mvptr_ds import assembly
 from mvptr_ds.config import Config
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.wordpiece import WordPiece
-from mvptr_ds.ds_config import fill_ds_config, micro_batch_size
+from mvptr_ds.ds_config import fill_ds_config, micro_batch_size, precision_of
 from mvptr_ds.flops import Lengths, StepFlops
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.optim import parameter_groups
@@ -98,7 +98,7 @@ def make_plan(
     """
     gpu, num = cluster.gpu, cluster.num_gpus
     filled = fill_ds_config(ds_content, config.train, config.optim, num, bf16_supported=gpu.bf16, fp16_supported=True)
-    precision = next((name for name in ("bf16", "fp16") if filled[name].get("enabled")), "float32")
+    precision = precision_of(filled)
     element_bytes = FLOAT32 if precision == "float32" else 2
     dtype = torch.float32 if precision == "float32" else torch.float16
     flops = StepFlops(task, num)

@@ -63,6 +63,11 @@ class StopSignal:
         return self.received is not None
 
 
+def collectives_timeout_s(*guard_limits_s: float) -> float:
+    """How long a collective may wait: longer than HangGuard, which says where it hung; a week if that has no limit."""
+    return max(guard_limits_s) + 600.0 if all(limit_s > 0 for limit_s in guard_limits_s) else 7 * 86_400.0
+
+
 class HangGuard:
     """Ends this process with the stacks of its threads when `alive` was not called for `timeout_s`.
 

@@ -18,14 +18,13 @@ from mvptr_ds.config import load_config, save_config
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.ds_config import load_ds_config
 from mvptr_ds.elastic import share_batch
-from mvptr_ds.safeguards import EXIT_STOPPED, HangGuard, StopSignal, TrainingError
+from mvptr_ds.safeguards import EXIT_STOPPED, HangGuard, StopSignal, TrainingError, collectives_timeout_s
 from mvptr_ds.trainer import Trainer
 from mvptr_ds.wandb_run import check_mode
 
 logger = logging.getLogger("mvptr_ds.train")
 REPO = Path(__file__).resolve().parents[1]
 OTHERS_WAIT_S = 10.0
-COLLECTIVES_WAIT_S = 600.0  # longer than HangGuard, which says where it hung
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -47,8 +46,7 @@ def run(arguments: argparse.Namespace, stop: StopSignal) -> int:
     """Every stage of `run.stages`, one after the other, each from the one before it. Returns the exit code."""
     config = load_config(arguments.config or "demo", arguments.overrides)
     ds_content = load_ds_config(arguments.deepspeed)
-    longest_s = max(config.train.hang_timeout_s, config.train.start_timeout_s)
-    device = parallel.init(longest_s + COLLECTIVES_WAIT_S)
+    device = parallel.init(collectives_timeout_s(config.train.hang_timeout_s, config.train.start_timeout_s))
     if arguments.config is None:
         logger.info("no --config given: this is the demo configuration (%s)", " then ".join(config.stage_names))
     resumes = config.train.resume == "auto"

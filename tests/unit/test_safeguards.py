@@ -17,7 +17,16 @@ import torch
 from mvptr_ds.data.batches import Batches
 from mvptr_ds.data.loader import ShardDataset, make_loader
 from mvptr_ds.data.schema import DataError
-from mvptr_ds.safeguards import BadSamples, HangGuard, LossScale, SkippedSteps, StopSignal, TrainingError, agree
+from mvptr_ds.safeguards import (
+    BadSamples,
+    HangGuard,
+    LossScale,
+    SkippedSteps,
+    StopSignal,
+    TrainingError,
+    agree,
+    collectives_timeout_s,
+)
 from tests.conftest import REPO
 from tests.tiny import sample
 
@@ -191,3 +200,8 @@ def test_a_rank_that_crashes_does_not_wait_for_its_loader_processes() -> None:
     """The interpreter ends them with SIGTERM at exit and waits: that one they must heed."""
     done = subprocess.run([sys.executable, "-c", CRASHING], cwd=REPO, capture_output=True, text=True, timeout=200)
     assert done.returncode == 1 and "a bug" in done.stderr
+
+
+def test_a_collective_waits_longer_than_the_guard() -> None:
+    assert collectives_timeout_s(1800.0, 60.0) == collectives_timeout_s(60.0, 1800.0) == 2400.0
+    assert collectives_timeout_s(0.0, 1800.0) > 86_400  # 0 is no limit

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from mvptr_ds.data.tars import Member, TarError, check_member, check_record, iter_members, split_name
@@ -76,7 +76,7 @@ def walk(file: BinaryIO, num_bytes: int) -> Iterator[Member | Break]:
         last: Member | None = None
         try:
             for member in iter_members(_From(file, base), num_bytes - base, whole=True):  # type: ignore[arg-type]
-                last = replace(member, start=member.start + base, data=member.data + base)
+                last = member._replace(start=member.start + base, data=member.data + base)
                 yield last
             return
         except TarError as error:

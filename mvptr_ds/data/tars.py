@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import tarfile
+import zlib
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.data.storage import LOCAL, REBUILD, Files
@@ -31,8 +32,7 @@ _FOREIGN_PAX = ("GNU.sparse.", "linkpath")
 _GLOBAL_PAX = (*_FOREIGN_PAX, "path", "size")
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     name: str
     start: int  # of its first header, a long name's included
     data: int  # where its content begins
@@ -55,8 +55,7 @@ class TarError(DataError):
 def iter_members(file: BinaryIO, num_bytes: int, whole: bool) -> Iterator[Member]:
     """Members of a tar (`whole`: up to its end mark) or of a span of one, from the headers alone.
 
-    Headers go through tarfile's own parser, which checks their sum; the walk is ours because tarfile's stops at a
-    damaged header in mid-file as if the archive ended there.
+    The walk is ours because tarfile's stops at a damaged header in mid-file as if the archive ended there.
 
     Raises:
         DataError: damaged header, cut content, missing end mark, content after it, a link, device or sparse file, a
@@ -73,24 +72,22 @@ def iter_members(file: BinaryIO, num_bytes: int, whole: bool) -> Iterator[Member
                 raise TarError(start, "a long name or PAX header stands before the end mark, and no member behind it")
             _check_tail(file, offset)
             return
-        try:
-            info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-        except tarfile.HeaderError as error:
-            raise TarError(offset, f"damaged tar header ({error})") from error
-        plain = info.type in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
-        size = int(pax.get("size", info.size)) if plain else info.size
-        member = Member(long_name or pax.get("path") or info.name, start, offset + _BLOCK, size)
+        name, size, kind = _parse_header(block, offset)
+        plain = kind in _PLAIN
+        if plain and "size" in pax:
+            size = int(pax["size"])
+        member = Member(long_name or pax.get("path") or name, start, offset + _BLOCK, size)
         if member.end > num_bytes or size < 0:
             raise TarError(offset, f"{member.name!r} is cut: {size} bytes announced, the file ends before")
-        if info.type in _SETTINGS:
+        if kind in _SETTINGS:
             if start != offset:
                 raise TarError(
                     offset, "a second long name or PAX header of one member; readers differ in which they take"
                 )
             content = _read_settings(file, member, offset)
-            if info.type == tarfile.GNUTYPE_LONGNAME:
+            if kind == tarfile.GNUTYPE_LONGNAME:
                 long_name = content.rstrip(b"\0").decode("utf-8", "surrogateescape")
-            elif info.type == tarfile.XHDTYPE:
+            elif kind == tarfile.XHDTYPE:
                 pax = _parse_pax(content, offset, _FOREIGN_PAX)
             else:
                 _parse_pax(content, offset, _GLOBAL_PAX)
@@ -99,18 +96,46 @@ def iter_members(file: BinaryIO, num_bytes: int, whole: bool) -> Iterator[Member
             _check_name(member.name, offset)
             yield member
             start, long_name, pax = member.end, None, {}
-        elif info.type == tarfile.DIRTYPE:
+        elif kind == tarfile.DIRTYPE:
             start, long_name, pax = member.end, None, {}
         else:
             raise TarError(
-                offset, f"{member.name!r} is a link or device or sparse (type {info.type!r}); store plain files only"
+                offset, f"{member.name!r} is a link or device or sparse (type {kind!r}); store plain files only"
             )
         offset = member.end
     if whole:
         raise TarError(offset, "the tar has no end mark, so its tail is missing")
 
 
+_PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _SETTINGS = (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE)  # headers that say something of others
+# of a plain file, as tar programs write it: mode, uid, gid, size, time, sum, type; then devices (none) and no prefix
+_USUAL_NUMBERS = re.compile(rb"(?:[0-7]{7}\0){3}([0-7]{11})\0[0-7]{11}\0([0-7]{6})\0 0")  # bytes 100 to 157
+_USUAL_END = re.compile(rb"(?:\0{16}|(?:0{7}\0){2})\0{155}")  # bytes 329 to 500
+
+
+def _parse_header(block: bytes, offset: int) -> tuple[str, int, bytes]:
+    """Name, size and type, once the header's sum holds; raises TarError for a damaged one.
+
+    What is not as usual goes through tarfile's own parser, which says the same of the rest at ten times the price.
+    """
+    usual = _USUAL_NUMBERS.fullmatch(block, 100, 157)
+    whole = len(block) == _BLOCK
+    if usual and whole and _USUAL_END.fullmatch(block, 329, 500) and int(usual[2], 8) == _header_sum(block):
+        name = block[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape")
+        return name, int(usual[1], 8), tarfile.REGTYPE
+    try:
+        info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:
+        raise TarError(offset, f"damaged tar header ({error})") from error
+    return info.name, info.size, info.type
+
+
+def _header_sum(block: bytes) -> int:
+    """Of all bytes, with spaces for the sum's own eight."""
+    counted = block[:148] + b" " * 8 + block[156:]
+    # the low half of Adler-32 is the plain sum modulo 65,521, which 256 bytes stay below
+    return sum(zlib.adler32(half, 0) & 0xFFFF for half in (counted[:256], counted[256:]))
 
 
 def _read_settings(file: BinaryIO, member: Member, offset: int) -> bytes:

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import webdataset
 
-from mvptr_ds.data import scan
+from mvptr_ds.data import scan, tars
 from mvptr_ds.data.index import key_hash
 from mvptr_ds.data.schema import Caption, DataError, Extractor, Record, Region
 from mvptr_ds.data.shards import Index, build_index, ensure_index, read_record, record_key, write_shards
+from mvptr_ds.data.tars import TarError
 
 
 def _item(number: int, num_captions: int = 1) -> tuple[str, Record, dict[str, bytes]]:
@@ -407,3 +408,29 @@ def test_an_index_of_an_older_version_is_built_again(folder: Path, tmp_path: Pat
     (folder / "manifest.json").write_text(json.dumps({**manifest, "version": 4}))
     with pytest.raises(DataError, match="has version 4"):
         ensure_index(folder)
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT])
+def test_headers_read_as_tarfile_reads_them(tar_format: int) -> None:
+    """Every byte of a sound header set to several others, with a sum that holds."""
+    header = bytearray(tarfile.TarInfo("a/k0001.json").tobuf(tar_format))
+    num_read = 0
+    for place in range(512):
+        for value in (0, 0x20, 0x2F, 0x30, 0x37, 0x38, 0x5A, 0x80, 0xFF):
+            block = header[:place] + bytes([value]) + header[place + 1 :]
+            counted = sum(block[:148]) + sum(block[156:]) + 8 * 0x20
+            for mended in (block, block[:148] + f"{counted:06o}\0 ".encode() + block[156:]):
+                num_read += _headers_agree(bytes(mended))
+    assert 4_000 < num_read < 9_000
+    assert not _headers_agree(bytes(header[:511]))
+
+
+def _headers_agree(block: bytes) -> bool:
+    try:
+        info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        with pytest.raises(TarError, match="byte 7: damaged tar header"):
+            tars._parse_header(block, 7)
+        return False
+    assert tars._parse_header(block, 7) == (info.name, info.size, info.type)
+    return True

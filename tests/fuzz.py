@@ -37,6 +37,7 @@ from webdataset import tariterators
 
 from mvptr_ds.corpus.record_checks import check_content
 from mvptr_ds.corpus.salvage import Break, Piece, pieces
+from mvptr_ds.data import schema
 from mvptr_ds.data.features import SampleBuilder, SampleOptions, read_features
 from mvptr_ds.data.images import decode_image
 from mvptr_ds.data.phrases import PhraseVocab
@@ -349,7 +350,11 @@ def salvage_a_tar(data: bytes) -> bool:
 
 
 def parse(data: bytes) -> bool:
-    return _accepts(lambda: parse_record(data))
+    def read() -> None:
+        record = parse_record(data)
+        assert record == schema._record(schema.load_json(data))  # the quick way takes nothing that this would not
+
+    return _accepts(read)
 
 
 def read_npy(data: bytes) -> bool:

@@ -21,8 +21,10 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, NamedTuple
+
+import msgspec
 
 SCHEMA_VERSION = 1
 MAX_SIDE_PX = 1_000_000  # of a picture
@@ -35,20 +37,19 @@ class DataError(ValueError):
     """Something is wrong with the user's data; the message says what, where and what to do."""
 
 
-@dataclass(frozen=True)
-class Phrase:
+# Phrase, Caption and Region are structs of msgspec, not dataclasses: dozens come in a record, made by its parser
+class Phrase(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tuple: Words  # (noun) | (noun, attribute) | (subject, relation, object)
     spans: Spans  # characters of the caption, half open
     regions: Numbers = ()  # ground truth of grounding, where it is known
 
 
-@dataclass(frozen=True)
-class Caption:
+class Caption(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     text: str
     phrases: tuple[Phrase, ...] = ()
 
 
-class Region(NamedTuple):  # there are dozens in a record, and a tuple is made in half the time of a dataclass
+class Region(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     box: tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels
     tag: str
     score: float = 1.0
@@ -81,7 +82,7 @@ class Record:
             "width": self.width,
             "height": self.height,
             "captions": captions_json(self.captions),
-            "regions": [region._asdict() for region in self.regions],
+            "regions": [msgspec.structs.asdict(region) for region in self.regions],
         }
         if self.extractor is not None:
             out["extractor"] = self.extractor._asdict()
@@ -106,12 +107,12 @@ class SidecarEntry:
         if self.captions is not None:
             out["captions"] = captions_json(self.captions)
         if self.regions is not None:
-            out["regions"] = [region._asdict() for region in self.regions]
+            out["regions"] = [msgspec.structs.asdict(region) for region in self.regions]
         return out
 
 
 def captions_json(captions: Sequence[Caption]) -> list[dict[str, Any]]:
-    out = [asdict(caption) for caption in captions]
+    out: list[dict[str, Any]] = msgspec.to_builtins(captions)
     for phrase in (phrase for caption in out for phrase in caption["phrases"]):
         if not phrase["regions"]:
             del phrase["regions"]
@@ -124,15 +125,18 @@ def parse_record(content: bytes | dict[str, Any]) -> Record:
     Raises:
         DataError: for anything that is not a record of schema 1, naming the field and its value.
     """
-    return _record(load_json(content))
+    return _usual_record(content, slice(None)) or _record(load_json(content))
 
 
 def parse_sample_record(content: bytes, caption: int) -> Record:
-    """Like `parse_record`, with one of the captions alone (none where the record has none); the others are not read.
+    """Like `parse_record`, with one of the captions alone (none where the record has none); the others may be bad.
 
     Raises:
         DataError: also where there is no such caption.
     """
+    record = _usual_record(content, slice(caption, caption + 1))
+    if record is not None:
+        return record
     fields = load_json(content)
     captions = fields.get("captions")
     if isinstance(captions, list) and captions:
@@ -148,8 +152,68 @@ def parse_entry(content: bytes | dict[str, Any]) -> Record | SidecarEntry:
     Raises:
         DataError: for anything that is neither, naming the field and its value.
     """
+    record = _usual_record(content, slice(None))
+    if record is not None:
+        return record
     content = load_json(content)
     return _sidecar_entry(content) if "extractor" in content and "image_id" not in content else _record(content)
+
+
+class _Usual(msgspec.Struct, forbid_unknown_fields=True):
+    """`KEY.json` of a record with every field of its own type and no other."""
+
+    schema: Literal[1]
+    image_id: str
+    width: Annotated[int, msgspec.Meta(ge=0, le=MAX_SIDE_PX)]
+    height: Annotated[int, msgspec.Meta(ge=0, le=MAX_SIDE_PX)]
+    captions: tuple[Caption, ...]
+    regions: tuple[Region, ...] = ()
+    extractor: dict[str, str] | msgspec.UnsetType = msgspec.UNSET
+
+
+_usual_decoder = msgspec.json.Decoder(_Usual)
+_FAR_PX = 1e300
+
+
+def _usual_record(content: bytes | dict[str, Any], captions: slice) -> Record | None:
+    """The record of a `KEY.json` that is as most are, with a slice of its captions, in a quarter of `_record`'s time.
+
+    None for whatever is out of the ordinary: `_record` takes it or says what is wrong. So this may be strict, and must
+    never take what that would refuse, nor read anything else out of it.
+    """
+    if not isinstance(content, bytes):
+        return None
+    try:
+        fields = _usual_decoder.decode(content)
+        extractor = _extractor(fields.extractor) if isinstance(fields.extractor, dict) else None
+    except (msgspec.MsgspecError, ValueError, KeyError, RecursionError):
+        return None
+    chosen = fields.captions[captions]
+    if fields.captions and not chosen:
+        return None
+    if min(fields.width, fields.height) < 1 and (fields.width or fields.height or fields.regions):
+        return None
+    for caption in chosen:
+        if not _is_usual(caption, len(fields.regions)):
+            return None
+    for region in fields.regions:
+        x1, y1, x2, y2 = region.box
+        if not (-_FAR_PX < x1 <= x2 < _FAR_PX and -_FAR_PX < y1 <= y2 < _FAR_PX):
+            return None
+    return Record(fields.image_id, fields.width, fields.height, chosen, fields.regions, extractor)
+
+
+def _is_usual(caption: Caption, num_regions: int) -> bool:
+    text_len = len(caption.text)
+    for phrase in caption.phrases:
+        if not 1 <= len(phrase.tuple) <= 3 or not all(phrase.tuple):
+            return False
+        for start, end in phrase.spans:
+            if not 0 <= start < end <= text_len:
+                return False
+        if phrase.regions and not 0 <= min(phrase.regions) <= max(phrase.regions) < num_regions:
+            return False
+    return not caption.text.isspace() and text_len > 0
 
 
 def load_json(content: bytes | dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import msgspec
+
 from mvptr_ds.data.schema import (
     Caption,
     DataError,
@@ -89,7 +91,7 @@ def merge_sidecar(
 def _without_regions(caption: Caption) -> Caption:
     if not any(phrase.regions for phrase in caption.phrases):
         return caption
-    return Caption(caption.text, tuple(dataclasses.replace(phrase, regions=()) for phrase in caption.phrases))
+    return Caption(caption.text, tuple(msgspec.structs.replace(phrase, regions=()) for phrase in caption.phrases))
 
 
 def _check_same_texts(own: Sequence[Caption], others: Sequence[Caption]) -> None:

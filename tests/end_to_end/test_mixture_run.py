@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -35,7 +36,7 @@ def config(shards: Path, tmp_path: Path) -> Path:
 
     def text_alone(record: Record) -> Record:
         captions = (
-            Caption(c.text, tuple(dataclasses.replace(p, regions=()) for p in c.phrases)) for c in record.captions
+            Caption(c.text, tuple(msgspec.structs.replace(p, regions=()) for p in c.phrases)) for c in record.captions
         )
         return dataclasses.replace(record, captions=tuple(captions), regions=(), width=0, height=0)
 

@@ -5,7 +5,18 @@ from typing import Any
 
 import pytest
 
-from mvptr_ds.data.schema import Caption, DataError, Extractor, Phrase, Record, Region, parse_record
+from mvptr_ds.data import schema
+from mvptr_ds.data.schema import (
+    Caption,
+    DataError,
+    Extractor,
+    Phrase,
+    Record,
+    Region,
+    load_json,
+    parse_record,
+    parse_sample_record,
+)
 
 WHOLE = Record(
     "7",
@@ -71,3 +82,44 @@ def region(**changes: Any) -> list[dict[str, Any]]:
 def test_what_is_no_record_is_refused_with_its_reason(content: bytes, message: str) -> None:
     with pytest.raises(DataError, match=message):
         parse_record(content)
+
+
+TWICE = b'{"schema": 1, "image_id": "a", "image_id": "b", "width": 2, "height": 3, "captions": [], "captions": []}'
+USUAL = [
+    changed(),
+    changed(captions=[{"text": "a"}], regions=[]),
+    changed(captions=[], width=0, height=0, regions=[]),
+    changed(regions=region(box=[0, -1, 1.25, 2**70])),
+    changed(image_id="\U0001f415", captions=[{"text": 'a "\\ \n\u20ac'}]),
+    TWICE,
+]
+UNUSUAL = [
+    changed(image_id=7),
+    changed(width="640"),
+    changed(width=640.0),
+    changed(width=True),
+    changed(regions=region(box=["0", "0", "1", "1"])),
+    changed(regions=region(colour="brown")),
+    changed(url="https://example.org/a.jpg"),
+    changed(captions=[{"text": "ab", "phrases": [{"tuple": ["a"], "spans": [[0.5, 1]]}]}]),
+    changed().decode().encode("utf-16"),
+    b"\xef\xbb\xbf" + changed(),
+]
+
+
+@pytest.mark.parametrize(("contents", "is_usual"), [(USUAL, True), (UNUSUAL, False)], ids=["usual", "unusual"])
+def test_records_are_the_same_by_the_quick_way_and_by_the_other(contents: list[bytes], is_usual: bool) -> None:
+    for content in contents:
+        assert (schema._usual_record(content, slice(None)) is not None) == is_usual, content
+        assert parse_record(content) == schema._record(load_json(content)), content
+
+
+def test_one_caption_is_read_and_the_others_may_be_bad() -> None:
+    good = {"text": "a dog", "phrases": [{"tuple": ["dog"], "spans": [[2, 5]], "regions": [0]}]}
+    for other in (good, {"text": ""}, {"text": "a", "phrases": [{"tuple": [], "spans": []}]}, {}, 3):
+        content = changed(captions=[other, good])
+        assert parse_sample_record(content, 1).captions == (Caption("a dog", (Phrase(("dog",), ((2, 5),), (0,)),)),)
+    for caption in (-1, 2):
+        with pytest.raises(DataError, match=f"caption {caption} of a record with 2; rebuild the index"):
+            parse_sample_record(changed(captions=[good, good]), caption)
+    assert parse_sample_record(changed(captions=[]), 0).captions == ()

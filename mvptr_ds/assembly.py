@@ -1,4 +1,4 @@
-"""From the configuration to objects: vocabularies, shards, model. The one place that maps its keys to arguments."""
+"""From the configuration to objects: vocabularies, shards, task. The one place that maps its keys to arguments."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from mvptr_ds import parallel
+from mvptr_ds import ds_config, parallel
 from mvptr_ds.config import Config, DataConfig, MaskingConfig, SourceConfig
 from mvptr_ds.data.batches import Batches
 from mvptr_ds.data.buckets import BucketedBatches
@@ -34,6 +35,7 @@ from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.convert import init_from_bert, load_bert
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.optim import optimizer_choice
+from mvptr_ds.task import Task
 
 logger = logging.getLogger(__name__)
 _POLL_S = 5.0  # how long a collective of the ranks that wait lasts at most
@@ -366,6 +368,29 @@ def build_model(config: Config, vocabs: Vocabs) -> Mvptr:
             logger.info("from %s: %s", config.run.init_from_bert, line)
     model.set_execution(config.model.execution, config.model.activation_checkpointing, config.model.compile)
     return model
+
+
+def build_task(config: Config, stage: str, model: Mvptr, seed: int, per_sample: bool = False) -> Task:
+    """The objectives of a stage over `model`; see there."""
+    section = config.stage(stage)
+    return Task(
+        model,
+        stage,
+        section.weights,
+        config.task,
+        max_text_slots=config.data.max_text_slots,
+        max_steps=section.max_steps,
+        seed=seed,
+        per_sample=per_sample,
+    )
+
+
+def filled_ds_config(config: Config, ds_content: dict[str, Any]) -> dict[str, Any]:
+    """The DeepSpeed JSON for these ranks and their devices. Raises ValueError like `fill_ds_config`."""
+    bf16, fp16 = ds_config.precision_supported()
+    return ds_config.fill_ds_config(
+        ds_content, config.train, config.optim, parallel.num_ranks(), bf16_supported=bf16, fp16_supported=fp16
+    )
 
 
 def kernel_report(

@@ -16,6 +16,8 @@ import torch
 
 from mvptr_ds.config import OptimConfig, TrainConfig
 
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def load_ds_config(path: str | Path) -> dict[str, Any]:
     """The JSON object in `path`.
@@ -111,6 +113,11 @@ def precision_supported() -> tuple[bool, bool]:
 def precision_of(filled: dict[str, Any]) -> str:
     """What the engine computes in: bf16, fp16 or float32."""
     return next((name for name in ("bf16", "fp16") if filled[name].get("enabled")), "float32")
+
+
+def zero_stage_of(filled: dict[str, Any]) -> int:
+    """How much ZeRO cuts among the ranks: 0 nothing, 1 the optimiser's state, 2 gradients too, 3 weights too."""
+    return int(filled.get("zero_optimization", {}).get("stage", 0))
 
 
 def optimizer_device(filled: dict[str, Any], device: torch.device) -> torch.device:

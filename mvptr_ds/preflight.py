@@ -40,13 +40,11 @@ from mvptr_ds.preflight_ranks import (
     on_first,
     run_folder,
 )
-from mvptr_ds.task import Task
 from mvptr_ds.versions import code_sha256, versions
 from mvptr_ds.wandb_run import check_mode
 
 logger = logging.getLogger(__name__)
 LIMIT_S = 60.0
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class PreflightError(ValueError):
@@ -125,17 +123,10 @@ def _settings(config: Config) -> Iterator[Finding]:
 
 def _batch(config: Config, ds_content: dict[str, Any]) -> Iterator[Finding]:
     train, num = config.train, parallel.num_ranks()
-    filled = _filled(config, ds_content)
+    filled = assembly.filled_ds_config(config, ds_content)
     micro = filled["train_micro_batch_size_per_gpu"]
     text = f"{train.batch_size} samples a step = {num} ranks x {train.accumulation_steps} accumulated x {micro}"
     yield Finding("batch", OK, text)
-
-
-def _filled(config: Config, ds_content: dict[str, Any]) -> dict[str, Any]:
-    bf16, fp16 = ds_config.precision_supported()
-    return ds_config.fill_ds_config(
-        ds_content, config.train, config.optim, parallel.num_ranks(), bf16_supported=bf16, fp16_supported=fp16
-    )
 
 
 def _prepare(config: Config) -> list[Finding]:
@@ -227,9 +218,9 @@ def _model(config: Config, ds_content: dict[str, Any], device: torch.device) -> 
         yield Finding("model", OK, f"{num / 1e6:.1f} M parameters")
 
     def run() -> Iterator[Finding]:
-        filled = _filled(config, ds_content)
+        filled = assembly.filled_ds_config(config, ds_content)
         precision, steps_on = ds_config.precision_of(filled), ds_config.optimizer_device(filled, device)
-        for choice in assembly.kernel_report(config, device, DTYPES[precision], steps_on):
+        for choice in assembly.kernel_report(config, device, ds_config.DTYPES[precision], steps_on):
             yield Finding("kernels", OK, str(choice))
         yield from _disk(config, _num_bytes(config, _shapes(config, vocabs[0]), precision))
 
@@ -254,11 +245,7 @@ def _num_bytes(config: Config, model: Mvptr, precision: str) -> dict[str, int]:
     width, num_bytes = 4 if precision == "float32" else 2, {}
     num_all = sum(p.numel() for p in model.parameters())
     for name in config.stage_names:
-        stage = config.stage(name)
-        task = Task(
-            model, name, stage.weights, config.task, max_text_slots=config.data.max_text_slots,
-            max_steps=stage.max_steps, seed=0,
-        )  # fmt: skip
+        task = assembly.build_task(config, name, model, seed=0)
         trained = set(model.parameters_of(task.trained_parts()))
         num_trained = sum(p.numel() for n, p in model.named_parameters() if n in trained)
         num_bytes[name] = (4 + width) * num_all + 12 * num_trained

@@ -57,16 +57,7 @@ def task_without_memory(config: Config, stage: str, vocab: tuple[int, int] | Non
     if vocab is not None:
         model_config.num_rows, model_config.num_phrases = vocab
     with torch.device("meta"):
-        model = Mvptr(model_config)
-        return Task(
-            model,
-            stage,
-            config.stage(stage).weights,
-            config.task,
-            max_text_slots=config.data.max_text_slots,
-            max_steps=config.stage(stage).max_steps,
-            seed=0,
-        )
+        return assembly.build_task(config, stage, Mvptr(model_config), seed=0)
 
 
 def groups_of(task: Task, weight_decay: float) -> tuple[list[list[int]], int]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 
-from mvptr_ds.assembly import Vocabs, model_config
+from mvptr_ds.assembly import Vocabs, build_task, model_config
 from mvptr_ds.config import CONFIGS_DIR, Config, OptimConfig, TrainConfig, load_config
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.wordpiece import WordPiece
@@ -148,18 +148,7 @@ def vocabs() -> Vocabs:
 def build_stages(config: Config, vocabs: Vocabs) -> list[Task]:
     with torch.device("meta"):
         model = Mvptr(model_config(config, vocabs))
-    return [
-        Task(
-            model,
-            stage,
-            config.stage(stage).weights,
-            config.task,
-            max_text_slots=config.data.max_text_slots,
-            max_steps=config.stage(stage).max_steps,
-            seed=config.run.seed,
-        )
-        for stage in {*config.stage_names, "joint"}
-    ]
+    return [build_task(config, stage, model, seed=config.run.seed) for stage in {*config.stage_names, "joint"}]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 8])

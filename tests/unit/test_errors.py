@@ -24,6 +24,7 @@ from mvptr_ds.data.sidecars import sidecar_json
 from mvptr_ds.data.tar_writer import write_tar
 from mvptr_ds.demo.build import build_demo_shards
 from mvptr_ds.ds_config import load_ds_config
+from mvptr_ds.engine import Engine
 from mvptr_ds.optim import build_optimizer
 from mvptr_ds.safeguards import BadSamples, LossScale, SkippedSteps, StopSignal
 from mvptr_ds.trainer import Trainer
@@ -419,13 +420,9 @@ def demo_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def message_of(name: str, place: Place, caplog: pytest.LogCaptureFixture) -> str:
     """What `train.py` prints for a case, on its only rank; it must end with 2 before anything is trained."""
-
-    def build_engine(trainer: Trainer, filled: dict[str, Any]) -> None:
-        trainer.engine = None
-
     place.patch.setattr(parallel, "init", lambda *_: torch.device("cpu"))
-    place.patch.setattr(Trainer, "_build_engine", build_engine)
-    place.patch.setattr(Trainer, "_write_engine", lambda _, path: path.mkdir())
+    place.patch.setattr("mvptr_ds.engine.deepspeed.initialize", lambda **_: (None,))
+    place.patch.setattr(Engine, "save", lambda _, path: path.mkdir())
     place.patch.setattr(Trainer, "_resume", lambda *_: pytest.fail("the checkpoint was taken"))
     place.patch.setattr(Trainer, "train", lambda *_: pytest.fail("it would have trained"))
     CASES[name](place)

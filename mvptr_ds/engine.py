@@ -1,0 +1,182 @@
+"""The DeepSpeed engine of a stage: optimiser, ZeRO and precision around its task.
+
+Beside `parallel` nothing else imports deepspeed: what 0.19.8 needs help with stands here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from mvptr_ds import ds_config, model_folder, parallel
+from mvptr_ds.config import OptimConfig
+from mvptr_ds.data.collate import Batch
+from mvptr_ds.model.mvptr import Mvptr
+from mvptr_ds.optim import build_optimizer, parameter_groups
+from mvptr_ds.safeguards import LossScale
+from mvptr_ds.task import Task, TaskOutput
+
+UNIVERSAL = {"checkpoint": {"load_universal": True}}  # what the JSON of an engine that loads such a checkpoint says
+
+
+class Engine:
+    """A task that is trained: `forward` and `backward` of each micro-batch, each followed by `step`.
+
+    All ranks build it and call its methods together.
+
+    Args:
+        task: parameters that ask for no gradient stay as they are.
+        filled: the DeepSpeed JSON without any `"auto"`.
+    """
+
+    def __init__(
+        self, task: Task, filled: dict[str, Any], optim: OptimConfig, learning_rate: float, device: torch.device
+    ) -> None:
+        self.task, self.model, self.device = task, task.model, device
+        self.zero_stage = ds_config.zero_stage_of(filled)
+        self._untrained = self._copy_untrained()
+        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        self.num_trained = sum(p.numel() for _, p in trained)  # before stage 3 cuts them
+        groups = parameter_groups(trained, optim.weight_decay)
+        self._optimizer = build_optimizer(groups, optim, learning_rate, ds_config.optimizer_device(filled, device))
+        self._deepspeed, *_ = deepspeed.initialize(model=task, optimizer=self._optimizer, config=filled)
+        if self.zero_stage == 3:
+            for parameter in self.model.parameters_used_at_large():
+                deepspeed.zero.register_external_parameter(task, parameter)
+
+    def forward(self, batch: Batch, step: int, accumulation: int) -> TaskOutput:
+        """The task on a micro-batch, in the engine's precision."""
+        output: TaskOutput = self._deepspeed(batch, step, accumulation)
+        return output
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of a micro-batch."""
+        self._deepspeed.backward(loss)
+
+    def step(self) -> None:
+        """Updates the weights, after the last micro-batch of a step; after the others it only counts."""
+        self._deepspeed.step()
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Of the next update."""
+        for group in self._deepspeed.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def was_step_applied(self) -> bool:
+        """False where the last gradient was not finite, on all ranks alike: the weights are as before."""
+        return bool(self._deepspeed.was_step_applied())
+
+    def grad_norm(self) -> float:
+        """Of the last step, before clipping."""
+        norm = self._deepspeed.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    def loss_scale(self) -> LossScale | None:
+        """fp16's; None in other precisions."""
+        scaler = getattr(self._deepspeed.optimizer, "loss_scaler", None)  # of ZeRO; fixed at 1 but for fp16
+        return LossScale(scaler.cur_scale, scaler.min_scale) if scaler is not None and scaler.dynamic else None
+
+    def logit_scale(self) -> float:
+        """Of the contrast: one over its temperature."""
+        with deepspeed.zero.GatheredParameters([self.model.logit_scale]):  # of stage 3; for the others it does nothing
+            return float(self.task.scale().detach())
+
+    def weights(self) -> dict[str, Tensor]:
+        """The whole model on rank 0's host, what is trained in float32 whatever the engine computes in.
+
+        The engine keeps its float32 weights in parts; on the other ranks it is empty.
+        """
+        weights = dict(self._untrained)
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                whole = deepspeed.utils.safe_get_full_fp32_param(parameter)
+                if parallel.is_main():
+                    weights[name] = (parameter if whole is None else whole).detach().cpu().clone()
+        return weights
+
+    def whole_model(self) -> Mvptr:
+        """The model as rank 0 can run it alone: with stage 3, which gathers partitions from all ranks, a copy."""
+        weights = self.weights() if self.zero_stage == 3 else None
+        if weights is None or not parallel.is_main():
+            return self.model
+        return model_folder.copy_of(self.model, weights, self.device)
+
+    def save(self, path: Path) -> None:
+        """Writes the files of all ranks below `path`.
+
+        Raises:
+            OSError, RuntimeError: on a rank whose own could not be written, when all collectives are done.
+        """
+        # raised inside, an error would leave the others in a barrier; the second is private (the script that each
+        # checkpoint gets): constraints.txt pins the version
+        writes = ((self._deepspeed.checkpoint_engine, "save"), (self._deepspeed, "_copy_recovery_script"))
+        with _errors_held_back(*writes) as errors:
+            self._deepspeed.save_checkpoint(str(path.parent), tag=path.name, save_latest=False)
+        if errors:
+            raise errors[0]
+
+    def load(self, path: Path, universal_steps: int | None) -> None:
+        """Puts back weights and optimiser.
+
+        Args:
+            universal_steps: None for what `save` wrote on as many ranks; of a universal checkpoint (elastic.py), for
+                which the engine was built with UNIVERSAL, the number of updates that it holds.
+        """
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
+        self._deepspeed.load_checkpoint(str(path.parent), tag=path.name)
+        if universal_steps is not None:
+            self._mend_optimizer(settings, universal_steps)
+
+    def destroy(self) -> None:
+        """Takes DeepSpeed's hooks off the model."""
+        self._deepspeed.destroy()
+
+    def _copy_untrained(self) -> dict[str, Tensor]:
+        """Keeps on rank 0 what is not trained as it is, before DeepSpeed rounds or partitions it."""
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        state = self.model.state_dict() if parallel.is_main() else {}
+        return {name: tensor.detach().clone() for name, tensor in state.items() if name not in trained}
+
+    def _mend_optimizer(self, settings: list[dict[str, Any]], num_steps: int) -> None:
+        """What deepspeed 0.19.8 gets wrong when it reads a universal checkpoint.
+
+        Stage 3 gives every group the first one's weight decay, and one step count to all, which each of them then
+        raises; the other stages leave the count on the host, where CUDA's fused AdamW does not take it.
+        """
+        for group, ours in zip(self._optimizer.param_groups, settings, strict=True):
+            group.update(ours)
+            if "step" in group:  # apex counts the steps of a group
+                group["step"] = num_steps
+        for parameter, state in self._optimizer.state.items():
+            if "step" in state:
+                state["step"] = state["step"].to(parameter.device, copy=True)
+
+
+@contextmanager
+def _errors_held_back(*writes: tuple[Any, str]) -> Iterator[list[Exception]]:
+    """While inside, these methods, each as (owner, name), raise no error of a write; the list gets it."""
+    errors: list[Exception] = []
+
+    def holding_back(write: Callable[..., Any]) -> Callable[..., Any]:
+        def held_back(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return write(*args, **kwargs)
+            except (OSError, RuntimeError) as error:
+                errors.append(error)
+                return False
+
+        return held_back
+
+    for owner, name in writes:
+        setattr(owner, name, holding_back(getattr(owner, name)))
+    try:
+        yield errors
+    finally:
+        for owner, name in writes:
+            delattr(owner, name)  # that of its class again

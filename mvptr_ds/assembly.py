@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import re
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,10 +34,10 @@ from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.convert import init_from_bert, load_bert
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.optim import optimizer_choice
+from mvptr_ds.parallel import on_main
 from mvptr_ds.task import Task
 
 logger = logging.getLogger(__name__)
-_POLL_S = 5.0  # how long a collective of the ranks that wait lasts at most
 NO_MASKING = MaskingConfig(word_prob=0.0, phrase_prob=0.0, tag_prob=0.0)
 
 
@@ -46,34 +45,6 @@ NO_MASKING = MaskingConfig(word_prob=0.0, phrase_prob=0.0, tag_prob=0.0)
 class Vocabs:
     words: WordPiece
     phrases: PhraseVocab
-
-
-def on_main(function: Callable[[], object]) -> None:
-    """Runs `function` on rank 0 while the others wait; its error is raised on every rank.
-
-    It may take hours, as the index of a large folder does: the others wait in one short collective after the other, so
-    that no collective runs into its time limit. Hence it runs in a thread of its own, and uses no collective itself.
-    """
-    if parallel.num_ranks() == 1:
-        function()
-        return
-    with ThreadPoolExecutor(1) as pool:
-        work = pool.submit(function) if parallel.is_main() else None
-        while not parallel.broadcast_object(work is not None and bool(wait([work], _POLL_S).done)):
-            pass
-    error = None if work is None else work.exception()
-    error = parallel.broadcast_object(None if error is None else _portable(error))
-    if error is not None:
-        raise error
-
-
-def _portable(error: BaseException) -> BaseException:
-    """The error, or one that says the same where it cannot be sent to another process."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever its own constructor or contents raise
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
 
 
 def read_options(data: DataConfig) -> ReadOptions:
@@ -274,10 +245,9 @@ def _open_lengths(index: SampleIndex, builder: SampleBuilder, folder: Path, aliv
     if not parallel.broadcast_object(parallel.is_main() and path.is_file()):
         ends = [index.num_records * part // parallel.num_ranks() for part in range(parallel.num_ranks() + 1)]
         records = range(ends[parallel.rank()], ends[parallel.rank() + 1])
-        with ThreadPoolExecutor(1) as pool:  # as `on_main`
+        with ThreadPoolExecutor(1) as pool:
             work = pool.submit(measure, index, builder, records, show_progress=parallel.is_main())
-            while not all(parallel.gather_objects(bool(wait([work], _POLL_S).done))):
-                alive()
+            parallel.wait_for_all(work, alive)
         parts = parallel.gather_objects(work.result())
         on_main(lambda: write_lengths(path, np.concatenate(parts)))
     return np.load(path, mmap_mode="r", allow_pickle=False)

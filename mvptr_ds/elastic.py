@@ -23,14 +23,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from mvptr_ds import parallel
-from mvptr_ds.assembly import on_main
 from mvptr_ds.checkpointing import CHECKSUMS, CheckpointError
 from mvptr_ds.config import TrainConfig
 from mvptr_ds.ds_config import rounded_batch_size
 
 logger = logging.getLogger(__name__)
 FOLDER = "universal"  # of a stage
-POLL_S = 5.0  # how long a collective of the ranks that wait lasts at most
 SAY_EVERY_S = 60.0
 JOINABLE = ({1, 2}, {3})  # ZeRO stages whose universal checkpoints read alike
 
@@ -94,11 +92,10 @@ def must_convert(checkpoint: Path, saved: dict[str, Any], num_ranks: int, zero_s
     )
 
 
-def convert(checkpoint: Path, folder: Path, alive: Callable[[], None] = lambda: None) -> Path:
+def convert(checkpoint: Path, folder: Path, alive: Callable[[], None] | None = None) -> Path:
     """The universal checkpoint of `checkpoint` in `folder`; all ranks call it.
 
-    Rank 0 converts, in a process of its own, unless it was done before; the others wait in one short collective after
-    the other, so that no time limit of a collective matters, however long it takes.
+    Rank 0 converts, in a process of its own, unless it was done before.
 
     Args:
         alive: called all the while.
@@ -107,33 +104,25 @@ def convert(checkpoint: Path, folder: Path, alive: Callable[[], None] = lambda: 
         CheckpointError: on all ranks, with what the converter said.
     """
     target = folder / parallel.broadcast_object(_name(checkpoint) if parallel.is_main() else None)
-    run: list[tuple[subprocess.Popen[bytes], IO[bytes], Path]] = []
+    parallel.on_main(lambda: _convert(checkpoint, folder, target), alive)
+    return target
 
-    def start() -> None:
-        for stale in folder.glob("*"):
-            if stale != target:
-                shutil.rmtree(stale)
-        if not target.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            partial = Path(tempfile.mkdtemp(prefix="partial-", dir=folder))
-            output = tempfile.TemporaryFile()  # noqa: SIM115  (read when the process has ended)
-            run.append((_start(checkpoint / "engine", partial / "engine", output), output, partial))
 
-    on_main(start)
-    code = _wait(run[0][0] if run else None, checkpoint, alive)
-
-    def finish() -> None:
-        if not run:
-            return
-        _, output, partial = run[0]
-        if code == 0:
-            os.replace(partial, target)
-        else:
+def _convert(checkpoint: Path, folder: Path, target: Path) -> None:
+    for stale in folder.glob("*"):
+        if stale != target:
+            shutil.rmtree(stale)
+    if target.exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix="partial-", dir=folder))
+    logger.info("%s is converted for %d ranks and this ZeRO stage", checkpoint, parallel.num_ranks())
+    with tempfile.TemporaryFile() as output:
+        code = _run_converter(checkpoint / "engine", partial / "engine", output)
+        if code != 0:
             shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(_failure(checkpoint, folder, code, output))
-
-    on_main(finish)
-    return target
+    os.replace(partial, target)
 
 
 def _name(checkpoint: Path) -> str:
@@ -141,40 +130,24 @@ def _name(checkpoint: Path) -> str:
     return f"{checkpoint.name}-{hashlib.sha256((checkpoint / CHECKSUMS).read_bytes()).hexdigest()[:8]}"
 
 
-def _start(source: Path, target: Path, output: IO[bytes]) -> subprocess.Popen[bytes]:
+def _run_converter(source: Path, target: Path, output: IO[bytes]) -> int:
+    """Its exit code; says now and then that it still runs."""
     arguments = ["--input_folder", str(source), "--output_folder", str(target), "--inject_missing_state"]
     # one worker each: more of them hold more of the checkpoint in memory, beside the ranks
     arguments += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
     alone = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     environment = alone | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, str(Path(__file__).with_name("ds_to_universal.py")), *arguments]
-    return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-
-
-def _wait(process: subprocess.Popen[bytes] | None, checkpoint: Path, alive: Callable[[], None]) -> int:
-    """The exit code of rank 0's process, on all ranks; 0 where there is none."""
-    started_s = said_s = time.monotonic()
-    if process is not None:
-        logger.info("%s is converted for %d ranks and this ZeRO stage", checkpoint, parallel.num_ranks())
+    started_s = time.monotonic()
+    process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
     while True:
-        code = 0 if process is None else _poll(process)
-        code = parallel.broadcast_object(code)
-        alive()
-        now_s = time.monotonic()
-        if code is not None:
-            if process is not None:
-                logger.info("... which took %.0f s", now_s - started_s)
-            return int(code)
-        if process is not None and now_s > said_s + SAY_EVERY_S:
-            said_s = now_s
-            logger.info("... for %.0f s so far", now_s - started_s)
-
-
-def _poll(process: subprocess.Popen[bytes]) -> int | None:
-    try:
-        return process.wait(POLL_S)
-    except subprocess.TimeoutExpired:
-        return None
+        try:
+            code = process.wait(SAY_EVERY_S)
+        except subprocess.TimeoutExpired:
+            logger.info("... for %.0f s so far", time.monotonic() - started_s)
+        else:
+            logger.info("... which took %.0f s", time.monotonic() - started_s)
+            return code
 
 
 def _failure(checkpoint: Path, folder: Path, code: int, output: IO[bytes]) -> str:

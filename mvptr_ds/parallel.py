@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import re
 import socket
 from collections.abc import Callable, MutableMapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -24,6 +26,7 @@ if not torch.cuda.is_available():  # deepspeed picks its accelerator when it is 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+POLL_S = 5.0  # how long a collective of ranks that wait for another's work lasts at most
 _timed: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
@@ -150,6 +153,51 @@ def gather_objects(value: Any) -> list[Any]:
     out: list[Any] = [None] * num_ranks()
     dist.all_gather_object(out, value)
     return out
+
+
+def on_main(function: Callable[[], object], alive: Callable[[], None] | None = None) -> None:
+    """Runs `function` on rank 0 while the others wait; its error is raised on every rank.
+
+    It may take hours, as the index of a large folder does. Of several ranks, 0 runs it in a thread of its own: it uses
+    no collective itself.
+
+    Args:
+        alive: called all the while, on every rank.
+    """
+    if num_ranks() == 1 and alive is None:
+        function()
+        return
+    with ThreadPoolExecutor(1) as pool:
+        work = pool.submit(function) if is_main() else None
+        wait_for_all(work, alive)
+    error = None if work is None else work.exception()
+    error = broadcast_object(None if error is None else _portable(error))
+    if error is not None:
+        raise error
+
+
+def wait_for_all(work: Future[Any] | None, alive: Callable[[], None] | None = None) -> None:
+    """Waits until the work of every rank is done, well or not; of a rank that has none: None.
+
+    However long it takes, they wait in one short collective after the other, so that none runs into its time limit.
+
+    Args:
+        alive: called after each of them.
+    """
+    done = False
+    while not done:
+        done = all(gather_objects(work is None or bool(wait([work], POLL_S).done)))
+        if alive is not None:
+            alive()
+
+
+def _portable(error: BaseException) -> BaseException:
+    """The error, or one that says the same where it cannot be sent to another process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever its own constructor or contents raise
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ if __name__ == "__main__":  # a script's own folder comes first on the path, whe
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from mvptr_ds import parallel, preflight
-from mvptr_ds.assembly import on_main, prepare_shards
+from mvptr_ds.assembly import prepare_shards
 from mvptr_ds.checkpointing import CheckpointError, find_model, first_model, newest_state
 from mvptr_ds.config import load_config, save_config
 from mvptr_ds.data.schema import DataError
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace, stop: StopSignal) -> int:
     else:
         check_mode(config.wandb.mode)
         prepare_shards(config.data, config.run.seed, parallel.num_ranks())
-    on_main(lambda: save_config(config, Path(config.run.dir) / "config.yaml"))
+    parallel.on_main(lambda: save_config(config, Path(config.run.dir) / "config.yaml"))
     init_from = first_model(config)
     for stage in config.stage_names:
         stacks = Path(config.run.dir) / stage / f"stacks-rank{parallel.rank()}.txt"

@@ -72,7 +72,7 @@ class Trainer:
         self.meters = self._build_meters()
         self.log = MetricsLog(self.dir, self.step, config.wandb, asdict(config))
         content = json.dumps(filled, indent=1) + "\n"
-        assembly.on_main(lambda: (self.dir / "ds_config.json").write_text(content, encoding="utf-8"))
+        parallel.on_main(lambda: (self.dir / "ds_config.json").write_text(content, encoding="utf-8"))
 
     def train(self) -> bool:
         """Trains to `max_steps`, or to the step at which a signal asks to stop; both are saved. True at the end."""
@@ -281,7 +281,7 @@ class Trainer:
         else:
             checkpointing.seed_rng(self.seed, self.step)
         parallel.barrier()
-        assembly.on_main(lambda: shutil.rmtree(self.dir / elastic.FOLDER, ignore_errors=True))
+        parallel.on_main(lambda: shutil.rmtree(self.dir / elastic.FOLDER, ignore_errors=True))
         self.skipped.total = state["skipped_steps"]
         self.bad_samples.count(state["samples"]["bad"], state["samples"]["read"])
         logger.info("%s goes on from step %d (%s)", self.dir.name, self.step, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,7 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from mvptr_ds import assembly, parallel
-from mvptr_ds.assembly import on_main
+from mvptr_ds import parallel
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.ds_config import fill_ds_config, load_ds_config
 from mvptr_ds.metrics import Meters
@@ -53,24 +53,37 @@ def check_errors_of_rank_0() -> None:
 
     for function, kind, text in ((fail_as_user, DataError, "shard 7 is cut"), (fail_oddly, Exception, "odd failure")):
         try:
-            on_main(function)
+            parallel.on_main(function)
         except kind as error:
             assert text in str(error), error
         else:
             raise AssertionError(f"rank {parallel.rank()} heard nothing of {text!r}")
     ran: list[int] = []
-    on_main(lambda: ran.append(1))
+    parallel.on_main(lambda: ran.append(1))
     assert len(ran) == (1 if parallel.is_main() else 0)
 
 
-def check_long_work_of_rank_0() -> None:
-    """It may take longer than any collective."""
-    assembly._POLL_S = 0.2
-    _set_pg_timeout(timedelta(seconds=2))
+def check_long_work() -> None:
+    """That of one rank may take longer than any collective; all the while every rank shows that it lives."""
+    alive_s = [time.monotonic()]
+    parallel.POLL_S = 0.2
+    _set_pg_timeout(timedelta(seconds=4))
     try:
-        on_main(lambda: time.sleep(5))
+        parallel.on_main(lambda: time.sleep(9), lambda: alive_s.append(time.monotonic()))
     finally:
         _set_pg_timeout(timedelta(minutes=30))
+    assert alive_s[-1] - alive_s[0] >= 9.0 and len(alive_s) > 9, alive_s
+
+
+def check_work_of_each_rank() -> None:
+    """All wait for the last; work that fails is ended, too."""
+    started_s = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        work = pool.submit(int, "one") if parallel.is_main() else pool.submit(time.sleep, 1.0)
+        parallel.wait_for_all(work)
+        assert work.done() and time.monotonic() - started_s >= 1.0
+        parallel.wait_for_all(work if parallel.is_main() else None)
+        assert not parallel.is_main() or isinstance(work.exception(), ValueError)
 
 
 def train(case: str) -> dict[str, Any]:
@@ -114,7 +127,8 @@ def main() -> None:
     parallel.init()
     check_gather()
     check_errors_of_rank_0()
-    check_long_work_of_rank_0()
+    check_long_work()
+    check_work_of_each_rank()
     results = {case: train(case) for case in CASES}
     if parallel.is_main():
         torch.save(results, Path(sys.argv[1]) / "ranks.pt")

@@ -136,7 +136,7 @@ def batch_not_divisible(place: Place) -> None:
     place.patch.setattr("mvptr_ds.parallel.num_ranks", lambda: 3)
     place.patch.setattr("mvptr_ds.parallel.broadcast_object", lambda value: value)
     place.patch.setattr("mvptr_ds.train.prepare_shards", lambda *_: None)
-    place.patch.setattr("mvptr_ds.train.on_main", lambda function: function())
+    place.patch.setattr("mvptr_ds.parallel.on_main", lambda function: function())
 
 
 @case

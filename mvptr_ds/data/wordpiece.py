@@ -23,6 +23,9 @@ from mvptr_ds.data.schema import DataError
 BERT_VOCAB = Path(__file__).resolve().parent / "bert-base-uncased-vocab.txt"
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _UNUSED = re.compile(r"\[unused\d+\]")
+_ASCII_WORDS = re.compile(r"[0-9A-Za-z]+|[^0-9A-Za-z ]")  # as BERT parts printable ASCII: runs, and the rest alone
+_MAX_KNOWN_WORDS, _MAX_KNOWN_CHARS = 50_000, 32
+Spans = list[tuple[int, int]]
 
 
 class WordPiece:
@@ -69,6 +72,7 @@ class WordPiece:
         self._tokenizer.normalizer = BertNormalizer(lowercase=True)
         self._tokenizer.pre_tokenizer = BertPreTokenizer()
         self._tokenizer.decoder = WordPieceDecoder(prefix="##")
+        self._known: dict[str, tuple[list[int], Spans]] = {}  # words already seen -> their rows and spans
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -79,10 +83,30 @@ class WordPiece:
     def __setstate__(self, state: tuple[list[str], str]) -> None:
         self._setup(*state)
 
-    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode(self, text: str) -> tuple[list[int], Spans]:
         """Rows of the text's pieces, no specials, and for each the half-open character range it came from."""
+        if not (text.isascii() and text.isprintable()):
+            return self._encode(text)
+        ids: list[int] = []
+        spans: Spans = []
+        for match in _ASCII_WORDS.finditer(text):  # words come again and again: 2/5 of the tokenizer's time
+            start = match.start()
+            word_ids, word_spans = self._known.get(match[0]) or self._learn(match[0])
+            ids += word_ids
+            spans += [(start + first, start + end) for first, end in word_spans]
+        return ids, spans
+
+    def _encode(self, text: str) -> tuple[list[int], Spans]:
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
+
+    def _learn(self, word: str) -> tuple[list[int], Spans]:
+        encoded = self._encode(word)
+        if len(word) <= _MAX_KNOWN_CHARS:
+            if len(self._known) >= _MAX_KNOWN_WORDS:
+                self._known.clear()
+            self._known[word] = encoded
+        return encoded
 
     def encode_words(self, words: Sequence[str]) -> list[list[int]]:
         """Rows of each string's pieces, string by string."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from mvptr_ds.data import wordpiece
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.data.wordpiece import WordPiece
 
@@ -30,6 +31,24 @@ def test_text_never_becomes_a_special_token() -> None:
     words = WordPiece()
     ids, _ = words.encode("a [MASK] [SEP] [CLS] [PAD] b")
     assert not {words.mask_id, words.sep_id, words.cls_id, words.pad_id} & set(ids)
+
+
+def test_known_words_give_what_the_tokenizer_gives() -> None:
+    """Every pair of printable ASCII characters between two words, and words of any length; each text twice."""
+    words, printable = WordPiece(), [chr(code) for code in range(32, 127)]
+    texts = [f"A dog{first}{second}Frisbees" for first in printable for second in printable]
+    texts += ["", " ", "a" * 33, "no " + "x" * 101 + "-y", "[MASK] ##s 3,000", "caf\u00e9 1", "a\tb\x00c", "x\x7fy"]
+    for text in texts:
+        assert words.encode(text) == words.encode(text) == words._encode(text), text
+    assert max(map(len, words._known)) <= 32
+
+
+def test_known_words_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wordpiece, "_MAX_KNOWN_WORDS", 3)
+    words = WordPiece()
+    for text in ("a dog on a red surfboard", "a red dog"):
+        assert words.encode(text) == words._encode(text)
+        assert len(words._known) <= 3
 
 
 def test_pickles_with_the_same_results() -> None:

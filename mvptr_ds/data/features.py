@@ -196,6 +196,8 @@ class SampleBuilder:
             of_tag = self.pieces_of(tag)
             pieces += of_tag
             candidates += [number != wrong] * len(of_tag)
+            if len(pieces) >= options.max_tag_slots - 2:
+                break
         ids_G = layout_tags(pieces, self.words.cls_id, self.words.sep_id, options.max_tag_slots)
         candidates_G = np.array([*candidates[: len(ids_G) - 1], False])
         return mask_words(ids_G, candidates_G, rng, options.tag_prob, self.words.mask_id, self.words.ordinary_ids)

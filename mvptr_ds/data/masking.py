@@ -29,7 +29,7 @@ def mask_words(
     Each candidate (bool [N]) is picked with `prob`; 80 % of the picked become `mask_id`, 10 % one of `random_ids`.
     """
     slots = (candidates_N & (rng.random(len(ids_N)) < prob)).nonzero()[0]
-    labels_N = np.full(len(ids_N), IGNORE, dtype=np.int64)
+    labels_N = _no_labels(len(ids_N))
     labels_N[slots] = ids_N[slots]
     return _replace(ids_N, slots, rng, mask_id, random_ids), labels_N
 
@@ -37,13 +37,25 @@ def mask_words(
 def _replace(
     ids_N: np.ndarray, slots: np.ndarray, rng: np.random.Generator, mask_id: int, random_ids: np.ndarray
 ) -> np.ndarray:
+    """The picked slots replaced. A few of them at a time, so a loop takes less than numpy's calls."""
     out_N = ids_N.copy()
-    if len(slots):
-        chance = rng.random(len(slots))
-        out_N[slots[chance < MASK_SHARE]] = mask_id
-        random_slots = slots[(chance >= MASK_SHARE) & (chance < MASK_SHARE + RANDOM_SHARE)]
+    if not len(slots):
+        return out_N
+    random_slots = []
+    for slot, chance in zip(slots.tolist(), rng.random(len(slots)).tolist(), strict=True):
+        if chance < MASK_SHARE:
+            out_N[slot] = mask_id
+        elif chance < MASK_SHARE + RANDOM_SHARE:
+            random_slots.append(slot)
+    if random_slots:
         out_N[random_slots] = random_ids[rng.integers(len(random_ids), size=len(random_slots))]
     return out_N
+
+
+def _no_labels(num_slots: int) -> np.ndarray:
+    labels_N = np.empty(num_slots, dtype=np.int64)
+    labels_N.fill(IGNORE)  # in a third of the time of np.full
+    return labels_N
 
 
 @dataclass(frozen=True)
@@ -82,8 +94,9 @@ def mask_text(
     words_T[0] = words_T[-1] = False
     slots_P = phrase_mask_T.nonzero()[0]
     picked_P = rng.random(len(slots_P)) < how.phrase_prob
+    labelled = how.predict_phrases and np.count_nonzero(picked_P) > 0
     hidden_T = None
-    if how.predict_phrases and picked_P.any():
+    if labelled:
         hidden_P = picked_P & _shared_coin(words_of_PT, picked_P, rng)
         hidden_T = words_of_PT[hidden_P].any(axis=0)
         words_T &= ~words_of_PT[picked_P].any(axis=0)
@@ -93,10 +106,10 @@ def mask_text(
         masked_T[hidden_T] = how.mask_id
         word_labels_T[hidden_T] = ids_T[hidden_T]
 
-    phrase_labels_T = np.full(len(ids_T), IGNORE, dtype=np.int64)
+    phrase_labels_T = _no_labels(len(ids_T))
     if len(slots_P):
-        leak_P = (words_of_PT & (word_labels_T != IGNORE)).any(axis=1)
-        if how.predict_phrases:
+        leak_P = words_of_PT @ (word_labels_T != IGNORE)  # of bools: whether any of the phrase's words is
+        if labelled:
             phrase_labels_T[slots_P[picked_P]] = phrase_indices_P[picked_P]
             leak_P &= ~picked_P
         masked_T = _replace(masked_T, slots_P[picked_P & ~leak_P], rng, how.mask_id, how.random_phrase_rows)

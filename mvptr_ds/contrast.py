@@ -80,7 +80,7 @@ class Pool:
             (~takes_image_B, own.image_ND, all_.text_ND),
         ):
             for rows in takes_B.nonzero().flatten().split(self.rows_at_once):
-                there = rows.to(others_B.device)
+                there = rows.to(others_B.device, non_blocking=True)
                 same_image_KN = own.image_index_N[there, None] == all_.image_index_N
                 sim_KN = queries_BD[there].detach() @ keys_ND.detach().T
                 others_B[there] = hard_negatives.choose(mode, sim_KN, same_image_KN, draw_B[rows], scale.detach())

@@ -17,6 +17,7 @@ from torch import Tensor
 from mvptr_ds import ds_config, model_folder, parallel
 from mvptr_ds.config import OptimConfig
 from mvptr_ds.data.collate import Batch
+from mvptr_ds.grad_norm import spare_kernels
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.optim import build_optimizer, parameter_groups
 from mvptr_ds.safeguards import LossScale
@@ -46,6 +47,7 @@ class Engine:
         groups = parameter_groups(trained, optim.weight_decay)
         self._optimizer = build_optimizer(groups, optim, learning_rate, ds_config.optimizer_device(filled, device))
         self._deepspeed, *_ = deepspeed.initialize(model=task, optimizer=self._optimizer, config=filled)
+        spare_kernels(self._deepspeed.optimizer)
         if self.zero_stage == 3:
             for parameter in self.model.parameters_used_at_large():
                 deepspeed.zero.register_external_parameter(task, parameter)

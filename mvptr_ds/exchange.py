@@ -25,7 +25,7 @@ class Route:
     must be known on the host. With one rank, or within one, nothing is sent.
 
     Args:
-        lengths_B: int64, rows of each of this rank's samples.
+        lengths_B: int64, rows of each of this rank's samples; on the host.
         wanted_B: int64, the sample that each of this rank's samples asks for: its place among those of all ranks, B on
             each and in their order; its own are allowed.
         across: False: the places are those of this rank's own samples.
@@ -36,10 +36,13 @@ class Route:
     """
 
     def __init__(self, lengths_B: Tensor, wanted_B: Tensor, across: bool = True) -> None:
-        told_2B = torch.stack([lengths_B, wanted_B.to(lengths_B.device)])
-        told_R2B = (parallel.gather(told_2B[None]) if across else told_2B[None]).cpu()
+        if across:
+            told_2B = torch.stack([lengths_B.to(wanted_B.device, non_blocking=True), wanted_B])
+            told_R2B = parallel.gather(told_2B[None]).cpu()
+        else:
+            told_R2B = torch.stack([lengths_B, wanted_B.cpu()])[None]
         self.own = parallel.rank() if across else 0
-        self._plan(told_R2B[:, 0], told_R2B[:, 1], lengths_B.device)
+        self._plan(told_R2B[:, 0], told_R2B[:, 1], wanted_B.device)
 
     def _plan(self, lengths_RB: Tensor, wanted_RB: Tensor, device: torch.device) -> None:
         num_ranks, num_own = lengths_RB.shape
@@ -52,11 +55,11 @@ class Route:
 
         own_lengths_B = lengths_RB[self.own]
         asked = wanted_RB[asked_RB] - self.own * num_own
-        self.sent = _rows(_starts(own_lengths_B)[asked], own_lengths_B[asked]).to(device)
+        self.sent = _rows(_starts(own_lengths_B)[asked], own_lengths_B[asked]).to(device, non_blocking=True)
         arrival_B = owner_B.argsort(stable=True)  # rows come in the order of ranks, not of the samples that asked
         starts_B = torch.empty_like(num_rows_B)
         starts_B[arrival_B] = _starts(num_rows_B[arrival_B])
-        self.restored = _rows(starts_B, num_rows_B).to(device)
+        self.restored = _rows(starts_B, num_rows_B).to(device, non_blocking=True)
         self.num_rows = int(own_lengths_B.sum())
         self.lengths: list[int] = num_rows_B.tolist()
 

@@ -87,7 +87,7 @@ def has_negative(image_index_B: Tensor, image_index_N: Tensor) -> Tensor:
 def _inverse_cdf(weights_BN: Tensor, draw_B: Tensor) -> Tensor:
     """The column whose share of the row's cumulated weight holds `draw_B`; never one of weight zero, if one has any."""
     cdf_BN = weights_BN.cumsum(-1)
-    target_B1 = draw_B.to(cdf_BN).unsqueeze(-1) * cdf_BN[:, -1:]
+    target_B1 = draw_B.to(cdf_BN.device, cdf_BN.dtype, non_blocking=True).unsqueeze(-1) * cdf_BN[:, -1:]
     index_B = torch.searchsorted(cdf_BN, target_B1, right=True).squeeze(-1)
     last_B = (weights_BN > 0).to(torch.int64).cumsum(-1).argmax(-1)  # rounding may point past the last weight
     return index_B.minimum(last_B)

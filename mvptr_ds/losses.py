@@ -35,13 +35,13 @@ class LossSum:
         """Sum of the values, also by the sample that owns each (int64 [K])."""
         both_K2 = torch.stack([values_K.detach(), torch.ones_like(values_K)], dim=1)
         per_sample_B2 = both_K2.new_zeros(num_samples, 2).index_add_(0, owner_K, both_K2)
-        return cls(values_K.sum(), values_K.new_tensor(float(values_K.numel())), per_sample_B2)
+        return cls(values_K.sum(), values_K.new_full((), values_K.numel()), per_sample_B2)
 
     @classmethod
     def of(cls, values: Tensor, valid: Tensor | None = None) -> LossSum:
         """Sum of `values` where `valid` (default: everywhere); invalid entries give no gradient, whatever they hold."""
         if valid is None:
-            return cls(values.sum(), values.new_tensor(float(values.numel())))
+            return cls(values.sum(), values.new_full((), values.numel()))
         return cls(torch.where(valid, values, 0.0).sum(), valid.sum().to(values.dtype))
 
 
@@ -112,17 +112,17 @@ class _Contrast(torch.autograd.Function):
         ctx.places = first, rows_at_once
         out_B = torch.empty_like(queries_BD[:, 0])
         inputs = (queries_BD, keys_ND, scale, image_index_B, image_index_N, first, rows_at_once)
-        for rows, own_K, logits_KN in _Contrast._logits(*inputs):
-            out_B[rows] = F.cross_entropy(logits_KN, own_K, reduction="none")
+        for rows, own, logits_KN in _Contrast._logits(*inputs):
+            out_B[rows] = logits_KN.logsumexp(-1) - logits_KN.diagonal(own)
         return out_B
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         queries_BD, keys_ND, scale, *images = ctx.saved_tensors
         to_queries_BD, to_keys_ND = torch.empty_like(queries_BD), torch.zeros_like(keys_ND)
-        for rows, own_K, logits_KN in _Contrast._logits(queries_BD, keys_ND, scale, *images, *ctx.places):
+        for rows, own, logits_KN in _Contrast._logits(queries_BD, keys_ND, scale, *images, *ctx.places):
             to_logits_KN = logits_KN.softmax(-1)
-            to_logits_KN[torch.arange(len(own_K), device=own_K.device), own_K] -= 1.0
+            to_logits_KN.diagonal(own).sub_(1.0)
             to_logits_KN *= grads[0][rows, None]
             to_queries_BD[rows] = to_logits_KN @ keys_ND
             to_keys_ND.addmm_(to_logits_KN.T, queries_BD[rows])
@@ -138,15 +138,14 @@ class _Contrast(torch.autograd.Function):
         image_index_N: Tensor,
         first: int,
         rows_at_once: int,
-    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Some queries at a time: which, the places of their own keys, their logits (-inf where left out)."""
+    ) -> Iterator[tuple[slice, int, Tensor]]:
+        """Some queries at a time: which, the diagonal of their own keys, their logits (-inf where left out)."""
         for start in range(0, len(queries_BD), rows_at_once):
             rows = slice(start, start + rows_at_once)
             logits_KN = (queries_BD[rows] @ keys_ND.T).mul_(scale)
-            own_K = torch.arange(len(logits_KN), device=logits_KN.device) + (first + start)
             left_out_KN = image_index_B[rows, None] == image_index_N
-            left_out_KN[torch.arange(len(own_K), device=own_K.device), own_K] = False
-            yield rows, own_K, logits_KN.masked_fill_(left_out_KN, float("-inf"))
+            left_out_KN.diagonal(first + start).fill_(False)
+            yield rows, first + start, logits_KN.masked_fill_(left_out_KN, float("-inf"))
 
 
 def itm(matched_logits_B2: Tensor, mismatched_logits_B2: Tensor, has_negative_B: Tensor) -> LossSum:
@@ -182,7 +181,9 @@ def phrase_region_score(
     sim_BTR = sim_BTR.masked_fill(~region_mask_BR[:, None, :], float("-inf"))
     highest_BTk = sim_BTR.topk(min(top_k, sim_BTR.shape[-1]), dim=-1).values
     num_choices_B1 = region_mask_BR.sum(-1, keepdim=True).clamp(max=top_k)
-    choice_BT = (draw_BT.to(num_choices_B1.device) * num_choices_B1).long().minimum(num_choices_B1 - 1)
+    choice_BT = (
+        (draw_BT.to(num_choices_B1.device, non_blocking=True) * num_choices_B1).long().minimum(num_choices_B1 - 1)
+    )
     taken_BT = highest_BTk.gather(-1, choice_BT.unsqueeze(-1)).squeeze(-1)
     return torch.where(phrase_mask_BT, taken_BT, 0.0).sum(-1) / phrase_mask_BT.sum(-1).clamp(min=1)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,10 +20,10 @@ from mvptr_ds.config import TaskConfig, WeightsConfig
 from mvptr_ds.contrast import SCOPES, Globals, Pool
 from mvptr_ds.data.collate import Batch
 from mvptr_ds.hard_negatives import Draws
-from mvptr_ds.losses import IGNORE, LossSum
+from mvptr_ds.losses import LossSum
 from mvptr_ds.model.mvptr import Mvptr, TableRows
-from mvptr_ds.model.packed import Packed, concat
-from mvptr_ds.packed_batch import PackedBatch
+from mvptr_ds.model.packed import Packed, concat, on_device
+from mvptr_ds.packed_batch import PackedBatch, Picked
 
 STAGE1_OBJECTIVES = ("mcr_tags", "mcr_regions", "mcr_phrases", "mlm")
 STAGE2_OBJECTIVES = ("vsc", "wpg", "wpg_cross", "itm", "mlm", "mcr_tags", "mcr_regions")
@@ -168,24 +169,25 @@ class Task(nn.Module):
 
     def _stage1(self, batch: Batch) -> dict[str, LossSum]:
         parts: dict[str, LossSum] = {}
-        model, packed = self.model, PackedBatch.of(batch)
+        model, packed = self.model, PackedBatch.of(batch, self.model.device)
         table = model.read_table(packed.text_ids, packed.tag_ids, phrases="mcr_phrases" in self.weights)
         if self.weights.keys() & {"mlm", "mcr_phrases"}:
             text = model.encode_text(packed.text_ids, table.text_ND)
             if "mlm" in self.weights:
                 parts["mlm"] = self._mlm(packed, text, table)
             if "mcr_phrases" in self.weights:
-                picked_N = packed.phrase_labels_N != IGNORE
-                labels_K = packed.phrase_labels_N[picked_N]
+                masked = packed.masked_phrases
                 assert table.phrases_PD is not None
-                nll_K = model.phrase_head.nll(text.rows[picked_N], labels_K, table.phrases_PD)
-                parts["mcr_phrases"] = self._of_slots(nll_K, text, picked_N)
+                nll_K = model.phrase_head.nll(
+                    text.rows.index_select(0, masked.rows_K), masked.labels_K, table.phrases_PD
+                )
+                parts["mcr_phrases"] = self._of_slots(nll_K, text, masked)
         if self.weights.keys() & {"mcr_tags", "mcr_regions"}:
             parts |= self._mcr(packed, *self._encode_visual(packed, table), table)
         return parts
 
     def _stage2(self, batch: Batch, draws: Draws, step: int) -> dict[str, LossSum]:
-        model, weights, packed = self.model, self.weights, PackedBatch.of(batch)
+        model, weights, packed = self.model, self.weights, PackedBatch.of(batch, self.model.device)
         table = model.read_table(packed.text_ids, packed.tag_ids)
         tags, regions = self._encode_visual(packed, table)
         own = Pairs(model.encode_text(packed.text_ids, table.text_ND), packed.phrase_mask, regions)
@@ -193,7 +195,7 @@ class Task(nn.Module):
 
         draws = draws.rows(parallel.rank() * len(batch), len(batch))
         scale = self.scale()
-        pools = self._pools(Globals(model.text_global(own.text), model.visual_global(tags), batch.image_index_B))
+        pools = self._pools(Globals(model.text_global(own.text), model.visual_global(tags), packed.image_index_B))
         if "vsc" in weights:
             parts["vsc"] = pools[self.config.vsc.scope].vsc(scale)
         others: Pairs | None = None
@@ -246,30 +248,29 @@ class Task(nn.Module):
         return self.model.encode_visual(packed.tag_ids, regions, table.tags_ND)
 
     def _mlm(self, packed: PackedBatch, text: Packed, table: TableRows) -> LossSum:
-        picked_N = packed.mlm_labels_N != IGNORE
-        labels_K = packed.mlm_labels_N[picked_N]
-        return self._of_slots(self.model.token_head.nll(text.rows[picked_N], labels_K, table.words_WD), text, picked_N)
+        masked = packed.masked_tokens
+        states_KD = text.rows.index_select(0, masked.rows_K)
+        return self._of_slots(self.model.token_head.nll(states_KD, masked.labels_K, table.words_WD), text, masked)
 
-    def _of_slots(self, values_K: Tensor, slots: Packed, picked_N: Tensor) -> LossSum:
+    def _of_slots(self, values_K: Tensor, slots: Packed, picked: Picked) -> LossSum:
         if not self.per_sample:
             return LossSum.of(values_K)
-        return LossSum.of_slots(values_K, slots.owners()[picked_N], len(slots))
+        return LossSum.of_slots(values_K, slots.owners().index_select(0, picked.rows_K), len(slots))
 
     def _mcr(self, packed: PackedBatch, tags: Packed, regions: Packed, table: TableRows) -> dict[str, LossSum]:
         parts: dict[str, LossSum] = {}
         head, words_WD = self.model.tag_head, table.words_WD
-        picked_N = packed.tag_labels_N != IGNORE
-        labels_K = packed.tag_labels_N[picked_N]
+        masked = packed.masked_tags
         if "mcr_tags" in self.weights:
-            parts["mcr_tags"] = self._of_slots(head.nll(tags.rows[picked_N], labels_K, words_WD), tags, picked_N)
+            nll_K = head.nll(tags.rows.index_select(0, masked.rows_K), masked.labels_K, words_WD)
+            parts["mcr_tags"] = self._of_slots(nll_K, tags, masked)
         if "mcr_regions" in self.weights:
-            sample_K = tags.owners()[picked_N]
             # scoring every region against all words is dear: only where a tag is asked for
-            asked = sorted(set(sample_K.tolist()))
-            asking = regions.take(asked)
-            sample_R = torch.tensor(asked, dtype=torch.int64, device=sample_K.device)[asking.owners()]
-            log_p_RK = head.log_p_of(asking.rows, labels_K, words_WD)
-            parts["mcr_regions"] = losses.mcr_regions(log_p_RK, sample_R[:, None] == sample_K)
+            asked, place_K = np.unique(np.array(masked.samples, dtype=np.int64), return_inverse=True)
+            asking = regions.take(asked.tolist())
+            log_p_RK = head.log_p_of(asking.rows, masked.labels_K, words_WD)
+            own_RK = asking.owners()[:, None] == on_device(place_K, asking.rows.device)
+            parts["mcr_regions"] = losses.mcr_regions(log_p_RK, own_RK)
         return parts
 
     def _itm_mode(self, step: int) -> str:
@@ -280,7 +281,7 @@ class Task(nn.Module):
     def _mismatched(self, own: Pairs, others_B: Tensor, takes_image_B: Tensor, pool: Pool) -> Pairs:
         """For each sample its own text and another's image, or the other way round, before the cross encoder."""
         own_B = torch.arange(len(others_B), device=others_B.device) + pool.first
-        takes_image_B = takes_image_B.to(others_B.device)
+        takes_image_B = takes_image_B.to(others_B.device, non_blocking=True)
         text_from_B = torch.where(takes_image_B, own_B, others_B)
         image_from_B = torch.where(takes_image_B, others_B, own_B)
         text, phrase_mask = _fetch([own.text, own.phrase_mask], text_from_B, pool.across)
@@ -318,6 +319,5 @@ class Task(nn.Module):
 
 def _fetch(parts: list[Packed], wanted_B: Tensor, across: bool) -> list[Packed]:
     """The samples `wanted_B` (their places among those of all ranks, or of this one) out of each part."""
-    lengths = parts[0].lengths
-    route = exchange.Route(torch.tensor(lengths, device=wanted_B.device), wanted_B, across)
+    route = exchange.Route(torch.tensor(parts[0].lengths), wanted_B, across)
     return [Packed(route.fetch(part.rows), tuple(route.lengths)) for part in parts]

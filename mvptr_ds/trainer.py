@@ -104,7 +104,7 @@ class Trainer:
         self.engine.set_learning_rate(self.learning_rate)
         for accumulation, batch in enumerate(micro_batches):
             with self.meters.clock("forward"):
-                output = self.engine.forward(batch.to(self.device, non_blocking=True), self.step, accumulation)
+                output = self.engine.forward(batch, self.step, accumulation)
             with self.meters.clock("backward"):
                 self.engine.backward(output.loss)
             with self.meters.clock("step"):

@@ -129,7 +129,7 @@ def compute(model: Mvptr, task: Task, batch: Batch, draws: Draws, dice: Tensor) 
     hard_text, hard_regions = model.encode_cross(text, regions, pairs)
     pooled_BD, hard_pooled_BD = model.pool(cross_text), model.pool(hard_text)
     phrases_PD = F.normalize(cross_text.rows[packed.phrase_mask.rows], dim=-1)
-    picked_text, picked_tags = packed.mlm_labels_N != IGNORE, packed.tag_labels_N != IGNORE
+    picked_text, picked_tags = packed.masked_tokens.rows_K, packed.masked_tags.rows_K
     others_B = hard_negatives.choose("random", sim_BB, same_BB, draws.wpg_image_N)
     pos_B, neg_B = task.grounding_scores(Pairs(cross_text, packed.phrase_mask, cross_regions), others_B, draws)
     return {

@@ -43,20 +43,20 @@ def recover_concepts(
     for batch in tqdm(batches, total=-(-len(index) // batch_size), desc="recover", disable=None, leave=False):
         new, seen = new_images(batch, seen), int(batch.image_index_B[-1]) + 1
         images_B = batch.image_index_B[new]
-        packed = PackedBatch.of(batch.to(device))
+        packed = PackedBatch.of(batch, device)
         if new:
-            labels = packed.tag_ids.like(packed.tag_labels_N).take(new)
-            picked_N = labels.rows != IGNORE
-            ids = packed.tag_ids.take(new)
+            labels = Packed.of_padded(batch.tag_labels_BG, batch.tag_lengths).take(new)
+            picked_K = (labels.rows != IGNORE).nonzero().flatten()
+            rows_K, ids = picked_K.to(device), packed.tag_ids.take(new)
             lengths = split.region_mask_IR[images_B].sum(1).tolist()
             regions = Packed.of_padded(split.embedded_IRD[images_B], lengths).to(device, model.dtype)
-            states, _ = model.encode_visual(ids.like(ids.rows.masked_fill(picked_N, mask_id)), regions)
-            tags.append((model.tag_logits(states.rows[picked_N]).argmax(-1).cpu(), labels.rows[picked_N].cpu()))
-        picked_N = packed.phrase_labels_N != IGNORE
-        if model.config.num_phrases and picked_N.any():
-            text = model.encode_text(packed.text_ids.like(packed.text_ids.rows.masked_fill(picked_N, mask_id)))
-            answers_K = model.phrase_logits(text.rows[picked_N]).argmax(-1)
-            phrases.append((answers_K.cpu(), packed.phrase_labels_N[picked_N].cpu()))
+            states, _ = model.encode_visual(ids.like(ids.rows.index_fill(0, rows_K, mask_id)), regions)
+            tags.append((model.tag_logits(states.rows[rows_K]).argmax(-1).cpu(), labels.rows[picked_K]))
+        masked, ids = packed.masked_phrases, packed.text_ids
+        if model.config.num_phrases and masked.samples:
+            text = model.encode_text(ids.like(ids.rows.index_fill(0, masked.rows_K, mask_id)))
+            answers_K = model.phrase_logits(text.rows[masked.rows_K]).argmax(-1)
+            phrases.append((answers_K.cpu(), masked.labels_K.cpu()))
     return {**_accuracy(tags), "phrases": _accuracy(phrases)}
 
 

@@ -47,17 +47,17 @@ class Packed:
     def positions(self) -> Tensor:
         """Of each row in its sequence, int64 [N]."""
         lengths = np.array(self.lengths, dtype=np.int64)
-        return _to(_ranges(np.zeros_like(lengths), lengths), self.rows.device)
+        return on_device(_ranges(np.zeros_like(lengths), lengths), self.rows.device)
 
     def firsts(self) -> Tensor:
         """Slot 0 of every sequence, [B, ...]."""
         assert all(self.lengths), "an empty sequence has no slot 0"
-        return self.rows[_to(self.starts, self.rows.device)]
+        return self.rows[on_device(self.starts, self.rows.device)]
 
     def take(self, wanted: Sequence[int]) -> Packed:
         """The sequences `wanted`, in that order; one may be taken several times."""
         lengths = np.array(self.lengths, dtype=np.int64)[list(wanted)]
-        index_M = _to(_ranges(self.starts[list(wanted)], lengths), self.rows.device)
+        index_M = on_device(_ranges(self.starts[list(wanted)], lengths), self.rows.device)
         return Packed(self.rows.index_select(0, index_M), tuple(lengths.tolist()))
 
     def split(self, num: int) -> tuple[Packed, Packed]:
@@ -67,7 +67,7 @@ class Packed:
 
     def owners(self) -> Tensor:
         """The sequence of each row, int64 [N]."""
-        return _to(np.repeat(np.arange(len(self)), self.lengths), self.rows.device)
+        return on_device(np.repeat(np.arange(len(self)), self.lengths), self.rows.device)
 
     # --- the padded form
 
@@ -77,7 +77,7 @@ class Packed:
         if slots_BLx.shape[0] != len(lengths) or max(lengths, default=0) > slots_BLx.shape[1]:
             raise ValueError(f"lengths {list(lengths)} for slots of shape {tuple(slots_BLx.shape)}")
         starts = np.arange(len(lengths)) * slots_BLx.shape[1]
-        index_N = _to(_ranges(starts, np.array(lengths, dtype=np.int64)), slots_BLx.device)
+        index_N = on_device(_ranges(starts, np.array(lengths, dtype=np.int64)), slots_BLx.device)
         return cls(slots_BLx.flatten(0, 1).index_select(0, index_N), tuple(lengths))
 
     def mask(self) -> Tensor:
@@ -90,7 +90,7 @@ class Packed:
         longest = max(1, *self.lengths)
         out_Xx = self.rows.new_full((len(self) * longest, *self.rows.shape[1:]), fill)
         slots_N = _ranges(np.arange(len(self)) * longest, np.array(self.lengths, dtype=np.int64))
-        out_Xx = out_Xx.index_copy(0, _to(slots_N, self.rows.device), self.rows)
+        out_Xx = out_Xx.index_copy(0, on_device(slots_N, self.rows.device), self.rows)
         return out_Xx.unflatten(0, (len(self), longest))
 
 
@@ -110,7 +110,7 @@ def join(first: Packed, second: Packed, pairs: Sequence[tuple[int, int]] | None 
         [np.array(part.lengths, dtype=np.int64)[chosen_P2[:, side]] for side, part in enumerate((first, second))],
         axis=1,
     )
-    index_M = _to(_ranges(starts.ravel(), lengths.ravel()), first.rows.device)
+    index_M = on_device(_ranges(starts.ravel(), lengths.ravel()), first.rows.device)
     rows = torch.cat([first.rows, second.rows]).index_select(0, index_M)
     return Packed(rows, tuple(lengths.sum(1).tolist()))
 
@@ -121,7 +121,7 @@ def unjoin(joined: Packed, first_lengths: Sequence[int]) -> tuple[Packed, Packed
     rests = np.array(joined.lengths, dtype=np.int64) - firsts
     out = []
     for starts, lengths in ((joined.starts, firsts), (joined.starts + firsts, rests)):
-        rows = joined.rows.index_select(0, _to(_ranges(starts, lengths), joined.rows.device))
+        rows = joined.rows.index_select(0, on_device(_ranges(starts, lengths), joined.rows.device))
         out.append(Packed(rows, tuple(lengths.tolist())))
     return out[0], out[1]
 
@@ -132,5 +132,6 @@ def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)
 
 
-def _to(index: np.ndarray, device: torch.device) -> Tensor:
+def on_device(index: np.ndarray, device: torch.device) -> Tensor:
+    """int64 numbers of the host, without waiting for the device."""
     return torch.from_numpy(index.astype(np.int64, copy=False)).to(device, non_blocking=True)

@@ -12,6 +12,7 @@ import torch
 
 from mvptr_ds import parallel
 from mvptr_ds.ds_config import fill_ds_config, load_ds_config
+from mvptr_ds.grad_norm import spare_kernels
 from mvptr_ds.optim import build_optimizer, parameter_groups
 from mvptr_ds.safeguards import LossScale, SkippedSteps
 from tests.conftest import REPO
@@ -26,9 +27,9 @@ HALF = {
 
 
 def train(
-    stage: str, precision: dict[str, Any], device: torch.device, num_steps: int, spoilt: int = -1
+    stage: str, precision: dict[str, Any], device: torch.device, num_steps: int, spoilt: int = -1, spare: bool = True
 ) -> dict[str, Any]:
-    """Losses, and what tells of the precision. The gradient of step `spoilt` is made NaN."""
+    """Losses, and what tells of the precision. The gradient of step `spoilt` is made NaN on the last rank."""
     rank, num = parallel.rank(), parallel.num_ranks()
     task = build_task(stage)
     trained = [(n, p) for n, p in task.model.named_parameters() if p.requires_grad]
@@ -36,16 +37,19 @@ def train(
     content = load_ds_config(REPO / "ds_configs" / "z2.json") | {"bf16": {}, "fp16": {}} | precision
     filled = fill_ds_config(content, TRAIN, OPTIM, num, bf16_supported=True, fp16_supported=device.type == "cuda")
     engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=filled)
-    losses, applied, skipped = [], [], SkippedSteps(max_in_row=3)
+    if spare:
+        spare_kernels(engine.optimizer)
+    losses, applied, norms, skipped = [], [], [], SkippedSteps(max_in_row=3)
     kinds: set[str] = set()
     for step in range(num_steps):
         for accumulation in range(TRAIN.accumulation_steps):
-            output = engine(batch_of(stage, step, accumulation, rank, num).to(device), step, accumulation)
-            engine.backward(output.loss * (float("nan") if step == spoilt else 1.0))
+            output = engine(batch_of(stage, step, accumulation, rank, num), step, accumulation)
+            engine.backward(output.loss * (float("nan") if step == spoilt and rank == num - 1 else 1.0))
             engine.step()
             kinds |= {str(part.sum.dtype) for part in output.parts.values()} | {str(output.loss.dtype)}
             losses.append(parallel.all_reduce_sum(output.loss).item() / num)
         applied.append(engine.was_step_applied())
+        norms.append(float(engine.get_global_grad_norm()))
         scaler = engine.optimizer.loss_scaler
         skipped.count(step, applied[-1], LossScale(scaler.cur_scale, scaler.min_scale) if scaler.dynamic else None)
     states = [t for state in engine.optimizer.optimizer.state.values() for t in state.values() if t.ndim]
@@ -53,6 +57,7 @@ def train(
     out = {
         "losses": losses,
         "applied": applied,
+        "norms": norms,
         "skipped": skipped.total,
         "loss_dtypes": sorted(kinds),
         "weight_dtype": str(next(task.model.parameters()).dtype),
@@ -71,6 +76,8 @@ def main() -> None:
         runs[f"{stage}/float32"] = train(stage, {}, device, NUM_STEPS)
         runs[f"{stage}/bf16"] = train(stage, HALF["bf16"], device, NUM_STEPS)
     runs["spoilt"] = train("stage2", HALF["bf16"], device, 3, spoilt=1)
+    for name, precision in ("float32", {}), ("bf16", HALF["bf16"]):
+        runs[f"norm of deepspeed/{name}"] = train("stage2", precision, device, 3, spare=False)
     if device.type == "cuda":
         runs["stage2/fp16"] = train("stage2", HALF["fp16"], device, 3 * NUM_STEPS)
     if parallel.is_main():

@@ -45,8 +45,15 @@ def test_what_stays_in_float32(on_cpu: dict[str, Any]) -> None:
         assert half["loss_dtypes"] == half["master_dtypes"] == half["state_dtypes"] == ["torch.float32"]
 
 
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_the_norm_is_that_of_deepspeed(on_cpu: dict[str, Any], precision: str) -> None:
+    plain, spared = on_cpu[f"norm of deepspeed/{precision}"], on_cpu[f"stage2/{precision}"]
+    assert spared["norms"][:3] == pytest.approx(plain["norms"], rel=1e-6)
+    assert min(plain["norms"]) > 0
+
+
 def test_a_gradient_that_is_not_finite_is_left_out_in_bf16(on_cpu: dict[str, Any]) -> None:
-    assert on_cpu["spoilt"]["applied"] == [True, False, True]
+    assert on_cpu["spoilt"]["applied"] == [True, False, True]  # on both ranks, though but one has it
     assert on_cpu["spoilt"]["skipped"] == 1 and on_cpu["spoilt"]["finite"]
 
 

@@ -100,7 +100,7 @@ def losses_and_gradients(execution: str, dtype: torch.dtype, device: str, **opti
     config.itm.negatives = config.wpg.negatives = "random"  # rounding must not choose another negative
     config.wpg.top_k = 1
     task = Task(model, "stage2", weights, config, max_text_slots=TEXT_SLOTS, max_steps=10, seed=0)
-    batch = whole_batch().to(torch.device(device))
+    batch = whole_batch()
     assert batch.region_features_BRF is not None
     batch = dataclasses.replace(batch, region_features_BRF=batch.region_features_BRF.to(dtype))
     parts = task.objectives(batch, Draws.keyed(0, 0, 0, len(batch), TEXT_SLOTS))

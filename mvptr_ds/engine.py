@@ -1,6 +1,6 @@
 """The DeepSpeed engine of a stage: optimiser, ZeRO and precision around its task.
 
-Beside `parallel` nothing else imports deepspeed: what 0.19.8 needs help with stands here.
+Beside `parallel` and `grad_norm` nothing else imports deepspeed: what 0.19.8 needs help with stands here and there.
 """
 
 from __future__ import annotations

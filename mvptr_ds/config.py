@@ -166,7 +166,7 @@ class StageConfig:
 
 @dataclass
 class OptimConfig:
-    name: str = "adamw"
+    name: str = "adamw"  # adamw | lamb, which takes another learning rate (docs/performance.md)
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8

@@ -96,6 +96,8 @@ def fill_ds_config(
     for key, owner in (("optimizer", "the section optim"), ("scheduler", "learning_rate and warmup_steps of a stage")):
         if key in filled:
             problems.append(f"{key!r} is set in the JSON, but belongs to {owner}: remove it from the JSON")
+    if optim.name == "lamb":
+        problems += _allow_lamb(filled)
     problems += _fill_precision(filled, bf16_supported=bf16_supported, fp16_supported=fp16_supported)
     problems += [f'{key} is "auto", which nothing here fills: give a value' for key in _autos(filled)]
     if problems:
@@ -124,6 +126,16 @@ def optimizer_device(filled: dict[str, Any], device: torch.device) -> torch.devi
     """Where the optimiser steps: on the engine's device, or on the host where the JSON offloads it."""
     offload = filled.get("zero_optimization", {}).get("offload_optimizer") or {}
     return device if offload.get("device", "none") == "none" else torch.device("cpu")
+
+
+def _allow_lamb(filled: dict[str, Any]) -> list[str]:
+    if zero_stage_of(filled) == 3:
+        return [
+            "zero_optimization.stage is 3, but optim.name is 'lamb', which steps stages 0, 1 and 2: take "
+            "ds_configs/z2.json or optim.name=adamw"
+        ]
+    filled["zero_allow_untested_optimizer"] = True  # DeepSpeed steps by ZeRO what it knows, and what it is told to
+    return []
 
 
 def _fill_precision(filled: dict[str, Any], *, bf16_supported: bool, fp16_supported: bool) -> list[str]:

@@ -18,6 +18,7 @@ from mvptr_ds import ds_config, model_folder, parallel
 from mvptr_ds.config import OptimConfig
 from mvptr_ds.data.collate import Batch
 from mvptr_ds.grad_norm import spare_kernels
+from mvptr_ds.lamb import Lamb
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.optim import build_optimizer, parameter_groups
 from mvptr_ds.safeguards import LossScale
@@ -48,6 +49,8 @@ class Engine:
         self._optimizer = build_optimizer(groups, optim, learning_rate, ds_config.optimizer_device(filled, device))
         self._deepspeed, *_ = deepspeed.initialize(model=task, optimizer=self._optimizer, config=filled)
         spare_kernels(self._deepspeed.optimizer)
+        if isinstance(self._optimizer, Lamb) and self.zero_stage:
+            self._optimizer.follow_zero(self._sum_over_ranks)
         if self.zero_stage == 3:
             for parameter in self.model.parameters_used_at_large():
                 deepspeed.zero.register_external_parameter(task, parameter)
@@ -138,6 +141,10 @@ class Engine:
     def destroy(self) -> None:
         """Takes DeepSpeed's hooks off the model."""
         self._deepspeed.destroy()
+
+    def _sum_over_ranks(self, small: Tensor) -> Tensor:
+        """By way of the engine's device, since an optimiser may step on the host."""
+        return parallel.all_reduce_sum(small.to(self.device)).to(small.device)
 
     def _copy_untrained(self) -> dict[str, Tensor]:
         """Keeps on rank 0 what is not trained as it is, before DeepSpeed rounds or partitions it."""

@@ -9,10 +9,14 @@ import torch
 from torch import nn
 
 from mvptr_ds.config import OptimConfig, StageConfig
+from mvptr_ds.lamb import Lamb
 from mvptr_ds.model.kernels import Choice, apex_lacks
 
 APEX_ADAM = "apex.optimizers.FusedAdam"
 TORCH_ADAM = "torch.optim.AdamW(fused=True)"
+LAMB = "mvptr_ds.lamb.Lamb"
+NAMES = ("adamw", "lamb")
+SETTINGS = ("lr", "betas", "eps", "weight_decay")  # of a group; whatever else stands there chooses a kernel
 HOST = torch.device("cpu")
 
 
@@ -31,7 +35,7 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: fl
 def build_optimizer(
     groups: list[dict[str, Any]], config: OptimConfig, learning_rate: float, device: torch.device = HOST
 ) -> torch.optim.Optimizer:
-    """AdamW by the kernel of `optimizer_choice`. Its state goes into any other of them.
+    """The optimiser of `optimizer_choice`. Its state goes into any other of them.
 
     Args:
         device: where it will step: that of the engine, which moves the parameters there, or the host when offloading.
@@ -40,43 +44,51 @@ def build_optimizer(
         ValueError: another name.
     """
     settings: dict[str, Any] = {"lr": learning_rate, "betas": (config.beta1, config.beta2), "eps": config.eps}
-    if optimizer_choice(config, device).implementation == APEX_ADAM:
+    implementation = optimizer_choice(config, device).implementation
+    optimizer: torch.optim.Optimizer
+    if implementation == APEX_ADAM:
         from apex.optimizers import FusedAdam
 
-        optimizer: torch.optim.Optimizer = FusedAdam(groups, **settings, adam_w_mode=True)
+        optimizer = FusedAdam(groups, **settings, adam_w_mode=True)
+    elif implementation == LAMB:
+        optimizer = Lamb(groups, **settings)
     else:
         optimizer = torch.optim.AdamW(groups, **settings, fused=True)
-    optimizer.register_load_state_dict_pre_hook(_steps_where_they_belong)
+    optimizer.register_load_state_dict_pre_hook(_as_its_own)
     return optimizer
 
 
 def optimizer_choice(config: OptimConfig, device: torch.device) -> Choice:
     """The kernel of `build_optimizer`, and why."""
-    if config.name != "adamw":
-        raise ValueError(f"optim.name is {config.name!r}; choose from adamw")
+    name = "optimiser"
+    if config.name not in NAMES:
+        raise ValueError(f"optim.name is {config.name!r}; choose from {', '.join(NAMES)}")
+    if config.name == "lamb":
+        return Choice(name, LAMB, "optim.name=lamb; fused kernels know no tensors that ZeRO cuts")
     if device.type != "cuda":
-        return Choice("optimiser", TORCH_ADAM, f"the device is {device.type}")
+        return Choice(name, TORCH_ADAM, f"the device is {device.type}")
     missing = apex_lacks("optimizers/fused_adam.py", "amp_C")
-    return Choice("optimiser", TORCH_ADAM, missing) if missing else Choice("optimiser", APEX_ADAM, "apex is installed")
+    return Choice(name, TORCH_ADAM, missing) if missing else Choice(name, APEX_ADAM, "apex is installed")
 
 
-def _steps_where_they_belong(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """torch counts the steps of each parameter, apex those of a group: a state of either becomes one of `optimizer`.
+def _as_its_own(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """The state of any of these optimisers as one of `optimizer`: settings are what was saved, the kernel is its own.
 
-    It gets nothing else: what a resumed run saves is bit-identical with what an undisturbed one does.
+    torch and LAMB count the steps of each parameter, apex those of a group. A state of its own kind stays as it is:
+    what a resumed run saves is bit-identical with what an undisturbed one does.
     """
-    counts_by_group = not isinstance(optimizer, torch.optim.AdamW)
-    groups = [dict(group) for group in state["param_groups"]]
+    counts_by_group = not isinstance(optimizer, torch.optim.AdamW | Lamb)
     moments = {number: dict(values) for number, values in state["state"].items()}
-    for group in groups:
-        trained = [moments[number] for number in group["params"] if number in moments]
+    groups = []
+    for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        trained = [moments[number] for number in saved["params"] if number in moments]
         steps = {float(values["step"]) for values in trained if "step" in values}
-        step = max(steps, default=float(group.get("step", 0)))
+        step = max(steps, default=float(saved.get("step", 0)))
         for values in trained:
             values.setdefault("step", torch.tensor(step))
-        group.pop("step", None)
-        if counts_by_group:
-            group["step"] = int(step)
+        kept = {name: saved.get(name, own[name]) if name in SETTINGS else own[name] for name in own}
+        group = {name: value for name, value in kept.items() if name not in ("params", "step")}
+        groups.append(group | {"params": saved["params"]} | ({"step": int(step)} if counts_by_group else {}))
     return {**state, "state": moments, "param_groups": groups}
 
 

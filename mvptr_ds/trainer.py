@@ -181,6 +181,7 @@ class Trainer:
         state = {
             "stage": self.dir.name,
             **self._must_match(),
+            "optimizer": self.config.optim.name,
             "accumulation_steps": self.config.train.accumulation_steps,
             "samples_seen": self.step * self.config.train.batch_size,
             "skipped_steps": self.skipped.total,
@@ -275,6 +276,9 @@ class Trainer:
         else:
             self._build_engine(filled)
             self.engine.load(path / "engine", universal_steps=None)
+        before, here = state.get("optimizer", "adamw"), self.config.optim.name
+        if before != here:
+            logger.info("optim.name=%s instead of %s goes on with its moments; mind learning_rate", here, before)
         self.step = self.saved_step = state["step"]
         if state["num_ranks"] == num_ranks:
             checkpointing.restore_rng(path)

@@ -99,12 +99,12 @@ def test_preflight_only_trains_nothing_and_says_all(train: Launch, trained: Run,
     assert code == 0, output
     assert f"stage2 starts from {run_dir}/stage1/checkpoints/step-00000004/model" in output
     assert sorted(path for path in run_dir.rglob("*")) == before
-    wrong = ["model.hidden_size=16", "optim.name=lamb", "train.batch_size=9", "train.round_batch_size=false"]
+    wrong = ["model.hidden_size=16", "optim.name=sgd", "train.batch_size=9", "train.round_batch_size=false"]
     code, output = train(run_dir, "run.stages=[2]", "train.preflight_only=true", *wrong)
     assert code == 2
     for part in (
         "error: preflight found 3 errors:",
-        "optim.name is 'lamb'; choose from adamw",
+        "optim.name is 'sgd'; choose from adamw, lamb",
         "train.batch_size=9 cannot be shared by 2 ranks",
         "hidden_size: 32 there, 16 here",
     ):

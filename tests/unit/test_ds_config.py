@@ -39,6 +39,16 @@ def test_auto_and_absent_are_filled_alike() -> None:
     assert filled["zero_optimization"] == {"stage": 2}
 
 
+def test_lamb_is_let_into_zero() -> None:
+    """DeepSpeed asks for that with an optimiser which it does not know."""
+    train, optim = TrainConfig(batch_size=16), OptimConfig(name="lamb")
+    filled = fill_ds_config(
+        {"zero_optimization": {"stage": 1}}, train, optim, 2, bf16_supported=False, fp16_supported=False
+    )
+    assert filled["zero_allow_untested_optimizer"] is True
+    assert "zero_allow_untested_optimizer" not in fill({"zero_optimization": {"stage": 1}})
+
+
 def test_every_mismatch_is_listed_at_once() -> None:
     content = {
         "train_batch_size": 32,

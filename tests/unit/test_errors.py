@@ -147,7 +147,7 @@ def batch_of_a_run_not_divisible(place: Place) -> None:
 
 @case
 def unknown_optimiser(place: Place) -> None:
-    place.arguments.append("optim.name=lamb")
+    place.arguments.append("optim.name=sgd")
     place.patch.setattr(Trainer, "_build_engine", lambda trainer, _: build_optimizer([], trainer.config.optim, 0.1))
 
 
@@ -300,6 +300,12 @@ def deepspeed_json_disagrees(place: Place) -> None:
 
 
 @case
+def lamb_with_zero_3(place: Place) -> None:
+    place.arguments.append("optim.name=lamb")
+    place.deepspeed(zero_optimization={"stage": 3})
+
+
+@case
 def fp16_without_gpu(place: Place) -> None:
     place.patch.setattr("mvptr_ds.ds_config.precision_supported", lambda: (False, False))
     place.deepspeed(fp16={"enabled": True}, bf16={"enabled": False})
@@ -365,7 +371,7 @@ def checkpoint_of_other_objectives(place: Place) -> None:
 
 
 overrides("stage-2-without-stage-1", "run.stages=[2]")
-overrides("several-errors", "optim.name=lamb", "run.stages=[2]")
+overrides("several-errors", "optim.name=sgd", "run.stages=[2]")
 
 
 @case

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import sys
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from mvptr_ds import optim
 from mvptr_ds.config import OptimConfig, StageConfig
+from mvptr_ds.lamb import Lamb
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.optim import (
-    _steps_where_they_belong,
     build_optimizer,
     learning_rate_at,
     optimizer_choice,
@@ -74,39 +78,149 @@ def test_adamw_takes_every_setting() -> None:
 
 
 def test_unknown_optimiser() -> None:
-    with pytest.raises(ValueError, match=r"optim\.name is 'sgd'.*adamw"):
+    with pytest.raises(ValueError, match=r"optim\.name is 'sgd'; choose from adamw, lamb"):
         build_optimizer([], OptimConfig(name="sgd"), 0.1)
 
 
-def test_the_state_of_one_kernel_serves_the_other() -> None:
-    """torch keeps `step` beside a parameter's moments, apex (apex/optimizers/fused_adam.py) in the group."""
+ADAMW, LAMB, APEX = "adamw", "lamb", "apex"
+DECAY, RATE = 0.1, 0.01
 
-    def trained(num_steps: int) -> tuple[nn.Parameter, torch.optim.Optimizer]:
-        weight = nn.Parameter(torch.tensor([[2.0, -1.0]]))
-        optimizer = build_optimizer(parameter_groups([("w", weight)], 0.1), OptimConfig(), 0.01)
-        for step in range(num_steps):
-            weight.grad = torch.tensor([[4.0, -0.5]]) * (step + 1)
-            optimizer.step()
-        return weight, optimizer
 
-    straight, _ = trained(3)
-    weight, optimizer = trained(2)
+class FusedAdam(torch.optim.Optimizer):
+    """A stand-in with the signature and the state of apex's (apex/optimizers/fused_adam.py): steps stand in groups."""
+
+    made: list[dict[str, Any]] = []
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        adam_w_mode: bool = True,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        set_grad_none: bool = True,
+        capturable: bool = False,
+        master_weights: bool = False,
+    ) -> None:
+        assert not amsgrad and not capturable and not master_weights and set_grad_none
+        self.made.append({"lr": lr, "betas": betas, "eps": eps, "adam_w_mode": adam_w_mode})
+        defaults = {"lr": lr, "bias_correction": bias_correction, "betas": betas, "eps": eps}
+        super().__init__(params, {**defaults, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for p in group["params"]:
+                state = self.state[p]
+                if len(state) == 0:
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+                torch.optim._functional.adamw(
+                    [p], [p.grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [torch.tensor(group["step"] - 1.0)],
+                    amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
+                    weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+                )  # fmt: skip
+
+
+@pytest.fixture
+def apex(monkeypatch: pytest.MonkeyPatch) -> type[FusedAdam]:
+    """As if NVIDIA's apex were installed with its extensions (`apex_lacks` has its tests in test_kernels.py)."""
+    module = ModuleType("apex.optimizers")
+    module.FusedAdam = FusedAdam  # type: ignore[attr-defined]
+    for name, stand_in in (("apex", ModuleType("apex")), ("apex.optimizers", module)):
+        monkeypatch.setitem(sys.modules, name, stand_in)
+    needed = ("optimizers/fused_adam.py", "amp_C")
+    monkeypatch.setattr(optim, "apex_lacks", lambda *asked: "" if asked == needed else "that is not what it needs")
+    FusedAdam.made.clear()
+    return FusedAdam
+
+
+def build(name: str) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
+    weights = [nn.Parameter(torch.tensor([[2.0, -1.0]])), nn.Parameter(torch.tensor([3.0]))]
+    config = OptimConfig(name=ADAMW if name == APEX else name, beta1=0.8)
+    groups = parameter_groups([("w", weights[0]), ("b", weights[1])], DECAY)
+    return weights, build_optimizer(groups, config, RATE, torch.device("cuda" if name == APEX else "cpu"))
+
+
+def take(weights: list[nn.Parameter], optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        for weight in weights:
+            weight.grad = torch.full_like(weight, 4.0 - 3.0 * step)
+        optimizer.step()
+
+
+def handed_over(before: str, after: str) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
+    """Two steps by the one, then its state and weights in the other."""
+    weights, optimizer = build(before)
+    take(weights, optimizer, range(2))
+    mine, other = build(after)
+    for new, old in zip(mine, weights, strict=True):
+        new.data.copy_(old.data)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return mine, other
+
+
+def test_apex_steps_where_it_is_installed(apex: type[FusedAdam]) -> None:
+    weights, optimizer = build(APEX)
+    assert isinstance(optimizer, apex)
+    assert apex.made == [{"lr": RATE, "betas": (0.8, 0.999), "eps": 1e-8, "adam_w_mode": True}]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [DECAY, 0.0]
+    assert str(optimizer_choice(OptimConfig(), torch.device("cuda"))) == (
+        "optimiser: apex.optimizers.FusedAdam (apex is installed)"
+    )
+    wanted, torchs = build(ADAMW)
+    for one, other in ((weights, optimizer), (wanted, torchs)):
+        take(one, other, range(3))
+    torch.testing.assert_close(weights, wanted, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("before", [ADAMW, LAMB, APEX])
+@pytest.mark.parametrize("after", [ADAMW, LAMB, APEX])
+def test_the_state_of_each_serves_the_others(apex: type[FusedAdam], before: str, after: str) -> None:
+    """Its moments and counts, the settings of its groups; whatever else stands in a group is the reader's own."""
+    weights, optimizer = handed_over(before, after)
+    again, straight = handed_over(ADAMW, after)  # the same moments, since both saw the same gradients
+    for new, old in zip(again, weights, strict=True):
+        new.data.copy_(old.data)
+    _, fresh = build(after)
+    for group, untouched in zip(optimizer.param_groups, fresh.param_groups, strict=True):
+        assert group.keys() - {"step"} == untouched.keys()
+        assert {name: group[name] for name in untouched if name != "params"} == {
+            name: value for name, value in untouched.items() if name != "params"
+        }
+        assert ("step" in group) == (after == APEX)  # a saved state is that of a run that never stopped
+    for one, other in ((weights, optimizer), (again, straight)):
+        take(one, other, range(2, 4))
+    torch.testing.assert_close(weights, again, rtol=1e-6, atol=0)
+    if before == after:
+        undisturbed, untold = build(after)
+        take(undisturbed, untold, range(4))
+        assert all(torch.equal(one, two) for one, two in zip(weights, undisturbed, strict=True))
+
+
+def test_settings_are_those_that_were_saved() -> None:
+    _, optimizer = build(ADAMW)
     state = optimizer.state_dict()
-    of_apex = {
-        "state": {0: {name: state["state"][0][name] for name in ("exp_avg", "exp_avg_sq")}},
-        "param_groups": [{**state["param_groups"][0], "step": 2, "bias_correction": True}],
-    }
-    for given in (of_apex, state):
-        resumed = nn.Parameter(weight.detach().clone())
-        other = build_optimizer(parameter_groups([("w", resumed)], 0.1), OptimConfig(), 0.01)
-        other.load_state_dict(copy.deepcopy(given))
-        assert "step" not in other.param_groups[0]  # a saved state is that of a run that never stopped
-        assert other.state[resumed]["step"] == 2
-        resumed.grad = torch.tensor([[4.0, -0.5]]) * 3
-        other.step()
-        assert torch.equal(resumed, straight)
-    of_another_class = torch.optim.SGD([nn.Parameter(torch.zeros(1))])  # as apex's is
-    assert _steps_where_they_belong(of_another_class, state)["param_groups"][0]["step"] == 2
+    for group in state["param_groups"]:
+        group |= {"eps": 0.5, "weight_decay": 0.25, "fused": None}
+    _, lamb = build(LAMB)
+    for other in (optimizer, lamb):
+        other.load_state_dict(copy.deepcopy(state))
+        assert {(group["eps"], group["weight_decay"]) for group in other.param_groups} == {(0.5, 0.25)}
+    assert all(group["fused"] for group in optimizer.param_groups) and "fused" not in lamb.param_groups[0]
+
+
+def test_lamb_takes_every_setting() -> None:
+    weights, optimizer = build(LAMB)
+    assert isinstance(optimizer, Lamb)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [DECAY, 0.0]
+    assert optimizer.defaults["betas"] == (0.8, 0.999) and optimizer.defaults["eps"] == 1e-8
+    before: Tensor = weights[0].detach().clone()
+    take(weights, optimizer, range(1))
+    assert float((weights[0].detach() - before).norm()) == pytest.approx(RATE * float(before.norm()), rel=1e-5)
 
 
 def test_the_optimiser_says_which_kernel_it_is() -> None:
@@ -114,3 +228,6 @@ def test_the_optimiser_says_which_kernel_it_is() -> None:
         "optimiser: torch.optim.AdamW(fused=True) (the device is cpu)"
     )
     assert optimizer_choice(OptimConfig(), torch.device("cuda")).reason == "apex is not installed"
+    assert str(optimizer_choice(OptimConfig(name="lamb"), torch.device("cuda"))) == (
+        "optimiser: mvptr_ds.lamb.Lamb (optim.name=lamb; fused kernels know no tensors that ZeRO cuts)"
+    )

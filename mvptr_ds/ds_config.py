@@ -96,6 +96,11 @@ def fill_ds_config(
     for key, owner in (("optimizer", "the section optim"), ("scheduler", "learning_rate and warmup_steps of a stage")):
         if key in filled:
             problems.append(f"{key!r} is set in the JSON, but belongs to {owner}: remove it from the JSON")
+    if filled.get("zero_optimization", {}).get("round_robin_gradients"):
+        problems.append(
+            "zero_optimization.round_robin_gradients is true, with which DeepSpeed loses track of where each float32 "
+            "weight lies, so that checkpoints would hold wrong ones: remove it"
+        )
     if optim.name == "lamb":
         problems += _allow_lamb(filled)
     problems += _fill_precision(filled, bf16_supported=bf16_supported, fp16_supported=fp16_supported)

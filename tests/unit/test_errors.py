@@ -306,6 +306,11 @@ def lamb_with_zero_3(place: Place) -> None:
 
 
 @case
+def round_robin_gradients(place: Place) -> None:
+    place.deepspeed(zero_optimization={"stage": 2, "round_robin_gradients": True})
+
+
+@case
 def fp16_without_gpu(place: Place) -> None:
     place.patch.setattr("mvptr_ds.ds_config.precision_supported", lambda: (False, False))
     place.deepspeed(fp16={"enabled": True}, bf16={"enabled": False})

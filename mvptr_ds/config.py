@@ -188,7 +188,7 @@ class TrainConfig:
     keep_every_steps: int = 0  # and those at multiples of it, for good; 0: none
     max_skipped_in_row: int = 20  # steps with a non-finite gradient before the run gives up
     hang_timeout_s: float = 1800.0  # without a step for so long: stacks are written and the run ends; 0: no limit
-    start_timeout_s: float = 1800.0  # the same until a stage's first step, while the engine is built; 0: no limit
+    start_timeout_s: float = 1800.0  # for all ranks to start; then until a stage's first step; 0: no limit
     preflight: bool = True  # look for what would go wrong later, before the first step
     preflight_only: bool = False  # and end there, with 0, or 2 where something would
     evaluate_every_steps: int = 0  # on data.held_out, by rank 0; 0: never

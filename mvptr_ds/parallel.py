@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mvptr_ds.meeting import deadline, meet
+
 logger = logging.getLogger(__name__)
 
 if not torch.cuda.is_available():  # deepspeed picks its accelerator when it is first imported
@@ -36,7 +38,9 @@ def time_collectives(timer: Callable[[], AbstractContextManager[Any]] = nullcont
     _timed = timer
 
 
-def init(collectives_timeout_s: float = 2400.0) -> torch.device:
+def init(
+    collectives_timeout_s: float = 2400.0, start_within_s: float = 0.0, connect_within_s: float = 0.0
+) -> torch.device:
     """Joins the process group that the launcher described (or makes one of a single rank); returns this rank's device.
 
     Every launcher that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT will do: `deepspeed`,
@@ -44,6 +48,9 @@ def init(collectives_timeout_s: float = 2400.0) -> torch.device:
 
     Args:
         collectives_timeout_s: how long a collective may wait for a rank; DEEPSPEED_TIMEOUT (minutes) counts before it.
+        start_within_s: how long the first rank waits for the last one to start; 0: no limit.
+        connect_within_s: how long it may take from then to the end of the first collective; 0: no other limit.
+            Past either the process ends with 1 and a message.
     """
     import deepspeed
 
@@ -66,7 +73,11 @@ def init(collectives_timeout_s: float = 2400.0) -> torch.device:
         asked = os.environ.get("DEEPSPEED_TIMEOUT")
         timeout = timedelta(minutes=float(asked)) if asked else timedelta(seconds=collectives_timeout_s)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+        store = meet(start_within_s)
+        with deadline(connect_within_s, "the first exchange between the ranks"):
+            deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+            barrier()
+        del store  # rank 0 had to serve it until the engine's backend has another
     return device
 
 

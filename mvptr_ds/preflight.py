@@ -24,6 +24,7 @@ from mvptr_ds.assembly import Vocabs
 from mvptr_ds.config import Config
 from mvptr_ds.data.shards import MANIFEST_NAME, Index
 from mvptr_ds.data.storage import is_url
+from mvptr_ds.meeting import deadline
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.optim import optimizer_choice
 from mvptr_ds.preflight_ranks import (
@@ -33,7 +34,6 @@ from mvptr_ds.preflight_ranks import (
     Finding,
     alike,
     clocks,
-    deadline,
     devices,
     exchange,
     on_each,
@@ -44,6 +44,7 @@ from mvptr_ds.versions import code_sha256, versions
 from mvptr_ds.wandb_run import check_mode
 
 logger = logging.getLogger(__name__)
+CONNECT_LIMIT_S = 180.0  # from the start of the last rank: with NCCL thousands of ranks make a communicator
 LIMIT_S = 60.0
 
 
@@ -59,7 +60,7 @@ def examine(config: Config, ds_content: dict[str, Any], device: torch.device, pr
         prepare: build shards and indices that are missing, which may take long; else say that they are.
     """
     started_s = time.perf_counter()
-    with deadline(LIMIT_S, "the exchange between the ranks"):
+    with deadline(LIMIT_S, "the exchange of preflight"):
         found = exchange(device) + devices(device) + clocks()
         found += alike("versions", versions() | {"code": code_sha256()[:12]}, "install the same on all nodes")
         asked = alike("configuration", _fingerprints(config, ds_content), "give all ranks the same files and arguments")

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import secrets
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +15,6 @@ import torch.distributed as dist
 
 from mvptr_ds import parallel
 
-logger = logging.getLogger(__name__)
 OK, WARNING, ERROR = "ok", "warning", "error"
 MAX_SKEW_S = 2.0
 SLOW_GB_PER_S = 1.0  # of NCCL: what an ordinary Ethernet gives
@@ -36,28 +32,6 @@ class Finding:
 
 
 Check = Callable[[], Iterable[Finding]]
-
-
-@contextmanager
-def deadline(limit_s: float, what: str) -> Iterator[None]:
-    """Ends this process with 1 and a message when what is inside takes longer: a rank that others wait for in vain."""
-
-    def end() -> None:
-        host = socket.gethostname()
-        logger.error(
-            "error: preflight, rank %d on %s: no end of %s within %.0f s. Another rank is gone or cannot be reached: "
-            "see its log; on several nodes try NCCL_DEBUG=INFO, and name the network in NCCL_SOCKET_IFNAME and "
-            "GLOO_SOCKET_IFNAME", parallel.rank(), host, what, limit_s,
-        )  # fmt: skip
-        os._exit(1)
-
-    timer = threading.Timer(limit_s, end)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def on_each(name: str, check: Check) -> list[Finding]:

@@ -18,6 +18,7 @@ from mvptr_ds.config import load_config, save_config
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.ds_config import load_ds_config
 from mvptr_ds.elastic import share_batch
+from mvptr_ds.meeting import deadline
 from mvptr_ds.safeguards import EXIT_STOPPED, HangGuard, StopSignal, TrainingError, collectives_timeout_s
 from mvptr_ds.trainer import Trainer
 from mvptr_ds.wandb_run import check_mode
@@ -46,13 +47,17 @@ def run(arguments: argparse.Namespace, stop: StopSignal) -> int:
     """Every stage of `run.stages`, one after the other, each from the one before it. Returns the exit code."""
     config = load_config(arguments.config or "demo", arguments.overrides)
     ds_content = load_ds_config(arguments.deepspeed)
-    device = parallel.init(collectives_timeout_s(config.train.hang_timeout_s, config.train.start_timeout_s))
+    hang_s, start_s = config.train.hang_timeout_s, config.train.start_timeout_s
+    looks = config.train.preflight or config.train.preflight_only
+    connect_s, limit_s = (preflight.CONNECT_LIMIT_S, preflight.LIMIT_S) if looks else (0.0, 0.0)
+    device = parallel.init(collectives_timeout_s(hang_s, start_s), start_s, connect_s)
     if arguments.config is None:
         logger.info("no --config given: this is the demo configuration (%s)", " then ".join(config.stage_names))
     resumes = config.train.resume == "auto"
-    saved = newest_state(Path(config.run.dir), config.stage_names) if resumes else None
+    with deadline(limit_s, f"looking for a checkpoint in {config.run.dir}"):
+        saved = newest_state(Path(config.run.dir), config.stage_names) if resumes else None
     share_batch(config.train, saved, parallel.num_ranks())
-    if config.train.preflight or config.train.preflight_only:
+    if looks:
         only = config.train.preflight_only
         preflight.conclude(preflight.examine(config, ds_content, device, prepare=not only), show_all=only)
         if only:
@@ -64,7 +69,7 @@ def run(arguments: argparse.Namespace, stop: StopSignal) -> int:
     init_from = first_model(config)
     for stage in config.stage_names:
         stacks = Path(config.run.dir) / stage / f"stacks-rank{parallel.rank()}.txt"
-        with HangGuard(stacks, config.train.hang_timeout_s, config.train.start_timeout_s) as guard:
+        with HangGuard(stacks, hang_s, start_s) as guard:
             trainer = Trainer(config, stage, ds_content, device, init_from, stop, guard.alive, guard.starting)
             done = trainer.train()
             trainer.close()

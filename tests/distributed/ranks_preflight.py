@@ -8,10 +8,11 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 
@@ -21,6 +22,7 @@ from mvptr_ds.ds_config import load_ds_config
 from tests.conftest import REPO
 
 LATE_S = 5.0
+SLOW_START_S, CONNECT_WITHIN_S = 15.0, 12.0
 
 
 @contextmanager
@@ -40,6 +42,10 @@ def examine(*overrides: str) -> list[dict[str, str]]:
     content = load_ds_config(REPO / "ds_configs/z2.json")
     found = preflight.examine(config, content, torch.device("cpu"), prepare=False)
     return [vars(finding) for finding in found]
+
+
+def sleep(**_: Any) -> None:
+    time.sleep(60)
 
 
 def wrong_sum(values: torch.Tensor) -> None:
@@ -68,11 +74,16 @@ def scenarios(folder: Path) -> Iterator[tuple[str, Callable[[], list[dict[str, s
 def main() -> None:
     folder = Path(sys.argv[1])
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parallel.init()
+    second = os.environ["RANK"] == "1"
+    if (folder / "one-does-not-connect").exists():
+        with replaced(deepspeed, "init_distributed", sleep) if second else nullcontext():
+            parallel.init(connect_within_s=0.0 if second else 2.0)
+    time.sleep(SLOW_START_S if second else 0.0)
+    parallel.init(connect_within_s=CONNECT_WITHIN_S)
     os.chdir(folder / f"node{parallel.rank()}")
     if (folder / "one-is-gone").exists():
-        if parallel.rank() == 1:
-            time.sleep(60)
+        if second:
+            sleep()
         with replaced(preflight, "LIMIT_S", 2.0):
             examine()
     told = {name: scenario() for name, scenario in scenarios(folder)}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import sys
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -17,7 +19,7 @@ from mvptr_ds.config import load_config
 from mvptr_ds.ds_config import load_ds_config
 from mvptr_ds.preflight import Finding, PreflightError, conclude
 from tests.conftest import REPO
-from tests.distributed.launch import run_ranks
+from tests.distributed.launch import free_port, run, run_ranks
 from tests.end_to_end.conftest import Launch, Run
 
 LIMIT_S = 200.0
@@ -83,12 +85,30 @@ def test_what_differs_between_ranks_is_said_with_who_has_what(
         assert part in found[0][2]
 
 
-def test_a_rank_that_is_gone_is_not_waited_for(small: list[str], shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("gone", "what"),
+    [("one-does-not-connect", "the first exchange between the ranks"), ("one-is-gone", "the exchange of preflight")],
+)
+def test_a_rank_that_is_gone_is_not_waited_for(
+    gone: str, what: str, small: list[str], shards: Path, tmp_path: Path
+) -> None:
     nodes(tmp_path, small, shards)
-    (tmp_path / "one-is-gone").touch()
+    (tmp_path / gone).touch()
     with pytest.raises(AssertionError, match=r"exit codes \[1, None\]") as error:
         run_ranks("tests.distributed.ranks_preflight", 2, tmp_path, LIMIT_S)
-    assert "error: preflight, rank 0 on " in str(error.value) and "no end of the exchange" in str(error.value)
+    assert re.search(f"error: rank 0 on .*: no end of {what} within 2 s", str(error.value))
+
+
+@pytest.mark.parametrize(
+    ("rank", "said"), [(0, "1 of 2 ranks have not started: 1; see their logs"), (1, "it waits in vain at 127.0.0.1:")]
+)
+def test_a_rank_that_does_not_start_is_named(rank: int, said: str, small: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, str(REPO / "mvptr_ds/train.py"), "--config", "demo", *small, "train.start_timeout_s=3"]
+    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    code, output = run(command, tmp_path / "log", LIMIT_S, cwd=tmp_path, MASTER_PORT=str(free_port()), **place)
+    assert code == 1 and "Traceback" not in output, output
+    (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert f"error: rank {rank} on " in error and f"after 3 s (train.start_timeout_s) {said}" in error
 
 
 def test_preflight_only_trains_nothing_and_says_all(train: Launch, trained: Run, tmp_path: Path) -> None:

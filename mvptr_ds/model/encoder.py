@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mvptr_ds.model.attention import Attend, PaddedAttention, SegmentAttention
-from mvptr_ds.model.kernels import LayerNorm
+from mvptr_ds.model.kernels import LayerNorm, Linear
 from mvptr_ds.model.packed import Packed
 
 EXECUTIONS = ("packed", "padded")
@@ -36,11 +36,11 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.num_heads = sizes.num_heads
         self.attention_dropout = sizes.attention_dropout
-        self.qkv = nn.Linear(sizes.hidden_size, 3 * sizes.hidden_size)
-        self.attention_out = nn.Linear(sizes.hidden_size, sizes.hidden_size)
+        self.qkv = Linear(sizes.hidden_size, 3 * sizes.hidden_size)
+        self.attention_out = Linear(sizes.hidden_size, sizes.hidden_size)
         self.attention_norm = LayerNorm(sizes.hidden_size, eps=sizes.norm_eps)
-        self.ffn_in = nn.Linear(sizes.hidden_size, sizes.intermediate_size)
-        self.ffn_out = nn.Linear(sizes.intermediate_size, sizes.hidden_size)
+        self.ffn_in = Linear(sizes.hidden_size, sizes.intermediate_size)
+        self.ffn_out = Linear(sizes.intermediate_size, sizes.hidden_size)
         self.ffn_norm = LayerNorm(sizes.hidden_size, eps=sizes.norm_eps)
         self.dropout = nn.Dropout(sizes.hidden_dropout)
 

@@ -26,13 +26,13 @@ class RowHead(nn.Module):
 
     def __init__(self, hidden_size: int, num_classes: int, norm_eps: float, tied: bool) -> None:
         super().__init__()
-        self.dense = nn.Linear(hidden_size, hidden_size)
+        self.dense = kernels.Linear(hidden_size, hidden_size)
         self.norm = kernels.LayerNorm(hidden_size, eps=norm_eps)
         self.bias = nn.Parameter(torch.zeros(num_classes))
         self.decoder = None if tied else nn.Parameter(torch.zeros(num_classes, hidden_size))
 
     def forward(
-        self, states_KD: Tensor, tied_CD: Tensor, score: Callable[..., Tensor] = F.linear, *asked: Tensor
+        self, states_KD: Tensor, tied_CD: Tensor, score: Callable[..., Tensor] = kernels.linear, *asked: Tensor
     ) -> Tensor:
         """[K, D] -> logits [K, C], or what another `score` makes of hidden states, decoder and bias.
 
@@ -58,7 +58,7 @@ class Pooler(nn.Module):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(hidden_size, hidden_size)
+        self.dense = kernels.Linear(hidden_size, hidden_size)
 
     def forward(self, states: Packed) -> Tensor:
         return torch.tanh(self.dense(states.firsts()))

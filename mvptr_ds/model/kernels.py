@@ -23,7 +23,11 @@ TORCH_FLASH = "torch.nn.attention.varlen.varlen_attn"
 FLASH_ATTN = "flash_attn.flash_attn_varlen_qkvpacked_func"
 APEX_NORM = "apex.normalization.fused_layer_norm"
 TORCH_NORM = "torch.nn.functional.layer_norm"
+ONEDNN_LINEAR = "oneDNN's inner product"
+TORCH_LINEAR = "torch.nn.functional.linear"
 _HALF = (torch.float16, torch.bfloat16)
+_LARGE_PRODUCT = 2**22  # multiplications: below, making oneDNN's kernel for new sizes costs more than it gives
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _LOGITS_AT_ONCE = 2**24  # 64 MiB of float32: 549 rows of 30,522 words
 
 
@@ -126,6 +130,64 @@ def apex_lacks(file: str, extension: str) -> str:
     return ""
 
 
+# --- matrix products
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear`, by the product that `linear_product` chooses; same parameters, same state."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+
+def linear(input_xI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """`input @ weight.T + bias`, [..., O]."""
+    is_small = input_xI.numel() * len(weight_OI) < _LARGE_PRODUCT
+    choice = linear_product(input_xI.device, input_xI.dtype).implementation
+    if is_small or choice == TORCH_LINEAR or torch.is_autocast_enabled("cpu"):
+        return F.linear(input_xI, weight_OI, bias_O)
+    out: Tensor = _onednn(input_xI.flatten(0, -2), weight_OI, bias_O)
+    return out.unflatten(0, input_xI.shape[:-1])
+
+
+def linear_product(device: torch.device, dtype: torch.dtype) -> Choice:
+    """What multiplies in `linear`. On CPU torch takes MKL, which leaves AVX-512 unused on processors not Intel's."""
+    name = "linear layers"
+    if device.type != "cpu" or dtype != torch.float32:
+        return Choice(name, TORCH_LINEAR, f"the device is {device.type}, the products are in {_short(dtype)}")
+    if not _HAS_ONEDNN:
+        return Choice(name, TORCH_LINEAR, f"torch {torch.__version__} was built without oneDNN's")
+    return Choice(name, ONEDNN_LINEAR, "float32 on a CPU; small ones by torch")
+
+
+@torch.library.custom_op("mvptr_ds::onednn_linear", mutates_args=())  # torch.compile calls it as it is
+def _onednn(input_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(input_NI, weight_OI, bias_O, "none", [], "")
+    return out
+
+
+@_onednn.register_fake
+def _(input_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    return input_NI.new_empty(input_NI.shape[0], weight_OI.shape[0])
+
+
+def _onednn_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _onednn_backward(ctx, to_out_NO: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    input_NI, weight_OI = ctx.saved_tensors
+    of_input, of_weight, of_bias = ctx.needs_input_grad
+    return (
+        _onednn(to_out_NO, weight_OI.t(), None) if of_input else None,
+        _onednn(to_out_NO.t(), input_NI.t(), None) if of_weight else None,
+        to_out_NO.sum(0) if of_bias else None,
+    )
+
+
+_onednn.register_autograd(_onednn_backward, setup_context=_onednn_setup)
+
+
 # --- heads over many classes
 
 
@@ -152,7 +214,7 @@ def _nll(hidden_KD: Tensor, weight_CD: Tensor, bias_C: Tensor, labels_K: Tensor)
 
 
 def _logits(hidden_KD: Tensor, weight_CD: Tensor, bias_C: Tensor) -> Tensor:
-    logits_KC = F.linear(hidden_KD, weight_CD, bias_C)
+    logits_KC = linear(hidden_KD, weight_CD, bias_C)
     return logits_KC.float() if logits_KC.dtype in _HALF else logits_KC
 
 
@@ -240,6 +302,7 @@ def report(
         norm = Choice("LayerNorm", TORCH_NORM, "model.compile fuses it with its neighbours")
     fused = "torch.compile" if compiled else "torch's separate kernels"
     lines += [
+        linear_product(device, dtype),
         norm,
         Choice("bias, GELU, dropout, residual", fused, f"model.compile={str(compiled).lower()}"),
         Choice("word heads", "picked rows, logits in parts of 64 MiB", "cross entropy in float32"),

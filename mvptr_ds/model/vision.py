@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoBackbone, AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from mvptr_ds.model.kernels import Linear
 from mvptr_ds.model.packed import Packed
 
 try:
@@ -118,7 +119,7 @@ class RegionEmbedding(nn.Module):
         self.backbone = backbone
         self.roi_bins = roi_bins
         self.feature_dim = feature_dim if backbone is None else backbone.num_channels * roi_bins**2
-        self.projection = nn.Linear(self.feature_dim + GEOMETRY_DIM, hidden_size)
+        self.projection = Linear(self.feature_dim + GEOMETRY_DIM, hidden_size)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, features: Packed | None, images_B3HW: Tensor | None, geometry: Packed) -> Packed:

@@ -142,6 +142,63 @@ def test_layer_norm_is_torchs_in_state_and_values() -> None:
     assert torch.equal(ours(x), theirs(x))
 
 
+# --- linear layers
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "wanted"),
+    [
+        (CPU, FULL, kernels.ONEDNN_LINEAR),
+        (CPU, HALF, kernels.TORCH_LINEAR),
+        (CPU, torch.float64, kernels.TORCH_LINEAR),
+        (CUDA, FULL, kernels.TORCH_LINEAR),
+    ],
+)
+def test_linear_layers_by_device_and_dtype(device: torch.device, dtype: torch.dtype, wanted: str) -> None:
+    assert kernels.linear_product(device, dtype).implementation == wanted
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 40), (21, 40), (1, 40)])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_onednns_products_are_torchs(shape: tuple[int, ...], with_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[torch.Size] = []
+    product = kernels._onednn
+    monkeypatch.setattr(kernels, "_LARGE_PRODUCT", 0)
+    monkeypatch.setattr(kernels, "_onednn", lambda *inputs: (used.append(inputs[0].shape), product(*inputs))[1])
+    generator = torch.Generator().manual_seed(len(shape))
+    states, weight = (torch.randn(*size, generator=generator).requires_grad_() for size in (shape, (24, 40)))
+    bias = torch.randn(24, generator=generator).requires_grad_() if with_bias else None
+    inputs = [states, weight, *([bias] if bias is not None else [])]
+    out = kernels.linear(states, weight, bias)
+    weights = torch.randn(out.shape, generator=generator)
+    found = [out, *torch.autograd.grad(out, inputs, weights)]
+    doubled = [x.detach().double().requires_grad_() for x in inputs]
+    wanted = [F.linear(*doubled)]
+    wanted += torch.autograd.grad(wanted[0], doubled, weights.double())
+    torch.testing.assert_close(found, [x.float() for x in wanted], rtol=1e-5, atol=1e-5)
+    assert len(used) == 3
+    # what needs no gradient is not computed
+    used.clear()
+    kernels.linear(states.detach(), weight, bias).sum().backward()
+    assert len(used) == 2 and weight.grad is not None
+
+
+def test_where_torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small products (making oneDNN's kernel would cost more), empty ones, other dtypes, and under autocast."""
+
+    def refuse(*_: Any) -> Tensor:
+        raise AssertionError("oneDNN was asked")
+
+    monkeypatch.setattr(kernels, "_onednn", refuse)
+    layer = kernels.Linear(2048, 2048)
+    assert layer(torch.ones(0, 2048)).shape == (0, 2048) and kernels.Linear(8, 8)(torch.ones(9, 8)).shape == (9, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(torch.ones(4, 2048)).dtype == torch.bfloat16
+    assert layer.double()(torch.ones(4, 2048, dtype=torch.float64)).dtype == torch.float64
+    with pytest.raises(AssertionError, match="oneDNN was asked"):
+        layer.float()(torch.ones(4, 2048))
+
+
 # --- heads over many classes
 
 
@@ -244,7 +301,7 @@ def _graph(loss: Tensor) -> set[Any]:
 
 def test_the_report_names_each_operation_once_with_its_reason() -> None:
     lines = kernels.report(CPU, FULL, 0.1, 64, "packed", compiled=False, checkpointing=True)
-    assert len({line.operation for line in lines}) == len(lines) == 7
+    assert len({line.operation for line in lines}) == len(lines) == 8
     text = "\n".join(map(str, lines))
     assert "attention: scaled_dot_product_attention, a call a sequence (the device is cpu)" in text
     assert "activations: computed again in the backward pass (model.activation_checkpointing=true)" in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -78,6 +79,35 @@ def test_stage_2_without_a_finished_stage_1_is_refused_and_not_started_again(
     said = text(tmp_path / f"mvptr-stage2-{job}.log")
     assert "not started again" in said and "stage 2 starts from a finished stage 1" in said, said
     assert "Restarts=0" in cluster.call("scontrol", "show", "job", job)
+
+
+def test_preflight_only_looks_at_both_nodes_and_trains_nothing(
+    cluster: Cluster, settings: list[str], tmp_path: Path
+) -> None:
+    """Two jobs at once: one that is well, and one with two mistakes, which are both said."""
+
+    def submit(name: str, *overrides: str) -> str:
+        arguments = [*settings, "train.preflight_only=true", f"run.dir={tmp_path / name}", *overrides]
+        return cluster.sbatch("--nodes=2", str(REPO / "slurm/stage1.sh"), *arguments, cwd=tmp_path)
+
+    well, wrong = submit("well"), submit("wrong", "optim.name=sgd", "data.held_out=nowhere")
+    assert cluster.wait(well) == "COMPLETED", text(tmp_path / f"mvptr-stage1-{well}.log")
+    said = text(tmp_path / "well/logs/stage1-rank0.log")
+    for part in (
+        r"ok +all-reduce +2 ranks, [\d.]+ GB/s a rank \(gloo, 16 MiB\)",
+        r"ok +devices +cpu on node1, node2\n",
+        r"ok +run folder +\S+/well is written and seen by all ranks",
+        r"ok +batch +16 samples a step = 2 ranks x 2 accumulated x 4",
+        r"preflight: \d+ checks well, 0 warnings",
+    ):
+        assert re.search(part, said), f"{part} is not in\n{said}"
+    assert [path.name for path in (tmp_path / "well").iterdir()] == ["logs"]
+
+    assert cluster.wait(wrong) == "FAILED" and cluster.job(wrong)["ExitCode"] == "2:0"
+    said = text(tmp_path / f"mvptr-stage1-{wrong}.log")
+    assert "preflight found 2 errors:" in said and "not started again" in said, said
+    assert "optim.name is 'sgd'" in said and "nowhere holds no .tar file" in said, said
+    assert cluster.job(wrong)["Restarts"] == "0"
 
 
 # ---- without training: a stand-in for python

@@ -142,4 +142,5 @@ class Lamb(torch.optim.Optimizer):
         if self._sum_over_ranks is not None:
             squares_2T = self._sum_over_ranks(squares_2T)
         weights_T, directions_T = squares_2T.sqrt()
-        return torch.where((weights_T > 0) & (directions_T > 0), weights_T / directions_T, 1.0).unbind()
+        moves_T = (weights_T > 0) & (directions_T > 0)
+        return torch.where(moves_T, weights_T / directions_T, torch.ones_like(weights_T)).unbind()

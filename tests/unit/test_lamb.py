@@ -14,11 +14,11 @@ SHAPES = ((5, 3), (7,), (1,), (2, 3, 2, 2), (4, 4))
 RATES = (0.01, 0.03, 0.02, 0.0, 0.01)
 
 
-def parameters(dtype: torch.dtype, seed: int = 0) -> list[nn.Parameter]:
-    generator = torch.Generator().manual_seed(seed)
+def parameters(dtype: torch.dtype, device: str = "cpu") -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES]
     tensors[-1].zero_()  # a matrix of zeros: its ratio is 1, or it would never move
-    return [nn.Parameter(tensor.to(dtype)) for tensor in tensors]
+    return [nn.Parameter(tensor.to(device, dtype)) for tensor in tensors]
 
 
 def build(tensors: list[nn.Parameter]) -> Lamb:
@@ -31,11 +31,15 @@ def gradients(step: int) -> list[Tensor]:
     return [torch.randn(shape, generator=generator, dtype=torch.float64) * 10.0**-n for n, shape in enumerate(SHAPES)]
 
 
-def take(optimizer: Lamb, tensors: list[nn.Parameter], step: int) -> None:
+def give(optimizer: Lamb, tensors: list[nn.Parameter], step: int) -> None:
     for group in optimizer.param_groups:
         group["lr"] = RATES[step]
     for parameter, gradient in zip(tensors, gradients(step), strict=True):
-        parameter.grad = gradient.to(parameter.dtype)
+        parameter.grad = gradient.to(parameter)
+
+
+def take(optimizer: Lamb, tensors: list[nn.Parameter], step: int) -> None:
+    give(optimizer, tensors, step)
     optimizer.step()
 
 
@@ -49,6 +53,27 @@ def test_each_tensor_moves_as_the_paper_says(dtype: torch.dtype, tolerance: floa
         for ours, theirs in zip(tensors, reference.weights, strict=True):
             torch.testing.assert_close(ours.detach().double(), theirs, rtol=tolerance, atol=tolerance)
     assert all(float((p.detach() - before).abs().max()) > 1e-3 for p, before in zip(tensors, first, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("counts_on", ["cuda", "cpu"])
+def test_on_a_gpu_as_on_a_cpu(counts_on: str) -> None:
+    """Also with the steps counted on the host, where DeepSpeed leaves a checkpoint's count; neither waits."""
+    ours, theirs = parameters(torch.float32, "cuda"), parameters(torch.float32)
+    optimizers = build(ours), build(theirs)
+    for step in range(len(RATES)):
+        take(optimizers[1], theirs, step)
+        give(optimizers[0], ours, step)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizers[0].step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        for state in optimizers[0].state.values():
+            state["step"] = state["step"].to(counts_on)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.detach().cpu(), other.detach(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_matrix_moves_by_its_norm_times_the_learning_rate() -> None:

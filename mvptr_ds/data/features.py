@@ -305,8 +305,8 @@ def read_features(members: Mapping[str, bytes], num_regions: int, feature_dim: i
 def _all_finite(numbers: np.ndarray) -> bool:
     if numbers.dtype != np.float16:
         return bool(np.isfinite(numbers).all())
-    # numpy widens float16 one by one; NaN and infinity are the numbers whose five bits of exponent are all set
-    return not ((numbers.view(np.uint16) & 0x7C00) == 0x7C00).any()
+    # numpy widens float16 one by one; as integers NaN and infinity are the largest of either sign
+    return bool(numbers.view(np.int16).max(initial=0) < 0x7C00 and numbers.view(np.uint16).max(initial=0) < 0xFC00)
 
 
 @functools.lru_cache(maxsize=1024)

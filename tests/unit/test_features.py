@@ -233,6 +233,15 @@ def test_bad_members_are_data_errors(change: dict, options: dict, message: str) 
         _build(members, **options)
 
 
+def test_every_float16_that_is_not_finite_is_refused() -> None:
+    numbers = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    finite = np.isfinite(numbers)
+    assert len(read_features({"npy": _npy(numbers[finite][None])}, 1, None)) == 1
+    for number in numbers[~finite]:
+        with pytest.raises(DataError, match="NaN or infinity"):
+            read_features({"npy": _npy(np.array([[1.0, number, -2.0]], dtype=np.float16))}, 1, 3)
+
+
 @pytest.mark.parametrize("error", [KeyError("mode"), IndexError("index out of range"), TypeError("no bytes")])
 def test_whatever_pillow_stumbles_over_is_a_data_error(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def stumble(*_: object, **__: object) -> None:

@@ -26,6 +26,7 @@ from mvptr_ds import parallel
 from mvptr_ds.checkpointing import CHECKSUMS, CheckpointError
 from mvptr_ds.config import TrainConfig
 from mvptr_ds.ds_config import rounded_batch_size
+from mvptr_ds.optim import PARAMETER_ORDER
 
 logger = logging.getLogger(__name__)
 FOLDER = "universal"  # of a stage
@@ -83,7 +84,8 @@ def must_convert(checkpoint: Path, saved: dict[str, Any], num_ranks: int, zero_s
     """
     stage_before = saved.get("zero_stage", 2)
     if stage_before == zero_stage:
-        return zero_stage > 0 and saved["num_ranks"] != num_ranks
+        as_here = saved["num_ranks"] == num_ranks and saved.get("parameter_order") == PARAMETER_ORDER
+        return zero_stage > 0 and not as_here
     if any({stage_before, zero_stage} <= stages for stages in JOINABLE):
         return True
     raise CheckpointError(

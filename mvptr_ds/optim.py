@@ -18,14 +18,19 @@ LAMB = "mvptr_ds.lamb.Lamb"
 NAMES = ("adamw", "lamb")
 SETTINGS = ("lr", "betas", "eps", "weight_decay")  # of a group; whatever else stands there chooses a kernel
 HOST = torch.device("cpu")
+ALIGNED_NUMBERS = 8  # of 2 bytes
+PARAMETER_ORDER = "aligned"  # of a checkpoint's flat buffers; before there was a name for it, as the model has them
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: matrices decay; biases, norms and the logit scale (everything of one dimension) do not.
 
+    Within a group, those of an odd size come last: ZeRO lays a group's parameters one behind another in one buffer,
+    and behind a logit scale of 2 bytes all would stand where a GPU's kernels cannot read 16 bytes at a time.
+
     Source: the published code, "Optimiser in the published defaults".
     """
-    named = list(named)
+    named = sorted(named, key=lambda item: item[1].numel() % ALIGNED_NUMBERS != 0)
     decayed = [p for _, p in named if p.ndim > 1]
     others = [p for _, p in named if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -21,7 +21,7 @@ from mvptr_ds.data.schema import DataError
 from mvptr_ds.engine import UNIVERSAL, Engine
 from mvptr_ds.flops import StepFlops
 from mvptr_ds.metrics import Meters, MetricsLog
-from mvptr_ds.optim import learning_rate_at
+from mvptr_ds.optim import PARAMETER_ORDER, learning_rate_at
 from mvptr_ds.resume import find_checkpoint
 from mvptr_ds.safeguards import BadSamples, SkippedSteps, StopSignal, agree
 from mvptr_ds.timing import ProfileWindow, device_peak
@@ -182,6 +182,7 @@ class Trainer:
             "stage": self.dir.name,
             **self._must_match(),
             "optimizer": self.config.optim.name,
+            "parameter_order": PARAMETER_ORDER,
             "accumulation_steps": self.config.train.accumulation_steps,
             "samples_seen": self.step * self.config.train.batch_size,
             "skipped_steps": self.skipped.total,

@@ -23,7 +23,7 @@ def save_detector(kind: str, folder: Path, seed: int = 0) -> Path:
                 weight.normal_()
             elif "encoder_attn.q_proj.weight" in name:
                 weight.normal_(std=3.0)
-            elif ("bbox" in name or "class" in name) and weight.ndim == 2:
+            elif any(part in name for part in ("bbox", "class", "score")) and weight.ndim == 2:
                 torch.nn.init.xavier_uniform_(weight)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

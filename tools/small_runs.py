@@ -49,12 +49,17 @@ def build_shards(out: Path) -> list[str]:
 
 
 def launch(
-    run_dir: Path, overrides: Sequence[str], num_ranks: int = NUM_RANKS, poisoned: tuple[int, int] | None = None
+    run_dir: Path,
+    overrides: Sequence[str],
+    num_ranks: int = NUM_RANKS,
+    poisoned: tuple[int, int] | None = None,
+    entry: Path = REPO / "mvptr_ds/train.py",
 ) -> list[subprocess.Popen[bytes]]:
     """Starts the ranks in one process group, led by rank 0, without a launcher: that would be killed with them.
 
     Args:
         poisoned: a rank, and the step of both stages (counted from 0) in which its loss is NaN.
+        entry: what the ranks run.
     """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -72,7 +77,7 @@ def launch(
     run_dir.mkdir(parents=True, exist_ok=True)
     for rank in range(num_ranks):
         group = ranks[0].pid if ranks else 0
-        script = [str(REPO / "mvptr_ds/train.py")]
+        script = [str(entry)]
         if poisoned is not None and poisoned[0] == rank:
             stage, step = divmod(poisoned[1], NUM_STEPS)
             script = [str(REPO / "tools/train_with_nan.py"), "--stage", STAGES[stage], "--step", str(step)]

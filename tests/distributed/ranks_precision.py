@@ -63,6 +63,7 @@ def train(
         "weight_dtype": str(next(task.model.parameters()).dtype),
         "master_dtypes": sorted({str(p.dtype) for p in engine.optimizer.single_partition_of_fp32_groups}),
         "state_dtypes": sorted({str(t.dtype) for t in states}),
+        "misaligned": [n for n, p in task.model.named_parameters() if p.numel() % 8 == 0 and p.data_ptr() % 16],
         "finite": all(bool(w.isfinite().all()) for w in weights.values()),
     }
     engine.destroy()

@@ -52,6 +52,11 @@ def test_the_norm_is_that_of_deepspeed(on_cpu: dict[str, Any], precision: str) -
     assert min(plain["norms"]) > 0
 
 
+def test_a_weight_of_half_precision_lies_where_kernels_read_16_bytes_at_a_time(on_cpu: dict[str, Any]) -> None:
+    """On a GPU a bias that does not makes its matrix product several times slower."""
+    assert on_cpu["stage1/bf16"]["misaligned"] == on_cpu["stage2/bf16"]["misaligned"] == []
+
+
 def test_a_gradient_that_is_not_finite_is_left_out_in_bf16(on_cpu: dict[str, Any]) -> None:
     assert on_cpu["spoilt"]["applied"] == [True, False, True]  # on both ranks, though but one has it
     assert on_cpu["spoilt"]["skipped"] == 1 and on_cpu["spoilt"]["finite"]

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from mvptr_ds import elastic
 from mvptr_ds.checkpointing import CheckpointError, verify
+from tests.conftest import REPO
 from tests.end_to_end.copies import forget
 from tools.small_runs import build_shards, kill, launch
 
@@ -29,9 +30,21 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def train(run_dir: Path, overrides: list[str], num_ranks: int) -> str:
+# train.py as it was before parameters of an odd size came last
+IN_THE_MODELS_ORDER = """
+import sys
+sys.path[0] = {repo!r}
+import mvptr_ds.optim, mvptr_ds.trainer
+mvptr_ds.optim.ALIGNED_NUMBERS = 1
+mvptr_ds.trainer.PARAMETER_ORDER = None
+from mvptr_ds.train import main
+sys.exit(main())
+"""
+
+
+def train(run_dir: Path, overrides: list[str], num_ranks: int, entry: Path = REPO / "mvptr_ds/train.py") -> str:
     """What rank 0 says."""
-    ranks = launch(run_dir, overrides, num_ranks)
+    ranks = launch(run_dir, overrides, num_ranks, entry=entry)
     try:
         codes = [rank.wait(LIMIT_S) for rank in ranks]
     finally:
@@ -71,6 +84,19 @@ def undisturbed(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) 
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
     train(run_dir, overrides, 2)
     return run_dir
+
+
+def test_a_checkpoint_whose_parameters_stand_in_another_order(
+    undisturbed: Path, overrides: list[str], tmp_path: Path
+) -> None:
+    """Read as it lies, every weight would be another's."""
+    entry = tmp_path / "entry.py"
+    entry.write_text(IN_THE_MODELS_ORDER.format(repo=str(REPO)), encoding="utf-8")
+    train(tmp_path / "before", overrides, 2, entry)
+    run_dir = forget(tmp_path / "before", tmp_path / "run", "stage2", CUT)
+    said = train(run_dir, overrides, 2)
+    assert f"stage2 goes on from step {CUT}" in said and "is converted for 2 ranks" in said
+    check(run_dir, undisturbed)
 
 
 def test_two_ranks_then_one_then_two(undisturbed: Path, overrides: list[str], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from mvptr_ds import checkpointing, elastic
 from mvptr_ds.checkpointing import CheckpointError
 from mvptr_ds.config import TrainConfig
+from mvptr_ds.optim import PARAMETER_ORDER
 
 
 def saved(batch_size: int, num_ranks: int, accumulation_steps: int) -> dict[str, Any]:
@@ -84,7 +85,7 @@ def test_a_rounded_batch_is_that_of_the_run() -> None:
     ],
 )
 def test_what_is_converted(before: tuple[int, int], now: tuple[int, int], wanted: bool) -> None:
-    state = {"num_ranks": before[0], "zero_stage": before[1]}
+    state = {"num_ranks": before[0], "zero_stage": before[1], "parameter_order": PARAMETER_ORDER}
     assert elastic.must_convert(Path("step"), state, *now) is wanted
 
 

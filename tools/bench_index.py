@@ -93,8 +93,14 @@ def _private_mib(process: int) -> float:
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty")) / 1024
 
 
+def _cpu_s(process: int) -> float:
+    """CPU time of a process and its threads so far."""
+    ticks = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+
+
 def bench_workers(folder: Path, num_samples: int, words: WordPiece, phrases: PhraseVocab) -> None:
-    """Private memory of loader processes with the large index, from their first batches on."""
+    """Private memory of loader processes with the large index, from their first batches on, and their CPU time."""
     dataset = _dataset(folder, words, phrases)
     num_steps = num_samples // BATCH
     watched = {num_steps * share // 8 for share in range(1, 9)}
@@ -102,7 +108,15 @@ def bench_workers(folder: Path, num_samples: int, words: WordPiece, phrases: Phr
     workers = [worker.pid for worker in loader._workers]  # type: ignore[attr-defined]
     print(f"\nprivate memory of {NUM_WORKERS} workers and of this process, MiB (the index has "
           f"{os.stat(folder / INDEX_NAME).st_size >> 20} MiB)")  # fmt: skip
+    own = os.getpid()
+    begun_s = used_s = [0.0, 0.0]
     for step, _ in enumerate(loader, start=1):
         if step == 20 or step in watched:
             sizes = " ".join(f"{_private_mib(worker):8.1f}" for worker in workers)
-            print(f"  after {step * BATCH:8,} samples {sizes} {_private_mib(os.getpid()):8.1f}", flush=True)
+            print(f"  after {step * BATCH:8,} samples {sizes} {_private_mib(own):8.1f}", flush=True)
+            used_s = [sum(map(_cpu_s, workers)), _cpu_s(own)]
+            if step == 20:
+                begun_s = used_s
+    each_us = [(end - start) / (num_samples - 20 * BATCH) * 1e6 for start, end in zip(begun_s, used_s, strict=True)]
+    print(f"  CPU time of a sample, its way to this process included: {each_us[0]:.0f} us in the workers, "
+          f"{each_us[1]:.0f} here")  # fmt: skip

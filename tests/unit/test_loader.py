@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import logging
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,23 @@ def test_number_of_workers_changes_nothing(folder: Path) -> None:
         strict=True,
     ):
         assert_equal_batches(alone, helped)
+
+
+def test_a_batch_of_a_worker_is_one_piece_of_memory(folder: Path) -> None:
+    for batch in make_loader(_dataset(folder), Batches(BATCH), 0, STEPS, num_workers=1):
+        tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+        assert len(tensors) == 17 and len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+        assert all(tensor.is_contiguous() and tensor.data_ptr() % 64 == 0 for tensor in tensors)
+
+
+@pytest.mark.parametrize("source", ["features", "image"])
+def test_a_batch_with_nothing_to_see_goes_to_another_process(source: str) -> None:
+    record = Record("0", 0, 0, (Caption("a big dog"),))
+    builder = SampleBuilder(WORDS, VOCAB, dataclasses.replace(OPTIONS, visual_source=source, feature_dim=None))
+    batch = collate([builder.build({}, 0, 0, 7, np.random.default_rng(0), record)] * 3)
+    copy = pickle.loads(pickle.dumps(batch))
+    assert_equal_batches(batch, copy)
+    assert (copy.region_features_BRF is None) == (source == "image") and copy.position_B.tolist() == [7, 7, 7]
 
 
 def test_resume_gives_the_same_batches(folder: Path) -> None:

@@ -99,13 +99,14 @@ def prepare_data(config: Config, out: Path, processes: int) -> list[str]:
     return [*overrides, f"data.phrase_vocab={shards / 'phrase_vocab.json'}", "data.demo_source=null"]
 
 
-def run_arm(folder: Path, ranks: int, config_name: str, overrides: Sequence[str]) -> None:
+def run_arm(folder: Path, ranks: int, config_name: str, json_path: Path, overrides: Sequence[str]) -> None:
     """Trains and evaluates into `folder`, or goes on with it, unless its report is there.
 
     Raises:
         AblationError: the folder was made with other arguments, or a command failed.
     """
-    arguments = {"config": config_name, "ranks": ranks, "overrides": list(overrides)}
+    engine = json.loads(json_path.read_text(encoding="utf-8"))
+    arguments = {"config": config_name, "ranks": ranks, "deepspeed": engine, "overrides": list(overrides)}
     marker = folder / "ablation.json"
     if marker.is_file() and (before := json.loads(marker.read_text(encoding="utf-8"))) != arguments:
         raise AblationError(f"{folder} was made with {before}, now asked for {arguments}; remove it or change --out")
@@ -117,7 +118,7 @@ def run_arm(folder: Path, ranks: int, config_name: str, overrides: Sequence[str]
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     launcher = [str(Path(sys.executable).with_name("deepspeed")), f"--num_gpus={ranks}", f"--master_port={port}"]
-    entry = [str(REPO / "mvptr_ds/train.py"), "--deepspeed", str(REPO / "ds_configs/z2.json"), "--config", config_name]
+    entry = [str(REPO / "mvptr_ds/train.py"), "--deepspeed", str(json_path), "--config", config_name]
     _call([*launcher, *entry, f"run.dir={folder}", *overrides], folder / "train.log")
     _call([sys.executable, str(REPO / "mvptr_ds/eval.py"), str(folder)], folder / "eval.log")
 
@@ -171,6 +172,9 @@ def parse_arguments(arms: Mapping[str, Arm]) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", default=list(arms), choices=list(arms), metavar="ARM", help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="run.seed of the runs (0)")
     parser.add_argument("--ranks", type=int, default=2, metavar="N", help="ranks of a run (%(default)s)")
+    parser.add_argument(
+        "--deepspeed", type=Path, default=REPO / "ds_configs/z2.json", metavar="JSON", help="of all runs (z2.json)"
+    )
     parser.add_argument("--set", nargs="+", default=[], metavar="section.key=value", help="overrides for every arm")
     parser.add_argument("--table", action="store_true", help="train nothing, print the table of what is there")
     return parser.parse_args()
@@ -190,7 +194,8 @@ def main() -> int:
             for number, (arm, seed) in enumerate(runs, start=1):
                 logging.info("run %d of %d: %s, seed %d", number, len(runs), arm.name, seed)
                 overrides = [*common, *arm_overrides(arm, config), f"run.seed={seed}"]
-                run_arm(out / arm.name / f"seed-{seed}", arguments.ranks, arguments.config, overrides)
+                folder = out / arm.name / f"seed-{seed}"
+                run_arm(folder, arguments.ranks, arguments.config, arguments.deepspeed.resolve(), overrides)
         reports = read_reports(out, arms)
         if not reports:
             raise AblationError(f"{out} holds no report; leave --table out to train")

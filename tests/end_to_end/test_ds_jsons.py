@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from mvptr_ds.ds_config import load_ds_config
 from mvptr_ds.eval import evaluate
 from tests.conftest import REPO
-from tests.distributed.launch import run_ranks
 from tests.end_to_end.copies import STAGES, forget
+from tests.end_to_end.scenarios import launch
 
 pytestmark = pytest.mark.timeout(600)
 LIMIT_S = 400.0
@@ -49,16 +49,6 @@ def scenario(small: list[str], path: Path, run_dir: Path, *more: str) -> dict[st
     return {"name": run_dir.name, "arguments": arguments, "disturb": None}
 
 
-def launch(scenarios: list[dict[str, Any]], num_ranks: int, folder: Path) -> None:
-    folder.mkdir()
-    (folder / "scenarios.json").write_text(json.dumps(scenarios), encoding="utf-8")
-    run_ranks("tests.end_to_end.ranks_disturbed", num_ranks, folder, LIMIT_S)
-    said = (folder / "rank0.log").read_text(encoding="utf-8")
-    for rank in range(num_ranks):
-        codes = json.loads((folder / f"codes-rank{rank}.json").read_text(encoding="utf-8"))
-        assert codes == {one["name"]: 0 for one in scenarios}, said
-
-
 @pytest.fixture(scope="module")
 def runs(small: list[str], jsons: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of runs named like the JSONs, both stages; and the same resumed in stage 2, `NAME again`."""
@@ -67,7 +57,7 @@ def runs(small: list[str], jsons: dict[str, Path], tmp_path_factory: pytest.Temp
     for name in (*SHIPPED[:3], BF16, SHIPPED[3], PARTITIONED):  # stage 3 last: it replaces torch's `linear` for good
         first, again = (scenario(small, jsons[name], folder / run) for run in (name, f"{name} again"))
         scenarios += [first, again | {"copy": [str(folder / name), "stage2", CUT]}]
-    launch(scenarios, 2, folder / "launch")
+    launch(scenarios, 2, folder / "launch", LIMIT_S)
     return folder
 
 
@@ -145,7 +135,7 @@ def test_on_one_rank_each_goes_on_from_two(runs: Path, small: list[str], jsons: 
         copy = forget(runs / source, runs / f"{name} alone", "stage2", CUT)
         path = jsons["z1" if name == STAGE_CHANGE else source]
         scenarios.append(scenario(small, path, copy))
-    launch(scenarios, 1, runs / "launch-alone")
+    launch(scenarios, 1, runs / "launch-alone", LIMIT_S)
     assert "is converted for 1 ranks" in (runs / "launch-alone/rank0.log").read_text(encoding="utf-8")
     for name, source in origin.items():
         compare(runs / f"{name} alone", runs / source, "stage2")

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import REPO
-from tests.distributed.launch import run_ranks
 from tests.end_to_end.copies import forget
+from tests.end_to_end.scenarios import launch
 
 pytestmark = pytest.mark.timeout(400)
 LIMIT_S = 200.0
@@ -28,17 +28,6 @@ def scenario(small: list[str], run_dir: Path, *more: str, stage: int = 2) -> dic
     return {"name": run_dir.name, "arguments": arguments, "disturb": None}
 
 
-def launch(scenarios: list[dict[str, Any]], num_ranks: int, folder: Path) -> str:
-    """What rank 0 says."""
-    folder.mkdir()
-    (folder / "scenarios.json").write_text(json.dumps(scenarios), encoding="utf-8")
-    run_ranks("tests.end_to_end.ranks_disturbed", num_ranks, folder, LIMIT_S)
-    said = (folder / "rank0.log").read_text(encoding="utf-8")
-    codes = json.loads((folder / "codes-rank0.json").read_text(encoding="utf-8"))
-    assert codes == {one["name"]: 0 for one in scenarios}, said
-    return said
-
-
 @pytest.fixture(scope="module")
 def runs(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """On two ranks, then alone what had two steps on two."""
@@ -51,11 +40,11 @@ def runs(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     again = [scenario(small, folder / "again", *LAMB), scenario(small, folder / "taken over", *LAMB)]
     for one, source in zip(again, ("lamb", "adamw"), strict=True):
         one["copy"] = [str(folder / source), "stage1", CUT]
-    launch([*from_start, *again], 2, folder / "two")
+    launch([*from_start, *again], 2, folder / "two", LIMIT_S)
     alone = []
     for name, source in (("alone", "lamb"), ("taken over alone", "adamw")):
         alone.append(scenario(small, forget(folder / source, folder / name, "stage1", CUT), *LAMB))
-    launch(alone, 1, folder / "one")
+    launch(alone, 1, folder / "one", LIMIT_S)
     return folder
 
 

@@ -86,66 +86,58 @@ def vsc(
     negative.
     """
     (text_BD, image_BD), (text_ND, image_ND) = ((_at_least_float32(x) for x in pair) for pair in (own, everyone))
-    rest = (scale, image_index_B, image_index_N, first, rows_at_once)
-    to_images_B, to_texts_B = _Contrast.apply(text_BD, image_ND, *rest), _Contrast.apply(image_BD, text_ND, *rest)
+    rows = _OwnRows(image_index_B, image_index_N, first, rows_at_once)
+    to_images_B = _Contrast.apply(text_BD, image_ND, scale, rows)
+    to_texts_B = _Contrast.apply(image_BD, text_ND, scale, rows)
     return LossSum.of(0.5 * (to_images_B + to_texts_B))
+
+
+@dataclass(frozen=True)
+class _OwnRows:
+    """The rows of the similarity matrix that are this rank's; see `vsc`."""
+
+    image_index_B: Tensor
+    image_index_N: Tensor
+    first: int
+    at_once: int
+
+    def logits(self, queries_BD: Tensor, keys_ND: Tensor, scale: Tensor) -> Iterator[tuple[slice, int, Tensor]]:
+        """Some queries at a time: which, the diagonal of their own keys, their logits (-inf where left out)."""
+        for start in range(0, len(queries_BD), self.at_once):
+            chosen = slice(start, start + self.at_once)
+            logits_KN = (queries_BD[chosen] @ keys_ND.T).mul_(scale)
+            left_out_KN = self.image_index_B[chosen, None] == self.image_index_N
+            left_out_KN.diagonal(self.first + start).fill_(False)
+            yield chosen, self.first + start, logits_KN.masked_fill_(left_out_KN, float("-inf"))
 
 
 class _Contrast(torch.autograd.Function):
     """Cross entropy of each query's own key among all keys but the others of its image, [B].
 
-    The logits are computed again in the backward pass: never more than `rows_at_once` rows of them exist.
+    The logits are computed again in the backward pass: never more than `rows.at_once` rows of them exist.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        queries_BD: Tensor,
-        keys_ND: Tensor,
-        scale: Tensor,
-        image_index_B: Tensor,
-        image_index_N: Tensor,
-        first: int,
-        rows_at_once: int,
-    ) -> Tensor:
-        ctx.save_for_backward(queries_BD, keys_ND, scale, image_index_B, image_index_N)
-        ctx.places = first, rows_at_once
+    def forward(ctx: Any, queries_BD: Tensor, keys_ND: Tensor, scale: Tensor, rows: _OwnRows) -> Tensor:
+        ctx.save_for_backward(queries_BD, keys_ND, scale)
+        ctx.rows = rows
         out_B = torch.empty_like(queries_BD[:, 0])
-        inputs = (queries_BD, keys_ND, scale, image_index_B, image_index_N, first, rows_at_once)
-        for rows, own, logits_KN in _Contrast._logits(*inputs):
-            out_B[rows] = logits_KN.logsumexp(-1) - logits_KN.diagonal(own)
+        for chosen, own, logits_KN in rows.logits(queries_BD, keys_ND, scale):
+            out_B[chosen] = logits_KN.logsumexp(-1) - logits_KN.diagonal(own)
         return out_B
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        queries_BD, keys_ND, scale, *images = ctx.saved_tensors
+        queries_BD, keys_ND, scale = ctx.saved_tensors
         to_queries_BD, to_keys_ND = torch.empty_like(queries_BD), torch.zeros_like(keys_ND)
-        for rows, own, logits_KN in _Contrast._logits(queries_BD, keys_ND, scale, *images, *ctx.places):
+        for chosen, own, logits_KN in ctx.rows.logits(queries_BD, keys_ND, scale):
             to_logits_KN = logits_KN.softmax(-1)
             to_logits_KN.diagonal(own).sub_(1.0)
-            to_logits_KN *= grads[0][rows, None]
-            to_queries_BD[rows] = to_logits_KN @ keys_ND
-            to_keys_ND.addmm_(to_logits_KN.T, queries_BD[rows])
+            to_logits_KN *= grads[0][chosen, None]
+            to_queries_BD[chosen] = to_logits_KN @ keys_ND
+            to_keys_ND.addmm_(to_logits_KN.T, queries_BD[chosen])
         to_scale = (to_queries_BD * queries_BD).sum().to(scale.dtype).reshape(scale.shape)
-        return to_queries_BD.mul_(scale), to_keys_ND.mul_(scale), to_scale, None, None, None, None
-
-    @staticmethod
-    def _logits(
-        queries_BD: Tensor,
-        keys_ND: Tensor,
-        scale: Tensor,
-        image_index_B: Tensor,
-        image_index_N: Tensor,
-        first: int,
-        rows_at_once: int,
-    ) -> Iterator[tuple[slice, int, Tensor]]:
-        """Some queries at a time: which, the diagonal of their own keys, their logits (-inf where left out)."""
-        for start in range(0, len(queries_BD), rows_at_once):
-            rows = slice(start, start + rows_at_once)
-            logits_KN = (queries_BD[rows] @ keys_ND.T).mul_(scale)
-            left_out_KN = image_index_B[rows, None] == image_index_N
-            left_out_KN.diagonal(first + start).fill_(False)
-            yield rows, first + start, logits_KN.masked_fill_(left_out_KN, float("-inf"))
+        return to_queries_BD.mul_(scale), to_keys_ND.mul_(scale), to_scale, None
 
 
 def itm(matched_logits_B2: Tensor, mismatched_logits_B2: Tensor, has_negative_B: Tensor) -> LossSum:

@@ -1,6 +1,7 @@
-# make demo [SOURCE=stamps] | make test | make faults | make fuzz | make lint      .venv is set up first; safe to repeat
+# make demo [SOURCE=stamps] | make test | make faults [TRIES=8] | make fuzz | make lint; .venv is set up first; safe to repeat
 SOURCE ?= shapes
 PYTHON ?= python3
+TRIES ?= 24
 VENV := .venv
 BIN := $(VENV)/bin
 RANKS ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | wc -l); [ $$n -gt 0 ] && echo $$n || echo 2)
@@ -29,10 +30,10 @@ test: install
 	$(BIN)/python -m pytest
 
 # kills, hangs and poisons ranks at random instants and compares what runs come to with undisturbed ones; then, as root with
-# Debian's SLURM, a node that dies, a preemption and a resume on fewer nodes
+# Debian's SLURM, a node that dies, a preemption and a resume on fewer nodes. The limit: four ranks on two cores are slow
 faults: install
-	$(BIN)/python tools/faults.py --tries 24 --ranks 2 --out runs/faults
-	$(BIN)/python tools/faults.py --tries 12 --ranks 4 --out runs/faults-of-4
+	$(BIN)/python tools/faults.py --tries $(TRIES) --ranks 2 --out runs/faults
+	$(BIN)/python tools/faults.py --tries $$(( ($(TRIES) + 1) / 2 )) --ranks 4 --limit 60 --out runs/faults-of-4
 	$(BIN)/python -m pytest tests/slurm -m faults
 
 # 100,000 damaged tars, records, features and pictures: each is read or refused, nothing else

@@ -41,7 +41,7 @@ class Assumptions:
     overlap: float = 0.5  # of the backward pass, which may hide the gradients' communication
     link_efficiency: float = 0.7  # of the links' figures that collectives reach
     loader_samples_per_core_s: float = 1_000.0
-    host_s: float = 0.05  # that Python needs to launch a micro-batch's kernels, however fast they are
+    host_s: float = 0.15  # that Python needs to launch a micro-batch's kernels, however fast they are (docs/gpu.md)
     overhead_gib: float = 2.0  # CUDA's context, NCCL's buffers, fragmentation
 
 

@@ -127,7 +127,7 @@ class Engine:
             raise errors[0]
 
     def load(self, path: Path, universal_steps: int | None) -> None:
-        """Puts back weights and optimiser.
+        """Puts back weights and optimiser; the optimiser's settings stay those of the configuration.
 
         Args:
             universal_steps: None for what `save` wrote on as many ranks; of a universal checkpoint (elastic.py), for
@@ -135,8 +135,10 @@ class Engine:
         """
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
         self._deepspeed.load_checkpoint(str(path.parent), tag=path.name)
+        for group, ours in zip(self._optimizer.param_groups, settings, strict=True):
+            group.update({name: value for name, value in ours.items() if name != "step"})
         if universal_steps is not None:
-            self._mend_optimizer(settings, universal_steps)
+            self._mend_optimizer(universal_steps)
 
     def destroy(self) -> None:
         """Takes DeepSpeed's hooks off the model."""
@@ -152,14 +154,13 @@ class Engine:
         state = self.model.state_dict() if parallel.is_main() else {}
         return {name: tensor.detach().clone() for name, tensor in state.items() if name not in trained}
 
-    def _mend_optimizer(self, settings: list[dict[str, Any]], num_steps: int) -> None:
+    def _mend_optimizer(self, num_steps: int) -> None:
         """What deepspeed 0.19.8 gets wrong when it reads a universal checkpoint.
 
-        Stage 3 gives every group the first one's weight decay, and one step count to all, which each of them then
-        raises; the other stages leave the count on the host, where CUDA's fused AdamW does not take it.
+        Stage 3 gives one step count to all groups, which each of them then raises; the other stages leave the count on
+        the host, where CUDA's fused AdamW does not take it.
         """
-        for group, ours in zip(self._optimizer.param_groups, settings, strict=True):
-            group.update(ours)
+        for group in self._optimizer.param_groups:
             if "step" in group:  # apex counts the steps of a group
                 group["step"] = num_steps
         for parameter, state in self._optimizer.state.items():

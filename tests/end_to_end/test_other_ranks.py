@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from mvptr_ds import elastic
@@ -97,6 +98,17 @@ def test_a_checkpoint_whose_parameters_stand_in_another_order(
     said = train(run_dir, overrides, 2)
     assert f"stage2 goes on from step {CUT}" in said and "is converted for 2 ranks" in said
     check(run_dir, undisturbed)
+
+
+def test_settings_of_the_optimiser_are_the_configurations(
+    undisturbed: Path, overrides: list[str], tmp_path: Path
+) -> None:
+    run_dir = forget(undisturbed, tmp_path / "run", "stage2", CUT)
+    train(run_dir, [*overrides, "optim.weight_decay=0.5", "optim.beta2=0.9"], 2)
+    engine = run_dir / f"stage2/checkpoints/step-{STEPS:08d}/engine"
+    saved = torch.load(next(engine.glob("*rank_0_*optim_states.pt")), weights_only=False)["optimizer_state_dict"]
+    groups = saved["base_optimizer_state"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0] and groups[0]["betas"][1] == 0.9
 
 
 def test_two_ranks_then_one_then_two(undisturbed: Path, overrides: list[str], tmp_path: Path) -> None:

@@ -143,16 +143,19 @@ def _missing(config: Config) -> list[Finding]:
     data = config.data
 
     def check() -> Iterator[Finding]:
-        folders = {folder for split in assembly.splits_of(data).values() for folder in (split.shards, *split.sidecars)}
+        roles: dict[str, str] = {}
+        for key, split in assembly.splits_of(data).items():
+            roles |= {folder: f"a sidecar of {key}" for folder in split.sidecars if folder not in roles}
+            roles[split.shards] = key
         if _demo_to_be_drawn(config):
             text = f"{data.train} is not there yet: the run draws its {data.demo_train_scenes} demo scenes first"
             yield Finding("shards", WARNING, text, "nothing; vocabularies and hand-over can be looked at only then")
             return
-        for folder in sorted(folder for folder in folders if not is_url(folder)):
+        for folder, role in sorted((folder, role) for folder, role in roles.items() if not is_url(folder)):
             num_bytes = sum(tar.stat().st_size for tar in Path(folder).glob("*.tar"))
             if not num_bytes and not (Path(folder) / MANIFEST_NAME).exists():
-                text = f"{folder} holds no .tar file; set data.train / data.held_out to a folder of shards"
-                yield Finding("shards", ERROR, text)
+                text = f"{folder} ({role}) holds no .tar file"
+                yield Finding("shards", ERROR, text, "set a folder of shards there")
             elif not (Path(folder) / MANIFEST_NAME).exists():
                 text = f"{folder} has no index yet: one process reads its {_size(num_bytes)} when the run starts"
                 yield Finding("shards", WARNING, text, f"python tools/validate_shards.py {folder} makes it now")

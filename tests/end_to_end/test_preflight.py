@@ -160,8 +160,12 @@ def test_shards_without_an_index_and_without_tars(small: list[str], shards: Path
     shutil.copytree(shards / "train", tmp_path / "train")
     (tmp_path / "train/manifest.json").unlink()
     own = ["data.demo_source=null", f"run.dir={tmp_path / 'run'}", f"data.train={tmp_path / 'train'}"]
-    found = [f for f in examine(small, *own, "data.held_out=nowhere") if f.check == "shards"]
-    assert [f.level for f in found] == ["error", "warning"] or [f.level for f in found] == ["warning", "error"]
+    without = ["data.held_out=nowhere", "data.sidecars=[nothing]"]
+    found = [f for f in examine(small, *own, *without) if f.check == "shards"]
+    assert sorted(f.level for f in found) == ["error", "error", "warning"]
+    errors = {f.text for f in found if f.level == "error"}
+    named = ("nowhere (data.held_out)", "nothing (a sidecar of data.train)")
+    assert errors == {f"{name} holds no .tar file" for name in named}
     assert not (tmp_path / "train/manifest.json").exists()
     assert not [f for f in examine(small, *own, prepare=True) if f.level != "ok"]  # which makes it
 

@@ -106,7 +106,7 @@ def test_preflight_only_looks_at_both_nodes_and_trains_nothing(
     assert cluster.wait(wrong) == "FAILED" and cluster.job(wrong)["ExitCode"] == "2:0"
     said = text(tmp_path / f"mvptr-stage1-{wrong}.log")
     assert "preflight found 2 errors:" in said and "not started again" in said, said
-    assert "optim.name is 'sgd'" in said and "nowhere holds no .tar file" in said, said
+    assert "optim.name is 'sgd'" in said and "nowhere (data.held_out) holds no .tar file" in said, said
     assert cluster.job(wrong)["Restarts"] == "0"
 
 

@@ -1,7 +1,8 @@
 """Model FLOPs: what a batch asks of the mathematics, whatever kernels do it.
 
-Counted: matrix products on valid positions, a multiplication and an addition as two; a training step is three times
-its forward pass (one for the forward, two for the backward). Not counted: padding, what activation checkpointing
+Counted: matrix products on valid positions, and in an encoder's last layer those that somebody reads (reading.py), a
+multiplication and an addition as two; a training step is three times its forward pass (one for the forward, two for
+the backward). Not counted: padding, what activation checkpointing
 computes again, element-wise work, the embedding look-up, RoIAlign, and grounding's phrase-region products (below 0.1 %
 of the base model). The mismatched pairs of ITM are counted with the lengths of the matched ones: which pairs they
 are is known on the device only, and over a batch the positions are nearly the same.
@@ -11,7 +12,7 @@ Legend: D hidden, W word rows, P phrases.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,7 @@ class Lengths:
     cross: float  # text slots and regions
     cross_pairs: float
     regions: float
+    phrases: float = 0.0
     picked_tokens: float = 0.0  # slots that a head predicts
     picked_tags: float = 0.0
     picked_phrases: float = 0.0
@@ -62,6 +64,7 @@ class Lengths:
             cross=_total(cross),
             cross_pairs=_total(cross**2),
             regions=_total(regions),
+            phrases=_total(batch.phrase_mask_BT),
             picked_tokens=_total(batch.mlm_labels_BT != IGNORE),
             picked_tags=_total(picked_BG),
             picked_phrases=_total(batch.phrase_labels_BT != IGNORE),
@@ -69,13 +72,32 @@ class Lengths:
             images=0 if batch.images_B3HW is None else len(batch),
         )
 
+    def read(self, kinds: frozenset[str]) -> float:
+        """Rows of these kinds (reading.py), which do not overlap."""
+        numbers = {
+            "first": self.samples,
+            "tokens": self.picked_tokens,
+            "tags": self.picked_tags,
+            "phrases": self.phrases,
+            "picked_phrases": self.picked_phrases,
+            "text": self.text,
+            "regions": self.regions,
+            "asking_regions": self.scored_regions,
+        }
+        return sum(numbers[kind] for kind in kinds)
+
 
 def _total(values: Tensor) -> float:
     return float(values.sum())
 
 
 def forward_flops(
-    lengths: Lengths, model: MvptrConfig, parts: Collection[str], objectives: Collection[str], num_samples: float
+    lengths: Lengths,
+    model: MvptrConfig,
+    parts: Collection[str],
+    objectives: Collection[str],
+    num_samples: float,
+    reads: Mapping[str, frozenset[str]],
 ) -> dict[str, float]:
     """FLOPs of one forward pass by part of the model, without an image backbone.
 
@@ -83,26 +105,30 @@ def forward_flops(
         parts: `Task.trained_parts`: which of the encoders run.
         objectives: those with a weight.
         num_samples: of the global micro-batch, which contrast compares each sample with.
+        reads: `Task.reads`: the rows that each encoder's last layer computes wholly.
     """
     dim, on = model.hidden_size, set(objectives)
-    a_position = 2 * (4 * dim**2 + 2 * dim * model.intermediate_size)  # QKV, attention's output, both of the FFN
+    before, after = 2 * 3 * dim**2, 2 * (dim**2 + 2 * dim * model.intermediate_size)  # of attention, a position
     a_pair = 4 * dim  # query x key, and probability x value
 
-    def encoder(num_layers: int, positions: float, pairs: float) -> float:
-        return num_layers * (a_position * positions + a_pair * pairs)
+    def encoder(num_layers: int, positions: float, pairs: float, read: float) -> float:
+        return num_layers * (before * positions + a_pair * pairs) + after * ((num_layers - 1) * positions + read)
+
+    read = rows_read(lengths, objectives, reads)
 
     def head(slots: float, rows: int) -> float:
         return slots * 2 * (dim**2 + dim * rows)
 
     out: dict[str, float] = {}
     if "text" in parts:
-        out["text"] = encoder(model.num_text_layers, lengths.text, lengths.text_pairs)
+        out["text"] = encoder(model.num_text_layers, lengths.text, lengths.text_pairs, read["text"])
     if "visual" in parts:
-        out["visual"] = encoder(model.num_visual_layers, lengths.visual, lengths.visual_pairs)
+        out["visual"] = encoder(model.num_visual_layers, lengths.visual, lengths.visual_pairs, read["visual"])
         out["regions"] = 2 * (model.region_feature_dim + GEOMETRY_DIM) * dim * lengths.regions
     if "cross" in parts:
-        passes = 2 if on & {"itm", "wpg_cross"} else 1
-        out["cross"] = passes * encoder(model.num_cross_layers, lengths.cross, lengths.cross_pairs)
+        passes = num_cross_passes(objectives)
+        positions, pairs = passes * lengths.cross, passes * lengths.cross_pairs
+        out["cross"] = encoder(model.num_cross_layers, positions, pairs, read["cross"])
     slots = {"mlm": lengths.picked_tokens, "mcr_tags": lengths.picked_tags, "mcr_regions": lengths.scored_regions}
     out["word_heads"] = head(sum(number for name, number in slots.items() if name in on), model.num_words)
     if "mcr_phrases" in on:
@@ -112,6 +138,22 @@ def forward_flops(
     if "vsc" in on:
         out["contrast"] = lengths.samples * 4 * (dim**2 + dim * num_samples)
     return out
+
+
+def num_cross_passes(objectives: Collection[str]) -> int:
+    """Matched pairs, and mismatched ones where something compares them."""
+    return 2 if set(objectives) & {"itm", "wpg_cross"} else 1
+
+
+def rows_read(lengths: Lengths, objectives: Collection[str], reads: Mapping[str, frozenset[str]]) -> dict[str, float]:
+    """Rows that each encoder's last layer computes wholly, those of both cross passes together."""
+    number = {name: lengths.read(kinds) for name, kinds in reads.items()}
+    strangers = number.get("mismatched", lengths.cross) if num_cross_passes(objectives) == 2 else 0.0
+    return {
+        "text": number.get("text", lengths.text),
+        "visual": number.get("visual", lengths.visual),
+        "cross": number.get("matched", lengths.cross) + strangers,
+    }
 
 
 def backbone_flops(model: Mvptr) -> float:
@@ -132,7 +174,7 @@ class StepFlops:
 
     def __init__(self, task: Task, num_ranks: int) -> None:
         self.model: MvptrConfig = task.model.config  # type: ignore[assignment]  # transformers annotates its base class
-        self.objectives, self.num_ranks = frozenset(task.weights), num_ranks
+        self.objectives, self.num_ranks, self.reads = frozenset(task.weights), num_ranks, task.reads
         always = () if task.stage == "stage1" else ("text", "visual")
         self.parts = frozenset((*task.trained_parts(), *always))
         self.an_image = backbone_flops(task.model) * (1 if self.model.freeze_backbone else FORWARD_AND_BACKWARD)
@@ -143,5 +185,5 @@ class StepFlops:
 
     def of_lengths(self, lengths: Lengths) -> float:
         num_samples = lengths.samples * self.num_ranks
-        parts = forward_flops(lengths, self.model, self.parts, self.objectives, num_samples)
+        parts = forward_flops(lengths, self.model, self.parts, self.objectives, num_samples, self.reads)
         return FORWARD_AND_BACKWARD * sum(parts.values()) + self.an_image * lengths.images

@@ -18,16 +18,19 @@ from mvptr_ds.model.packed import Packed
 class Picked:
     """The rows that are to be predicted, and what stood there."""
 
-    rows_K: Tensor  # int64, places among the packed rows
+    mask: Packed  # bool, on the host: which of the packed rows
+    rows_K: Tensor  # int64, their places among them
     labels_K: Tensor  # int64
     samples: tuple[int, ...]  # whose each is, on the host
 
     @classmethod
     def of(cls, labels_BL: Tensor, lengths: tuple[int, ...], device: torch.device) -> Picked:
         labels = Packed.of_padded(labels_BL.cpu(), lengths)
-        rows_K = (labels.rows != IGNORE).nonzero().flatten()
+        mask = labels.like(labels.rows != IGNORE)
+        rows_K = mask.rows.nonzero().flatten()
         samples = tuple(labels.owners()[rows_K].tolist())
-        return cls(rows_K.to(device, non_blocking=True), labels.rows[rows_K].to(device, non_blocking=True), samples)
+        labels_K = labels.rows[rows_K].to(device, non_blocking=True)
+        return cls(mask, rows_K.to(device, non_blocking=True), labels_K, samples)
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class PackedBatch:
 
     text_ids: Packed  # int64
     phrase_mask: Packed  # bool, text rows that hold a phrase
+    phrases_on_host: Packed  # the same
     masked_tokens: Picked  # of the text rows, wordpieces
     masked_phrases: Picked  # of the text rows, numbers in the phrase vocabulary
     tag_ids: Packed  # int64
@@ -56,11 +60,13 @@ class PackedBatch:
         masked_tokens = Picked.of(batch.mlm_labels_BT, batch.text_lengths, device)
         masked_phrases = Picked.of(batch.phrase_labels_BT, batch.text_lengths, device)
         masked_tags = Picked.of(batch.tag_labels_BG, batch.tag_lengths, device)
+        phrases_on_host = Packed.of_padded(batch.phrase_mask_BT.cpu(), batch.text_lengths)
         batch = batch.to(device, non_blocking=True)
         features_BRF = batch.region_features_BRF
         return cls(
             text_ids=text(batch.text_ids_BT),
             phrase_mask=text(batch.phrase_mask_BT),
+            phrases_on_host=phrases_on_host,
             masked_tokens=masked_tokens,
             masked_phrases=masked_phrases,
             tag_ids=Packed.of_padded(batch.tag_ids_BG, batch.tag_lengths),

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mvptr_ds import exchange, hard_negatives, losses, parallel
+from mvptr_ds import exchange, hard_negatives, losses, parallel, reading
 from mvptr_ds.config import TaskConfig, WeightsConfig
 from mvptr_ds.contrast import SCOPES, Globals, Pool
 from mvptr_ds.data.collate import Batch
 from mvptr_ds.hard_negatives import Draws
 from mvptr_ds.losses import LossSum
 from mvptr_ds.model.mvptr import Mvptr, TableRows
-from mvptr_ds.model.packed import Packed, concat, on_device
+from mvptr_ds.model.packed import Packed, concat, join, on_device
 from mvptr_ds.packed_batch import PackedBatch, Picked
 
 STAGE1_OBJECTIVES = ("mcr_tags", "mcr_regions", "mcr_phrases", "mlm")
@@ -99,6 +99,8 @@ class Task(nn.Module):
                 f"data.phrase_vocab, or {stage}.weights.mcr_phrases=0"
             )
         self._resolve_choices(config)
+        wpg_on_cross = "wpg" in self.weights and self.wpg_states == "cross"
+        self.reads = reading.kinds_read(stage, self.weights, wpg_on_cross)
 
     def _resolve_choices(self, config: TaskConfig) -> None:
         joint = self.stage == "joint"
@@ -172,7 +174,8 @@ class Task(nn.Module):
         model, packed = self.model, PackedBatch.of(batch, self.model.device)
         table = model.read_table(packed.text_ids, packed.tag_ids, phrases="mcr_phrases" in self.weights)
         if self.weights.keys() & {"mlm", "mcr_phrases"}:
-            text = model.encode_text(packed.text_ids, table.text_ND)
+            read = reading.of_text(self.reads["text"], packed)
+            text = model.encode_text(packed.text_ids, table.text_ND, read)
             if "mlm" in self.weights:
                 parts["mlm"] = self._mlm(packed, text, table)
             if "mcr_phrases" in self.weights:
@@ -204,7 +207,7 @@ class Task(nn.Module):
             others_B = pool.others(self._itm_mode(step), draws.itm_takes_image_N, draws.itm_N, scale)
             others = self._mismatched(own, others_B, draws.itm_takes_image_N, pool)
         if self._crosses():
-            matched, mismatched = self._cross(own, others)
+            matched, mismatched = self._cross(own, others, packed)
         if "mlm" in weights:
             parts["mlm"] = self._mlm(packed, matched.text, table)
         if others is not None:
@@ -245,7 +248,9 @@ class Task(nn.Module):
 
     def _encode_visual(self, packed: PackedBatch, table: TableRows) -> tuple[Packed, Packed]:
         regions = self.model.embed_regions(packed.features, packed.images_B3HW, packed.geometry)
-        return self.model.encode_visual(packed.tag_ids, regions, table.tags_ND)
+        kinds = self.reads["visual"]
+        read = join(reading.of_tags(kinds, packed), reading.of_regions(kinds, packed))
+        return self.model.encode_visual(packed.tag_ids, regions, table.tags_ND, read)
 
     def _mlm(self, packed: PackedBatch, text: Packed, table: TableRows) -> LossSum:
         masked = packed.masked_tokens
@@ -288,13 +293,17 @@ class Task(nn.Module):
         (regions,) = _fetch([own.regions], image_from_B, pool.across)
         return Pairs(text, phrase_mask, regions)
 
-    def _cross(self, own: Pairs, others: Pairs | None) -> tuple[Pairs, Pairs]:
+    def _cross(self, own: Pairs, others: Pairs | None, packed: PackedBatch) -> tuple[Pairs, Pairs]:
         """The cross encoder on the matched and on the mismatched pairs, in one call."""
         text, phrase_mask, regions = own.text, own.phrase_mask, own.regions
+        kinds = self.reads["matched"]
+        read = join(reading.of_text(kinds, packed), reading.of_regions(kinds, packed))
         if others is not None:
             text, regions = concat([text, others.text]), concat([regions, others.regions])
             phrase_mask = concat([phrase_mask, others.phrase_mask])
-        text, regions = self.model.encode_cross(text, regions)
+            strangers = reading.of_pairs(self.reads["mismatched"], others.text.lengths, others.regions.lengths)
+            read = concat([read, strangers])
+        text, regions = self.model.encode_cross(text, regions, read=read)
         return Pairs(text, phrase_mask, regions).split(len(own.text))
 
     def grounding_scores(self, pairs: Pairs, others_B: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:

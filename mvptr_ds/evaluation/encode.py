@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from mvptr_ds import reading
 from mvptr_ds.data.collate import Batch
 from mvptr_ds.data.features import SampleBuilder
 from mvptr_ds.data.loader import eval_batches
@@ -184,17 +185,21 @@ def cross_states(
     batch_size: int,
     device: torch.device,
     name: str = "cross",
+    firsts_alone: bool = False,
 ) -> Iterator[CrossStates]:
     """Batches of the pairs (captions_M[m], images_M[m]), int64 each, in order.
 
     Args:
         name: of the progress bar.
+        firsts_alone: slot 0 of the texts is all that is wanted; the other states come back as zeros.
     """
     for rows in tqdm(torch.arange(len(captions_M)).split(batch_size), desc=name, disable=None, leave=False):
         captions, images = captions_M[rows], images_M[rows]
         text = _pack(split.text_CTD[captions], split.text_mask_CT[captions])
         regions = _pack(split.regions_IRD[images], split.region_mask_IR[images])
-        yield CrossStates(rows, *model.encode_cross(text.to(device, model.dtype), regions.to(device, model.dtype)))
+        read = reading.of_pairs(reading.FIRST, text.lengths, regions.lengths) if firsts_alone else None
+        text, regions = text.to(device, model.dtype), regions.to(device, model.dtype)
+        yield CrossStates(rows, *model.encode_cross(text, regions, read=read))
 
 
 def _pack(slots_BLx: Tensor, mask_BL: Tensor) -> Packed:

@@ -72,7 +72,7 @@ def score_pairs(
     model: Mvptr, split: EncodedSplit, captions_M: Tensor, images_M: Tensor, batch_size: int, device: torch.device
 ) -> Tensor:
     """Probability of a match of each pair by the cross encoder, float64 [M] on the CPU."""
-    pairs = cross_states(model, split, captions_M, images_M, batch_size, device, "score pairs")
+    pairs = cross_states(model, split, captions_M, images_M, batch_size, device, "score pairs", firsts_alone=True)
     return torch.cat([torch.empty(0, dtype=torch.float64), *(match_probability(model, cross) for cross in pairs)])
 
 

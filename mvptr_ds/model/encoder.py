@@ -44,11 +44,17 @@ class EncoderLayer(nn.Module):
         self.ffn_norm = LayerNorm(sizes.hidden_size, eps=sizes.norm_eps)
         self.dropout = nn.Dropout(sizes.hidden_dropout)
 
-    def forward(self, states_xD: Tensor, attend: Attend) -> Tensor:
-        """[..., D] -> [..., D]; `attend` knows which states belong to one sequence."""
+    def forward(self, states_xD: Tensor, attend: Attend, read_K: Tensor | None = None) -> Tensor:
+        """[..., D] -> [..., D]; `attend` knows which states belong to one sequence.
+
+        Args:
+            read_K: int64, of [N, D] the rows that are wanted: [N, D] -> [K, D].
+        """
         qkv_x3HK = self.qkv(states_xD).unflatten(-1, (3, self.num_heads, -1))
-        attended_xHK = attend(qkv_x3HK, self.attention_dropout if self.training else 0.0)
-        return self.after_attention(states_xD, attended_xHK.flatten(-2))
+        attended_xD = attend(qkv_x3HK, self.attention_dropout if self.training else 0.0).flatten(-2)
+        if read_K is not None:
+            states_xD, attended_xD = states_xD.index_select(0, read_K), attended_xD.index_select(0, read_K)
+        return self.after_attention(states_xD, attended_xD)
 
     def after_attention(self, states_xD: Tensor, attended_xD: Tensor) -> Tensor:
         """All that follows attention, row by row (and what `model.compile` compiles)."""
@@ -70,20 +76,32 @@ class Encoder(nn.Module):
         self.execution = "packed"
         self.activation_checkpointing = False
 
-    def forward(self, packed: Packed) -> Packed:
-        """Rows [N, D] of sequences -> their states, same shape; attention stays within each sequence."""
-        if self.execution == "padded":
-            mask_BL = packed.mask()
-            states_BLD = self._run(packed.padded(), PaddedAttention(mask_BL))
-            return Packed.of_padded(states_BLD, packed.lengths)
-        return packed.like(self._run(packed.rows, SegmentAttention(packed.lengths, packed.rows.device)))
+    def forward(self, packed: Packed, read: Packed | None = None) -> Packed:
+        """Rows [N, D] of sequences -> their states, same shape; attention stays within each sequence.
 
-    def _run(self, states_xD: Tensor, attend: Attend) -> Tensor:
+        Args:
+            read: bool [N], on the host: the rows whose states are wanted (default: all). The others come back as
+                zeros; packed, the last layer does not compute them behind its attention.
+        """
+        assert read is None or read.lengths == packed.lengths
+        device = packed.rows.device
+        if self.execution == "padded":
+            states = Packed.of_padded(self._run(packed.padded(), PaddedAttention(packed.mask())), packed.lengths)
+            return states if read is None else states.like(states.rows * read.rows.to(device)[:, None])
+        attend = SegmentAttention(packed.lengths, device)
+        if read is None or read.rows.all():
+            return packed.like(self._run(packed.rows, attend))
+        read_K = read.rows.nonzero().flatten().to(device, non_blocking=True)
+        states_KD = self._run(packed.rows, attend, read_K)
+        return packed.like(torch.zeros_like(packed.rows).index_put((read_K,), states_KD))
+
+    def _run(self, states_xD: Tensor, attend: Attend, read_K: Tensor | None = None) -> Tensor:
         for layer in self.layers:
+            inputs = (states_xD, attend, read_K if layer is self.layers[-1] else None)
             if self.activation_checkpointing and torch.is_grad_enabled():
-                states_xD = checkpoint(layer, states_xD, attend, use_reentrant=False)
+                states_xD = checkpoint(layer, *inputs, use_reentrant=False)
             else:
-                states_xD = layer(states_xD, attend)
+                states_xD = layer(*inputs)
         return states_xD
 
     def compile_layers(self) -> None:

@@ -176,20 +176,26 @@ class Mvptr(PreTrainedModel):
         embedded: Packed = self.region_embedding(features, images_B3HW, geometry)
         return embedded
 
-    def encode_text(self, ids: Packed, rows_ND: Tensor | None = None) -> Packed:
+    # `read` marks the rows (bool, on the host) whose states are wanted; the others come back as zeros (`Encoder`)
+
+    def encode_text(self, ids: Packed, rows_ND: Tensor | None = None, read: Packed | None = None) -> Packed:
         """int64 rows of the table [N] -> text states [N, D]; `rows_ND` where `read_table` has read them."""
-        states: Packed = self.text_encoder(self.embeddings(ids, TEXT_SEGMENT, rows_ND))
+        states: Packed = self.text_encoder(self.embeddings(ids, TEXT_SEGMENT, rows_ND), read)
         return states
 
     def encode_visual(
-        self, tag_ids: Packed, regions: Packed, tag_rows_ND: Tensor | None = None
+        self, tag_ids: Packed, regions: Packed, tag_rows_ND: Tensor | None = None, read: Packed | None = None
     ) -> tuple[Packed, Packed]:
         """int64 rows of the table and embedded regions [N, D] -> tag states and region states, [N, D] each."""
         tags = self.embeddings(tag_ids, TAG_SEGMENT, tag_rows_ND)
-        return unjoin(self.visual_encoder(join(tags, regions)), tags.lengths)
+        return unjoin(self.visual_encoder(join(tags, regions), read), tags.lengths)
 
     def encode_cross(
-        self, text: Packed, regions: Packed, pairs: Sequence[tuple[int, int]] | None = None
+        self,
+        text: Packed,
+        regions: Packed,
+        pairs: Sequence[tuple[int, int]] | None = None,
+        read: Packed | None = None,
     ) -> tuple[Packed, Packed]:
         """Text and region states of the uni-modal encoders -> both after cross encoding.
 
@@ -198,7 +204,7 @@ class Mvptr(PreTrainedModel):
         """
         joined = join(text, regions, pairs)
         text_of = range(len(text)) if pairs is None else [first for first, _ in pairs]
-        return unjoin(self.cross_encoder(joined), [text.lengths[i] for i in text_of])
+        return unjoin(self.cross_encoder(joined, read), [text.lengths[i] for i in text_of])
 
     def text_global(self, text_states: Packed) -> Tensor:
         """-> [B, D] of length 1, float32 (float64 for a float64 model)."""

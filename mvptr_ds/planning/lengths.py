@@ -48,6 +48,7 @@ def drawn(ranges: Ranges, data: DataConfig, masking: MaskingConfig, with_images:
             cross=(text + regions).sum(),
             cross_pairs=((text + regions) ** 2).sum(),
             regions=regions.sum(),
+            phrases=phrases.sum(),
             picked_tokens=masking.word_prob * tokens.sum(),
             picked_tags=picked_tags.sum(),
             picked_phrases=masking.phrase_prob * phrases.sum(),

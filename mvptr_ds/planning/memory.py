@@ -9,7 +9,7 @@ Legend: D hidden, F feed-forward.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,6 +133,7 @@ def activation_bytes(
     model: MvptrConfig,
     parts: frozenset[str],
     num_cross_passes: int,
+    read: Mapping[str, float],
     element_bytes: int,
     checkpointing: bool,
     num_groundings: int = 0,
@@ -140,25 +141,27 @@ def activation_bytes(
 ) -> int:
     """What the encoders keep for the backward pass of a micro-batch of these lengths.
 
-    A position of a layer keeps 9 D + 2 F elements: its input, query, key and value, attention's output twice (as the
-    kernel's own and joined for the next product), the input and output of the first norm, both sides of GELU, the
-    input of the second norm; and `mask_bytes` for each element that dropout decides on (a bool on CUDA, an element of
-    the states on a CPU). With activation checkpointing a
-    layer keeps its input, and one layer at a time the rest.
+    A position of a layer keeps 9 D + 2 F elements: its input, query, key and value, attention's output (the kernel's
+    own); then, in the last layer only of the rows that are `read` (flops.rows_read), attention's output joined for the
+    next product, the input and output of the first norm, both sides of GELU, the input of the second norm; and
+    `mask_bytes` for each element that dropout decides on (a bool on CUDA, an element of the states on a CPU). With
+    activation checkpointing a layer keeps its input, and one layer at a time the rest.
 
     Each of `num_groundings` (phrases against an image's regions) keeps the normalised states in float32, and with half
     precision their float32 copy.
     """
     dim, ffn = model.hidden_size, model.intermediate_size
     dropped = dim * mask_bytes if model.hidden_dropout else 0  # bytes of one dropout's mask
-    a_layer = (9 * dim + 2 * ffn) * element_bytes + 2 * dropped + model.num_attention_heads * FLOAT32 + 4 * FLOAT32
+    before = 5 * dim * element_bytes + model.num_attention_heads * FLOAT32
+    after = (4 * dim + 2 * ffn) * element_bytes + 2 * dropped + 4 * FLOAT32
     stacks = {
         "text": (model.num_text_layers, lengths.text),
         "visual": (model.num_visual_layers, lengths.visual),
         "cross": (model.num_cross_layers, num_cross_passes * lengths.cross),
     }
-    used = [stack for name, stack in stacks.items() if name in parts]
-    layers = sum(num * positions for num, positions in used)
+    used = {name: stack for name, stack in stacks.items() if name in parts}
+    layers = sum(num * positions for num, positions in used.values())
+    unread = sum(positions - read[name] for name, (_, positions) in used.items())
     embedded = lengths.text + lengths.visual - lengths.regions
     embeddings = embedded * (dim * element_bytes + dropped) + lengths.regions * (
         (model.region_feature_dim + 6) * element_bytes + dropped
@@ -166,6 +169,6 @@ def activation_bytes(
     copies = 2 if element_bytes < FLOAT32 else 1
     grounding = num_groundings * copies * (lengths.text + lengths.regions) * dim * FLOAT32
     if not checkpointing:
-        return int(layers * a_layer + embeddings + grounding)
-    at_once = max(positions for _, positions in used) * a_layer
+        return int(layers * (before + after) - unread * after + embeddings + grounding)
+    at_once = max(positions for _, positions in used.values()) * (before + after)
     return int(layers * dim * element_bytes + at_once + embeddings + grounding)

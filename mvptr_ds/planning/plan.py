@@ -13,7 +13,7 @@ from mvptr_ds.config import Config
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.ds_config import fill_ds_config, micro_batch_size, precision_of
-from mvptr_ds.flops import Lengths, StepFlops
+from mvptr_ds.flops import Lengths, StepFlops, num_cross_passes, rows_read
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.optim import parameter_groups
 from mvptr_ds.planning.cost import Assumptions, Gpu, contrast_bytes, step_time, traffic
@@ -101,10 +101,10 @@ def make_plan(
     groups, frozen = groups_of(task, config.optim.weight_decay)
     trained = sum(map(sum, groups))
     states = largest_state_bytes(groups, frozen, element_bytes, zero, num)
-    passes = 2 if objectives & {"itm", "wpg_cross"} else 1
-    checkpointing = config.model.activation_checkpointing
+    passes, checkpointing = num_cross_passes(objectives), config.model.activation_checkpointing
     groundings = 2 * len(objectives & {"wpg", "wpg_cross"})  # with the own and with another image
-    kept = activation_bytes(lengths, model, flops.parts, passes, element_bytes, checkpointing, groundings)
+    read = rows_read(lengths, objectives, task.reads)
+    kept = activation_bytes(lengths, model, flops.parts, passes, read, element_bytes, checkpointing, groundings)
     aligns = bool(objectives & {"vsc", "itm", "wpg", "wpg_cross"})
     scores_bytes = config.task.scores_mib * MIB
     contrast = contrast_bytes(model.hidden_size, lengths.samples, num, scores_bytes) if aligns else 0.0

@@ -68,13 +68,14 @@ def test_the_formula_counts_what_torch_counts(stage: str) -> None:
     assert StepFlops(task, num_ranks=1).of(batch) == pytest.approx(counted, rel=TOLERANCE)
 
 
-def test_each_encoder_by_itself() -> None:
-    task, batch = build_task("stage2"), same_lengths()
+@pytest.mark.parametrize("stage", ["stage2", "joint"])
+def test_each_encoder_by_itself(stage: str) -> None:
+    task, batch = build_task(stage), same_lengths()
     with _counted() as counter:
         task(batch, step=0)
     counted = {name.split(".")[-1]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     step = StepFlops(task, 1)
-    ours = forward_flops(Lengths.of(batch), step.model, step.parts, step.objectives, 4)
+    ours = forward_flops(Lengths.of(batch), step.model, step.parts, step.objectives, 4, step.reads)
     for ours_name, name in (("text", "text_encoder"), ("visual", "visual_encoder"), ("cross", "cross_encoder")):
         assert ours[ours_name] == pytest.approx(counted[name], rel=1e-6), name
     assert ours["regions"] == counted["region_embedding"]
@@ -94,7 +95,7 @@ def test_the_base_model_by_hand() -> None:
         samples=1, text=20, text_pairs=400, visual=50, visual_pairs=2500, cross=55, cross_pairs=3025, regions=35,
         picked_tokens=2,
     )  # fmt: skip
-    out = forward_flops(lengths, MvptrConfig(), ("text", "visual", "cross"), ("mlm", "vsc"), 1024)
+    out = forward_flops(lengths, MvptrConfig(), ("text", "visual", "cross"), ("mlm", "vsc"), 1024, {})
     assert out["text"] == pytest.approx(6 * (20 * 14.155776e6 + 400 * 3072))
     assert out["word_heads"] == pytest.approx(2 * 2 * (768 * 768 + 768 * 30522))
     assert sum(out.values()) == pytest.approx(1.09e10, rel=0.01)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mvptr_ds import reading
 from mvptr_ds.config import TaskConfig, WeightsConfig
 from mvptr_ds.data.collate import IGNORE, Batch, Sample, collate
 from mvptr_ds.hard_negatives import Draws
@@ -112,10 +114,18 @@ def batch_of(shapes: list[tuple[int, int, int, int]], stage: str) -> Batch:
     return collate(samples)
 
 
-def losses_and_gradients(stage: str, batch: Batch, dtype: torch.dtype, **execution: Any) -> dict[str, Tensor]:
+def losses_and_gradients(
+    stage: str,
+    batch: Batch,
+    dtype: torch.dtype,
+    on: Collection[str] | None = None,
+    config: TaskConfig | None = None,
+    **execution: Any,
+) -> dict[str, Tensor]:
     model = tiny_model(num_text_layers=2, num_cross_layers=2).to(dtype)
-    model.set_execution(**execution)
-    task = Task(model, stage, WEIGHTS[stage], TaskConfig(), max_text_slots=TEXT_SLOTS, max_steps=10, seed=0)
+    model.set_execution(**{"execution": "packed"} | execution)
+    weights = WEIGHTS[stage] if on is None else WeightsConfig(**dict.fromkeys(on, 1.0))
+    task = Task(model, stage, weights, config or TaskConfig(), max_text_slots=TEXT_SLOTS, max_steps=10, seed=0)
     if batch.region_features_BRF is not None:
         batch = replace(batch, region_features_BRF=batch.region_features_BRF.to(dtype))
     parts = task.objectives(batch, Draws.keyed(0, 0, 0, len(batch), TEXT_SLOTS))
@@ -139,6 +149,49 @@ def test_packed_and_padded_give_the_same_losses_and_gradients(stage: str, shapes
         padded = losses_and_gradients(stage, batch, dtype, execution="padded")
         torch.testing.assert_close(packed, padded, rtol=tolerance, atol=tolerance)
         assert all(value.isfinite().all() for value in packed.values())
+
+
+@given(lengths=LENGTHS, data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_an_encoder_computes_the_rows_that_are_read(lengths: list[int], data: Any) -> None:
+    """Packed, padded and recomputed: the states of all rows where they are read, zeros elsewhere; same gradients."""
+    marks = data.draw(st.lists(st.booleans(), min_size=sum(lengths), max_size=sum(lengths)))
+    read = Packed(torch.tensor(marks, dtype=torch.bool), tuple(lengths))
+    generator = torch.Generator().manual_seed(len(marks))
+    rows = torch.randn(len(marks), 16, generator=generator, dtype=torch.float64)
+    weights = torch.randn(len(marks), 16, generator=generator, dtype=torch.float64)
+    encoder = tiny_model(num_text_layers=2).double().text_encoder
+
+    def run(execution: str, read: Packed | None, checkpointing: bool = False) -> list[Tensor]:
+        encoder.execution, encoder.activation_checkpointing = execution, checkpointing
+        given = rows.clone().requires_grad_()
+        states = encoder(Packed(given, tuple(lengths)), read).rows
+        wanted = (states * weights)[torch.tensor(marks, dtype=torch.bool)].sum()
+        return [states, *torch.autograd.grad(wanted, [given, *encoder.parameters()], materialize_grads=True)]
+
+    whole = run("padded", None)
+    whole[0] = whole[0] * read.rows[:, None]
+    for found in (run("padded", read), run("packed", read), run("packed", read, checkpointing=True)):
+        torch.testing.assert_close(found, whole, rtol=1e-11, atol=1e-11)  # float64 rounding
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2", "joint"])
+@given(shapes=SHAPES, data=st.data())
+@settings(max_examples=15, deadline=None)
+def test_objectives_read_no_row_that_is_not_computed(stage: str, shapes: Any, data: Any) -> None:
+    """With any of the objectives, and WPG on either states: as if all rows were computed."""
+    on = data.draw(
+        st.sets(st.sampled_from([name for name, weight in vars(WEIGHTS[stage]).items() if weight]), min_size=1)
+    )
+    config = TaskConfig()
+    config.wpg.states = data.draw(st.sampled_from(["uni", "cross"]))
+    batch = batch_of(shapes, stage)
+    found = losses_and_gradients(stage, batch, torch.float64, on, config)
+    with pytest.MonkeyPatch.context() as patch:
+        some_rows = reading.some_rows
+        patch.setattr(reading, "some_rows", lambda lengths, *_: some_rows(lengths, True, False))
+        whole = losses_and_gradients(stage, batch, torch.float64, on, config)
+    torch.testing.assert_close(found, whole, rtol=1e-11, atol=1e-11)  # float64 rounding
 
 
 @pytest.mark.parametrize("execution", ["packed", "padded"])

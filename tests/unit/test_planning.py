@@ -14,7 +14,7 @@ import torch
 from mvptr_ds.config import Config, load_config
 from mvptr_ds.data.collate import collate
 from mvptr_ds.ds_config import load_ds_config
-from mvptr_ds.flops import Lengths
+from mvptr_ds.flops import Lengths, rows_read
 from mvptr_ds.planning.cost import GPUS, Assumptions, traffic
 from mvptr_ds.planning.lengths import Ranges, drawn, measured
 from mvptr_ds.planning.memory import Zero, activation_bytes, largest_state_bytes, state_bytes
@@ -58,7 +58,8 @@ def test_activations_are_what_autograd_keeps(dtype: torch.dtype, dropout: float)
     found, lengths = saved_bytes(task, (8, 3, 4, 12))
     parts = frozenset(task.trained_parts())
     masks = {"checkpointing": False, "num_groundings": 4, "mask_bytes": dtype.itemsize}  # of a CPU
-    planned = activation_bytes(lengths, model.config, parts, 2, dtype.itemsize, **masks)  # type: ignore[arg-type]
+    read = rows_read(lengths, task.weights, task.reads)
+    planned = activation_bytes(lengths, model.config, parts, 2, read, dtype.itemsize, **masks)  # type: ignore[arg-type]
     assert planned == pytest.approx(found, rel=0.1)
 
 

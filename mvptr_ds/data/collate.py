@@ -56,7 +56,7 @@ class Batch:
     region_geometry_BR6: Tensor  # float32
     region_mask_BR: Tensor  # bool
     region_features_BRF: Tensor | None  # float16, or float32 where a sample's are
-    images_B3HW: Tensor | None  # uint8
+    images_B3HW: Tensor | None  # uint8, the channels of a pixel beside each other in memory (torch.channels_last)
     image_index_B: Tensor  # int64
     position_B: Tensor  # int64
     num_oov_phrases_B: Tensor  # int64
@@ -81,7 +81,7 @@ class Batch:
         parts: list[Any] = []
         for value, start in zip(values, starts[:-1], strict=True):
             if isinstance(value, Tensor):
-                part = _Part(start, value.dtype, value.shape)
+                part = _Part(start, value.dtype, value.shape, value.stride())
                 part.of(whole).copy_(value)
                 parts.append(part)
             else:
@@ -102,10 +102,11 @@ class _Part(NamedTuple):
     start: int
     dtype: torch.dtype
     shape: torch.Size
+    stride: tuple[int, ...]
 
     def of(self, whole: Tensor) -> Tensor:
         num_bytes = self.shape.numel() * self.dtype.itemsize
-        return whole[self.start : self.start + num_bytes].view(self.dtype).view(self.shape)
+        return whole[self.start : self.start + num_bytes].view(self.dtype).as_strided(self.shape, self.stride)
 
 
 def _room(value: Any) -> int:
@@ -145,6 +146,14 @@ def _pad_features(rows: Sequence[np.ndarray]) -> Tensor:
     return _pad([row if len(row) else row.reshape(0, feature_dim) for row in rows], 0.0, dtype)
 
 
+def _stack(images: Sequence[np.ndarray]) -> Tensor:
+    """[B, 3, H, W], with the channels of a pixel beside each other, as decoders give them."""
+    _, height, width = images[0].shape
+    out_BHW3 = np.empty((len(images), height, width, 3), dtype=np.uint8)
+    np.stack([image_3HW.transpose(1, 2, 0) for image_3HW in images], out=out_BHW3)
+    return torch.from_numpy(out_BHW3).permute(0, 3, 1, 2)
+
+
 def collate(samples: list[Sample]) -> Batch:
     """Pads text, tags and regions to the longest of the batch, and to one slot at least (word row 0 is [PAD])."""
     features = [s.region_features_RF for s in samples]
@@ -161,7 +170,7 @@ def collate(samples: list[Sample]) -> Batch:
         region_geometry_BR6=_pad([s.region_geometry_R6 for s in samples], 0.0),
         region_mask_BR=_mask([s.region_geometry_R6 for s in samples]),
         region_features_BRF=None if features[0] is None else _pad_features([f for f in features if f is not None]),
-        images_B3HW=None if images[0] is None else torch.from_numpy(np.stack([i for i in images if i is not None])),
+        images_B3HW=None if images[0] is None else _stack([image for image in images if image is not None]),
         image_index_B=torch.tensor([s.image_index for s in samples]),
         position_B=torch.tensor([s.position for s in samples]),
         num_oov_phrases_B=torch.tensor([s.num_oov_phrases for s in samples]),

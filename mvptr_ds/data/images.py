@@ -68,8 +68,9 @@ def _decode_jpeg(content: bytes, image_size: int) -> np.ndarray | None:
 
 
 def _resize(image_HW3: np.ndarray, image_size: int) -> np.ndarray:
-    # torch's kernel for bytes gives Pillow's numbers in half the time
-    image_13HW = torch.from_numpy(image_HW3).permute(2, 0, 1)[None]
+    # torch's kernel for bytes gives Pillow's numbers in half the time. Unless the strides of the batch of one, too, say
+    # that its channels lie beside each other, it sorts them apart and together again, for a quarter of that
+    image_13HW = torch.from_numpy(image_HW3)[None].permute(0, 3, 1, 2)
     size = (image_size, image_size)
     out = torch.nn.functional.interpolate(image_13HW, size, mode="bicubic", antialias=True, align_corners=False)
     return out[0].numpy()

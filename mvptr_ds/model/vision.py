@@ -104,7 +104,7 @@ class ImageBackbone(nn.Module):
             raise ValueError(f"images are {images_B3HW.dtype}, expected uint8 RGB: normalisation happens in the model")
         dtype = next(self.net.parameters()).dtype
         mean, std = (torch.tensor(v, device=images_B3HW.device).view(3, 1, 1) for v in (_IMAGENET_MEAN, _IMAGENET_STD))
-        pixels_B3HW = ((images_B3HW.float() / 255.0 - mean) / std).to(dtype)
+        pixels_B3HW = ((images_B3HW.contiguous().float() / 255.0 - mean) / std).to(dtype)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
             return self.net(pixels_B3HW).feature_maps[-1]
 

@@ -132,7 +132,11 @@ def test_a_batch_with_nothing_to_see_goes_to_another_process(source: str) -> Non
     batch = collate([builder.build({}, 0, 0, 7, np.random.default_rng(0), record)] * 3)
     copy = pickle.loads(pickle.dumps(batch))
     assert_equal_batches(batch, copy)
-    assert (copy.region_features_BRF is None) == (source == "image") and copy.position_B.tolist() == [7, 7, 7]
+    assert copy.position_B.tolist() == [7, 7, 7]
+    if source == "image":
+        assert copy.region_features_BRF is None
+        assert copy.images_B3HW.is_contiguous(memory_format=torch.channels_last)
+        assert not copy.images_B3HW.is_contiguous()
 
 
 def test_resume_gives_the_same_batches(folder: Path) -> None:

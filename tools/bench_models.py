@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertConfig
+from transformers.activations import ACT2FN
 from transformers.models.bert.modeling_bert import BertEncoder
 
 from mvptr_ds import hard_negatives, losses
@@ -28,6 +29,7 @@ from mvptr_ds.task import Task
 TEXT_SLOTS, TAG_SLOTS, REGIONS = 40, 20, 50  # of the published code
 OBJECTIVES = WeightsConfig(mcr_tags=1.0, mlm=1.0, vsc=1.0, wpg=1.0, itm=1.0)  # `joint`: the published sum
 MASK_PROB = 0.15
+GELU = "gelu_python"  # x / 2 * (1 + erf(x / sqrt(2))), written out as in the published code
 
 
 def make_batch(num: int, seed: int, config: MvptrConfig, caption_lengths: Sequence[int] | None = None) -> Batch:
@@ -104,8 +106,9 @@ class Reference(nn.Module):
     """What the published code computes, of transformers' BertLayer with eager attention, at fixed slots.
 
     Every slot goes through the encoders, padding too; matched and mismatched pairs are two passes; heads read the
-    picked slots, as there. Word heads are tied, as in the packaged `base`. The random choices are those of `Task`, so
-    that the losses are the same. Source: the published code.
+    picked slots and GELU is written out, as there. LayerNorm is torch's: the published code takes apex's, which on a
+    CPU is torch's, and without apex computes it in five steps. Word heads are tied, as in the packaged `base`. The
+    random choices are those of `Task`, so that the losses are the same. Source: the published code.
     """
 
     def __init__(self, ours: Mvptr) -> None:
@@ -220,7 +223,7 @@ class _Head(nn.Module):
 
     def forward(self, states_BLD: Tensor, labels_BL: Tensor, words_WD: Tensor) -> LossSum:
         picked = labels_BL != IGNORE
-        hidden_KD = self.norm(F.gelu(self.dense(states_BLD[picked])))
+        hidden_KD = self.norm(ACT2FN[GELU](self.dense(states_BLD[picked])))
         logits_KW = F.linear(hidden_KD, words_WD, self.bias)
         return LossSum.of(F.cross_entropy(logits_KW, labels_BL[picked], reduction="none"))
 
@@ -231,6 +234,7 @@ def _bert_config(config: MvptrConfig, num_layers: int) -> BertConfig:
         num_hidden_layers=num_layers,
         num_attention_heads=config.num_attention_heads,
         intermediate_size=config.intermediate_size,
+        hidden_act=GELU,
         hidden_dropout_prob=config.hidden_dropout,
         attention_probs_dropout_prob=config.attention_dropout,
         layer_norm_eps=config.layer_norm_eps,

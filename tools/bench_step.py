@@ -4,12 +4,13 @@
 python tools/bench_step.py                          # batches of 8 and 16; the last line is JSON
 python tools/bench_step.py --batch 4 --steps 1      # quicker
 python tools/bench_step.py --captions captions_val2014.json   # caption lengths of a COCO annotation file
+python tools/bench_step.py --profile                # where the time of a packed step goes, by torch's profiler
 
-Three ways, each in a process of its own and with the same weights: `packed` (valid positions alone), `padded` (ours,
-to the longest of the batch) and `reference` (transformers' BertLayer with eager attention at 40 text, 20 + 50 visual
-and 90 cross slots). They take turns, step by step, so that a busy machine disturbs all alike; the median step counts.
-Their losses must agree. The peak of the machine is that of the faster matrix product, torch's or ours, in the same
-minutes.
+Four ways, each in a process of its own and with the same weights: `packed` (valid positions alone), `products`
+(packed, but linear layers by torch's own matrix product), `padded` (ours, to the longest of the batch) and `reference`
+(transformers' BertLayer with eager attention at 40 text, 20 + 50 visual and 90 cross slots). They take turns, step by
+step, so that a busy machine disturbs all alike; the median step counts. Their losses must agree. The peak of the
+machine is that of the faster matrix product, torch's or ours, in the same minutes.
 """
 
 from __future__ import annotations
@@ -51,9 +52,10 @@ from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.model.packed import Packed
 from mvptr_ds.packed_batch import PackedBatch
 
-WAYS = ("packed", "padded", "reference")
+WAYS = ("packed", "products", "padded", "reference")
 TOLERANCE = 1e-4  # of a loss summed over the batch, in float32
 LIMIT_S = 1800.0  # of a process
+PROFILED = 14  # operations, those that take the longest
 GEMM = (2048, 768, 3072)  # rows x hidden x FFN, and the reverse of it
 
 
@@ -82,7 +84,12 @@ def work(way: str, arguments: argparse.Namespace) -> None:
     flops = StepFlops(task, 1)
     if way == "reference":
         task = Reference(task.model)
-    step(task, fixed(make_batch(2, 0, config), way), Draws.keyed(0, 0, 0, 2, TEXT_SLOTS))  # warms up
+    if way == "products":
+        kernels._HAS_ONEDNN = False
+    if arguments.compile and way != "reference":
+        task.model.set_execution(task.model.cross_encoder.execution, compiled=True)
+    for num in (2, 3):  # warms up
+        step(task, fixed(make_batch(num, 0, config), way), Draws.keyed(0, 0, 0, num, TEXT_SLOTS))
     for line in sys.stdin:
         number = int(line)
         batch = make_batch(arguments.batch, number, config, arguments.caption_lengths)
@@ -110,6 +117,29 @@ def peak_rss_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def profile(arguments: argparse.Namespace) -> None:
+    """A packed step by torch's profiler: each operation's own time on the main thread, and what the kernel did."""
+    config, batch_size = model_config(arguments.small), arguments.batch[-1]
+    task = build_task(config, "packed")
+    for number in (0, 1):
+        inputs = task, make_batch(batch_size, number, config), Draws.keyed(0, number, 0, batch_size, TEXT_SLOTS)
+        if not number:
+            step(*inputs)  # warms up
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        step(*inputs)
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total_us = sum(event.self_cpu_time_total for event in events)
+    sys.stdout.write(f"batch {batch_size}: {total_us / 1e6:.2f} s on the main thread\n")
+    for event in events[:PROFILED]:
+        share, ms = event.self_cpu_time_total / total_us, event.self_cpu_time_total / 1e3
+        sys.stdout.write(f"{share:6.1%}  {ms:8.1f} ms  {event.count:5} calls  {event.key}\n")
+    user_s, system_s = after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime
+    faults = after.ru_minflt - before.ru_minflt
+    sys.stdout.write(f"CPU-seconds: {user_s:.2f} of our own, {system_s:.2f} of the kernel; {faults:,} page faults\n")
+
+
 # --- the parent
 
 
@@ -117,6 +147,7 @@ class Worker:
     def __init__(self, way: str, batch: int, arguments: argparse.Namespace) -> None:
         command = [sys.executable, str(Path(__file__)), "--worker", way, "--batch", str(batch)]
         command += ["--threads", str(arguments.threads), *(["--small"] if arguments.small else [])]
+        command += ["--compile"] if arguments.compile else []
         command += ["--captions", str(arguments.captions)] if arguments.captions else []
         self.way, self.answers = way, []  # type: ignore[var-annotated]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -146,7 +177,7 @@ class Worker:
 
 
 def compare(batch: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The three ways on the same batches, in turns."""
+    """The ways on the same batches, in turns."""
     workers: list[Worker] = []
     peaks = [gemm_gflops_per_cpu_s()]
     try:
@@ -158,7 +189,7 @@ def compare(batch: int, arguments: argparse.Namespace) -> dict[str, Any]:
     finally:
         for worker in workers:
             worker.end()
-    packed, padded, reference = workers
+    packed, products, padded, reference = workers
     for worker in workers:
         cpu_s, wall_s, gflop = (worker.median(name) for name in ("cpu_s", "wall_s", "gflop"))
         peak_gib = worker.answers[-1]["peak_rss_gib"]
@@ -168,6 +199,7 @@ def compare(batch: int, arguments: argparse.Namespace) -> dict[str, Any]:
         )
     return {
         "speedup_vs_reference": reference.median("cpu_s") / packed.median("cpu_s"),
+        "speedup_with_torchs_products": reference.median("cpu_s") / products.median("cpu_s"),
         "speedup_vs_padded": padded.median("cpu_s") / packed.median("cpu_s"),
         "gflops_per_cpu_s": packed.median("gflop") / packed.median("cpu_s"),
         "gemm_peak_gflops_per_cpu_s": statistics.median(peaks),
@@ -175,7 +207,7 @@ def compare(batch: int, arguments: argparse.Namespace) -> dict[str, Any]:
         "reference_peak_rss_gib": reference.answers[-1]["peak_rss_gib"],
         "losses_max_abs_diff": max(
             abs(value - other.answers[number]["losses"][name])
-            for other in (padded, reference)
+            for other in workers[1:]
             for number, answer in enumerate(packed.answers)
             for name, value in answer["losses"].items()
         ),
@@ -260,11 +292,16 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--captions", type=Path, help="COCO annotation file that gives the lengths of captions")
     parser.add_argument("--score", type=int, default=8, metavar="N", help="score N x N pairs; 0: do not")
+    parser.add_argument("--compile", action="store_true", help="with model.compile, but for the reference")
+    parser.add_argument("--profile", action="store_true", help="profile one packed step instead")
     parser.add_argument("--small", action="store_true", help="a tiny model, to try the tool itself")
     parser.add_argument("--worker", choices=WAYS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.caption_lengths = None if arguments.captions is None else caption_lengths(arguments.captions)
+    if arguments.profile:
+        profile(arguments)
+        return 0
     sizes = arguments.batch
     if arguments.worker:
         arguments.batch = sizes[0]

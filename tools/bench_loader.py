@@ -256,7 +256,7 @@ def bench(folder: Path, args: argparse.Namespace) -> dict[str, float]:
 
     setup = Setup(folder, "images", args.records // 2, words, phrases)
     contenders = bare_decoders(setup, 96)
-    rates = measure([setup.ours(4), setup.webdataset(3), *contenders], args.rounds)
+    rates = measure([setup.ours(12), setup.webdataset(12), *contenders], args.rounds)
     best = max((c.name for c in contenders), key=lambda name: statistics.median(rates[name]))
     show(f"JPEG 640 x 480 to {IMAGE_SIZE} x {IMAGE_SIZE}; the first two to the batch", rates, best)
     stages(setup, 96, args.rounds)

@@ -93,7 +93,7 @@ class Encoder(nn.Module):
             return packed.like(self._run(packed.rows, attend))
         read_K = read.rows.nonzero().flatten().to(device, non_blocking=True)
         states_KD = self._run(packed.rows, attend, read_K)
-        return packed.like(torch.zeros_like(packed.rows).index_put((read_K,), states_KD))
+        return packed.like(states_KD.new_zeros(packed.rows.shape).index_put((read_K,), states_KD))
 
     def _run(self, states_xD: Tensor, attend: Attend, read_K: Tensor | None = None) -> Tensor:
         for layer in self.layers:

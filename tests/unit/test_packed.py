@@ -16,6 +16,7 @@ from mvptr_ds import reading
 from mvptr_ds.config import TaskConfig, WeightsConfig
 from mvptr_ds.data.collate import IGNORE, Batch, Sample, collate
 from mvptr_ds.hard_negatives import Draws
+from mvptr_ds.model import kernels
 from mvptr_ds.model.attention import PaddedAttention, SegmentAttention
 from mvptr_ds.model.packed import Packed, concat, join, unjoin
 from mvptr_ds.task import Task
@@ -203,7 +204,9 @@ def test_recomputed_activations_change_nothing(execution: str) -> None:
     torch.testing.assert_close(again, kept, rtol=0, atol=1e-14)
 
 
-def test_compiled_layers_give_the_same_states_and_gradients() -> None:
+@pytest.mark.parametrize("large", [kernels._LARGE_PRODUCT, 0])  # products by torch, by oneDNN
+def test_compiled_layers_give_the_same_states_and_gradients(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_LARGE_PRODUCT", large)
     states = Packed(torch.randn(9, 16, generator=torch.Generator().manual_seed(1)), (4, 0, 5))
     found = []
     for compiled in (False, True):

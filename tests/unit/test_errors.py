@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -432,7 +433,7 @@ def demo_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def message_of(name: str, place: Place, caplog: pytest.LogCaptureFixture) -> str:
     """What `train.py` prints for a case, on its only rank; it must end with 2 before anything is trained."""
     place.patch.setattr(parallel, "init", lambda *_: torch.device("cpu"))
-    place.patch.setattr("mvptr_ds.engine.deepspeed.initialize", lambda **_: (None,))
+    place.patch.setattr("mvptr_ds.engine.deepspeed.initialize", lambda **_: (SimpleNamespace(optimizer=None),))
     place.patch.setattr(Engine, "save", lambda _, path: path.mkdir())
     place.patch.setattr(Trainer, "_resume", lambda *_: pytest.fail("the checkpoint was taken"))
     place.patch.setattr(Trainer, "train", lambda *_: pytest.fail("it would have trained"))

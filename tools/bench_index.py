@@ -103,6 +103,7 @@ def bench_workers(folder: Path, num_samples: int, words: WordPiece, phrases: Phr
     """Private memory of loader processes with the large index, from their first batches on, and their CPU time."""
     dataset = _dataset(folder, words, phrases)
     num_steps = num_samples // BATCH
+    warm = min(20, num_steps // 16)  # steps until the processes have started
     watched = {num_steps * share // 8 for share in range(1, 9)}
     loader = iter(make_loader(dataset, Batches(BATCH), 0, num_steps + 1, num_workers=NUM_WORKERS))
     workers = [worker.pid for worker in loader._workers]  # type: ignore[attr-defined]
@@ -111,12 +112,12 @@ def bench_workers(folder: Path, num_samples: int, words: WordPiece, phrases: Phr
     own = os.getpid()
     begun_s = used_s = [0.0, 0.0]
     for step, _ in enumerate(loader, start=1):
-        if step == 20 or step in watched:
+        if step == warm or step in watched:
             sizes = " ".join(f"{_private_mib(worker):8.1f}" for worker in workers)
             print(f"  after {step * BATCH:8,} samples {sizes} {_private_mib(own):8.1f}", flush=True)
             used_s = [sum(map(_cpu_s, workers)), _cpu_s(own)]
-            if step == 20:
+            if step == warm:
                 begun_s = used_s
-    each_us = [(end - start) / (num_samples - 20 * BATCH) * 1e6 for start, end in zip(begun_s, used_s, strict=True)]
+    each_us = [(end - start) / ((num_steps - warm) * BATCH) * 1e6 for start, end in zip(begun_s, used_s, strict=True)]
     print(f"  CPU time of a sample, its way to this process included: {each_us[0]:.0f} us in the workers, "
           f"{each_us[1]:.0f} here")  # fmt: skip

@@ -10,7 +10,7 @@ REQUIRES = [
     "webdataset>=1.0",  # writes the shards
     "nltk>=3.9",  # phrase parsing
     "fsspec>=2024.6",  # shards behind a URL; torch needs it, too
-    "msgspec>=0.20",  # the JSON of a record, parsed into checked fields in a seventh of the time (docs/loading.md)
+    "msgspec>=0.20",  # the JSON of a record, parsed into checked fields in a third of the time
     "numpy>=1.26",  # the index, masking, keyed randomness
     "pillow>=10",  # image decoding
     # the same for JPEG, 1.5 times as fast (tools/bench_loader.py); Pillow does it where there is no wheel

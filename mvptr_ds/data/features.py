@@ -26,7 +26,7 @@ from mvptr_ds.data.tars import IMAGE_EXTENSIONS
 from mvptr_ds.data.wordpiece import WordPiece
 
 VISUAL_SOURCES = ("features", "image")
-_MAX_KNOWN_TAGS = 100_000
+_MAX_KNOWN_TAGS, _MAX_KNOWN_CHARS = 100_000, 64
 _NO_CAPTION = Caption("")  # of an image-only record
 _NO_GEOMETRY = np.zeros((0, 6), dtype=np.float32)
 _NPY_ERRORS = (OSError, ValueError, EOFError, SyntaxError, OverflowError, TypeError, tokenize.TokenError)
@@ -223,9 +223,11 @@ class SampleBuilder:
         """Wordpiece ids of a tag; most tags come again and again."""
         pieces = self._tag_pieces.get(tag)
         if pieces is None:
-            if len(self._tag_pieces) >= _MAX_KNOWN_TAGS:
-                self._tag_pieces.clear()
-            pieces = self._tag_pieces[tag] = self.words.encode(tag)[0]
+            pieces = self.words.encode(tag)[0]
+            if len(tag) <= _MAX_KNOWN_CHARS:
+                if len(self._tag_pieces) >= _MAX_KNOWN_TAGS:
+                    self._tag_pieces.clear()
+                self._tag_pieces[tag] = pieces
         return pieces
 
 

@@ -28,6 +28,8 @@ import msgspec
 
 SCHEMA_VERSION = 1
 MAX_SIDE_PX = 1_000_000  # of a picture
+MAX_TEXT_CHARS = 100_000  # of a caption or tag: all of it is tokenised, and a character may take 600 bytes for that
+Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT_CHARS)]
 Words = tuple[str, ...]
 Spans = tuple[tuple[int, int], ...]
 Numbers = tuple[int, ...]
@@ -46,13 +48,13 @@ class Phrase(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
 
 
 class Caption(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
-    text: str
+    text: Text
     phrases: tuple[Phrase, ...] = ()
 
 
 class Region(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
     box: tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels
-    tag: str
+    tag: Text
     score: float = 1.0
 
 
@@ -177,7 +179,7 @@ _FAR_PX = 1e300
 
 
 def _usual_record(content: bytes | dict[str, Any], captions: slice) -> Record | None:
-    """The record of a `KEY.json` that is as most are, with a slice of its captions, in a quarter of `_record`'s time.
+    """The record of a `KEY.json` that is as most are, with a slice of its captions, in a third of `_record`'s time.
 
     None for whatever is out of the ordinary: `_record` takes it or says what is wrong. So this may be strict, and must
     never take what that would refuse, nor read anything else out of it.
@@ -298,6 +300,8 @@ def _side(content: dict[str, Any], name: str) -> int:
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"{name} is {value!r}, expected text")
+    if len(value) > MAX_TEXT_CHARS:
+        raise DataError(f"{name} has {len(value):,} characters, at most {MAX_TEXT_CHARS:,} are read: {value[:40]!r}...")
     if not value.isascii():
         try:
             value.encode()

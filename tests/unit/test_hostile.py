@@ -221,6 +221,14 @@ JSONS: dict[str, tuple[bytes, str]] = {
         encoded(content(regions=[{"box": [0, 0, 1, 1], "tag": "a", "score": float("nan")}] * 2)),
         "score",
     ),
+    "a caption of 2 MiB": (
+        encoded(content(captions=[{"text": "é" + "!" * 2**21, "phrases": []}] * 2)),
+        "2,097,153 characters",
+    ),
+    "a tag of 2 MiB": (
+        encoded(content(regions=[{"box": [0, 0, 1, 1], "tag": "é" + "!" * 2**21}] * 2)),
+        "2,097,153 characters",
+    ),
     "a list": (b"[]", "not a JSON object"),
     "nothing": (b" ", "not JSON"),
 }

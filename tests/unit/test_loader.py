@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
 import logging
@@ -20,6 +21,7 @@ from mvptr_ds.data.schema import Caption, DataError, Phrase, Record, Region
 from mvptr_ds.data.shards import Index, write_shards
 from mvptr_ds.data.wordpiece import WordPiece
 from tests.same import assert_equal_batches
+from tests.tiny import whole_batch
 
 WORDS = WordPiece()
 NOUNS = ["dog", "cat", "tree", "house", "frisbee", "cow"]
@@ -243,3 +245,12 @@ def test_records_of_one_modality_are_read_in_their_places(tmp_path: Path) -> Non
     assert batch.region_mask_BR.sum(1).tolist() == [3, 3, 3, 0, 0, 3]
     assert batch.text_mask_BT[5].sum() == 2 and (batch.text_mask_BT[:5].sum(1) > 4).all()
     assert [dataset[position].num_bad for position in range(12)] == [0] * 12
+
+
+def test_a_view_of_a_longer_tensor_goes_to_another_process_as_it_is() -> None:
+    """As one tensor with the others, of which it takes only its own bytes."""
+    batch = whole_batch()
+    text_ids_BT = batch.text_ids_BT[:, 1:4]
+    copied = copy.copy(dataclasses.replace(batch, text_ids_BT=text_ids_BT, image_index_B=torch.tensor([7]).expand(4)))
+    assert torch.equal(copied.text_ids_BT, text_ids_BT) and copied.image_index_B.tolist() == [7] * 4
+    assert torch.equal(copied.tag_ids_BG, batch.tag_ids_BG)

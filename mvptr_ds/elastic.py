@@ -83,9 +83,14 @@ def must_convert(checkpoint: Path, saved: dict[str, Any], num_ranks: int, zero_s
         CheckpointError: no conversion makes them readable.
     """
     stage_before = saved.get("zero_stage", 2)
+    same_order = saved.get("parameter_order") == PARAMETER_ORDER
+    if stage_before == zero_stage and (zero_stage > 0 or same_order):
+        return zero_stage > 0 and not (same_order and saved["num_ranks"] == num_ranks)
     if stage_before == zero_stage:
-        as_here = saved["num_ranks"] == num_ranks and saved.get("parameter_order") == PARAMETER_ORDER
-        return zero_stage > 0 and not as_here
+        raise CheckpointError(
+            f"{checkpoint} holds the optimiser's state in an order of before, and that of ZeRO stage 0 cannot be "
+            "converted: start elsewhere with run.dir=... run.init_from=..."
+        )
     if any({stage_before, zero_stage} <= stages for stages in JOINABLE):
         return True
     raise CheckpointError(

@@ -134,7 +134,10 @@ class Engine:
                 which the engine was built with UNIVERSAL, the number of updates that it holds.
         """
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
+        clip_norm = getattr(self._deepspeed.optimizer, "clip_grad", None)
         self._deepspeed.load_checkpoint(str(path.parent), tag=path.name)
+        if clip_norm is not None:  # ZeRO 1 and 2 bring the checkpoint's
+            self._deepspeed.optimizer.clip_grad = clip_norm
         for group, ours in zip(self._optimizer.param_groups, settings, strict=True):
             group.update({name: value for name, value in ours.items() if name != "step"})
         if universal_steps is not None:

@@ -30,6 +30,8 @@ class TrainingError(RuntimeError):
 
 def agree(flags: Sequence[bool], device: torch.device) -> list[bool]:
     """Each flag on all ranks: whether any rank has it set. One collective of a few numbers."""
+    if parallel.num_ranks() == 1:  # nobody to ask, and nothing to wait for
+        return list(flags)
     counts = parallel.all_reduce_sum(torch.tensor([float(flag) for flag in flags], device=device))
     return [count > 0 for count in counts.tolist()]
 

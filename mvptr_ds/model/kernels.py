@@ -92,7 +92,8 @@ class LayerNorm(nn.LayerNorm):
     """`torch.nn.LayerNorm` over the last dimension, by apex's kernel where that serves; same parameters, same state."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or layer_norm(input.device).implementation == TORCH_NORM:
+        by_torch = torch.compiler.is_compiling() or layer_norm(input.device).implementation == TORCH_NORM
+        if by_torch or not input.numel():  # apex's kernel takes no empty grid
             return super().forward(input)
         from apex.normalization import fused_layer_norm
 
@@ -143,8 +144,11 @@ class Linear(nn.Linear):
 def linear(input_xI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """`input @ weight.T + bias`, [..., O]."""
     is_small = input_xI.numel() * len(weight_OI) < _LARGE_PRODUCT
+    fits = (
+        input_xI.shape[-1] == weight_OI.shape[1] and input_xI.dtype == weight_OI.dtype
+    )  # else torch says what does not
     choice = linear_product(input_xI.device, input_xI.dtype).implementation
-    if is_small or choice == TORCH_LINEAR or torch.is_autocast_enabled("cpu"):
+    if is_small or not fits or choice == TORCH_LINEAR or torch.is_autocast_enabled("cpu"):
         return F.linear(input_xI, weight_OI, bias_O)
     out: Tensor = _onednn(input_xI.flatten(0, -2), weight_OI, bias_O)
     return out.unflatten(0, input_xI.shape[:-1])

@@ -104,11 +104,12 @@ def test_settings_of_the_optimiser_are_the_configurations(
     undisturbed: Path, overrides: list[str], tmp_path: Path
 ) -> None:
     run_dir = forget(undisturbed, tmp_path / "run", "stage2", CUT)
-    train(run_dir, [*overrides, "optim.weight_decay=0.5", "optim.beta2=0.9"], 2)
+    train(run_dir, [*overrides, "optim.weight_decay=0.5", "optim.beta2=0.9", "optim.clip_norm=0.25"], 2)
     engine = run_dir / f"stage2/checkpoints/step-{STEPS:08d}/engine"
     saved = torch.load(next(engine.glob("*rank_0_*optim_states.pt")), weights_only=False)["optimizer_state_dict"]
     groups = saved["base_optimizer_state"]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.5, 0.0] and groups[0]["betas"][1] == 0.9
+    assert saved["clip_grad"] == 0.25
 
 
 def test_two_ranks_then_one_then_two(undisturbed: Path, overrides: list[str], tmp_path: Path) -> None:

@@ -96,6 +96,12 @@ def test_stages_that_do_not_read_each_other_are_refused(stages: tuple[int, int])
         elastic.must_convert(Path("step"), state, 2, stages[1])
 
 
+def test_stage_0_in_another_order_is_refused() -> None:
+    """torch's optimisers go by number: moments would be those of other tensors."""
+    with pytest.raises(CheckpointError, match="in an order of before"):
+        elastic.must_convert(Path("step"), {"num_ranks": 2, "zero_stage": 0}, 2, 0)
+
+
 def checkpoint_of_garbage(folder: Path) -> Path:
     def write_engine(path: Path) -> None:
         path.mkdir()

@@ -45,6 +45,7 @@ def test_a_signal_is_noted_and_a_second_changes_nothing(number: signal.Signals) 
 def test_agreeing_is_any(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert agree([True, False], cpu) == [True, False]
+    monkeypatch.setattr("mvptr_ds.parallel.num_ranks", lambda: 2)
     monkeypatch.setattr("mvptr_ds.parallel.all_reduce_sum", lambda t: t + torch.tensor([2.0, 0.0, 1.0]))
     assert agree([False, False, True], cpu) == [True, False, True]
 

@@ -84,13 +84,15 @@ def must_convert(checkpoint: Path, saved: dict[str, Any], num_ranks: int, zero_s
     """
     stage_before = saved.get("zero_stage", 2)
     same_order = saved.get("parameter_order") == PARAMETER_ORDER
-    if stage_before == zero_stage and (zero_stage > 0 or same_order):
-        return zero_stage > 0 and not (same_order and saved["num_ranks"] == num_ranks)
-    if stage_before == zero_stage:
+    if stage_before == zero_stage == 0:  # every rank has it all
+        if same_order:
+            return False
         raise CheckpointError(
             f"{checkpoint} holds the optimiser's state in an order of before, and that of ZeRO stage 0 cannot be "
             "converted: start elsewhere with run.dir=... run.init_from=..."
         )
+    if stage_before == zero_stage:
+        return not same_order or saved["num_ranks"] != num_ranks
     if any({stage_before, zero_stage} <= stages for stages in JOINABLE):
         return True
     raise CheckpointError(

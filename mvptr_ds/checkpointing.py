@@ -25,18 +25,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 
 from mvptr_ds import parallel
 from mvptr_ds.config import Config, load_config
+from mvptr_ds.streams import Stream, seed_sequence
 
 logger = logging.getLogger(__name__)
 CHECKSUMS = "checksums.json"
 LATEST = "latest"
 UNREADABLE = "unreadable"
-_RNG = 31  # first word of the key; data and draws use others
 
 
 class CheckpointError(ValueError):
@@ -189,10 +188,15 @@ def restore_rng(path: Path) -> None:
         torch.cuda.set_rng_state(saved["cuda"])
 
 
+def begin_rng(seed: int) -> None:
+    """The random state of this rank at a stage's first step: dropout differs between ranks."""
+    torch.manual_seed(seed + 1_000_003 * (1 + parallel.rank()))  # of the GPU too
+
+
 def seed_rng(seed: int, step: int) -> None:
     """A random state for a rank that has none: on another number of ranks all begin anew, by (seed, step, rank)."""
-    words = np.random.SeedSequence([_RNG, seed, step, parallel.rank()]).generate_state(2)
-    torch.manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)  # of the GPU too
+    words = seed_sequence(Stream.NEW_RANKS, seed, step, parallel.rank()).generate_state(2)
+    torch.manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
 
 
 def newest_state(run_dir: Path, stages: Sequence[str]) -> dict[str, Any] | None:

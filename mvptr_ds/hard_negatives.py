@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_STEP = 21  # first word of the generator's key; those of the data differ
+from mvptr_ds.streams import Stream, generator
+
 MODES = ("hardest", "sampled", "random")
 
 
@@ -30,7 +31,7 @@ class Draws:
 
     @classmethod
     def keyed(cls, seed: int, step: int, accumulation: int, num_samples: int, max_text_slots: int) -> Draws:
-        rng = np.random.default_rng([_STEP, seed, step, accumulation])
+        rng = generator(Stream.STEP, seed, step, accumulation)
         takes_image = np.zeros(num_samples, dtype=bool)
         takes_image[rng.permutation(num_samples)[: num_samples // 2]] = True
         per_sample = torch.from_numpy(rng.random((2, num_samples)))

@@ -256,7 +256,7 @@ class Trainer:
     def _build_engine(self, filled: dict[str, Any]) -> None:
         config = self.config
         self.engine = Engine(self.task, filled, config.optim, self.stage.learning_rate, self.device)
-        torch.manual_seed(self.seed + 1_000_003 * (1 + parallel.rank()))  # dropout differs between ranks
+        checkpointing.begin_rng(self.seed)
         steps_on = ds_config.optimizer_device(filled, self.device)
         for line in assembly.kernel_report(config, self.device, ds_config.DTYPES[self.precision], steps_on):
             logger.info("%s", line)

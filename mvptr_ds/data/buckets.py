@@ -15,8 +15,8 @@ from collections.abc import Callable
 import numpy as np
 
 from mvptr_ds.data.batches import Batches
+from mvptr_ds.streams import Stream, generator
 
-_BUCKETS = 5  # first word of each generator's key; plan and mixture use 1 to 4
 _MAX_POOLS = 4  # the current one, that of what is read ahead, and the first, by which readers know their beginning
 # encoders that read a slot of text, a slot of tags, a region: text and cross; visual; visual and cross
 ENCODERS_3 = np.array([2, 1, 2])
@@ -56,7 +56,7 @@ class BucketedBatches(Batches):
         lengths_N3 = self.lengths_at(positions)
         costs_N = lengths_N3 @ ENCODERS_3
         batches = [rows[balanced_order(costs_N[rows])] for rows in cut(lengths_N3, self.pool_batches)]
-        order = np.random.default_rng([_BUCKETS, self.seed, number]).permutation(self.pool_batches)
+        order = generator(Stream.BUCKETS, self.seed, number).permutation(self.pool_batches)
         return np.stack([positions[batches[place]] for place in order])
 
 

@@ -24,10 +24,10 @@ from mvptr_ds.data.features import SampleBuilder
 from mvptr_ds.data.index import Extent, SampleIndex
 from mvptr_ds.data.plan import Plan
 from mvptr_ds.data.schema import DataError, Record
+from mvptr_ds.streams import Stream, generator
 
 logger = logging.getLogger(__name__)
 
-_SAMPLE, _SUBSTITUTE = 11, 12  # first word of each generator's key; the plan uses others
 MAX_TRIES = 8
 
 
@@ -134,11 +134,11 @@ class ShardDataset(SampleDataset):
         ]
 
     def _rng(self, epoch: int, position: int) -> np.random.Generator:
-        return np.random.default_rng([_SAMPLE, self.plan.seed, epoch, position])
+        return generator(Stream.SAMPLE, self.plan.seed, epoch, position)
 
     def _substitute(self, position: int, epoch: int, error: DataError) -> Sample:
         reasons = [str(error)]
-        substitutes = np.random.default_rng([_SUBSTITUTE, self.plan.seed, epoch, position])
+        substitutes = generator(Stream.SUBSTITUTE, self.plan.seed, epoch, position)
         while len(reasons) <= MAX_TRIES:
             logger.warning("bad sample at position %d, taking another: %s", position, reasons[-1])
             number = int(substitutes.integers(len(self.index)))
@@ -309,7 +309,7 @@ def eval_batches(
     for batch in range(-(-len(numbers) // batch_size)):
         if ahead is not None:
             ahead.reach(batch)
-        asked = ((n, n, np.random.default_rng([_SAMPLE, 0, 0, n])) for n in chunk_at(batch))
+        asked = ((n, n, generator(Stream.SAMPLE, 0, 0, n)) for n in chunk_at(batch))
         samples = []
         for found in load_samples(index, builder, asked):
             if isinstance(found, DataError):

@@ -23,8 +23,8 @@ import numpy as np
 from mvptr_ds.data.collate import Sample
 from mvptr_ds.data.index import Extent
 from mvptr_ds.data.loader import SampleDataset, ShardDataset
+from mvptr_ds.streams import Stream, generator
 
-_MIXTURE = 4  # first word of each generator's key; the plan uses 1 to 3
 _MAX_BLOCKS = 8
 
 
@@ -100,7 +100,7 @@ class Mixture:
         if number not in self._blocks:
             first, end = self._taken_by_blocks(number), self._taken_by_blocks(number + 1)
             counts = [e - f for f, e in zip(first, end, strict=True)]
-            rng = np.random.default_rng([_MIXTURE, self.seed, number])
+            rng = generator(Stream.MIXTURE, self.seed, number)
             sources = rng.permutation(np.repeat(np.arange(len(counts)), counts))
             places = np.empty_like(sources)
             for source, start in enumerate(first):

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-_ROTATION, _BLOCKS, _WINDOW = 1, 2, 3  # first word of each generator's key, so that no two draws share a stream
+from mvptr_ds.streams import Stream, generator
+
 _MAX_WINDOWS = 8
 
 
@@ -76,8 +77,8 @@ class Plan:
     def _epoch(self, epoch: int) -> tuple[int, np.ndarray]:
         """First sample of the epoch's numbering, and its blocks in drawn order."""
         if epoch not in self._blocks:
-            start = int(np.random.default_rng([_ROTATION, self.seed, epoch]).integers(self.num_samples))
-            order = np.random.default_rng([_BLOCKS, self.seed, epoch]).permutation(self._num_blocks)
+            start = int(generator(Stream.ROTATION, self.seed, epoch).integers(self.num_samples))
+            order = generator(Stream.BLOCKS, self.seed, epoch).permutation(self._num_blocks)
             self._blocks[epoch] = (start, order)
             if len(self._blocks) > 2:  # a batch spans two epochs at most, unless the data are tiny
                 self._blocks.popitem(last=False)
@@ -93,7 +94,7 @@ class Plan:
             if window == self._num_windows - 1:
                 tail = np.arange(self._num_blocks * self.block_samples, self.num_samples)
                 numbers = np.concatenate([numbers, tail])
-            shuffled = np.random.default_rng([_WINDOW, self.seed, epoch, window]).permutation(numbers)
+            shuffled = generator(Stream.WINDOW, self.seed, epoch, window).permutation(numbers)
             self._windows[key] = (shuffled + start) % self.num_samples
             if len(self._windows) > _MAX_WINDOWS:
                 self._windows.popitem(last=False)

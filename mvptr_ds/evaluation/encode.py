@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,8 +24,7 @@ from mvptr_ds.data.shards import SampleIndex
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.model.packed import Packed
 from mvptr_ds.packed_batch import PackedBatch
-
-_PERMUTATION = 31  # first word of the generator's key; those of data and training differ
+from mvptr_ds.streams import Stream, generator
 
 
 @dataclass
@@ -146,7 +144,7 @@ def permute_regions(split: SplitInput, seed: int) -> SplitInput:
     its own regions, and retrieval among 500 would stay above chance.
     """
     real_ND = split.embedded_IRD[split.region_mask_IR]
-    order_N = np.random.default_rng([_PERMUTATION, seed]).permutation(len(real_ND))
+    order_N = generator(Stream.PERMUTED_REGIONS, seed).permutation(len(real_ND))
     permuted_IRD = torch.zeros_like(split.embedded_IRD)
     permuted_IRD[split.region_mask_IR] = real_ND[torch.from_numpy(order_N)]
     return replace(split, embedded_IRD=permuted_IRD)

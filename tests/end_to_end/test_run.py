@@ -69,8 +69,10 @@ def test_a_run_leaves_what_it_says(trained: Run) -> None:
         traces = {path.name for path in (trained.dir / stage / "profile").iterdir()}
         assert traces == {"rank0-steps2-3.json", "rank1-steps2-3.json"}
     assert load_config(trained.dir / "config.yaml").model.hidden_size == 32
-    for name in ("model/model.safetensors", "rng-rank0.pt", "rng-rank1.pt"):
-        assert (trained.dir / "stage2/checkpoints/step-00000004" / name).is_file()
+    last = trained.dir / "stage2/checkpoints/step-00000004"
+    assert (last / "model/model.safetensors").is_file()
+    states = [torch.load(last / f"rng-rank{rank}.pt", weights_only=True)["cpu"] for rank in range(2)]
+    assert len({int(state[:8].view(torch.int64)) for state in states}) == 2  # what dropout was seeded with
 
 
 def test_both_stages_trained_what_is_theirs(trained: Run) -> None:

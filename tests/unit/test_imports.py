@@ -68,6 +68,12 @@ def test_model_losses_and_data_know_neither_each_other_nor_what_is_above(part: s
     assert offenders((part,), (*others, *ABOVE)) == []
 
 
+def test_streams_know_nothing() -> None:
+    assert set(imported("mvptr_ds.streams")) == {"__future__", "__future__.annotations", "enum", "numpy"} | {
+        f"enum.{name}" for name in ("IntEnum", "unique")
+    }
+
+
 def test_training_reads_shards_without_what_makes_them() -> None:
     assert offenders(("mvptr_ds",), (C,), but=(C,)) == []
     assert offenders((C,), (D,)) != []

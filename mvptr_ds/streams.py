@@ -1,0 +1,37 @@
+"""The streams of random numbers of a run: each purpose has a number, which is the first word of its generators' keys.
+
+A key is (purpose, seed, where in the run), so that nothing has to be saved or replayed, and no two purposes share a
+stream. The purpose stands first, because keys that end in zeros are those without them.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum, unique
+
+import numpy as np
+
+
+@unique
+class Stream(IntEnum):
+    """What numbers are drawn for. A number in use never changes: a run goes on as it began."""
+
+    ROTATION = 1  # where an epoch's numbering begins
+    BLOCKS = 2  # order of an epoch's blocks
+    WINDOW = 3  # order within a window of blocks
+    MIXTURE = 4  # order of the sources within a block
+    BUCKETS = 5  # order of a pool's batches
+    SAMPLE = 11  # masking and tag noise of a sample
+    SUBSTITUTE = 12  # what stands in for a sample that cannot be read
+    STEP = 21  # negatives of a micro-batch
+    PERMUTED_REGIONS = 31  # of an evaluation
+    NEW_RANKS = 32  # dropout behind a resume on another number of ranks
+
+
+def seed_sequence(stream: Stream, *key: int) -> np.random.SeedSequence:
+    """The numbers that any generator of this stream begins with; `key` holds no negative ones."""
+    return np.random.SeedSequence([stream, *key])
+
+
+def generator(stream: Stream, *key: int) -> np.random.Generator:
+    """A generator of its own for one purpose and one place of a run."""
+    return np.random.default_rng(seed_sequence(stream, *key))

@@ -1,0 +1,77 @@
+"""Rows that `reading` does not list come back as zeros, which an objective would train on unnoticed: here as NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import combinations
+
+import pytest
+import torch
+
+from mvptr_ds.config import Config, TaskConfig, WeightsConfig, WpgConfig
+from mvptr_ds.hard_negatives import Draws
+from mvptr_ds.model.encoder import Encoder
+from mvptr_ds.model.packed import Packed
+from mvptr_ds.task import STAGE1_OBJECTIVES, STAGE2_OBJECTIVES, Task
+from tests.tiny import TEXT_SLOTS, tiny_model, whole_batch
+
+BATCH = whole_batch()
+DRAWS = Draws.keyed(0, 0, 0, len(BATCH), TEXT_SLOTS)
+run_encoder = Encoder.forward
+
+
+@pytest.fixture(autouse=True)
+def unread_rows_are_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(encoder: Encoder, packed: Packed, read: Packed | None = None) -> Packed:
+        states = run_encoder(encoder, packed, read)
+        return states if read is None else states.like(states.rows.masked_fill(~read.rows[:, None], float("nan")))
+
+    monkeypatch.setattr(Encoder, "forward", forward)
+
+
+def tasks(stage: str, states: str, every: tuple[WeightsConfig, ...]) -> Iterator[Task]:
+    model, config = tiny_model(), TaskConfig(wpg=WpgConfig(states=states))
+    for weights in every:
+        yield Task(model, stage, weights, config, max_text_slots=TEXT_SLOTS, max_steps=10, seed=0)
+
+
+@torch.no_grad()
+def not_finite(task: Task) -> list[str]:
+    """Objectives whose sum is not a finite number above zero."""
+    parts = task.objectives(BATCH, DRAWS)
+    assert parts.keys() == task.weights.keys()
+    return [name for name, part in parts.items() if not (part.sum.isfinite() and part.sum > 0)]
+
+
+def subsets(names: tuple[str, ...]) -> tuple[WeightsConfig, ...]:
+    """All but the empty one."""
+    chosen = (some for num in range(1, len(names) + 1) for some in combinations(names, num))
+    return tuple(WeightsConfig(**dict.fromkeys(some, 1.0)) for some in chosen)
+
+
+@pytest.mark.parametrize(
+    ("stage", "states", "every"),
+    [
+        ("stage1", "auto", subsets(STAGE1_OBJECTIVES)),
+        ("stage2", "uni", subsets(STAGE2_OBJECTIVES)),
+        ("stage2", "cross", tuple(weights for weights in subsets(STAGE2_OBJECTIVES) if weights.wpg)),
+        ("joint", "auto", (Config().joint.weights, *subsets(STAGE2_OBJECTIVES)[:7])),
+    ],
+)
+def test_no_objective_reads_a_row_that_is_not_listed(
+    stage: str, states: str, every: tuple[WeightsConfig, ...]
+) -> None:
+    found = {"+".join(task.weights): not_finite(task) for task in tasks(stage, states, every)}
+    assert len(found) == len(every)
+    assert {names: wrong for names, wrong in found.items() if wrong} == {}
+
+
+@pytest.mark.parametrize(("stage", "names"), [("stage1", STAGE1_OBJECTIVES), ("stage2", STAGE2_OBJECTIVES)])
+def test_a_kind_that_is_not_listed_is_noticed(stage: str, names: tuple[str, ...]) -> None:
+    (task,) = tasks(stage, "uni", (WeightsConfig(**dict.fromkeys(names, 1.0)),))
+    listed = task.reads
+    kinds = [(encoder, kind) for encoder, kinds in listed.items() for kind in sorted(kinds)]
+    assert len(kinds) == {"stage1": 4, "stage2": 9}[stage] and not_finite(task) == []
+    for encoder, kind in kinds:
+        task.reads = {**listed, encoder: listed[encoder] - {kind}}
+        assert not_finite(task) != [], (encoder, kind)

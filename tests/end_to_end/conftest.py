@@ -77,8 +77,9 @@ def train(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Launch:
 
 @pytest.fixture(scope="session")
 def trained(train: Launch, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Both stages, four steps each, checkpoints at two and four; nobody writes into it."""
+    """Both stages, four steps each, checkpoints at two (kept for good) and four; nobody writes into it."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    code, output = train(folder, "train.profile_steps=[2,3]")
+    kept = ["train.keep_checkpoints=1", "train.keep_every_steps=2"]
+    code, output = train(folder, "train.profile_steps=[2,3]", *kept)
     assert code == 0, output
     return Run(folder, output)

@@ -223,6 +223,15 @@ def test_positions_keep_their_samples_on_any_number_of_ranks(
     assert_equal_batches(whole, loaders[0].collate_fn(fresh.__getitems__(seen[4 * BATCH : 5 * BATCH])))
 
 
+def test_each_source_of_a_mixture_has_its_own_lengths(folders: dict[str, Path], tmp_path: Path) -> None:
+    dataset, batches = run_of(folders, tmp_path, pairs=1.0, texts=1.0, images=1.0)
+    assert isinstance(batches, BucketedBatches)
+    samples = dataset.__getitems__(list(range(60)))
+    assert {sample.source for sample in samples} == {0, 1, 2}
+    wanted = [lengths_built(sample) for sample in samples]
+    assert batches.lengths_at(np.arange(60))[:, [0, 2]].tolist() == [[text, regions] for text, _, regions in wanted]
+
+
 def test_samples_of_like_lengths_come_together(folders: dict[str, Path], tmp_path: Path) -> None:
     dataset, batches = run_of(folders, tmp_path)
     assert isinstance(batches, BucketedBatches) and isinstance(batches.lengths_at, Lengths)

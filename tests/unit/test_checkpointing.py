@@ -15,7 +15,7 @@ from mvptr_ds.checkpointing import CheckpointError, find_model, first_model, new
 from mvptr_ds.config import load_config
 
 
-def save(folder: Path, step: int, keep: int = 10) -> Path:
+def save(folder: Path, step: int, keep: int = 10, keep_every_steps: int = 0) -> Path:
     def write_engine(path: Path) -> None:
         path.mkdir()
         torch.save({"step": step}, path / "states.pt")
@@ -26,7 +26,7 @@ def save(folder: Path, step: int, keep: int = 10) -> Path:
         (path / "config.json").write_text("{}", encoding="utf-8")
         (path / "mvptr.yaml").write_text("stage1: {max_steps: 6}", encoding="utf-8")
 
-    return checkpointing.save(folder, step, {"stage": "stage1"}, write_engine, write_model, keep)
+    return checkpointing.save(folder, step, {"stage": "stage1"}, write_engine, write_model, keep, keep_every_steps)
 
 
 FILES = (
@@ -108,6 +108,14 @@ def test_keep(tmp_path: Path) -> None:
     for step in (5, 10, 100, 1000):
         save(tmp_path, step, keep=2)
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000100", "step-00001000"]
+
+
+def test_some_are_kept_for_good(tmp_path: Path) -> None:
+    for step in (5, 10, 15, 20, 25, 35):
+        save(tmp_path, step, keep=1, keep_every_steps=10)
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000010", "step-00000020", "step-00000035"]
+    save(tmp_path, 12, keep=1, keep_every_steps=10)  # of a run that was started again: what is later goes all the same
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000010", "step-00000012"]
 
 
 def test_checkpoints_of_an_abandoned_future_do_not_outlive_a_new_start(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +12,14 @@ import torch
 
 from mvptr_ds import checkpointing, elastic
 from mvptr_ds.checkpointing import CheckpointError
-from mvptr_ds.config import TrainConfig
+from mvptr_ds.config import Config, TrainConfig
+from mvptr_ds.engine import Engine
 from mvptr_ds.optim import PARAMETER_ORDER
+from mvptr_ds.safeguards import BadSamples, SkippedSteps
+from mvptr_ds.trainer import Trainer
+from tests.unit.test_optim import APEX, apex, build, take
+
+__all__ = ["apex"]  # the fixture
 
 
 def saved(batch_size: int, num_ranks: int, accumulation_steps: int) -> dict[str, Any]:
@@ -133,6 +140,44 @@ def test_one_that_is_there_is_taken_unless_the_checkpoint_has_changed(tmp_path: 
     with pytest.raises(CheckpointError):
         elastic.convert(path, tmp_path / "universal")
     assert not whole.exists()
+
+
+@pytest.mark.usefixtures("apex")
+def test_apex_goes_on_with_the_count_of_updates() -> None:
+    """DeepSpeed gives it another; the count decides how far the moments' bias is corrected."""
+    weights, optimizer = build(APEX)
+    take(weights, optimizer, range(3))
+    for group in optimizer.param_groups:
+        group["step"] = 99
+    engine = Engine.__new__(Engine)  # nothing of DeepSpeed is asked
+    engine._optimizer = optimizer
+    engine._mend_optimizer(3)
+    undisturbed, wanted = build(APEX)
+    take(undisturbed, wanted, range(4))
+    take(weights, optimizer, range(3, 4))
+    assert [group["step"] for group in optimizer.param_groups] == [4, 4]
+    assert all(torch.equal(one, two) for one, two in zip(weights, undisturbed, strict=True))
+
+
+def test_steps_that_were_left_out_are_no_updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine is a stand-in: only apex's optimiser asks for their number, and that runs on CUDA alone."""
+    state = {
+        "zero_stage": 1, "parameter_order": PARAMETER_ORDER, "skipped_steps": 3, "samples": {"read": 0, "bad": 0},
+    }  # fmt: skip
+    path = checkpointing.save(tmp_path, 8, state, lambda p: p.mkdir(), lambda p: p.mkdir(), 1)
+    assert path is not None
+    loaded: list[tuple[Path, int | None]] = []
+    trainer = Trainer.__new__(Trainer)
+    trainer.config, trainer.dir, trainer.zero_stage, trainer.seed = Config(), tmp_path, 2, 0
+    trainer.skipped, trainer.bad_samples, trainer.starting = SkippedSteps(9), BadSamples(1.0), lambda: None
+    trainer.task = SimpleNamespace(model=None)
+    trainer.engine = SimpleNamespace(load=lambda path, universal_steps: loaded.append((path, universal_steps)))
+    monkeypatch.setattr(trainer, "_build_engine", lambda filled: None)
+    monkeypatch.setattr("mvptr_ds.model_folder.load_weights", lambda *_: None)
+    monkeypatch.setattr("mvptr_ds.elastic.convert", lambda path, folder, alive: folder)
+    trainer._resume(path, {})
+    assert loaded == [(tmp_path / elastic.FOLDER / "engine", 8 - 3)]
+    assert (trainer.step, trainer.skipped.total) == (8, 3)
 
 
 def test_ranks_that_are_new_draw_from_step_and_rank(monkeypatch: pytest.MonkeyPatch) -> None:

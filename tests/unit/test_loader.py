@@ -14,7 +14,7 @@ import torch
 from mvptr_ds.data.batches import Batches
 from mvptr_ds.data.collate import IGNORE, Batch, collate
 from mvptr_ds.data.features import SampleBuilder, SampleOptions
-from mvptr_ds.data.loader import ShardDataset, eval_batches, make_loader
+from mvptr_ds.data.loader import ShardDataset, eval_batches, load_samples, make_loader
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.plan import Plan
 from mvptr_ds.data.schema import Caption, DataError, Phrase, Record, Region
@@ -165,6 +165,25 @@ def test_masking_differs_between_epochs_and_every_sample_comes_once(folder: Path
     assert first != second
 
 
+def _built(dataset: ShardDataset, number: int, position: int, key: list[int]) -> Batch:
+    """The sample `number` as the generator of this key masks it."""
+    asked = [(number, position, np.random.default_rng(key))]
+    return collate(load_samples(dataset.index, dataset.builder, asked))
+
+
+def test_a_sample_is_masked_anew_in_every_epoch(folder: Path) -> None:
+    """Its generator is frozen: a resume with a later version must draw what the run began with."""
+    dataset = _dataset(folder)
+    for place, number in ((0, 0), (5, 20), (41, 41)):
+        labels = set()
+        for epoch in range(4):
+            position = epoch * len(dataset.index) + place
+            batch = collate([dataset.load(position, epoch, number)])
+            assert_equal_batches(batch, _built(dataset, number, position, [11, SEED, epoch, position]))
+            labels.add((tuple(batch.mlm_labels_BT[0].tolist()), tuple(batch.tag_labels_BG[0].tolist())))
+        assert len(labels) == 4
+
+
 def _damage(folder: Path, record: int) -> str:
     """Overwrites the features of one record, so that its samples cannot be built; its size stays."""
     index = Index.open(folder)
@@ -197,6 +216,20 @@ def test_a_bad_sample_is_replaced_in_the_same_way_every_time(folder: Path, caplo
     assert path in caplog.text and "'k5'" in caplog.text and "npy member cannot be read" in caplog.text
     assert sum(sample.num_bad > 0 for sample in first) == 3
     assert int(collate(first).num_bad_B.sum()) == sum(sample.num_bad for sample in first) >= 3
+
+
+def test_substitutes_are_drawn_apart_from_the_masking(folder: Path) -> None:
+    """Each by a generator of its own, frozen."""
+    _damage(folder, 5)
+    dataset = _dataset(folder)
+    bad = dataset.index.samples_of(5)
+    for position in range(8):
+        tried = np.random.default_rng([12, SEED, 3, position]).integers(len(dataset.index), size=9).tolist()
+        num_bad = next(i for i, number in enumerate(tried) if number not in bad) + 1
+        wanted = _built(dataset, tried[num_bad - 1], position, [11, SEED, 3, position])
+        found = dataset.load(position, 3, bad[0])
+        assert found.num_bad == num_bad
+        assert_equal_batches(collate([dataclasses.replace(found, num_bad=0)]), wanted)
 
 
 def test_nothing_but_bad_samples_ends_with_the_reason(folder: Path) -> None:

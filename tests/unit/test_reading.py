@@ -58,9 +58,7 @@ def subsets(names: tuple[str, ...]) -> tuple[WeightsConfig, ...]:
         ("joint", "auto", (Config().joint.weights, *subsets(STAGE2_OBJECTIVES)[:7])),
     ],
 )
-def test_no_objective_reads_a_row_that_is_not_listed(
-    stage: str, states: str, every: tuple[WeightsConfig, ...]
-) -> None:
+def test_no_objective_reads_a_row_that_is_not_listed(stage: str, states: str, every: tuple[WeightsConfig, ...]) -> None:
     found = {"+".join(task.weights): not_finite(task) for task in tasks(stage, states, every)}
     assert len(found) == len(every)
     assert {names: wrong for names, wrong in found.items() if wrong} == {}

@@ -6,6 +6,8 @@ import argparse
 import json
 import logging
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +54,24 @@ def evaluate(run: Path, overrides: list[str], out: Path) -> dict[str, Any]:
     logger.info("model %s on %d captions of %d images", path, len(index), index.num_records)
     evaluation = evaluate_split(model, vocabs, config, index, device, config.run.seed)
     out.mkdir(parents=True, exist_ok=True)
-    draw_grounding(index, evaluation.grounded, config.eval.num_pictures, out / "pictures.png")
     stage_dirs = [run / stage for stage in STAGES if (run / stage / "metrics.jsonl").is_file()]
-    draw_curves(stage_dirs, out / "curves.png")
-    draw_scores(stage_dirs, out / "scores.png")
     seconds = {stage.name: wall_s(read_metrics(stage / "metrics.jsonl")) for stage in stage_dirs}
     report = {"model": str(path), **evaluation.report}
     report["wall_s"] = {k: round(v, 1) for k, v in seconds.items() if v is not None} | report["wall_s"]
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    # only now: no picture can cost the report
+    _draw(out / "pictures.png", partial(draw_grounding, index, evaluation.grounded, config.eval.num_pictures))
+    _draw(out / "curves.png", partial(draw_curves, stage_dirs))
+    _draw(out / "scores.png", partial(draw_scores, stage_dirs))
     return report
+
+
+def _draw(path: Path, draw: Callable[[Path], object]) -> None:
+    try:
+        draw(path)
+    except Exception as error:  # matplotlib raises whatever its numbers come to
+        logger.debug("where it was raised", exc_info=True)
+        logger.warning("%s was not drawn: %s: %s", path.name, type(error).__name__, error)
 
 
 def main() -> int:

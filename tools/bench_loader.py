@@ -195,7 +195,7 @@ def bare_decoders(setup: Setup, num: int) -> list[Contender]:
     size = (IMAGE_SIZE, IMAGE_SIZE)
 
     def pillow(content: bytes, draft: bool) -> np.ndarray:
-        image = Image.open(io.BytesIO(content))
+        image = Image.open(io.BytesIO(content), formats=("JPEG",))
         if draft:
             image.draft("RGB", size)
         return np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC))

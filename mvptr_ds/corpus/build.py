@@ -166,7 +166,8 @@ def _listed_items(
         picture = None
         if options.images is not None and planned.image is not None:
             try:
-                picture = check_picture(read_picture(Path(options.images), planned.image), options.pictures)
+                content = read_picture(Path(options.images), planned.image)
+                picture = check_picture(content, options.pictures, summary.counts)
             except PictureError as error:
                 summary.drop(error.reason, f"{planned.image} {error.detail}".strip())
                 continue
@@ -235,7 +236,7 @@ def _streamed_items(
             if member.size > MAX_MEMBER_BYTES:
                 raise PictureError(f"picture: over {MAX_MEMBER_BYTES >> 20} MiB", f"{member.size} bytes")
             file.seek(member.data)
-            picture = check_picture(file.read(member.size), options.pictures)
+            picture = check_picture(file.read(member.size), options.pictures, summary.counts)
         except PictureError as error:
             summary.drop(error.reason, f"{where} {error.detail}".strip())
             continue

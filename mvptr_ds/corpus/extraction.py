@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import io
 import itertools
 import json
 import logging
@@ -20,7 +19,8 @@ from PIL import Image
 from mvptr_ds.corpus.detection import Detections, RegionChoice, choose_regions
 from mvptr_ds.corpus.detector import Detector, DetectorSource, choose_device, find_model, load_detector
 from mvptr_ds.corpus.jobs import Summary, refuse_foreign_tars, run_units
-from mvptr_ds.data.images import DECODE_ERRORS, MAX_IMAGE_PIXELS, decode_problem
+from mvptr_ds.data.images import image_content
+from mvptr_ds.data.pixels import MAX_IMAGE_PIXELS, open_image, read_rgb
 from mvptr_ds.data.schema import DataError, Extractor, parse_record
 from mvptr_ds.data.shards import MANIFEST_NAME, Index, ensure_index
 from mvptr_ds.data.sidecars import sidecar_json
@@ -230,14 +230,8 @@ def open_picture(members: Mapping[str, bytes]) -> Image.Image:
     Raises:
         DataError: it is not JPEG, PNG or WebP, has too many pixels, or is too thin for a detector.
     """
-    content = next(members[ext] for ext in IMAGE_EXTENSIONS if ext in members)
-    try:
-        image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP"))
-    except DECODE_ERRORS as error:
-        raise DataError(f"the image cannot be decoded: {decode_problem(error)}") from error
+    image = open_image(image_content(members), MAX_IMAGE_PIXELS)
     width, height = image.size
-    if width * height > MAX_IMAGE_PIXELS:
-        raise DataError(f"the image has {width} x {height} pixels, at most {MAX_IMAGE_PIXELS} are decoded")
     if max(width, height) > _MAX_ASPECT * min(width, height):
         raise DataError(f"the image has {width} x {height} pixels; a detector sees nothing in one of 1 : {_MAX_ASPECT}")
     return image
@@ -249,11 +243,7 @@ def decode_picture(image: Image.Image) -> Image.Image:
     Raises:
         DataError: the picture is cut or damaged.
     """
-    try:
-        with contextlib.closing(image):
-            image.draft("RGB", (_MAX_SIDE, _MAX_SIDE))  # a larger JPEG decodes at 1/2, 1/4, 1/8 where that is enough
-            picture = image.convert("RGB")
-    except DECODE_ERRORS as error:
-        raise DataError(f"the image cannot be decoded: {decode_problem(error)}") from error
+    with contextlib.closing(image):
+        picture = read_rgb(image, least_side=_MAX_SIDE).image
     picture.thumbnail((_MAX_SIDE, _MAX_SIDE), Image.Resampling.BICUBIC)
     return picture

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 
 from mvptr_ds.corpus.phrase_words import wrong_spans
 from mvptr_ds.corpus.salvage import find_header
 from mvptr_ds.data.features import read_features
-from mvptr_ds.data.images import DECODE_ERRORS, decode_image, decode_problem
+from mvptr_ds.data.images import decode_square, image_content
 from mvptr_ds.data.index import SIDECAR
+from mvptr_ds.data.pixels import MAX_IMAGE_PIXELS, open_image
 from mvptr_ds.data.scan import describe
 from mvptr_ds.data.schema import Caption, DataError, Record, SidecarEntry, parse_entry
 from mvptr_ds.data.tars import IMAGE_EXTENSIONS
@@ -38,6 +38,7 @@ class Checked:
     feature_dim: int = 0  # F of its features; 0 without
     extractor: str | None = None  # name and version
     lacks_picture: bool = False  # says how large it is, and brings neither it nor features
+    changes: tuple[str, ...] = ()  # what is done to its picture to show it, see pixels.Rgb; () where it is not decoded
 
 
 def check_content(members: Mapping[str, bytes], decode: bool) -> Checked:
@@ -49,37 +50,37 @@ def check_content(members: Mapping[str, bytes], decode: bool) -> Checked:
         return Checked([("a record that does not follow the schema", str(error))])
     feature_dim, problems = _feature_problems(members, entry)
     problems += _swallowed_header(members)
+    changes: tuple[str, ...] = ()
     if isinstance(entry, Record):
-        problems += _picture_problems(members, entry, decode)
+        picture_problems, changes = _picture_problems(members, entry, decode)
+        problems += picture_problems
     problems += _box_problems(entry)
     problems += _phrase_problems(entry.captions or ())
     extractor = None if entry.extractor is None else str(entry.extractor)
     lacks_picture = isinstance(entry, Record) and entry.width > 0 and not set(members) & {"npy", *IMAGE_EXTENSIONS}
-    return Checked(problems, kind == SIDECAR, len(entry.captions or ()), feature_dim, extractor, lacks_picture)
+    num_captions = len(entry.captions or ())
+    return Checked(problems, kind == SIDECAR, num_captions, feature_dim, extractor, lacks_picture, changes)
 
 
-def _picture_problems(members: Mapping[str, bytes], record: Record, decode: bool) -> Iterator[Problem]:
-    """Problems of the picture: the whole of it is decoded if asked for, else its header is read."""
+def _picture_problems(
+    members: Mapping[str, bytes], record: Record, decode: bool
+) -> tuple[list[Problem], tuple[str, ...]]:
+    """Problems of the picture: the whole of it is decoded if asked for, else its header is read. And its changes."""
     names = [extension for extension in IMAGE_EXTENSIONS if extension in members]
     if not names:
-        return
-    if len(names) > 1:
-        yield "more than one picture", f"it has {names}"
-    if decode:
-        try:
-            decode_image(members, _DECODED_SIZE)
-        except DataError as error:
-            yield "a picture that cannot be decoded", str(error)
-            return
+        return [], ()
+    problems: list[Problem] = [("more than one picture", f"it has {names}")] if len(names) > 1 else []
+    content = image_content(members)
     try:
-        with Image.open(io.BytesIO(members[names[0]]), formats=("JPEG", "PNG", "WEBP")) as image:
-            size = image.size
-    except DECODE_ERRORS as error:
-        yield "a picture that cannot be decoded", decode_problem(error)
-        return
-    if size != (record.width, record.height):
-        sizes = f"the picture is {size[0]} x {size[1]}, the record says {record.width} x {record.height}"
-        yield "a picture of another size than the record says", sizes
+        changes = decode_square(content, _DECODED_SIZE).changes if decode else ()
+        with open_image(content, MAX_IMAGE_PIXELS) as image:
+            width, height = image.size
+    except DataError as error:
+        return [*problems, ("a picture that cannot be decoded", str(error))], ()
+    if (width, height) != (record.width, record.height):
+        sizes = f"the picture is {width} x {height}, the record says {record.width} x {record.height}"
+        problems.append(("a picture of another size than the record says", sizes))
+    return problems, changes
 
 
 def _box_problems(entry: Record | SidecarEntry) -> Iterator[Problem]:

@@ -224,6 +224,7 @@ class _Inspection:
         if checked.extractor:
             self.summary.counts[EXTRACTOR + checked.extractor] += 1
         self.summary.counts["captions"] += checked.num_captions
+        self.summary.counts.update(checked.changes)
         return checked
 
     def _drop(self, piece: Piece, reason: str, detail: str) -> None:

@@ -2,19 +2,19 @@
 
 A JPEG is decoded at 1/2, 1/4 or 1/8 where that leaves enough of it, by libjpeg-turbo itself (simplejpeg) where that is
 installed; whatever it does not take without a complaint is Pillow's to read or to refuse, so the two accept the same.
+All else than JPEG is Pillow's: pixels.py says what it makes of alpha and of 16 bits, before anything is resized.
 """
 
 from __future__ import annotations
 
-import io
-import struct
-import zlib
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from mvptr_ds.data.pixels import MAX_IMAGE_PIXELS, check_pixels, open_image, read_rgb
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.data.tars import IMAGE_EXTENSIONS
 
@@ -23,13 +23,14 @@ try:
 except ImportError:  # there are no wheels for this machine
     simplejpeg = None
 
-MAX_IMAGE_PIXELS = 64_000_000  # a larger picture is refused before it is decoded (decompression bombs)
-DECODE_ERRORS = (  # what Pillow raises on damaged or hostile pictures
-    *(OSError, ValueError, TypeError, SyntaxError, EOFError, KeyError, IndexError, struct.error, zlib.error),
-    Image.DecompressionBombError,
-)
 _JPEG_COLOURS = ("YCbCr", "Gray", "RGB")  # others (CMYK) are not the same in all programs: Pillow's way
+_MAX_EXACT_SIDE = 1_000_000  # pixels; of a longer side, means are taken before it is resized
 _REDUCTIONS = (8, 4, 2, 1)  # with kernels of their own; fractions between them cost more than they save
+
+
+class Square(NamedTuple):
+    image_3HW: np.ndarray  # uint8, RGB; the channels need not lie one behind the other in memory
+    changes: tuple[str, ...]  # see pixels.Rgb
 
 
 def decode_image(members: Mapping[str, bytes], image_size: int) -> np.ndarray:
@@ -40,13 +41,23 @@ def decode_image(members: Mapping[str, bytes], image_size: int) -> np.ndarray:
     Raises:
         DataError: no image member, not JPEG, PNG or WebP, cut, or above MAX_IMAGE_PIXELS.
     """
+    return decode_square(image_content(members), image_size).image_3HW
+
+
+def image_content(members: Mapping[str, bytes]) -> bytes:
+    """Raises DataError where there is no image member."""
     content = next((members[ext] for ext in IMAGE_EXTENSIONS if ext in members), None)
     if content is None:
         raise DataError(f"the record has no image, only {sorted(members)}; use visual.source=features")
+    return content
+
+
+def decode_square(content: bytes, image_size: int) -> Square:
+    """`decode_image` of a picture, and what was done to show it."""
     if simplejpeg is not None and content.startswith(b"\xff\xd8"):
         image_HW3 = _decode_jpeg(content, image_size)
         if image_HW3 is not None:
-            return _resize(image_HW3, image_size)
+            return Square(_resize(image_HW3, image_size), ())
     return _decode(content, image_size)
 
 
@@ -56,7 +67,7 @@ def _decode_jpeg(content: bytes, image_size: int) -> np.ndarray | None:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
         if colours not in _JPEG_COLOURS:
             return None
-        _check_pixels(width, height)
+        check_pixels(width, height, MAX_IMAGE_PIXELS)
         by = next((by for by in _REDUCTIONS if min(height, width) >= by * image_size), 1)
         least = {"min_height": height // by, "min_width": width // by, "min_factor": by}
         # strict: a picture that is cut would be grey below the cut otherwise
@@ -76,24 +87,10 @@ def _resize(image_HW3: np.ndarray, image_size: int) -> np.ndarray:
     return out[0].numpy()
 
 
-def _decode(content: bytes, image_size: int) -> np.ndarray:
-    try:
-        with Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP")) as image:
-            _check_pixels(*image.size)
-            image.draft("RGB", (image_size, image_size))  # JPEG decodes at 1/2, 1/4, 1/8 where that is enough
-            small = image.convert("RGB").resize((image_size, image_size), Image.Resampling.BICUBIC)
-    except DECODE_ERRORS as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"the image cannot be decoded: {decode_problem(error)}; replace or remove it") from error
-    return np.asarray(small, dtype=np.uint8).transpose(2, 0, 1)
-
-
-def _check_pixels(width: int, height: int) -> None:
-    if width * height > MAX_IMAGE_PIXELS:
-        raise DataError(f"the image has {width} x {height} pixels, at most {MAX_IMAGE_PIXELS} are decoded")
-
-
-def decode_problem(error: Exception) -> str:
-    """What Pillow says, without the address in memory that it names where it knows no format."""
-    return "its format is not known" if isinstance(error, UnidentifiedImageError) else str(error)
+def _decode(content: bytes, image_size: int) -> Square:
+    with open_image(content, MAX_IMAGE_PIXELS) as image:
+        rgb, changes = read_rgb(image, least_side=image_size)
+    # Pillow holds 32 bytes of weights for each pixel of a side; only a PNG can be a line of millions of pixels
+    gap = 3.0 if max(rgb.size) > _MAX_EXACT_SIDE else None
+    small = rgb.resize((image_size, image_size), Image.Resampling.BICUBIC, reducing_gap=gap)
+    return Square(np.asarray(small, dtype=np.uint8).transpose(2, 0, 1), changes)

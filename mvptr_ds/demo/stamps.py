@@ -128,7 +128,7 @@ def load_stamps(folder: Path) -> list[Stamp]:
 
 def _load_photo(file: Path) -> Image.Image | None:
     """The stamp as RGBa of at most MAX_STAMP_PX, cut to its opaque pixels; None for drawings and opaque pictures."""
-    with Image.open(file) as opened:
+    with Image.open(file, formats=("PNG",)) as opened:
         if opened.mode not in ("RGBA", "P"):
             return None
         image = opened.convert("RGBA")

@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+from mvptr_ds.evaluation.figures import drawable, plain_figures
 
 _COLUMNS = 4
 _COLOURS = {"stage1": "tab:blue"}
@@ -47,21 +46,24 @@ Line = tuple[list[int], list[float]]  # steps, values
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The reports of a `metrics.jsonl`; a line that a killed run left cut is passed over."""
+    """The reports of a `metrics.jsonl`; a line that a killed run left cut, or that is no report, is passed over."""
     reports = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            reports.append(json.loads(line))
+            report = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(report, dict):
+            reports.append(report)
     return reports
 
 
 def wall_s(reports: Sequence[Mapping[str, Any]]) -> float | None:
     """Seconds that a stage took, by its last report that says so."""
-    return next((float(r["wall_s"]) for r in reversed(reports) if r.get("wall_s") is not None), None)
+    return next((float(r["wall_s"]) for r in reversed(reports) if isinstance(r.get("wall_s"), int | float)), None)
 
 
+@plain_figures()
 def draw_curves(stage_dirs: Sequence[Path], path: Path) -> None:
     """One panel an objective; the stages one after the other on the axis of steps."""
     panels: dict[str, list[tuple[str, Line]]] = defaultdict(list)
@@ -81,6 +83,7 @@ def draw_curves(stage_dirs: Sequence[Path], path: Path) -> None:
     plt.close(figure)
 
 
+@plain_figures()
 def draw_scores(stage_dirs: Sequence[Path], path: Path) -> bool:
     """One panel a kind of score, of the evaluations while training; False, and no file, where there were none."""
     panels: dict[str, dict[str, Line]] = {}
@@ -139,7 +142,7 @@ def _panels(names: Sequence[str]) -> tuple[Any, dict[str, Any]]:
         axis.set_axis_off()
     out = dict(zip(names, axes.flat, strict=False))
     for name, axis in out.items():
-        axis.set_title(name, fontsize=10)
+        axis.set_title(drawable(name, 40), fontsize=10)
         axis.grid(alpha=0.3)
         axis.set_xlabel("step")
         axis.tick_params(labelbottom=True)  # also above a place without a panel

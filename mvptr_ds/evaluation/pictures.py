@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import io
+import logging
 import textwrap
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from mvptr_ds.data.loader import read_sample_record
+from mvptr_ds.data.images import image_content
+from mvptr_ds.data.pixels import MAX_IMAGE_PIXELS, open_image, read_rgb
+from mvptr_ds.data.schema import DataError, Record
 from mvptr_ds.data.shards import SampleIndex
 from mvptr_ds.data.tars import IMAGE_EXTENSIONS
+from mvptr_ds.evaluation.figures import drawable, plain_figures
 from mvptr_ds.evaluation.grounding import GroundedPhrase
+
+logger = logging.getLogger(__name__)
 
 COLOURS = ("tab:red", "tab:blue", "tab:green", "tab:orange", "tab:purple", "tab:cyan")
 _COLUMNS = 4
 _MAX_PHRASES = len(COLOURS)
 Box = tuple[float, float, float, float]
 _MARK = {True: "right", False: "wrong", None: ""}
+_MAX_SIDE = 640  # pixels; a picture is drawn some 300 wide
+_CAPTION_LINE, _CAPTION_LINES = 42, 3  # characters of a line, lines
+_MAX_PHRASE = 40  # characters
+Scene = tuple[int, list[GroundedPhrase]]  # caption, its phrases
 
 
 def draw_grounding(index: SampleIndex, found: Sequence[GroundedPhrase], num_pictures: int, path: Path) -> None:
@@ -33,9 +40,33 @@ def draw_grounding(index: SampleIndex, found: Sequence[GroundedPhrase], num_pict
 
     Dots show a box that the phrase names and the model missed. Phrases without ground truth are left out unless the
     split has none. Half of the scenes have a phrase that went wrong, as far as there are, whatever their real share.
+    A scene that cannot be read or drawn is left out, and the log says so.
     """
-    chosen = choose_scenes(index, found, num_pictures)
-    rows = -(-len(chosen) // _COLUMNS) or 1
+    left_out: list[str] = []
+    scenes = choose_scenes(index, found, num_pictures, left_out)
+    try:
+        content = _figure(index, scenes)
+    except Exception:  # matplotlib raises whatever its numbers come to; whose numbers, each scene alone shows
+        scenes = [scene for scene in scenes if _can_be_drawn(index, scene, left_out)]
+        content = _figure(index, scenes)
+    path.write_bytes(content)
+    if left_out:
+        logger.warning("%d pictures were left out of %s; the first: %s", len(left_out), path.name, left_out[0])
+
+
+def _can_be_drawn(index: SampleIndex, scene: Scene, left_out: list[str]) -> bool:
+    try:
+        _figure(index, [scene])
+    except Exception as error:  # as in draw_grounding
+        left_out.append(f"sample {scene[0]}: {type(error).__name__}: {error}")
+        return False
+    return True
+
+
+@plain_figures()
+def _figure(index: SampleIndex, scenes: Sequence[Scene]) -> bytes:
+    """The scenes as a PNG."""
+    rows = -(-len(scenes) // _COLUMNS) or 1
     # caption, picture and list have their own axes: none can run into its neighbour
     figure, axes = plt.subplots(
         3 * rows, _COLUMNS, figsize=(3.3 * _COLUMNS, 5.1 * rows), squeeze=False, layout="constrained",
@@ -43,24 +74,42 @@ def draw_grounding(index: SampleIndex, found: Sequence[GroundedPhrase], num_pict
     )  # fmt: skip
     for axis in axes.flat:
         axis.set_axis_off()
-    for number, (caption, phrases) in enumerate(chosen):
-        row, column = divmod(number, _COLUMNS)
-        title, picture, listing = axes[3 * row : 3 * row + 3, column]
-        record, of_record = read_sample_record(index, caption)
-        text = "\n".join(textwrap.wrap(record.captions[of_record].text, 42, max_lines=3))
-        title.text(0.5, 0.05, text, fontsize=9, ha="center", va="bottom", transform=title.transAxes)
-        picture.imshow(_image(index, caption), extent=(0, record.width, record.height, 0))
-        _draw_phrases(picture, listing, [r.box for r in record.regions], phrases, record.width / 160)
-    if not chosen:
-        figure.text(0.5, 0.5, "no scene with an image and a phrase", ha="center")
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    buffer = io.BytesIO()
+    try:
+        for number, scene in enumerate(scenes):
+            row, column = divmod(number, _COLUMNS)
+            _draw_scene(axes[3 * row : 3 * row + 3, column], index, scene)
+        if not scenes:
+            figure.text(0.5, 0.5, "no scene with an image and a phrase", ha="center")
+        figure.savefig(buffer, format="png", dpi=90)
+    finally:
+        plt.close(figure)
+    return buffer.getvalue()
+
+
+def _draw_scene(axes: Iterable[Any], index: SampleIndex, scene: Scene) -> None:
+    """Args: axes: of the caption, the picture and the list of phrases."""
+    title, picture, listing = axes
+    caption, phrases = scene
+    place = index.locate(caption)
+    record, members = index.read(place)
+    text = drawable(record.captions[place.caption].text, _CAPTION_LINES * _CAPTION_LINE)
+    text = "\n".join(textwrap.wrap(text, _CAPTION_LINE, max_lines=_CAPTION_LINES))
+    title.text(0.5, 0.05, text, fontsize=9, ha="center", va="bottom", transform=title.transAxes)
+    picture.imshow(_decoded(members), extent=(0, record.width, record.height, 0))
+    boxes = [_within(region.box, record) for region in record.regions]
+    _draw_phrases(picture, listing, boxes, phrases, record.width / 160)
 
 
 def choose_scenes(
-    index: SampleIndex, found: Sequence[GroundedPhrase], num_pictures: int
-) -> list[tuple[int, list[GroundedPhrase]]]:
-    """(caption, phrases) by scene: one caption of each image, those with and without a wrong phrase in turn."""
+    index: SampleIndex, found: Sequence[GroundedPhrase], num_pictures: int, left_out: list[str] | None = None
+) -> list[Scene]:
+    """(caption, phrases) by scene: one caption of each image, those with and without a wrong phrase in turn.
+
+    Args:
+        left_out: a line is added for each record whose picture cannot be read.
+    """
+    left_out = [] if left_out is None else left_out
     shown = [g for g in found if g.right is not None] or found
     by_caption: dict[int, list[GroundedPhrase]] = defaultdict(list)
     for grounded in shown:
@@ -70,10 +119,14 @@ def choose_scenes(
     for caption in sorted(by_caption):
         record = index.locate(caption).record
         wrong = any(g.right is False for g in by_caption[caption][:_MAX_PHRASES])
-        if record in images or len(kinds[wrong]) >= num_pictures or _image(index, caption) is None:
+        if record in images or len(kinds[wrong]) >= num_pictures:
             continue
         images.add(record)
-        kinds[wrong].append(caption)
+        try:
+            if _decoded(index.read(index.locate(caption))[1]) is not None:
+                kinds[wrong].append(caption)
+        except (DataError, OSError) as error:
+            left_out.append(f"sample {caption}: {error}")
     num_wrong = min(len(kinds[True]), max(num_pictures // 2, num_pictures - len(kinds[False])))
     chosen = sorted(kinds[True][:num_wrong] + kinds[False][: num_pictures - num_wrong])
     return [(caption, by_caption[caption][:_MAX_PHRASES]) for caption in chosen]
@@ -89,8 +142,9 @@ def _draw_phrases(
         if grounded.right is False:
             for missed in grounded.phrase.regions:
                 picture.add_patch(_rectangle(boxes[missed], inset, colour, ":"))
+        words = drawable(", ".join(grounded.phrase.tuple), _MAX_PHRASE)
         listing.text(
-            0.0, 0.95 - i / _MAX_PHRASES, f"{', '.join(grounded.phrase.tuple)}   {_MARK[grounded.right]}",
+            0.0, 0.95 - i / _MAX_PHRASES, f"{words}   {_MARK[grounded.right]}",
             color=colour, fontsize=9, transform=listing.transAxes, va="top",
         )  # fmt: skip
 
@@ -101,8 +155,21 @@ def _rectangle(box: Box, inset: float, colour: str, style: str) -> Rectangle:
     return Rectangle((x1 + inset, y1 + inset), width, height, fill=False, edgecolor=colour, linestyle=style, lw=1.8)
 
 
-def _image(index: SampleIndex, sample: int) -> Image.Image | None:
-    place = index.locate(sample)
-    members = index.read(place)[1]
-    content = next((members[ext] for ext in IMAGE_EXTENSIONS if ext in members), None)
-    return Image.open(io.BytesIO(content)).convert("RGB") if content is not None else None
+def _within(box: Box, record: Record) -> Box:
+    x1, y1, x2, y2 = box
+    width, height = record.width, record.height
+    return min(max(x1, 0), width), min(max(y1, 0), height), min(max(x2, 0), width), min(max(y2, 0), height)
+
+
+def _decoded(members: Mapping[str, bytes]) -> Image.Image | None:
+    """The picture, at most _MAX_SIDE a side; None where the record has none.
+
+    Raises:
+        DataError: it cannot be decoded.
+    """
+    if not any(extension in members for extension in IMAGE_EXTENSIONS):
+        return None
+    with open_image(image_content(members), MAX_IMAGE_PIXELS) as image:
+        picture = read_rgb(image, least_side=_MAX_SIDE).image
+    picture.thumbnail((_MAX_SIDE, _MAX_SIDE), Image.Resampling.BICUBIC)
+    return picture

@@ -22,14 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
 from mvptr_ds.config import Config, load_config
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.demo.build import build_demo_shards
+from mvptr_ds.ds_config import load_ds_config
+from mvptr_ds.user_files import read_text
+from mvptr_ds.yaml_nodes import parse_yaml, plain
 
 ARMS_FILE = Path(__file__).with_name("ablations.yaml")
 EPILOG = """Each run is OUT/ARM/seed-N: trained through the deepspeed launcher, then evaluated. An interrupted call goes
@@ -71,7 +72,7 @@ class Arm:
 
 def load_arms(path: Path = ARMS_FILE) -> dict[str, Arm]:
     """The arms by name, in the order of the file."""
-    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    tree = plain(parse_yaml(read_text(path), str(path)))
     return {
         name: Arm(name, arm["shows"], tuple(map(str, arm.get("stages", (1, 2)))), tuple(arm.get("overrides", ())))
         for name, arm in tree.items()
@@ -105,7 +106,7 @@ def run_arm(folder: Path, ranks: int, config_name: str, json_path: Path, overrid
     Raises:
         AblationError: the folder was made with other arguments, or a command failed.
     """
-    engine = json.loads(json_path.read_text(encoding="utf-8"))
+    engine = load_ds_config(json_path)
     arguments = {"config": config_name, "ranks": ranks, "deepspeed": engine, "overrides": list(overrides)}
     marker = folder / "ablation.json"
     if marker.is_file() and (before := json.loads(marker.read_text(encoding="utf-8"))) != arguments:

@@ -79,9 +79,7 @@ def demo_shards_are_there(data: DataConfig, seed: int) -> bool:
     if data.train is None:
         raise DataError(f"{builds}, which is null; set data.demo_source=null")
     if is_url(data.train):
-        raise DataError(
-            f"{builds}, which is a URL, {data.train}; set data.demo_source=null to train on your own shards"
-        )
+        raise DataError(f"{builds}={data.train}, which is a URL; set data.demo_source=null to train on what is there")
     scenes = data.demo_train_scenes, data.demo_held_out_scenes
     try:
         return build.demo_shards_are_there(Path(data.train).parent, str(data.demo_source), *scenes, seed)

@@ -29,7 +29,7 @@ from mvptr_ds.config import Config, load_config
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.demo.build import build_demo_shards
 from mvptr_ds.ds_config import load_ds_config
-from mvptr_ds.user_files import read_text
+from mvptr_ds.user_files import read_text, user_path
 from mvptr_ds.yaml_nodes import parse_yaml, plain
 
 ARMS_FILE = Path(__file__).with_name("ablations.yaml")
@@ -168,13 +168,13 @@ def parse_arguments(arms: Mapping[str, Arm]) -> argparse.Namespace:
         epilog=f"{EPILOG}\n\narms:\n{described}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the runs and the table")
+    parser.add_argument("--out", type=user_path, required=True, metavar="DIR", help="folder of the runs and the table")
     parser.add_argument("--config", default="stamps", help="what the arms start from (%(default)s)")
     parser.add_argument("--arms", nargs="+", default=list(arms), choices=list(arms), metavar="ARM", help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="run.seed of the runs (0)")
     parser.add_argument("--ranks", type=int, default=2, metavar="N", help="ranks of a run (%(default)s)")
     parser.add_argument(
-        "--deepspeed", type=Path, default=REPO / "ds_configs/z2.json", metavar="JSON", help="of all runs (z2.json)"
+        "--deepspeed", type=user_path, default=REPO / "ds_configs/z2.json", metavar="JSON", help="of all runs (z2.json)"
     )
     parser.add_argument("--set", nargs="+", default=[], metavar="section.key=value", help="overrides for every arm")
     parser.add_argument("--table", action="store_true", help="train nothing, print the table of what is there")

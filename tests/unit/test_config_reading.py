@@ -15,6 +15,7 @@ from mvptr_ds.config_reading import range_of
 from mvptr_ds.ds_config import load_ds_config
 from mvptr_ds.user_files import parse_json
 from mvptr_ds.yaml_nodes import dump_yaml, number_of, parse_yaml, plain
+from tests.conftest import REPO
 
 
 def write(folder: Path, name: str, text: str | bytes) -> Path:
@@ -263,6 +264,11 @@ def test_a_tilde_is_a_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert config.wandb.name == "~x"  # no path
     assert load_ds_config("~/ds.json") == {}
     assert "run.dir: ~nobody-here/x begins with the home folder of a user who" in message_of("run.dir=~nobody-here/x")
+
+
+def test_no_tool_takes_a_path_without_its_tilde() -> None:
+    tools = [*(REPO / "tools").glob("*.py"), REPO / "mvptr_ds/eval.py"]
+    assert [path.name for path in tools if "type=Path" in path.read_text(encoding="utf-8")] == []
 
 
 def test_extends_counts_from_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,8 +58,8 @@ def prepare_shards(data: DataConfig, seed: int, num_processes: int) -> None:
 
     def prepare() -> None:
         if data.demo_source is not None and not demo_shards_are_there(data, seed):
-            folder, scenes = Path(str(data.train)).parent, (data.demo_train_scenes, data.demo_held_out_scenes)
-            build_demo_shards(folder, data.demo_source, *scenes, seed, num_processes)
+            scenes = data.demo_train_scenes, data.demo_held_out_scenes
+            build_demo_shards(Path(str(data.train)).parent, data.demo_source, *scenes, seed, num_processes)
         splits = splits_of(data)
         for folder in {folder for split in splits.values() for folder in (split.shards, *split.sidecars)}:
             ensure_index(folder, read_options(data))

@@ -35,10 +35,10 @@ class Range:
         return above and below and math.isfinite(number)
 
     def __str__(self) -> str:
-        lower = f"{'above' if self.least_is_open else 'at least'} {self.least:g}"
+        lower = f"{'above' if self.least_is_open else 'at least'} {self.least}"
         if self.most == math.inf:
             return lower
-        return f"{lower} and {'below' if self.most_is_open else 'at most'} {self.most:g}"
+        return f"{lower} and {'below' if self.most_is_open else 'at most'} {self.most}"
 
 
 def conclude(problems: Sequence[str]) -> None:

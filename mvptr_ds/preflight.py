@@ -217,8 +217,8 @@ def _shards(config: Config, indices: dict[str, SampleIndex]) -> list[Finding]:
     if all(finding.level == OK for finding in found):
         try:  # what follows is alike on all ranks, and some of it is done together
             for stage in config.stage_names:
-                opened = assembly.open_sources(data, stage, joins)
-                indices |= {f"data.sources.{name}" if name else "data.train": index for name, index in opened.items()}
+                sources = assembly.open_sources(data, stage, joins)
+                indices |= {f"data.sources.{name}" if name else "data.train": index for name, index in sources.items()}
         except (ValueError, OSError) as error:
             found.append(Finding("shards", ERROR, str(error)))
         if data.held_out is not None:

@@ -188,7 +188,7 @@ def test_every_number_has_a_range_and_its_default_lies_in_it() -> None:
 @pytest.mark.parametrize(
     ("override", "must_be"),
     [
-        ("run.seed=-1", "-1, must be at least 0 and at most 9.0072e+15"),
+        ("run.seed=-1", "-1, must be at least 0 and at most 9007199254740992"),
         ("data.num_workers=-1", "-1, must be at least 0"),
         ("data.block_samples=0", "0, must be at least 1"),
         ("data.read_timeout_s=0", "0.0, must be above 0"),

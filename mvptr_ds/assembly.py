@@ -26,9 +26,10 @@ from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.plan import Plan
 from mvptr_ds.data.schema import SCHEMA_VERSION, DataError
 from mvptr_ds.data.shards import Index, SampleIndex, ensure_index
-from mvptr_ds.data.storage import ReadOptions
+from mvptr_ds.data.storage import ReadOptions, is_url
 from mvptr_ds.data.wordpiece import WordPiece
-from mvptr_ds.demo.build import build_demo_shards
+from mvptr_ds.demo import build
+from mvptr_ds.demo.build import FolderTakenError, build_demo_shards
 from mvptr_ds.model import kernels
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.convert import init_from_bert, load_bert
@@ -56,20 +57,9 @@ def prepare_shards(data: DataConfig, seed: int, num_processes: int) -> None:
     """Builds the demo shards if the configuration asks for them and they are missing, and missing indices."""
 
     def prepare() -> None:
-        if data.demo_source is not None:
-            if data.train is None:
-                raise DataError(
-                    f"data.demo_source={data.demo_source} builds the shards of data.train, which is null; set "
-                    "data.demo_source=null"
-                )
-            build_demo_shards(
-                Path(data.train).parent,
-                data.demo_source,
-                data.demo_train_scenes,
-                data.demo_held_out_scenes,
-                seed,
-                num_processes,
-            )
+        if data.demo_source is not None and not demo_shards_are_there(data, seed):
+            scenes = data.demo_train_scenes, data.demo_held_out_scenes
+            build_demo_shards(Path(str(data.train)).parent, data.demo_source, *scenes, seed, num_processes)
         splits = splits_of(data)
         for folder in {folder for split in splits.values() for folder in (split.shards, *split.sidecars)}:
             ensure_index(folder, read_options(data))
@@ -79,11 +69,32 @@ def prepare_shards(data: DataConfig, seed: int, num_processes: int) -> None:
     on_main(prepare)
 
 
+def demo_shards_are_there(data: DataConfig, seed: int) -> bool:
+    """Whether the demo shards that the configuration asks for are built; else their folder is free for them.
+
+    Raises:
+        DataError: they cannot be built there; a user's own shards under a demo's configuration are the usual case.
+    """
+    builds = f"data.demo_source={data.demo_source} builds the shards of data.train"
+    if data.train is None:
+        raise DataError(f"{builds}, which is null; set data.demo_source=null")
+    if is_url(data.train):
+        raise DataError(f"{builds}={data.train}, which is a URL; set data.demo_source=null to train on what is there")
+    scenes = data.demo_train_scenes, data.demo_held_out_scenes
+    try:
+        return build.demo_shards_are_there(Path(data.train).parent, str(data.demo_source), *scenes, seed)
+    except FolderTakenError as error:
+        raise DataError(
+            f"{builds}={data.train}, but {error}; set data.demo_source=null to train on the shards that are there, or "
+            "name another folder for those of the demo (data.train, data.held_out, data.word_vocab, data.phrase_vocab)"
+        ) from error
+
+
 def sources_of(data: DataConfig) -> dict[str, SourceConfig]:
     """What to train on by name: `data.sources`, or `data.train` alone, whose name is empty.
 
     Raises:
-        DataError: both or neither are given, or a source has a name or a weight that cannot be used, or no shards.
+        DataError: both or neither are given, a source has a name that cannot be used or no shards, or some a weight.
     """
     if not data.sources:
         if data.train is None:
@@ -100,11 +111,6 @@ def sources_of(data: DataConfig) -> dict[str, SourceConfig]:
             raise DataError(f"data.sources has a source {name!r}: name it with letters, digits, _ and - alone")
         if not source.shards:
             raise DataError(f"data.sources.{name}.shards is not set: give the source's folder of shards")
-        if source.weight is not None and source.weight <= 0:
-            raise DataError(
-                f"data.sources.{name}.weight is {source.weight}, must be above 0; data.sources.{name}=null "
-                "leaves the source out"
-            )
     without = [name for name, source in data.sources.items() if source.weight is None]
     if 0 < len(without) < len(data.sources):
         raise DataError(
@@ -230,8 +236,6 @@ def build_batches(
         alive: called all the while that they are measured.
     """
     batch_size, pool_batches = config.train.batch_size, config.data.bucket_batches
-    if pool_batches < 0:
-        raise ValueError(f"data.bucket_batches is {pool_batches}, must be 0 (no buckets) or above")
     if pool_batches == 0:
         return Batches(batch_size)
     tables = [_open_lengths(source.index, source.builder, joins, alive) for source in dataset.sources]

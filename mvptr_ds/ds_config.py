@@ -8,13 +8,13 @@ GPU, else float32.
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mvptr_ds.config import OptimConfig, TrainConfig
+from mvptr_ds.user_files import parse_json, read_text, user_path
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -23,15 +23,12 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
     """The JSON object in `path`.
 
     Raises:
-        ValueError: there is no such file, or it is no JSON object.
+        ValueError: there is no such file, it is no JSON object, or a key comes twice in it.
     """
-    path = Path(path)
+    path = user_path(str(path))
     if not path.is_file():
         raise ValueError(f"there is no DeepSpeed JSON {str(path)!r}; try --deepspeed ds_configs/z2.json")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    content = parse_json(read_text(path), str(path))
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object")
     return content

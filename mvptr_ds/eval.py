@@ -25,6 +25,7 @@ from mvptr_ds.evaluation.pictures import draw_grounding
 from mvptr_ds.evaluation.report import evaluate_split
 from mvptr_ds.evaluation.table import table
 from mvptr_ds.model_folder import load_model_folder
+from mvptr_ds.user_files import user_path
 
 logger = logging.getLogger("mvptr_ds.eval")
 
@@ -36,8 +37,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "The configuration is that of the run; "
         "data.held_out=FOLDER evaluates on other shards, eval.rerank_top_k=128 re-ranks more candidates.",
     )
-    parser.add_argument("run", type=Path, help="run folder, stage folder, checkpoint or model folder")
-    parser.add_argument("--out", type=Path, help="where to write (default: the folder given as RUN)")
+    parser.add_argument("run", type=user_path, help="run folder, stage folder, checkpoint or model folder")
+    parser.add_argument("--out", type=user_path, help="where to write (default: the folder given as RUN)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the configuration")
     return parser.parse_intermixed_args(argv)  # overrides may stand before and behind options
 

@@ -12,17 +12,17 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from mvptr_ds import assembly, checkpointing, ds_config, model_folder, parallel
+from mvptr_ds import assembly, checkpointing, ds_config, model_folder, parallel, preflight_records
 from mvptr_ds.assembly import Vocabs
 from mvptr_ds.config import Config
-from mvptr_ds.data.shards import MANIFEST_NAME, Index
+from mvptr_ds.data.shards import MANIFEST_NAME, Index, SampleIndex
 from mvptr_ds.data.storage import is_url
 from mvptr_ds.meeting import deadline
 from mvptr_ds.model.mvptr import Mvptr
@@ -40,6 +40,7 @@ from mvptr_ds.preflight_ranks import (
     on_first,
     run_folder,
 )
+from mvptr_ds.timing import ProfileWindow
 from mvptr_ds.versions import code_sha256, versions
 from mvptr_ds.wandb_run import check_mode
 
@@ -72,9 +73,10 @@ def examine(config: Config, ds_content: dict[str, Any], device: torch.device, pr
     begun_s = time.perf_counter()
     missing = _prepare(config) if prepare else _missing(config)
     started_s += time.perf_counter() - begun_s
-    found += missing if missing else _shards(config)
+    indices: dict[str, SampleIndex] = {}
+    found += missing if missing else _shards(config, indices)
     if not parallel.broadcast_object(_demo_to_be_drawn(config)):
-        found += _model(config, ds_content, device)
+        found += _model(config, ds_content, device, indices)
     took_s = parallel.broadcast_object(time.perf_counter() - started_s)
     found.append(Finding("preflight", OK, f"took {took_s:.1f} s, but for what it had to build"))
     return list({(finding.level, finding.text): finding for finding in reversed(found)}.values())[::-1]
@@ -114,12 +116,30 @@ def _fingerprints(config: Config, ds_content: dict[str, Any]) -> dict[str, str]:
 
 
 def _settings(config: Config) -> Iterator[Finding]:
-    check_mode(config.wandb.mode)
-    checkpointing.check_resume(config.train.resume)
-    optimizer_choice(config.optim, torch.device("cpu"))  # which knows the names
-    if config.train.log_every_steps < 1:
-        raise ValueError(f"train.log_every_steps is {config.train.log_every_steps}, must be at least 1")
+    """Each choice by itself, so that several wrong ones are told together."""
+    choices: list[Callable[[], Any]] = [
+        lambda: check_mode(config.wandb.mode),
+        lambda: checkpointing.check_resume(config.train.resume),
+        lambda: optimizer_choice(config.optim, torch.device("cpu")),  # which knows the names
+        lambda: ProfileWindow(config.train.profile_steps, Path(config.run.dir)),
+        lambda: config.stage_names,
+    ]
+    wrong = False
+    for choice in choices:
+        try:
+            choice()
+        except ValueError as error:
+            wrong = True
+            yield Finding("configuration", ERROR, str(error))
+    if wrong:
+        return
     yield Finding("configuration", OK, f"{' then '.join(config.stage_names)} in {config.run.dir}")
+    for stage in config.stage_names:
+        section = config.stage(stage)
+        if section.warmup_steps > section.max_steps:
+            text = f"{stage}.warmup_steps is {section.warmup_steps}, but {stage}.max_steps only {section.max_steps}"
+            remedy = f"the learning rate never reaches {section.learning_rate:g}: lower {stage}.warmup_steps"
+            yield Finding("configuration", WARNING, text, remedy)
 
 
 def _batch(config: Config, ds_content: dict[str, Any]) -> Iterator[Finding]:
@@ -147,7 +167,7 @@ def _missing(config: Config) -> list[Finding]:
         for key, split in assembly.splits_of(data).items():
             roles |= {folder: f"a sidecar of {key}" for folder in split.sidecars if folder not in roles}
             roles[split.shards] = key
-        if _demo_to_be_drawn(config):
+        if data.demo_source is not None and not assembly.demo_shards_are_there(data, config.run.seed):
             text = f"{data.train} is not there yet: the run draws its {data.demo_train_scenes} demo scenes first"
             yield Finding("shards", WARNING, text, "nothing; vocabularies and hand-over can be looked at only then")
             return
@@ -168,8 +188,12 @@ def _demo_to_be_drawn(config: Config) -> bool:
     return data.demo_source is not None and data.train is not None and not Path(data.train).exists()
 
 
-def _shards(config: Config) -> list[Finding]:
-    """Every rank opens every folder; rank 0 compares the indices with their hashes; stages get what they need."""
+def _shards(config: Config, indices: dict[str, SampleIndex]) -> list[Finding]:
+    """Every rank opens every folder; rank 0 compares the indices with their hashes; stages get what they need.
+
+    Args:
+        indices: gets the samples of each folder, by the key of the configuration that names it.
+    """
     data, joins = config.data, Path(config.run.dir) / "joins"
     options = assembly.read_options(data)
 
@@ -193,16 +217,30 @@ def _shards(config: Config) -> list[Finding]:
     if all(finding.level == OK for finding in found):
         try:  # what follows is alike on all ranks, and some of it is done together
             for stage in config.stage_names:
-                assembly.open_sources(data, stage, joins)
-            if data.held_out is not None and config.train.evaluate_every_steps > 0:
-                assembly.open_held_out(data, joins)
+                sources = assembly.open_sources(data, stage, joins)
+                indices |= {f"data.sources.{name}" if name else "data.train": index for name, index in sources.items()}
         except (ValueError, OSError) as error:
             found.append(Finding("shards", ERROR, str(error)))
+        if data.held_out is not None:
+            found += _held_out(config, joins, indices)
     return found
 
 
-def _model(config: Config, ds_content: dict[str, Any], device: torch.device) -> list[Finding]:
-    """Vocabularies, objectives, what runs, disk, hand-over: with a model that has shapes and no numbers."""
+def _held_out(config: Config, joins: Path, indices: dict[str, SampleIndex]) -> list[Finding]:
+    """What only evaluation wants is no error of a run that does not evaluate."""
+    try:
+        indices["data.held_out"] = assembly.open_held_out(config.data, joins)
+    except (ValueError, OSError) as error:
+        if config.train.evaluate_every_steps > 0:
+            return [Finding("shards", ERROR, str(error))]
+        return [Finding("shards", WARNING, str(error), "training goes on without, eval.py would end with it")]
+    return []
+
+
+def _model(
+    config: Config, ds_content: dict[str, Any], device: torch.device, indices: Mapping[str, SampleIndex]
+) -> list[Finding]:
+    """Vocabularies, records, objectives, what runs, disk, hand-over: with a model that has shapes and no numbers."""
     vocabs: list[Vocabs] = []
 
     def load() -> Iterator[Finding]:
@@ -228,6 +266,8 @@ def _model(config: Config, ds_content: dict[str, Any], device: torch.device) -> 
             yield Finding("kernels", OK, str(choice))
         yield from _disk(config, _num_bytes(config, _shapes(config, vocabs[0]), precision))
 
+    if indices:
+        found += on_first("records", lambda: preflight_records.examine(config, vocabs[0], indices))
     built = on_first("model", build)
     found += built
     if built[0].level == OK:

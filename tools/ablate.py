@@ -22,14 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
 from mvptr_ds.config import Config, load_config
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.demo.build import build_demo_shards
+from mvptr_ds.ds_config import load_ds_config
+from mvptr_ds.user_files import read_text, user_path
+from mvptr_ds.yaml_nodes import parse_yaml, plain
 
 ARMS_FILE = Path(__file__).with_name("ablations.yaml")
 EPILOG = """Each run is OUT/ARM/seed-N: trained through the deepspeed launcher, then evaluated. An interrupted call goes
@@ -71,7 +72,7 @@ class Arm:
 
 def load_arms(path: Path = ARMS_FILE) -> dict[str, Arm]:
     """The arms by name, in the order of the file."""
-    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    tree = plain(parse_yaml(read_text(path), str(path)))
     return {
         name: Arm(name, arm["shows"], tuple(map(str, arm.get("stages", (1, 2)))), tuple(arm.get("overrides", ())))
         for name, arm in tree.items()
@@ -105,7 +106,7 @@ def run_arm(folder: Path, ranks: int, config_name: str, json_path: Path, overrid
     Raises:
         AblationError: the folder was made with other arguments, or a command failed.
     """
-    engine = json.loads(json_path.read_text(encoding="utf-8"))
+    engine = load_ds_config(json_path)
     arguments = {"config": config_name, "ranks": ranks, "deepspeed": engine, "overrides": list(overrides)}
     marker = folder / "ablation.json"
     if marker.is_file() and (before := json.loads(marker.read_text(encoding="utf-8"))) != arguments:
@@ -167,13 +168,13 @@ def parse_arguments(arms: Mapping[str, Arm]) -> argparse.Namespace:
         epilog=f"{EPILOG}\n\narms:\n{described}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the runs and the table")
+    parser.add_argument("--out", type=user_path, required=True, metavar="DIR", help="folder of the runs and the table")
     parser.add_argument("--config", default="stamps", help="what the arms start from (%(default)s)")
     parser.add_argument("--arms", nargs="+", default=list(arms), choices=list(arms), metavar="ARM", help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="run.seed of the runs (0)")
     parser.add_argument("--ranks", type=int, default=2, metavar="N", help="ranks of a run (%(default)s)")
     parser.add_argument(
-        "--deepspeed", type=Path, default=REPO / "ds_configs/z2.json", metavar="JSON", help="of all runs (z2.json)"
+        "--deepspeed", type=user_path, default=REPO / "ds_configs/z2.json", metavar="JSON", help="of all runs (z2.json)"
     )
     parser.add_argument("--set", nargs="+", default=[], metavar="section.key=value", help="overrides for every arm")
     parser.add_argument("--table", action="store_true", help="train nothing, print the table of what is there")

@@ -38,6 +38,7 @@ from mvptr_ds.data.lengths import sample_lengths
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.schema import Caption, Record
 from mvptr_ds.data.wordpiece import WordPiece
+from mvptr_ds.user_files import user_path
 
 EPILOG = """\
 example:
@@ -55,8 +56,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--captions", type=Path, metavar="JSON", help="annotations of COCO's captions")
-    parser.add_argument("--wheel", type=Path, help="pycocoevalcap's, which holds those of 2014")
+    parser.add_argument("--captions", type=user_path, metavar="JSON", help="annotations of COCO's captions")
+    parser.add_argument("--wheel", type=user_path, help="pycocoevalcap's, which holds those of 2014")
     parser.add_argument("--num-captions", type=int, default=20_000, metavar="N", help="to parse (%(default)s)")
     parser.add_argument("--batch", type=int, default=32, metavar="B", help="micro-batch of a rank (%(default)s)")
     parser.add_argument("--ranks", type=int, default=8, metavar="R", help="(%(default)s)")

@@ -43,6 +43,7 @@ from mvptr_ds.data.plan import Plan
 from mvptr_ds.data.schema import parse_sample_record
 from mvptr_ds.data.shards import Index, read_record
 from mvptr_ds.data.wordpiece import WordPiece
+from mvptr_ds.user_files import user_path
 
 BATCH = 32
 IMAGE_SIZE = 224
@@ -278,7 +279,7 @@ def main() -> None:
     parser.add_argument(
         "--worker-samples", default=100_000, **number, help="over which workers are watched; 0: not (%(default)s)"
     )
-    parser.add_argument("--folder", type=Path, help="where to write 400 MB of shards; default: a temporary folder")
+    parser.add_argument("--folder", type=user_path, help="where to write 400 MB of shards; default: a temporary folder")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{machine()}, torch {torch.__version__}, numpy {np.__version__}; one thread, batches of {BATCH}")

@@ -51,6 +51,7 @@ from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.model.packed import Packed
 from mvptr_ds.packed_batch import PackedBatch
+from mvptr_ds.user_files import user_path
 
 WAYS = ("packed", "products", "padded", "reference")
 TOLERANCE = 1e-4  # of a loss summed over the batch, in float32
@@ -293,7 +294,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 16], help="samples; the last one gives the JSON")
     parser.add_argument("--steps", type=int, default=3, help="measured steps of each way")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--captions", type=Path, help="COCO annotation file that gives the lengths of captions")
+    parser.add_argument("--captions", type=user_path, help="COCO annotation file that gives the lengths of captions")
     parser.add_argument("--score", type=int, default=8, metavar="N", help="score N x N pairs; 0: do not")
     parser.add_argument("--compile", action="store_true", help="with model.compile, but for the reference")
     parser.add_argument("--profile", action="store_true", help="profile one packed step instead")

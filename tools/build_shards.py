@@ -25,6 +25,7 @@ from mvptr_ds.corpus.sources.plain import read_image_folder, read_text
 from mvptr_ds.corpus.sources.rows import Row
 from mvptr_ds.corpus.sources.tables import read_csv, read_jsonl, read_parquet
 from mvptr_ds.data.schema import DataError
+from mvptr_ds.user_files import user_path
 
 FORMATS = {
     "coco": "captions JSON of COCO: captions_train2014.json and its like; keys are the image ids in twelve digits",
@@ -73,10 +74,16 @@ def parse_arguments() -> argparse.Namespace:
 
 def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("source", type=Path, nargs=1 if name == "image-folder" else "+", metavar="SOURCE", help="as said above")
-    add("--out", type=Path, required=True, metavar="DIR", help="folder of the shards, below it one folder a split")
+    add("source", type=user_path, nargs=1 if name == "image-folder" else "+", metavar="SOURCE", help="as said above")
+    add("--out", type=user_path, required=True, metavar="DIR", help="folder of the shards, below it one folder a split")
     if name not in ("img2dataset", "text", "image-folder"):
-        add("--images", required=True, metavar="DIR", help="folder of the pictures; none: records without pictures")
+        add(
+            "--images",
+            type=user_path,
+            required=True,
+            metavar="DIR",
+            help="folder of the pictures; none: without pictures",
+        )
     if name == "karpathy":
         add("--no-restval", action="store_true", help="leave restval out, which joins train otherwise")
     else:
@@ -88,7 +95,7 @@ def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
             help="by a hash of the image id (all is train)",
         )
     if name == "visual-genome":
-        add("--image-data", type=Path, metavar="FILE", help="image_data.json: sizes and folders of the pictures")
+        add("--image-data", type=user_path, metavar="FILE", help="image_data.json: sizes and folders of the pictures")
     if name in TABLES:
         add("--image-column", default="image", metavar="NAME", help="paths below --images (%(default)s)")
         add("--caption-column", default="caption", metavar="NAME", help="(%(default)s)")

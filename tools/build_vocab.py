@@ -21,6 +21,7 @@ from mvptr_ds.corpus.phrase_coverage import coverage_lines, measure_coverage, mo
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.data.wordpiece import WordPiece
+from mvptr_ds.user_files import user_path
 
 EPILOG = """\
 INPUT: a folder of shards whose captions have phrases, a sidecar folder, or a .jsonl file, as extract_phrases.py writes
@@ -95,17 +96,22 @@ def _parse_arguments() -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=raw)
     add = parser.add_argument
-    add("inputs", type=Path, nargs="*", metavar="INPUT", help="shards, sidecars or .jsonl files with phrases")
-    add("--out", type=Path, required=True, metavar="FILE", help="vocabulary to write (data.phrase_vocab)")
+    add("inputs", type=user_path, nargs="*", metavar="INPUT", help="shards, sidecars or .jsonl files with phrases")
+    add("--out", type=user_path, required=True, metavar="FILE", help="vocabulary to write (data.phrase_vocab)")
     add("--min-count", type=_number(1), metavar="N", default=50, help="captions of a phrase (%(default)s)")
     add("--max-phrases", type=_number(1), metavar="N", help="keep the most frequent so many (no limit)")
-    add("--merge", type=Path, nargs="+", metavar="FILE", help="instead of INPUT: vocabularies to put together")
-    add("--from-id2phrase", type=Path, metavar="FILE", help="instead of INPUT: a phrase list in the published layout")
-    add("--export-id2phrase", type=Path, metavar="FILE", help="write the vocabulary in the published layout, too")
-    add("--word-vocab", type=Path, metavar="FILE", help="wordpieces, data.word_vocab (bert-base-uncased)")
+    add("--merge", type=user_path, nargs="+", metavar="FILE", help="instead of INPUT: vocabularies to put together")
+    add(
+        "--from-id2phrase",
+        type=user_path,
+        metavar="FILE",
+        help="instead of INPUT: a phrase list in the published layout",
+    )
+    add("--export-id2phrase", type=user_path, metavar="FILE", help="write the vocabulary in the published layout, too")
+    add("--word-vocab", type=user_path, metavar="FILE", help="wordpieces, data.word_vocab (bert-base-uncased)")
     add("--stats", action="store_true", help="most frequent phrases; captions of the inputs by number of kept phrases")
     add("--most-frequent", type=_number(1), metavar="N", default=20, help="of each kind, for --stats (%(default)s)")
-    add("--held-out", type=Path, nargs="+", default=(), metavar="INPUT", help="measure coverage of other captions")
+    add("--held-out", type=user_path, nargs="+", default=(), metavar="INPUT", help="measure coverage of other captions")
     add("--processes", type=_number(1), default=os.cpu_count() or 1, metavar="P", help="(%(default)s, the cores here)")
     args = parser.parse_args()
     if [bool(args.inputs), args.merge is not None, args.from_id2phrase is not None].count(True) != 1:

@@ -14,6 +14,10 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mvptr_ds.user_files import user_path
+
 EPILOG = """\
 example:
   %(prog)s annotations --out coco
@@ -29,8 +33,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("annotations", type=Path, help="folder of captions_train2014.json and captions_val2014.json")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of all that is written")
+    parser.add_argument(
+        "annotations", type=user_path, help="folder of captions_train2014.json and captions_val2014.json"
+    )
+    parser.add_argument("--out", type=user_path, required=True, metavar="DIR", help="folder of all that is written")
     parser.add_argument("--min-count", type=int, default=50, metavar="N", help="captions of a phrase (%(default)s)")
     cores = os.cpu_count() or 1
     parser.add_argument("--processes", type=int, default=cores, metavar="P", help="(%(default)s, the cores here)")

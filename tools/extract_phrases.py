@@ -23,6 +23,7 @@ from mvptr_ds.corpus.concepts.spice import import_spice
 from mvptr_ds.corpus.concepts.text_files import extract_file
 from mvptr_ds.corpus.phrase_sidecar import extract_phrases
 from mvptr_ds.data.schema import DataError, Phrase
+from mvptr_ds.user_files import user_path
 
 EPILOG = """examples:
   python tools/extract_phrases.py shards/train sidecars/phrases/train
@@ -43,17 +44,22 @@ def main() -> int:
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "source", type=Path, nargs="?", metavar="IN", help="captions: .txt, .jsonl or a folder of shards"
+        "source", type=user_path, nargs="?", metavar="IN", help="captions: .txt, .jsonl or a folder of shards"
     )
-    parser.add_argument("out", type=Path, nargs="?", metavar="OUT", help="JSON lines or folder to write")
+    parser.add_argument("out", type=user_path, nargs="?", metavar="OUT", help="JSON lines or folder to write")
     parser.add_argument("--parser", choices=sorted(BACKENDS), default="default", help="default: %(default)s")
     parser.add_argument(
         "--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="default: %(default)s, the cores here"
     )
-    parser.add_argument("--spice", type=Path, metavar="FILE", help="take the tuples that SPICE wrote for its input IN")
+    parser.add_argument(
+        "--spice", type=user_path, metavar="FILE", help="take the tuples that SPICE wrote for its input IN"
+    )
     parser.add_argument("--show", action="append", metavar="TEXT", help="mark the phrases of a text; may be repeated")
     parser.add_argument(
-        "--score", type=Path, metavar="FILE", help='compare with JSON lines {"caption", "tuples"}; last line is JSON'
+        "--score",
+        type=user_path,
+        metavar="FILE",
+        help='compare with JSON lines {"caption", "tuples"}; last line is JSON',
     )
     parser.add_argument("--examples", type=int, default=20, metavar="N", help="captions with errors that --score shows")
     args = parser.parse_args()

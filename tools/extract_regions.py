@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mvptr_ds.corpus.detection import RegionChoice
 from mvptr_ds.data.schema import DataError
+from mvptr_ds.user_files import expanded, user_path
 
 EPILOG = """\
 MODEL is a local folder (config.json, preprocessor_config.json, weights), for which the network is never asked, or a
@@ -65,10 +66,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("shards", type=Path, metavar="SHARDS", help="folder of image shards")
-    parser.add_argument("--model", required=True, help="detector: folder or hub name")
+    parser.add_argument("shards", type=user_path, metavar="SHARDS", help="folder of image shards")
+    parser.add_argument("--model", type=expanded, required=True, help="detector: folder or hub name")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub model")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the sidecar")
+    parser.add_argument("--out", type=user_path, required=True, metavar="DIR", help="folder of the sidecar")
     parser.add_argument("--features", action="store_true", help="write KEY.npy: the last decoder state of each region")
     parser.add_argument("--score-threshold", type=float, default=0.3, metavar="X", help="default %(default)s")
     parser.add_argument(

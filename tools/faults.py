@@ -37,6 +37,7 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
+from mvptr_ds.user_files import user_path
 from tools.small_runs import (
     LAUNCH_LIMIT_S,
     NUM_STEPS,
@@ -254,7 +255,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tries", type=int, default=24, metavar="N", help="faults in all (%(default)s)")
     parser.add_argument("--ranks", type=int, default=2, metavar="N", help="ranks of a run (%(default)s)")
     parser.add_argument("--limit", type=float, default=30.0, metavar="S", help="train.hang_timeout_s (%(default)s)")
-    parser.add_argument("--out", default="runs/faults", help="folder of the shards and runs (%(default)s)")
+    parser.add_argument(
+        "--out", type=user_path, default="runs/faults", help="folder of the shards and runs (%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the instants (%(default)s)")
     return parser.parse_args()
 
@@ -262,7 +265,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    started_s, out = time.monotonic(), Path(arguments.out).resolve()
+    started_s, out = time.monotonic(), arguments.out.resolve()
     try:
         limits = [f"train.hang_timeout_s={arguments.limit}", f"train.start_timeout_s={START_LIMIT_S}"]
         overrides = [*build_shards(out), *limits]

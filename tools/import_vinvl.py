@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mvptr_ds.corpus.vinvl import FEATURE_DIM, KeyRule, import_vinvl
 from mvptr_ds.data.schema import DataError
+from mvptr_ds.user_files import user_path
 
 EPILOG = """\
 The sidecar is joined to image shards by key (data.sidecars), so --keys must be what build_shards.py was given. COCO's
@@ -30,9 +31,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--predictions", type=Path, required=True, metavar="TSV", help="predictions.tsv or label.tsv")
-    parser.add_argument("--features", type=Path, metavar="TSV", help="features.tsv; without it, boxes and tags only")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the sidecar")
+    parser.add_argument(
+        "--predictions", type=user_path, required=True, metavar="TSV", help="predictions.tsv or label.tsv"
+    )
+    parser.add_argument(
+        "--features", type=user_path, metavar="TSV", help="features.tsv; without it, boxes and tags only"
+    )
+    parser.add_argument("--out", type=user_path, required=True, metavar="DIR", help="folder of the sidecar")
     parser.add_argument("--version", required=True, help="of the extractor (whose name is vinvl), e.g. x152c4")
     parser.add_argument(
         "--feature-dim",

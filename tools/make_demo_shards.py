@@ -10,10 +10,10 @@ import logging
 import os
 import sys
 import time
-from pathlib import Path
 
 from mvptr_ds.data.schema import DataError
-from mvptr_ds.demo.build import SOURCES, build_demo_shards
+from mvptr_ds.demo.build import SOURCES, FolderTakenError, build_demo_shards
+from mvptr_ds.user_files import user_path
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -25,7 +25,7 @@ def parse_arguments() -> argparse.Namespace:
         help="shapes: drawn, images only, no download. stamps: photo cut-outs of Debian's tuxpaint-stamps-default with "
         "region features; found through MVPTR_STAMPS or /usr/share/tuxpaint/stamps, else fetched into .cache/",
     )
-    parser.add_argument("--out", required=True, help="folder of the shards; replaced when made with other arguments")
+    parser.add_argument("--out", type=user_path, required=True, help="folder of the shards, where nothing else may lie")
     parser.add_argument("--train", type=int, default=6000, metavar="N", help="training scenes (%(default)s)")
     parser.add_argument("--held-out", type=int, default=500, metavar="N", help="held-out scenes (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of every scene (%(default)s)")
@@ -48,10 +48,13 @@ def main() -> int:
             seed=arguments.seed,
             num_processes=arguments.processes,
         )
+    except FolderTakenError as error:
+        logging.error("error: %s: give those arguments, name another folder, or remove this one", error)
+        return 1
     except (DataError, OSError) as error:
         logging.error("error: %s", error)
         return 1
-    num_bytes = sum(path.stat().st_size for path in Path(arguments.out).rglob("*.tar"))
+    num_bytes = sum(path.stat().st_size for path in arguments.out.rglob("*.tar"))
     logging.info("%.1f MiB of shards, %.1f s", num_bytes / 2**20, time.monotonic() - start_s)
     return 0
 

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mvptr_ds.corpus.preview.page import write_preview
 from mvptr_ds.data.schema import DataError
+from mvptr_ds.user_files import user_path
 
 _MAX_BAD_LINES = 5
 EPILOG = """\
@@ -47,15 +48,15 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder that holds the .tar files")
+    parser.add_argument("folder", type=user_path, metavar="FOLDER", help="folder that holds the .tar files")
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help="the page to write, such as preview.html"
+        "--out", type=user_path, required=True, metavar="FILE", help="the page to write, such as preview.html"
     )
     parser.add_argument("--num", type=_natural, default=24, metavar="N", help="records to show (default: %(default)s)")
     parser.add_argument("--seed", type=_natural, default=0, help="draws the records (default: %(default)s)")
     parser.add_argument(
         "--sidecars",
-        type=Path,
+        type=user_path,
         nargs="+",
         default=[],
         metavar="DIR",

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from mvptr_ds.corpus.concepts.backends import MODELS
 from mvptr_ds.corpus.concepts.silver import Settings, make_models, read_captions
 from mvptr_ds.data.schema import DataError
+from mvptr_ds.user_files import user_path
 
 EPILOG = """needs pip install -e '.[spacy]' lemminflect; equal captions, settings and versions give equal models.
 
@@ -29,14 +30,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("captions", type=Path, nargs="+", metavar="FILE", help="COCO caption annotations (JSON)")
+    parser.add_argument("captions", type=user_path, nargs="+", metavar="FILE", help="COCO caption annotations (JSON)")
     parser.add_argument(
         "--exclude",
-        type=Path,
+        type=user_path,
         metavar="FILE",
         help='JSON lines with a "caption": leave these captions out, and all others of their images',
     )
-    parser.add_argument("--out", type=Path, default=MODELS, metavar="DIR", help="default: the package's own models")
+    parser.add_argument(
+        "--out", type=user_path, default=MODELS, metavar="DIR", help="default: the package's own models"
+    )
     for field in fields(Settings):
         name = "--" + field.name.replace("_", "-")
         parser.add_argument(name, type=type(field.default), default=field.default, metavar="N", help="%(default)s")

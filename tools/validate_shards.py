@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mvptr_ds.corpus.validation import Result, validate
 from mvptr_ds.data.schema import DataError
+from mvptr_ds.user_files import user_path
 
 EPILOG = """examples:
   python tools/validate_shards.py shards/train                         index it, if nothing is wrong
@@ -33,11 +34,14 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder that holds the .tar files")
+    parser.add_argument("folder", type=user_path, metavar="FOLDER", help="folder that holds the .tar files")
     target = parser.add_mutually_exclusive_group()
-    target.add_argument("--out", type=Path, metavar="DIR", help="write the index there, when FOLDER is read-only")
+    target.add_argument("--out", type=user_path, metavar="DIR", help="write the index there, when FOLDER is read-only")
     target.add_argument(
-        "--repair", type=Path, metavar="OUT", help="write the sound records there, members as they are, and their index"
+        "--repair",
+        type=user_path,
+        metavar="OUT",
+        help="write the sound records there, members as they are, and their index",
     )
     parser.add_argument(
         "--decode",

@@ -40,7 +40,7 @@ class ReadOptions:
 
     @property
     def index_folder(self) -> Path:
-        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        base = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
         return Path(self.cache_dir or os.path.join(base, "mvptr_ds")) / "indices"
 
 

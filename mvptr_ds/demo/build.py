@@ -16,7 +16,7 @@ import os
 import shutil
 import string
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +32,7 @@ from mvptr_ds.data.shards import write_shards
 from mvptr_ds.data.wordpiece import SPECIALS, WordPiece
 from mvptr_ds.demo.plan import Concept, SplitRule
 from mvptr_ds.demo.scene import SPLITS, Scene, Source, make_scene
+from mvptr_ds.user_files import parse_json, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,20 @@ CHUNK_SCENES = 32  # of one task of a process, and the batch of the feature extr
 
 Item = tuple[str, Record, dict[str, bytes]]
 Chunk = tuple[SplitRule, int, int]  # rule, first scene, end
+
+
+# what the arguments are called in messages
+_NAMES = {
+    "generator": "version of the generator",
+    "source": "source",
+    "seed": "seed",
+    "num_train": "training scenes",
+    "num_held_out": "held-out scenes",
+}
+
+
+class FolderTakenError(DataError):
+    """The folder holds something else than the demo shards that are asked for; nothing of it is replaced."""
 
 
 def load_source(name: str) -> Source:
@@ -85,53 +100,60 @@ def build_demo_shards(
     arguments give equal bytes with any number of processes. The folder appears whole or not at all.
 
     Raises:
-        DataError: unknown source, missing stamps, counts below 1, or `out_dir` holds something else than demo shards.
+        DataError: missing stamps or no process, or as `demo_shards_are_there`.
+    """
+    if num_processes < 1:
+        raise DataError(f"{num_processes} processes: there must be at least 1")
+    out_dir = Path(out_dir)
+    if demo_shards_are_there(out_dir, source, num_train, num_held_out, seed):
+        logger.info("demo shards are there: %s (%s, %d + %d scenes)", out_dir, source, num_train, num_held_out)
+        return
+    arguments = _arguments(source, num_train, num_held_out, seed)
+    partial = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        _build(partial, arguments, num_processes)
+        os.replace(partial, out_dir)  # which is not there, or empty
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    logger.info("demo shards built: %s (%s, %d + %d scenes)", out_dir, source, num_train, num_held_out)
+
+
+def demo_shards_are_there(out_dir: str | Path, source: str, num_train: int, num_held_out: int, seed: int) -> bool:
+    """Whether `out_dir` holds the shards of these arguments; else it is free for them.
+
+    Raises:
+        DataError: unknown source or counts below 1.
+        FolderTakenError: `out_dir` holds something else, or demo shards of other arguments.
     """
     if source not in SOURCES:
         raise DataError(f"demo source is {source!r}, expected one of {', '.join(SOURCES)}")
-    if min(num_train, num_held_out, num_processes) < 1:
-        raise DataError(
-            f"{num_train} training scenes, {num_held_out} held-out scenes, {num_processes} processes: each must be >= 1"
-        )
-    out_dir = Path(out_dir)
-    arguments = {
+    if min(num_train, num_held_out) < 1:
+        raise DataError(f"{num_train} training scenes, {num_held_out} held-out scenes: each must be >= 1")
+    marker = Path(out_dir) / "demo.json"
+    if marker.is_file():
+        before = parse_json(read_text(marker), str(marker))
+        now = _arguments(source, num_train, num_held_out, seed)
+        differ = [
+            f"{_NAMES[key]} {before.get(key)} there, {now[key]} here" for key in now if before.get(key) != now[key]
+        ]
+        if differ:
+            raise FolderTakenError(f"{out_dir} holds demo shards of other arguments ({'; '.join(differ)})")
+        return True
+    if Path(out_dir).exists() and (not Path(out_dir).is_dir() or any(Path(out_dir).iterdir())):
+        raise FolderTakenError(f"{out_dir} holds other files and no demo.json")
+    return False
+
+
+def _arguments(source: str, num_train: int, num_held_out: int, seed: int) -> dict[str, Any]:
+    return {
         "generator": GENERATOR_VERSION,
         "source": source,
         "seed": seed,
         "num_train": num_train,
         "num_held_out": num_held_out,
     }
-    if _is_complete(out_dir, arguments):
-        logger.info("demo shards are there: %s (%s, %d + %d scenes)", out_dir, source, num_train, num_held_out)
-        return
-    partial = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        _build(partial, arguments, num_processes)
-        _replace(partial, out_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    logger.info("demo shards built: %s (%s, %d + %d scenes)", out_dir, source, num_train, num_held_out)
-
-
-def _is_complete(out_dir: Path, arguments: Mapping[str, Any]) -> bool:
-    """Whether `out_dir` holds the shards of these arguments. Refuses a folder that is not ours to replace."""
-    marker = out_dir / "demo.json"
-    if marker.is_file():
-        content = json.loads(marker.read_text(encoding="utf-8"))
-        return all(content.get(key) == value for key, value in arguments.items())
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise DataError(f"{out_dir} holds other files and no demo.json; choose another folder or remove it")
-    return False
-
-
-def _replace(partial: Path, out_dir: Path) -> None:
-    old = partial.with_suffix(".old")
-    if out_dir.exists():
-        os.replace(out_dir, old)
-    os.replace(partial, out_dir)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 @dataclass

@@ -55,9 +55,10 @@ def find_stamps() -> Path:
     """
     given = os.environ.get("MVPTR_STAMPS")
     if given:
-        if not Path(given).is_dir():
+        folder = Path(os.path.expanduser(given))
+        if not folder.is_dir():
             raise DataError(f"MVPTR_STAMPS is {given!r}, which is no folder; unset it or name the folder of the stamps")
-        return Path(given)
+        return folder
     for folder in (Path("/") / STAMPS_BELOW, CACHE_DIR / STAMPS_BELOW):
         if folder.is_dir():
             return folder

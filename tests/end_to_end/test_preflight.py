@@ -23,6 +23,7 @@ from tests.distributed.launch import free_port, run, run_ranks
 from tests.end_to_end.conftest import Launch, Run
 
 LIMIT_S = 200.0
+SHORT_WARM_UP = ("stage1.warmup_steps=2", "stage2.warmup_steps=2")  # that of the demo is longer than tests train
 Told = dict[str, list[dict[str, str]]]
 
 
@@ -30,7 +31,7 @@ def nodes(folder: Path, small: list[str], shards: Path) -> None:
     """A folder for each rank to stand in: they differ as two nodes do whose storage is not the same."""
     for rank in range(2):
         (folder / f"node{rank}").mkdir()
-        overrides = [*small, f"run.dir={folder / 'run'}", "data.demo_source=null"]
+        overrides = [*small, *SHORT_WARM_UP, f"run.dir={folder / 'run'}", "data.demo_source=null"]
         (folder / f"node{rank}/overrides.json").write_text(json.dumps(overrides), encoding="utf-8")
     shutil.copytree(shards / "train", folder / "node0/own-train")
     for rank, phrases in ((0, "phrase_vocab.json"), (1, "other.json")):
@@ -62,6 +63,7 @@ def test_two_ranks_that_are_well(told: Told) -> None:
     assert texts["batch"] == "8 samples a step = 2 ranks x 1 accumulated x 4"
     wanted = {"devices", "clocks", "versions", "run folder", "shards", "vocabularies", "kernels", "disk", "hand-over"}
     assert wanted <= texts.keys()
+    assert "data.held_out: 20 samples looked at: pictures 100 %, features 0 %, regions 100 %" in texts["records"]
 
 
 @pytest.mark.parametrize(
@@ -132,7 +134,7 @@ def test_preflight_only_trains_nothing_and_says_all(train: Launch, trained: Run,
 
 
 def examine(small: list[str], *overrides: str, prepare: bool = False) -> list[Finding]:
-    config = load_config("demo", [*small, *overrides])
+    config = load_config("demo", [*small, *SHORT_WARM_UP, *overrides])
     return preflight.examine(config, load_ds_config(REPO / "ds_configs/z2.json"), torch.device("cpu"), prepare)
 
 

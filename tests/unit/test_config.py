@@ -73,7 +73,6 @@ def test_coercion(override: str, value: object) -> None:
         ("stage1.learning_rate=fast", ["stage1.learning_rate", "'fast'", "float"]),
         ("stage1.learning_rate=true", ["stage1.learning_rate", "True"]),
         ("model.tie_word_heads=1", ["model.tie_word_heads", "1", "bool"]),
-        ("run.dir=true", ["run.dir", "True", "str"]),
         ("run.dir={a: 1}", ["run.dir", "{'a': 1}"]),
         ("run.dir=[unclosed", ["run.dir", "[unclosed"]),
         ("run.stages=[[1]]", ["run.stages", "[1]"]),

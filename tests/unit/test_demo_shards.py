@@ -7,6 +7,8 @@ import io
 import itertools
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +19,12 @@ from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.schema import DataError, Record, parse_record
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.demo import build, captions, plan
-from mvptr_ds.demo.build import build_demo_shards
+from mvptr_ds.demo.build import FolderTakenError, build_demo_shards
 from mvptr_ds.demo.captions import article, relations
 from mvptr_ds.demo.plan import SplitRule
 from mvptr_ds.demo.scene import IMAGE_SIZE_PX, PART_TAG, Scene, area, compose, make_scene, overlap
 from mvptr_ds.demo.shapes import BACKGROUNDS_RGB, SHAPES, ShapesSource
+from tests.conftest import REPO
 
 NUM_SCENES = 400
 STAMPS_DIRS = (
@@ -249,22 +252,48 @@ def test_vocabularies_fit_each_other_and_spell_any_word(shards: Path) -> None:
             assert all(phrases.index_of(p.tuple) is not None for p in caption.phrases if len(p.tuple) < 3)
 
 
-def test_same_arguments_return_at_once_and_others_rebuild(
+def test_same_arguments_return_at_once_and_others_are_refused(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    before = digest(shards)
+    monkeypatch.setattr(build, "_build", lambda *_: pytest.fail("built again"))
+    build_demo_shards(shards, "shapes", num_train=330, num_held_out=40, seed=2, num_processes=2)
+    others = {"training scenes 330 there, 340 here": (340, 40, 2), "held-out scenes 40 there, 4 here": (330, 4, 2)}
+    others["training scenes 330 there, 1 here; held-out scenes 40 there, 2 here"] = (1, 2, 2)
+    others["seed 2 there, 3 here"] = (330, 40, 3)
+    for differ, (num_train, num_held_out, seed) in others.items():
+        with pytest.raises(FolderTakenError) as error:
+            build_demo_shards(shards, "shapes", num_train, num_held_out, seed, num_processes=1)
+        assert differ in str(error.value) and str(shards) in str(error.value)
+    monkeypatch.setattr(build, "GENERATOR_VERSION", 99)
+    with pytest.raises(FolderTakenError, match="version of the generator 1 there, 99 here"):
+        build_demo_shards(shards, "shapes", num_train=330, num_held_out=40, seed=2, num_processes=1)
+    assert digest(shards) == before
+
+
+def test_an_interrupted_build_leaves_nothing_and_is_made_when_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
-    build_demo_shards(out, "shapes", num_train=130, num_held_out=5, seed=0, num_processes=1)
-    before = digest(out)
+    out.mkdir()  # empty: free
     with monkeypatch.context() as patched:
-        patched.setattr(build, "_build", lambda *_: pytest.fail("built again"))
-        build_demo_shards(out, "shapes", num_train=130, num_held_out=5, seed=0, num_processes=2)
-    build_demo_shards(out, "shapes", num_train=130, num_held_out=5, seed=1, num_processes=1)
-    assert digest(out)["train/shard-000000.tar"] != before["train/shard-000000.tar"]
-    monkeypatch.setattr(build, "write_shards", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
-    with pytest.raises(KeyboardInterrupt):
-        build_demo_shards(out, "shapes", num_train=140, num_held_out=5, seed=1, num_processes=1)
-    assert json.loads((out / "demo.json").read_text())["num_train"] == 130  # the old one is whole
+        patched.setattr(build, "write_shards", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            build_demo_shards(out, "shapes", num_train=100, num_held_out=5, seed=1, num_processes=1)
+    assert [p.name for p in tmp_path.rglob("*")] == ["out"]
+    build_demo_shards(out, "shapes", num_train=100, num_held_out=5, seed=1, num_processes=1)
+    assert json.loads((out / "demo.json").read_text())["num_train"] == 100
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_tool_replaces_nothing(shards: Path) -> None:
+    before = digest(shards)
+    tool = [sys.executable, str(REPO / "tools/make_demo_shards.py"), f"--out=~/{shards.name}", "--train=9"]
+    home = {**os.environ, "HOME": str(shards.parent)}
+    ran = subprocess.run(tool, capture_output=True, text=True, timeout=200, env=home)
+    assert ran.returncode == 1 and "Traceback" not in ran.stderr
+    assert "training scenes 330 there, 9 here" in ran.stderr and "name another folder, or remove this one" in ran.stderr
+    assert digest(shards) == before
 
 
 def test_wrong_arguments_say_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,6 +128,35 @@ overrides("bucket-batches-value", "data.bucket_batches=-1")
 overrides("source-name", "data.train=null", "data.sources={co co: {shards: coco}}")
 overrides("source-weight", "data.train=null", "data.sources.coco={shards: coco, weight: 0}")
 overrides("unknown-demo-source", "data.demo_source=photos")
+overrides("key-of-another-section", "data.batch_size=8")
+overrides("several-wrong-values", "data.num_workers=-1", "optim.learning_rate=1e-4", "optim.beta2=1.5")
+overrides("no-such-user", "run.dir=~nobody-here/runs")
+overrides("demo-behind-a-url", "data.train=memory://shards", "data.demo_source=shapes")
+
+
+@case
+def key_given_twice(place: Place) -> None:
+    (place.dir / "mine.yaml").write_text("extends: demo\ndata: {}\ntrain: {}\ndata: {}\n", encoding="utf-8")
+    place.arguments += ["--config", str(place.dir / "mine.yaml")]
+
+
+@case
+def config_not_utf_8(place: Place) -> None:
+    (place.dir / "mine.yaml").write_bytes("run: {dir: runs/ä}".encode("latin-1"))
+    place.arguments += ["--config", str(place.dir / "mine.yaml")]
+
+
+@case
+def extends_several(place: Place) -> None:
+    (place.dir / "mine.yaml").write_text("extends: [base, demo]", encoding="utf-8")
+    place.arguments += ["--config", str(place.dir / "mine.yaml")]
+
+
+@case
+def key_twice_in_the_deepspeed_json(place: Place) -> None:
+    place.deepspeed()
+    path = place.dir / "ds.json"
+    path.write_text('{"zero_optimization": {"stage": 1},\n' + path.read_text(encoding="utf-8")[1:], encoding="utf-8")
 
 
 @case
@@ -338,6 +367,11 @@ def demo_folder_taken(place: Place) -> None:
 
 
 @case
+def demo_of_other_arguments(place: Place) -> None:
+    place.arguments += ["data.demo_source=shapes", "data.demo_train_scenes=64", "data.demo_held_out_scenes=4"]
+
+
+@case
 def checkpoint_of_another_zero_stage(place: Place) -> None:
     place.checkpoint(zero_stage=3)
 
@@ -395,8 +429,19 @@ def init_from_another_model(place: Place) -> None:
 
 @case
 def features_that_are_not_there(place: Place) -> None:
-    """Reads a sample, which training does later, in a loader process."""
     place.arguments += ["visual.source=features", "visual.feature_dim=16"]
+
+
+@case
+def nothing_to_learn(place: Place) -> None:
+    place.arguments += ["stage1.weights={mlm: 1, mcr_tags: 1, mcr_regions: 0, mcr_phrases: 0}"]
+    place.arguments += ["stage1.masking.word_prob=0", "data.tag_withhold_prob=1"]
+
+
+@case
+def samples_that_cannot_be_used(place: Place) -> None:
+    """Reads a sample, which training does later, in a loader process."""
+    place.arguments += ["visual.source=features", "visual.feature_dim=16", "train.preflight=false"]
     place.patch.setattr(Trainer, "_build_engine", lambda trainer, _: trainer.dataset[0])
 
 

@@ -273,8 +273,6 @@ def test_what_sources_cannot_be_is_said(folders: dict[str, Path]) -> None:
             assembly.build_dataset(config, VOCABS, stage, 0, folders["pairs"] / "joins")
 
     refused(config_of(folders), "neither data.train nor data.sources is set")
-    for weight in (0, -1):
-        refused(config_of(folders, pairs=weight, texts=1), rf"data\.sources\.pairs\.weight is {weight}")
     config = config_of(folders, pairs=1)
     config.data.sidecars = ["boxes"]
     refused(config, r"data\.sidecars=\['boxes'\] and data\.sources \(pairs\) are given both")

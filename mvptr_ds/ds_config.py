@@ -93,14 +93,10 @@ def fill_ds_config(
     for key, owner in (("optimizer", "the section optim"), ("scheduler", "learning_rate and warmup_steps of a stage")):
         if key in filled:
             problems.append(f"{key!r} is set in the JSON, but belongs to {owner}: remove it from the JSON")
-    if filled.get("zero_optimization", {}).get("round_robin_gradients"):
-        problems.append(
-            "zero_optimization.round_robin_gradients is true, with which DeepSpeed loses track of where each float32 "
-            "weight lies, so that checkpoints would hold wrong ones: remove it"
-        )
-    if optim.name == "lamb":
-        problems += _allow_lamb(filled)
     problems += _fill_precision(filled, bf16_supported=bf16_supported, fp16_supported=fp16_supported)
+    problems += _zero_problems(filled, optim)
+    if optim.name == "lamb":  # DeepSpeed steps by ZeRO what it knows, and what it is told to
+        filled["zero_allow_untested_optimizer"] = True
     problems += [f'{key} is "auto", which nothing here fills: give a value' for key in _autos(filled)]
     if problems:
         raise ValueError("the DeepSpeed JSON does not fit the configuration:\n  - " + "\n  - ".join(problems))
@@ -120,24 +116,50 @@ def precision_of(filled: dict[str, Any]) -> str:
 
 
 def zero_stage_of(filled: dict[str, Any]) -> int:
-    """How much ZeRO cuts among the ranks: 0 nothing, 1 the optimiser's state, 2 gradients too, 3 weights too."""
-    return int(filled.get("zero_optimization", {}).get("stage", 0))
+    """How much ZeRO cuts among the ranks: 1 the optimiser's state, 2 gradients too, 3 weights too."""
+    return int(filled["zero_optimization"]["stage"])
 
 
 def optimizer_device(filled: dict[str, Any], device: torch.device) -> torch.device:
     """Where the optimiser steps: on the engine's device, or on the host where the JSON offloads it."""
-    offload = filled.get("zero_optimization", {}).get("offload_optimizer") or {}
+    offload = filled["zero_optimization"].get("offload_optimizer") or {}
     return device if offload.get("device", "none") == "none" else torch.device("cpu")
 
 
-def _allow_lamb(filled: dict[str, Any]) -> list[str]:
-    if zero_stage_of(filled) == 3:
-        return [
-            "zero_optimization.stage is 3, but optim.name is 'lamb', which steps stages 0, 1 and 2: take "
+def _zero_problems(filled: dict[str, Any], optim: OptimConfig) -> list[str]:
+    """What deepspeed 0.19.8 does wrong with some settings of ZeRO, and LAMB cannot do with stage 3."""
+    zero = filled.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        return [f'zero_optimization is {zero!r}, expected an object such as {{"stage": 2}}']
+    problems = []
+    stage = zero.get("stage", 0)
+    if stage == 0:
+        problems.append(
+            "zero_optimization.stage is 0, with which DeepSpeed steps on gradients that are not finite and keeps no "
+            "float32 weights beside those of bf16: take stage 1 (ds_configs/z1.json), which cuts the least"
+        )
+    elif (type(stage) is not int or stage not in (1, 2, 3)) and stage != "auto":
+        problems.append(f"zero_optimization.stage is {stage!r}; choose from 1, 2, 3")
+    if stage == 3 and optim.name == "lamb":
+        problems.append(
+            "zero_optimization.stage is 3, but optim.name is 'lamb', which steps stages 1 and 2: take "
             "ds_configs/z2.json or optim.name=adamw"
-        ]
-    filled["zero_allow_untested_optimizer"] = True  # DeepSpeed steps by ZeRO what it knows, and what it is told to
-    return []
+        )
+    if zero.get("round_robin_gradients"):
+        problems.append(
+            "zero_optimization.round_robin_gradients is true, with which DeepSpeed loses track of where each float32 "
+            "weight lies, so that checkpoints would hold wrong ones: remove it"
+        )
+    unchecked = {
+        "zero_optimization.compute_grad_norm": zero.get("compute_grad_norm", True),
+        "bf16.check_grad_overflow": filled["bf16"].get("check_grad_overflow", True),
+    }
+    problems += [
+        f"{key} is false, with which DeepSpeed steps on gradients that are not finite: remove it"
+        for key, value in unchecked.items()
+        if value is False
+    ]
+    return problems
 
 
 def _fill_precision(filled: dict[str, Any], *, bf16_supported: bool, fp16_supported: bool) -> list[str]:

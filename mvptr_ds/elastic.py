@@ -84,12 +84,10 @@ def must_convert(checkpoint: Path, saved: dict[str, Any], num_ranks: int, zero_s
     """
     stage_before = saved.get("zero_stage", 2)
     same_order = saved.get("parameter_order") == PARAMETER_ORDER
-    if stage_before == zero_stage == 0:  # every rank has it all
-        if same_order:
-            return False
+    if stage_before == 0:
         raise CheckpointError(
-            f"{checkpoint} holds the optimiser's state in an order of before, and that of ZeRO stage 0 cannot be "
-            "converted: start elsewhere with run.dir=... run.init_from=..."
+            f"{checkpoint} was written with ZeRO stage 0, which is no longer trained and which no other stage can "
+            f"read: start elsewhere from its weights with run.dir=... run.init_from={checkpoint}"
         )
     if stage_before == zero_stage:
         return not same_order or saved["num_ranks"] != num_ranks

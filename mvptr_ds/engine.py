@@ -49,7 +49,7 @@ class Engine:
         self._optimizer = build_optimizer(groups, optim, learning_rate, ds_config.optimizer_device(filled, device))
         self._deepspeed, *_ = deepspeed.initialize(model=task, optimizer=self._optimizer, config=filled)
         spare_kernels(self._deepspeed.optimizer)
-        if isinstance(self._optimizer, Lamb) and self.zero_stage:
+        if isinstance(self._optimizer, Lamb):
             self._optimizer.follow_zero(self._sum_over_ranks)
         if self.zero_stage == 3:
             for parameter in self.model.parameters_used_at_large():

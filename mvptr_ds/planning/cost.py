@@ -77,7 +77,7 @@ def traffic(
     share = (num_ranks - 1) / num_ranks
     whole = trained * element_bytes * share
     reductions = accumulation if zero.stage >= 2 else 1
-    gathers = {0: 1, 1: 1, 2: 1, 3: 2 * accumulation}[zero.stage]  # stage 0: the second half of an all-reduce
+    gathers = 2 * accumulation if zero.stage == 3 else 1
     aligns = bool(objectives & {"vsc", "itm", "wpg", "wpg_cross"})
     # both global states, float32: gathered, and their gradients reduced to their owners
     contrast = 4 * lengths.samples * num_ranks * share * dim * FLOAT32 if aligns else 0.0

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mvptr_ds.ds_config import zero_stage_of
 from mvptr_ds.flops import Lengths
 from mvptr_ds.model.config import MvptrConfig
 
@@ -24,7 +25,7 @@ DEFAULTS = {"reduce_bucket_size": 5e8, "stage3_param_persistence_threshold": 1e5
 
 @dataclass(frozen=True)
 class Zero:
-    """What the DeepSpeed JSON says of memory."""
+    """What the DeepSpeed JSON says of memory, as `fill_ds_config` lets it pass."""
 
     stage: int
     reduce_bucket_size: int  # elements
@@ -35,10 +36,7 @@ class Zero:
 
     @classmethod
     def of(cls, content: dict[str, Any]) -> Zero:
-        zero = content.get("zero_optimization", {})
-        stage = int(zero.get("stage", 0))
-        if stage not in (0, 1, 2, 3):
-            raise ValueError(f"zero_optimization.stage is {stage}; choose from 0, 1, 2, 3")
+        zero, stage = content["zero_optimization"], zero_stage_of(content)
         return cls(
             stage=stage,
             reduce_bucket_size=int(zero.get("reduce_bucket_size", DEFAULTS["reduce_bucket_size"])),
@@ -59,7 +57,7 @@ class StateBytes:
     gradients: int
     optimizer: int  # float32 master weights and both moments
     on_host: int  # what offloading keeps in the host's memory instead
-    all_gradients: int  # at the end of the backward pass: stages 0 and 1 hold those of every parameter until then
+    all_gradients: int  # at the end of the backward pass: stage 1 holds those of every parameter until then
     buckets: int  # DeepSpeed's buffers for gradients under way, during the backward pass
     step: int  # float32 copy of the own gradients and what it is made from, during the optimiser's step
 
@@ -82,11 +80,6 @@ def state_bytes(
     gradients = optimizer = largest = 0
     for group in groups:
         total = sum(group)
-        if zero.stage == 0:
-            parameters += total * element_bytes
-            gradients += total * element_bytes
-            optimizer += total * (MASTER_AND_MOMENTS if element_bytes < FLOAT32 else 2 * FLOAT32)
-            continue
         unit = ALIGNMENT * num_ranks
         part = -(-total // unit) * ALIGNMENT
         largest = max(largest, part)
@@ -98,13 +91,13 @@ def state_bytes(
         else:
             parameters += part * num_ranks * element_bytes
             gradients += _reaching_into(group, rank * part, (rank + 1) * part) * element_bytes
-    buffers = (2 if zero.overlap_comm else 1) if zero.contiguous_gradients and zero.stage in (1, 2) else 0
+    buffers = (2 if zero.overlap_comm else 1) if zero.contiguous_gradients and zero.stage < 3 else 0
     return StateBytes(
         parameters=parameters,
         gradients=gradients,
         all_gradients=sum(map(sum, groups)) * element_bytes if zero.stage < 2 else gradients,
         optimizer=0 if zero.offload_optimizer else optimizer,
-        step=0 if zero.offload_optimizer or not zero.stage else largest * (FLOAT32 + element_bytes),
+        step=0 if zero.offload_optimizer else largest * (FLOAT32 + element_bytes),
         on_host=optimizer if zero.offload_optimizer else 0,
         buckets=buffers * zero.reduce_bucket_size * element_bytes,
     )

@@ -19,6 +19,7 @@ from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.task import Task
 from tests.conftest import REPO
 
+ZERO_2: dict[str, Any] = {"zero_optimization": {"stage": 2}}
 JSONS = sorted((REPO / "ds_configs").glob("*.json"))
 YAMLS = sorted(CONFIGS_DIR.glob("*.yaml"))
 
@@ -92,16 +93,37 @@ ON, OFF = {"enabled": True}, {"enabled": False}
     ],
 )
 def test_precision(bf16: Any, fp16: Any, supported: tuple[bool, bool], wanted: tuple[bool, bool]) -> None:
-    content = {name: dict(value) for name, value in (("bf16", bf16), ("fp16", fp16)) if value is not None}
+    content = dict(ZERO_2) | {n: dict(value) for n, value in (("bf16", bf16), ("fp16", fp16)) if value is not None}
     filled = fill(content, bf16=supported[0], fp16=supported[1])
     assert tuple(bool(filled[name].get("enabled")) for name in ("bf16", "fp16")) == wanted
 
 
 def test_precision_that_the_device_lacks_is_refused() -> None:
     with pytest.raises(ValueError, match=r"fp16 is enabled, but this machine has no GPU"):
-        fill({"fp16": {"enabled": True}})
+        fill(ZERO_2 | {"fp16": {"enabled": True}})
     with pytest.raises(ValueError, match="both enabled"):
-        fill({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, bf16=True, fp16=True)
+        fill(ZERO_2 | {"bf16": {"enabled": True}, "fp16": {"enabled": True}}, bf16=True, fp16=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, r"zero_optimization\.stage is 0, .*ds_configs/z1\.json"),
+        ({"zero_optimization": {}}, r"zero_optimization\.stage is 0, .*ds_configs/z1\.json"),
+        ({"zero_optimization": {"stage": 0}}, r"zero_optimization\.stage is 0, .*ds_configs/z1\.json"),
+        ({"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}, r"no float32 weights beside those of bf16"),
+        ({"zero_optimization": {"stage": 4}}, r"zero_optimization\.stage is 4; choose from 1, 2, 3"),
+        ({"zero_optimization": {"stage": "2"}}, r"zero_optimization\.stage is '2'; choose from 1, 2, 3"),
+        ({"zero_optimization": {"stage": True}}, r"zero_optimization\.stage is True; choose from 1, 2, 3"),
+        ({"zero_optimization": {"stage": "auto"}}, r'zero_optimization\.stage is "auto", which nothing here fills'),
+        ({"zero_optimization": True}, r"zero_optimization is True, expected an object"),
+        ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, r"compute_grad_norm is false, .*not finite"),
+        (ZERO_2 | {"bf16": {"enabled": True, "check_grad_overflow": False}}, r"check_grad_overflow is false"),
+    ],
+)
+def test_what_would_step_on_a_gradient_that_is_not_finite_is_refused(content: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fill(content)
 
 
 @pytest.mark.parametrize(("batch", "accumulation", "ranks", "micro"), [(1024, 1, 8, 128), (64, 4, 2, 8), (1, 1, 1, 1)])

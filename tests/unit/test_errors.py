@@ -336,6 +336,21 @@ def lamb_with_zero_3(place: Place) -> None:
 
 
 @case
+def zero_stage_0(place: Place) -> None:
+    place.deepspeed(zero_optimization={"stage": 0})
+
+
+@case
+def checkpoint_of_zero_stage_0(place: Place) -> None:
+    place.checkpoint(zero_stage=0)
+
+
+@case
+def steps_unchecked(place: Place) -> None:
+    place.deepspeed(zero_optimization={"stage": 1, "compute_grad_norm": False})
+
+
+@case
 def round_robin_gradients(place: Place) -> None:
     place.deepspeed(zero_optimization={"stage": 2, "round_robin_gradients": True})
 

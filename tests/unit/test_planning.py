@@ -75,14 +75,12 @@ def test_a_partition_keeps_whole_what_reaches_into_it() -> None:
 
 def test_stages_divide_more_and_more() -> None:
     groups, frozen = [[1000, 300_000, 200_000], [100]], 0
-    held = {s: state_bytes(groups, frozen, 2, Zero.of({"zero_optimization": {"stage": s}}), 8, 0) for s in range(4)}
-    assert held[0].total > held[1].total >= held[2].total > held[3].total
-    assert held[0].all_gradients == held[1].all_gradients > held[2].all_gradients
+    held = {s: state_bytes(groups, frozen, 2, Zero.of({"zero_optimization": {"stage": s}}), 8, 0) for s in (1, 2, 3)}
+    assert held[1].total >= held[2].total > held[3].total
+    assert held[1].all_gradients > held[2].all_gradients
     offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
     on_host = state_bytes(groups, frozen, 2, Zero.of(offload), 8, 0)
     assert on_host.optimizer == 0 and on_host.on_host == held[2].optimizer
-    with pytest.raises(ValueError, match=r"stage is 4; choose from 0, 1, 2, 3"):
-        Zero.of({"zero_optimization": {"stage": 4}})
 
 
 def test_the_published_model_has_its_parameters() -> None:

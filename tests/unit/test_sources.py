@@ -116,6 +116,65 @@ def test_coco(tmp_path: Path) -> None:
     }
 
 
+def one_caption_each(*images: tuple[Any, str, str]) -> dict[str, Any]:
+    """COCO's layout of (id, file, caption)."""
+    return {
+        "images": [{"id": image_id, "file_name": name} for image_id, name, _ in images],
+        "annotations": [{"image_id": image_id, "caption": text} for image_id, _, text in images],
+    }
+
+
+@pytest.mark.parametrize("scheme", ["image-id", "number", "hash"])
+@pytest.mark.parametrize("num_files", [1, 2])
+def test_an_id_of_two_pictures_is_no_record(tmp_path: Path, scheme: str, num_files: int) -> None:
+    """Which picture the captions of a merged file are of cannot be told; those of other ids stay."""
+    pairs = [(1, "a.jpg", "red"), (2, "c.jpg", "green"), (1, "b.jpg", "blue")]
+    files = [pairs] if num_files == 1 else [pairs[:2], pairs[2:]]
+    sources = [write(tmp_path / f"{n}.json", one_caption_each(*part)) for n, part in enumerate(files)]
+    rows = [row for source in sources for row in read(read_coco, source)[0]]
+    records, summary = planned(tmp_path / "plan", rows, GatherOptions(scheme, 4, 0, 30, False))
+    assert [(record.image_id, record.captions) for record in records] == [("000000000002", ["green"])]
+    assert summary.dropped == {"caption: its image id names several pictures": 2}
+    assert summary.counts["source_captions"] == 3
+    assert summary.examples["caption: its image id names several pictures"] == ["000000000001: a.jpg, b.jpg"]
+
+
+def test_an_id_of_two_pictures_in_karpathys_files(tmp_path: Path) -> None:
+    def source(number: int, name: str, split: str) -> Path:
+        image = {"filename": name, "cocoid": 1, "split": split, "sentences": [{"raw": f"one {name}"}]}
+        other = {**image, "filename": "c.jpg", "cocoid": 2, "split": "train"}
+        return write(tmp_path / f"{number}.json", {"images": [image, other]})
+
+    for split, dropped in {
+        "train": {"caption: its image id names several pictures": 2},
+        "test": {
+            "caption: its image id names several pictures": 1,
+            "caption: of an image that is in another split, too": 1,
+        },
+    }.items():
+        sources = [source(1, "a.jpg", "train"), source(2, "b.jpg", split)]
+        rows = [row for path in sources for row in read(read_karpathy, path, True)[0]]
+        records, summary = planned(tmp_path / "plan", rows)
+        assert [record.image for record in records] == ["c.jpg"] and summary.dropped == dropped
+
+
+def test_one_picture_however_its_path_is_spelled(tmp_path: Path) -> None:
+    spellings = ["a.jpg", "./a.jpg", "x/../a.jpg", ".//a.jpg", str(tmp_path / "a.jpg"), f"{tmp_path}/./x/../a.jpg"]
+    lines = [json.dumps({"image": name, "caption": f"caption {n}"}) for n, name in enumerate(spellings)]
+    tables = read(read_jsonl, write(tmp_path / "a.jsonl", "\n".join(lines)), "image", "caption")[0]
+    options = GatherOptions("image-id", 4, 0, 30, False, str(tmp_path))
+    records, summary = planned(tmp_path / "plan", tables, options)
+    assert [(r.image_id, r.image) for r in records] == [("a.jpg", "a.jpg")] and not summary.dropped
+    assert records[0].captions == [f"caption {n}" for n in range(6)]
+    coco = one_caption_each(*((1, name, f"caption {n}") for n, name in enumerate(spellings)))
+    rows = read(read_coco, write(tmp_path / "c.json", coco))[0]
+    records, summary = planned(tmp_path / "plan", rows, options)
+    assert [(r.image_id, r.image) for r in records] == [("000000000001", "a.jpg")] and not summary.dropped
+    assert len(records[0].captions) == 6
+    outside = [Row("../a.jpg", ("x",), "../a.jpg"), Row("/b.jpg", ("x",), "/b.jpg")]
+    assert {r.image for r in planned(tmp_path / "plan", outside, options)[0]} == {"../a.jpg", "/b.jpg"}
+
+
 def test_coco_ids_that_a_table_program_made_floats_of(tmp_path: Path) -> None:
     images = [{"id": 4.0, "file_name": "a.jpg", "width": 1, "height": 1}]
     annotations = [{"image_id": 4.0, "caption": "one"}, {"image_id": 4, "caption": "two"}]
@@ -237,6 +296,28 @@ def test_visual_genome(tmp_path: Path) -> None:
     assert [row.image for row in rows] == ["VG_100K/1.jpg", "VG_100K_2/2.jpg", "3.jpg"]
     with pytest.raises(DataError, match=r"image_data\.json"):
         read(read_visual_genome, source, write(tmp_path / "image_data.json", [{"id": 3}]), None)
+    as_text = [{**entry, "image_id": f"{entry['image_id']}", "width": 80.0} for entry in data]
+    descriptions[0]["id"], descriptions[1]["id"] = "1", 2.0
+    descriptions[1]["regions"][0]["image_id"] = "2"
+    descriptions[2]["regions"].append(region(1, "of another picture"))
+    rows, dropped = read(
+        read_visual_genome,
+        write(tmp_path / "text.json", descriptions),
+        write(tmp_path / "image_data.json", as_text),
+        None,
+    )
+    assert rows == [
+        Row("1", ("the clock is green", "shade"), "VG_100K_2/1.jpg", 80, 60),
+        Row("2", ("a man",), "VG_100K/2.jpg", 80, 60),
+    ]
+    assert dropped == {UNREADABLE: 1, "row: a region of another image than its entry": 2}
+    with pytest.raises(DataError, match=r"image 1 is \('VG_100K_2', 90, 60\), and was \('VG_100K_2', 80, 60\) before"):
+        read(
+            read_visual_genome,
+            source,
+            write(tmp_path / "image_data.json", [data[0], {**data[0], "width": 90}]),
+            None,
+        )
 
 
 TABLE = [("a/1.jpg", "one"), ("2.png", ["two", "zwei"]), ("a/1.jpg", "uno")]
@@ -397,8 +478,22 @@ def test_img2dataset_captions_and_odd_members(tmp_path: Path) -> None:
         ("a.txt", b"late"), ("b.jpg", b"2"), ("c.d.jpg", b"3"), ("e.txt", b"\xff"),
     ]  # fmt: skip
     kept, dropped = scan(tar_of(tmp_path / "00000.tar", members))
-    assert kept == {"a": "from json", "b": "", "e": "\udcff"}
-    assert dropped == {"member: its key was seen before in the tar": 2, "member: name is not KEY.extension": 1}
+    assert kept == {"a": "from json", "e": "\udcff"}
+    assert dropped == {
+        "member: its key was seen before in the tar": 1,
+        "member: name is not KEY.extension": 1,
+        "row: several pictures or captions under one key": 2,
+    }
+
+
+@pytest.mark.parametrize(
+    ("extensions", "number"),
+    [("jpg jpg txt", 2), ("jpg txt txt", 2), ("jpg txt jpg txt", 2), ("jpg png txt", 1), ("jpg jpeg json", 1)],
+)
+def test_img2dataset_key_of_two_pictures_is_no_record(tmp_path: Path, extensions: str, number: int) -> None:
+    members = [(f"a.{extension}", str(n).encode()) for n, extension in enumerate(extensions.split())]
+    kept, dropped = scan(tar_of(tmp_path / "00000.tar", [*members, ("b.jpg", b"1"), ("b.txt", b"one")]))
+    assert kept == {"b": "one"} and dropped == {"row: several pictures or captions under one key": number}
 
 
 def test_img2dataset_lists_tars(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import unicodedata
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -35,6 +36,19 @@ def clean_caption(text: str) -> str:
     return " ".join(words) if visible else ""
 
 
+def normal_path(name: str, root: str | None = None) -> str:
+    """A picture's path in one spelling: `./a.jpg`, `x/../a.jpg` and ROOT/a.jpg are all `a.jpg`.
+
+    Args:
+        root: absolute path of the folder of pictures; None where there is none.
+    """
+    path = os.path.normpath(name)
+    if root is None or not path.startswith("/"):
+        return path
+    path, below = "/" + path.lstrip("/"), root.rstrip("/") + "/"
+    return path[len(below) :] if path.startswith(below) else path
+
+
 def captions_of(value: Any) -> tuple[str, ...]:
     """Captions of a cell: a string, a list of strings, or nothing.
 
@@ -52,10 +66,15 @@ def captions_of(value: Any) -> tuple[str, ...]:
 
 def size_of(entry: Mapping[str, Any]) -> tuple[int, int]:
     """Width and height in pixels; 0, 0 when the source has none or no sensible ones."""
-    width, height = entry.get("width"), entry.get("height")
+    width, height = whole(entry.get("width")), whole(entry.get("height"))
     if not isinstance(width, int) or not isinstance(height, int) or not min(width, height) > 0:
         return 0, 0
     return (width, height) if max(width, height) <= MAX_SIDE_PX else (0, 0)
+
+
+def whole(value: Any) -> Any:
+    """4 for 4.0, which table programs make of whole numbers; anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def number_or_name(value: Any) -> str:

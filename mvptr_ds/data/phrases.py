@@ -134,7 +134,7 @@ class PhraseVocab:
             DataError: unreadable, of another schema, inconsistent, or made for another word vocabulary.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
             if content["schema"] != _SCHEMA:
                 raise DataError(f"{path} has schema {content['schema']!r}, expected {_SCHEMA}; build it again")
             phrases = content["phrases"]

@@ -43,7 +43,7 @@ class WordPiece:
         path = Path(vocab_path) if vocab_path is not None else BERT_VOCAB
         try:
             # not splitlines(): it also cuts at characters that are pieces of other vocabularies (U+0085, U+2028)
-            tokens = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+            tokens = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"cannot read the word vocabulary {path}: {error}; set data.word_vocab") from error
         self._setup(tokens, str(path))

@@ -89,4 +89,4 @@ def read_caption(file: BinaryIO, members: Mapping[str, Member]) -> str:
 
 def _text(file: BinaryIO, member: Member) -> str:
     file.seek(member.data)
-    return file.read(min(member.size, _MAX_TEXT_BYTES)).decode("utf-8", "surrogateescape")
+    return file.read(min(member.size, _MAX_TEXT_BYTES)).decode("utf-8-sig", "surrogateescape")

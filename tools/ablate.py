@@ -30,6 +30,7 @@ sys.path.insert(0, str(REPO))
 from mvptr_ds.config import Config, load_config
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.demo.build import build_demo_shards
+from mvptr_ds.terminal import accept_any_text
 
 ARMS_FILE = Path(__file__).with_name("ablations.yaml")
 EPILOG = """Each run is OUT/ARM/seed-N: trained through the deepspeed launcher, then evaluated. An interrupted call goes
@@ -181,6 +182,7 @@ def parse_arguments(arms: Mapping[str, Arm]) -> argparse.Namespace:
 
 
 def main() -> int:
+    accept_any_text()
     arms = load_arms()
     arguments = parse_arguments(arms)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)

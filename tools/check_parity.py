@@ -32,6 +32,7 @@ from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.model.packed import Packed
 from mvptr_ds.packed_batch import PackedBatch
 from mvptr_ds.task import Pairs, Task
+from mvptr_ds.terminal import accept_any_text
 
 LOSSES = {"vis_mlm": "mcr_tags", "retrieval": "vsc", "masked_lm": "mlm", "itm": "itm", "wra": "wpg"}  # theirs: ours
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}  # absolute; the reference's own dtypes differ by under 2e-6
@@ -276,6 +277,7 @@ def _check_gradients(
 
 
 def main() -> int:
+    accept_any_text()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder of recorded numbers")
     parser.add_argument("--execution", choices=EXECUTIONS, default="packed", help="of the encoders")

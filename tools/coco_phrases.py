@@ -14,6 +14,10 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mvptr_ds.terminal import accept_any_text
+
 EPILOG = """\
 example:
   %(prog)s annotations --out coco
@@ -26,6 +30,7 @@ SPLITS = ("train2014", "val2014")
 
 def main() -> int:
     """Returns the exit status."""
+    accept_any_text()
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )

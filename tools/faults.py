@@ -37,6 +37,7 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
+from mvptr_ds.terminal import accept_any_text
 from tools.small_runs import (
     LAUNCH_LIMIT_S,
     NUM_STEPS,
@@ -260,6 +261,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
+    accept_any_text()
     arguments = parse_arguments()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     started_s, out = time.monotonic(), Path(arguments.out).resolve()

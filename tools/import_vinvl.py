@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mvptr_ds.corpus.vinvl import FEATURE_DIM, KeyRule, import_vinvl
 from mvptr_ds.data.schema import DataError
+from mvptr_ds.terminal import accept_any_text
 
 EPILOG = """\
 The sidecar is joined to image shards by key (data.sidecars), so --keys must be what build_shards.py was given. COCO's
@@ -27,6 +28,7 @@ Exit status: 0 done, 1 something is wrong (one line on stderr), 2 wrong usage.""
 
 def main() -> int:
     """Returns the exit status."""
+    accept_any_text()
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )

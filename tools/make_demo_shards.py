@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.demo.build import SOURCES, build_demo_shards
+from mvptr_ds.terminal import accept_any_text
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -36,6 +37,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
+    accept_any_text()
     arguments = parse_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     start_s = time.monotonic()

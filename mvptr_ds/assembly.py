@@ -61,8 +61,8 @@ def prepare_shards(data: DataConfig, seed: int, num_processes: int) -> None:
             scenes = data.demo_train_scenes, data.demo_held_out_scenes
             build_demo_shards(Path(str(data.train)).parent, data.demo_source, *scenes, seed, num_processes)
         splits = splits_of(data)
-        for folder in {folder for split in splits.values() for folder in (split.shards, *split.sidecars)}:
-            ensure_index(folder, read_options(data))
+        for folder, role in roles_of(splits).items():
+            ensure_index(folder, read_options(data), role)
         if not data.allow_mixed_extractors:
             _check_same_extractors(splits, read_options(data))
 
@@ -127,6 +127,15 @@ def splits_of(data: DataConfig) -> dict[str, SourceConfig]:
         sidecars = data.sidecars if data.held_out_sidecars is None else data.held_out_sidecars
         splits["data.held_out"] = SourceConfig(data.held_out, None, sidecars)
     return splits
+
+
+def roles_of(splits: dict[str, SourceConfig]) -> dict[str, str]:
+    """Every folder of these splits, and what it is for the configuration."""
+    roles: dict[str, str] = {}
+    for key, split in splits.items():
+        roles |= {folder: f"a sidecar of {key}" for folder in split.sidecars if folder not in roles}
+        roles[split.shards] = key
+    return roles
 
 
 def _check_same_extractors(splits: dict[str, SourceConfig], options: ReadOptions) -> None:

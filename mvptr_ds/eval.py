@@ -25,6 +25,7 @@ from mvptr_ds.evaluation.pictures import draw_grounding
 from mvptr_ds.evaluation.report import evaluate_split
 from mvptr_ds.evaluation.table import table
 from mvptr_ds.model_folder import load_model_folder
+from mvptr_ds.terminal import accept_any_text
 from mvptr_ds.user_files import user_path
 
 logger = logging.getLogger("mvptr_ds.eval")
@@ -76,6 +77,7 @@ def _draw(path: Path, draw: Callable[[Path], object]) -> None:
 
 
 def main() -> int:
+    accept_any_text()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("mvptr_ds").setLevel(logging.INFO)
     arguments = parse_arguments()

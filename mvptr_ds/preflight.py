@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,6 +23,8 @@ import yaml
 from mvptr_ds import assembly, checkpointing, ds_config, model_folder, parallel, preflight_records
 from mvptr_ds.assembly import Vocabs
 from mvptr_ds.config import Config
+from mvptr_ds.data.scan import check_first_record, where_tars_are
+from mvptr_ds.data.schema import DataError
 from mvptr_ds.data.shards import MANIFEST_NAME, Index, SampleIndex
 from mvptr_ds.data.storage import is_url
 from mvptr_ds.meeting import deadline
@@ -163,24 +166,34 @@ def _missing(config: Config) -> list[Finding]:
     data = config.data
 
     def check() -> Iterator[Finding]:
-        roles: dict[str, str] = {}
-        for key, split in assembly.splits_of(data).items():
-            roles |= {folder: f"a sidecar of {key}" for folder in split.sidecars if folder not in roles}
-            roles[split.shards] = key
         if data.demo_source is not None and not assembly.demo_shards_are_there(data, config.run.seed):
             text = f"{data.train} is not there yet: the run draws its {data.demo_train_scenes} demo scenes first"
             yield Finding("shards", WARNING, text, "nothing; vocabularies and hand-over can be looked at only then")
             return
+        roles = assembly.roles_of(assembly.splits_of(data))
         for folder, role in sorted((folder, role) for folder, role in roles.items() if not is_url(folder)):
             num_bytes = sum(tar.stat().st_size for tar in Path(folder).glob("*.tar"))
             if not num_bytes and not (Path(folder) / MANIFEST_NAME).exists():
                 text = f"{folder} ({role}) holds no .tar file"
-                yield Finding("shards", ERROR, text, "set a folder of shards there")
+                yield Finding("shards", ERROR, text, where_tars_are(folder))
             elif not (Path(folder) / MANIFEST_NAME).exists():
-                text = f"{folder} has no index yet: one process reads its {_size(num_bytes)} when the run starts"
-                yield Finding("shards", WARNING, text, f"python tools/validate_shards.py {folder} makes it now")
+                yield _without_index(folder, role, num_bytes)
 
     return on_first("shards", check)
+
+
+def _without_index(folder: str, role: str, num_bytes: int) -> Finding:
+    """Of a folder of tars whose index the run would build first."""
+    try:
+        check_first_record(folder)
+    except (DataError, OSError) as error:
+        return Finding("shards", ERROR, str(error))
+    if not os.access(folder, os.W_OK):
+        text = f"{folder} ({role}) has no index, and none can be written there"
+        remedy = f"write it elsewhere with python tools/validate_shards.py {folder} --out DIR, and name DIR instead"
+        return Finding("shards", ERROR, text, remedy)
+    text = f"{folder} has no index yet: one process reads its {_size(num_bytes)} when the run starts"
+    return Finding("shards", WARNING, text, f"python tools/validate_shards.py {folder} makes it now")
 
 
 def _demo_to_be_drawn(config: Config) -> bool:

@@ -20,6 +20,7 @@ from mvptr_ds.ds_config import load_ds_config
 from mvptr_ds.elastic import share_batch
 from mvptr_ds.meeting import deadline
 from mvptr_ds.safeguards import EXIT_STOPPED, HangGuard, StopSignal, TrainingError, collectives_timeout_s
+from mvptr_ds.terminal import accept_any_text
 from mvptr_ds.trainer import Trainer
 from mvptr_ds.wandb_run import check_mode
 
@@ -81,6 +82,7 @@ def run(arguments: argparse.Namespace, stop: StopSignal) -> int:
 
 
 def main() -> int:
+    accept_any_text()
     arguments = parse_arguments()
     parallel.take_place_from_slurm(os.environ)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)

@@ -29,6 +29,7 @@ from mvptr_ds.config import Config, load_config
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.demo.build import build_demo_shards
 from mvptr_ds.ds_config import load_ds_config
+from mvptr_ds.terminal import accept_any_text
 from mvptr_ds.user_files import read_text, user_path
 from mvptr_ds.yaml_nodes import parse_yaml, plain
 
@@ -182,6 +183,7 @@ def parse_arguments(arms: Mapping[str, Arm]) -> argparse.Namespace:
 
 
 def main() -> int:
+    accept_any_text()
     arms = load_arms()
     arguments = parse_arguments(arms)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)

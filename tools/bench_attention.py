@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from mvptr_ds.model import kernels
 from mvptr_ds.model.attention import SegmentAttention
+from mvptr_ds.terminal import accept_any_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Attend = Callable[[Tensor, float], Tensor]
@@ -84,6 +85,7 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
+    accept_any_text()
     arguments = parse_arguments(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)  # several would count their waiting for each other

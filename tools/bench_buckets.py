@@ -38,6 +38,7 @@ from mvptr_ds.data.lengths import sample_lengths
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.schema import Caption, Record
 from mvptr_ds.data.wordpiece import WordPiece
+from mvptr_ds.terminal import accept_any_text
 from mvptr_ds.user_files import user_path
 
 EPILOG = """\
@@ -53,6 +54,7 @@ FIXED = (40, 20, 50)  # the published slots
 
 def main() -> int:
     """Returns the exit status."""
+    accept_any_text()
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -47,6 +47,7 @@ sys.path.insert(0, str(REPO))
 
 from mvptr_ds import exchange, parallel
 from mvptr_ds.contrast import Globals, Pool
+from mvptr_ds.terminal import accept_any_text
 
 TEXT_SLOTS, REGIONS = 40, 50  # the padding limits of configs/base.yaml
 TEXT_LENGTHS, REGION_LENGTHS = (10, 28), (10, 50)  # slots that captions and images fill, drawn evenly
@@ -383,6 +384,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
+    accept_any_text()
     arguments = parse_arguments()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if arguments.measure:

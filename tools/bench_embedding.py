@@ -27,6 +27,7 @@ from bench_step import measured
 from mvptr_ds.model import kernels
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.packed import Packed
+from mvptr_ds.terminal import accept_any_text
 
 CONFIG = MvptrConfig()
 DIM = CONFIG.hidden_size
@@ -73,6 +74,7 @@ def embedding_gradient(batch: int, rounds: int) -> None:
 
 
 def main() -> int:
+    accept_any_text()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=16, help="samples")
     parser.add_argument("--rounds", type=int, default=3)

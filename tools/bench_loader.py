@@ -43,6 +43,7 @@ from mvptr_ds.data.plan import Plan
 from mvptr_ds.data.schema import parse_sample_record
 from mvptr_ds.data.shards import Index, read_record
 from mvptr_ds.data.wordpiece import WordPiece
+from mvptr_ds.terminal import accept_any_text
 from mvptr_ds.user_files import user_path
 
 BATCH = 32
@@ -271,6 +272,7 @@ def bench(folder: Path, args: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
+    accept_any_text()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     number: dict[str, Any] = {"type": int, "metavar": "N"}
     parser.add_argument("--records", default=400, **number, help="with features; half as many JPEGs (%(default)s)")

@@ -51,6 +51,7 @@ from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.model.packed import Packed
 from mvptr_ds.packed_batch import PackedBatch
+from mvptr_ds.terminal import accept_any_text
 from mvptr_ds.user_files import user_path
 
 WAYS = ("packed", "products", "padded", "reference")
@@ -290,6 +291,7 @@ def caption_lengths(path: Path, num: int = 20_000) -> list[int]:
 
 
 def main() -> int:
+    accept_any_text()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 16], help="samples; the last one gives the JSON")
     parser.add_argument("--steps", type=int, default=3, help="measured steps of each way")

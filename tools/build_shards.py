@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import logging
 import os
 import signal
@@ -25,6 +24,7 @@ from mvptr_ds.corpus.sources.plain import read_image_folder, read_text
 from mvptr_ds.corpus.sources.rows import Row
 from mvptr_ds.corpus.sources.tables import read_csv, read_jsonl, read_parquet
 from mvptr_ds.data.schema import DataError
+from mvptr_ds.terminal import accept_any_text
 from mvptr_ds.user_files import user_path
 
 FORMATS = {
@@ -195,11 +195,9 @@ def build(arguments: argparse.Namespace) -> Summary:
 
 def main() -> int:
     """Returns the exit status: 0 done, 1 something is wrong, 2 wrong usage."""
+    accept_any_text()
     arguments = parse_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     try:
         summary = build(arguments)
         print("\n".join(summary.lines()))

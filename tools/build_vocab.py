@@ -21,6 +21,7 @@ from mvptr_ds.corpus.phrase_coverage import coverage_lines, measure_coverage, mo
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.data.wordpiece import WordPiece
+from mvptr_ds.terminal import accept_any_text
 from mvptr_ds.user_files import user_path
 
 EPILOG = """\
@@ -42,6 +43,7 @@ Exit status: 0 done, 1 something is wrong (one line on stderr), 2 wrong usage.""
 
 def main() -> int:
     """Returns the exit status."""
+    accept_any_text()
     args = _parse_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     start_s = time.monotonic()

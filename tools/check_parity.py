@@ -32,6 +32,7 @@ from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.model.packed import Packed
 from mvptr_ds.packed_batch import PackedBatch
 from mvptr_ds.task import Pairs, Task
+from mvptr_ds.terminal import accept_any_text
 from mvptr_ds.user_files import user_path
 
 LOSSES = {"vis_mlm": "mcr_tags", "retrieval": "vsc", "masked_lm": "mlm", "itm": "itm", "wra": "wpg"}  # theirs: ours
@@ -277,6 +278,7 @@ def _check_gradients(
 
 
 def main() -> int:
+    accept_any_text()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=user_path, help="folder of recorded numbers")
     parser.add_argument("--execution", choices=EXECUTIONS, default="packed", help="of the encoders")

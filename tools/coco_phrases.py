@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from mvptr_ds.terminal import accept_any_text
 from mvptr_ds.user_files import user_path
 
 EPILOG = """\
@@ -30,6 +31,7 @@ SPLITS = ("train2014", "val2014")
 
 def main() -> int:
     """Returns the exit status."""
+    accept_any_text()
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )

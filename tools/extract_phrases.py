@@ -23,6 +23,7 @@ from mvptr_ds.corpus.concepts.spice import import_spice
 from mvptr_ds.corpus.concepts.text_files import extract_file
 from mvptr_ds.corpus.phrase_sidecar import extract_phrases
 from mvptr_ds.data.schema import DataError, Phrase
+from mvptr_ds.terminal import accept_any_text
 from mvptr_ds.user_files import user_path
 
 EPILOG = """examples:
@@ -40,6 +41,7 @@ fields. An interrupted run goes on when it is started again. Exit status 1 and o
 
 def main() -> int:
     """Returns the exit status: 0 done, 1 something is wrong with the files, 2 wrong usage."""
+    accept_any_text()
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mvptr_ds.corpus.detection import RegionChoice
 from mvptr_ds.data.schema import DataError
+from mvptr_ds.terminal import accept_any_text
 from mvptr_ds.user_files import expanded, user_path
 
 EPILOG = """\
@@ -26,6 +27,7 @@ Exit status: 0 done, 1 something is wrong (one line on stderr), 2 wrong usage.""
 
 def main() -> int:
     """Returns the exit status."""
+    accept_any_text()
     parser = _parser()
     args = parser.parse_args()
     for name in ("batch_size", "processes", "limit"):

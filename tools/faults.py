@@ -37,6 +37,7 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
+from mvptr_ds.terminal import accept_any_text
 from mvptr_ds.user_files import user_path
 from tools.small_runs import (
     LAUNCH_LIMIT_S,
@@ -263,6 +264,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
+    accept_any_text()
     arguments = parse_arguments()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     started_s, out = time.monotonic(), arguments.out.resolve()

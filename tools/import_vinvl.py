@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mvptr_ds.corpus.vinvl import FEATURE_DIM, KeyRule, import_vinvl
 from mvptr_ds.data.schema import DataError
+from mvptr_ds.terminal import accept_any_text
 from mvptr_ds.user_files import user_path
 
 EPILOG = """\
@@ -28,6 +29,7 @@ Exit status: 0 done, 1 something is wrong (one line on stderr), 2 wrong usage.""
 
 def main() -> int:
     """Returns the exit status."""
+    accept_any_text()
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )

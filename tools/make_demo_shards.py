@@ -13,6 +13,7 @@ import time
 
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.demo.build import SOURCES, FolderTakenError, build_demo_shards
+from mvptr_ds.terminal import accept_any_text
 from mvptr_ds.user_files import user_path
 
 
@@ -36,6 +37,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
+    accept_any_text()
     arguments = parse_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     start_s = time.monotonic()

@@ -10,6 +10,9 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mvptr_ds.terminal import accept_any_text
+
 REPO = Path(__file__).resolve().parent.parent
 
 EPILOG = """\
@@ -24,6 +27,7 @@ Exit status: 0 done, 1 something is wrong (one line on stderr), 2 wrong usage.""
 
 def main() -> int:
     """Returns the exit status."""
+    accept_any_text()
     parser = _parser()
     args = parser.parse_intermixed_args()
     try:

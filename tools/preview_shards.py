@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mvptr_ds.corpus.preview.page import write_preview
 from mvptr_ds.data.schema import DataError
+from mvptr_ds.terminal import accept_any_text
 from mvptr_ds.user_files import user_path
 
 _MAX_BAD_LINES = 5
@@ -73,6 +74,7 @@ def _arguments() -> argparse.Namespace:
 
 def main() -> int:
     """Returns the exit status: 0 done, 1 something is wrong, 2 wrong usage."""
+    accept_any_text()
     args = _arguments()
     try:
         preview = write_preview(

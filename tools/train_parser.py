@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from mvptr_ds.corpus.concepts.backends import MODELS
 from mvptr_ds.corpus.concepts.silver import Settings, make_models, read_captions
 from mvptr_ds.data.schema import DataError
+from mvptr_ds.terminal import accept_any_text
 from mvptr_ds.user_files import user_path
 
 EPILOG = """needs pip install -e '.[spacy]' lemminflect; equal captions, settings and versions give equal models.
@@ -27,6 +28,7 @@ examples:
 
 def main() -> int:
     """Returns the exit status: 0 done, 1 something is wrong with the files, 2 wrong usage."""
+    accept_any_text()
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -16,9 +16,11 @@ if __name__ == "__main__":
 
 from mvptr_ds import train
 from mvptr_ds.task import Task, TaskOutput
+from mvptr_ds.terminal import accept_any_text
 
 
 def main() -> int:
+    accept_any_text()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", required=True, help="stage1, stage2 or joint")
     parser.add_argument("--step", required=True, type=int, help="of that stage, counted from 0")

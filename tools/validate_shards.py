@@ -15,8 +15,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from mvptr_ds.corpus.record_checks import IMG2DATASET
 from mvptr_ds.corpus.validation import Result, validate
+from mvptr_ds.data.scan import use_build_shards
 from mvptr_ds.data.schema import DataError
+from mvptr_ds.terminal import accept_any_text
 from mvptr_ds.user_files import user_path
 
 EPILOG = """examples:
@@ -73,6 +76,7 @@ def report(result: Result) -> None:
 
 
 def main() -> int:
+    accept_any_text()
     arguments = parse_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -90,7 +94,11 @@ def main() -> int:
     report(result)
     if result.index is None:
         num_wrong = sum(result.summary.dropped.values())
-        remedy = "" if arguments.repair else "; --repair OUT writes what is sound"
+        remedy = ""
+        if result.summary.dropped[IMG2DATASET]:
+            remedy = f"; {use_build_shards(arguments.folder)}"
+        elif not arguments.repair and result.summary.counts["records sound"]:
+            remedy = "; --repair OUT writes what is sound"
         print(f"error: {arguments.folder}: {num_wrong} things are wrong, no index was written{remedy}", file=sys.stderr)
         return 1
     return 0

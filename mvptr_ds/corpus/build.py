@@ -110,7 +110,12 @@ def build_listed(
     """
     _check_out(out)
     gather_options = GatherOptions(
-        options.key_scheme, options.records_per_shard, options.seed, options.max_caption_chars, options.image_only
+        options.key_scheme,
+        options.records_per_shard,
+        options.seed,
+        options.max_caption_chars,
+        options.image_only,
+        options.images,
     )
     plan_folder = out / _PLAN_FOLDER
     split_of = functools.partial(_split_of, shares=options.shares)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 from array import array
 from collections.abc import Callable, Iterable, Iterator
@@ -25,11 +26,12 @@ from tqdm import tqdm
 
 from mvptr_ds.corpus.jobs import Summary
 from mvptr_ds.corpus.record_keys import make_key
-from mvptr_ds.corpus.sources.rows import Row, clean_caption
+from mvptr_ds.corpus.sources.rows import Row, clean_caption, normal_path
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.data.tar_writer import MAX_KEY_LEN
 
 REPEATED_CAPTION = "caption: repeated in its record"
+SEVERAL_PICTURES = "caption: its image id names several pictures"
 _NUM_BUCKETS = 128
 
 
@@ -59,6 +61,7 @@ class GatherOptions:
     seed: int
     max_caption_chars: int
     image_only: bool  # records have no captions
+    images: str | None = None  # folder of the pictures
 
 
 @dataclass
@@ -112,10 +115,12 @@ def _order(image_id: str, seed: int) -> bytes:
 def _spool(
     rows: Iterable[Row], folder: Path, split_of: Callable[[Row], str], options: GatherOptions, summary: Summary
 ) -> None:
+    root = None if options.images is None else os.path.abspath(options.images)
     with contextlib.ExitStack() as stack:
         paths = [_bucket_path(folder, bucket) for bucket in range(_NUM_BUCKETS)]
         files = [stack.enter_context(open(path, "w", encoding="utf-8")) for path in paths]
         for row in tqdm(rows, desc="reading", unit="row", delay=2.0):
+            row = _with_normal_path(row, root)
             try:
                 order = _order(row.image_id, options.seed)
             except UnicodeEncodeError:
@@ -125,15 +130,30 @@ def _spool(
             files[order[0] * _NUM_BUCKETS // 256].write(json.dumps([split_of(row), *row]) + "\n")
 
 
+def _with_normal_path(row: Row, root: str | None) -> Row:
+    """The row with its picture's path in one spelling; an id that is this path goes along."""
+    if row.image is None or (path := normal_path(row.image, root)) == row.image:
+        return row
+    return row._replace(image=path, image_id=path if row.image_id == row.image else row.image_id)
+
+
 def _records_of_bucket(path: Path, options: GatherOptions, summary: Summary) -> Iterator[tuple[str, PlannedRecord]]:
-    """Split and record of every image in the file, in the order of the hash; removes the file."""
+    """Split and record of every image in the file, in the order of the hash; removes the file.
+
+    Of an id whose rows name several pictures no caption is kept: features and phrases are joined by the id, and could
+    be of either picture.
+    """
     images: dict[str, tuple[str, Row]] = {}
     captions: dict[str, list[str]] = {}
+    other_pictures: dict[str, str | None] = {}  # of ids that name several
     with open(path, encoding="utf-8") as file:
         for line in file:
             split, *fields = json.loads(line)
             row = Row(*fields)
-            if images.setdefault(row.image_id, (split, row))[0] != split:
+            first_split, first = images.setdefault(row.image_id, (split, row))
+            if row.image != first.image:
+                other_pictures[row.image_id] = row.image
+            if split != first_split:
                 summary.drop("caption: of an image that is in another split, too", row.image_id, len(row.captions))
                 continue
             captions.setdefault(row.image_id, []).extend(row.captions)
@@ -141,6 +161,10 @@ def _records_of_bucket(path: Path, options: GatherOptions, summary: Summary) -> 
     summary.counts["source_images"] += len(images)
     for image_id in sorted(images, key=lambda image_id: (_order(image_id, options.seed), image_id)):
         split, row = images[image_id]
+        if image_id in other_pictures:
+            where = f"{image_id}: {row.image}, {other_pictures[image_id]}"
+            summary.drop(SEVERAL_PICTURES, where, len(captions[image_id]))
+            continue
         kept = check_captions(captions[image_id], image_id, options.max_caption_chars, summary)
         if kept or options.image_only:
             yield split, PlannedRecord(image_id, row.image, row.width, row.height, kept)

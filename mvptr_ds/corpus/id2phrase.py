@@ -27,7 +27,7 @@ def read_id2phrase(path: str | Path, words: WordPiece) -> tuple[PhraseVocab, Sum
     """
     path = Path(path)
     try:
-        pairs = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=list)
+        pairs = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=list)
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise DataError(f"cannot read the phrase list {path}: {error}") from error
     if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):

@@ -17,13 +17,14 @@ from mvptr_ds.data.features import read_features
 from mvptr_ds.data.images import decode_square, image_content
 from mvptr_ds.data.index import SIDECAR
 from mvptr_ds.data.pixels import MAX_IMAGE_PIXELS, open_image
-from mvptr_ds.data.scan import describe
+from mvptr_ds.data.scan import describe, is_img2dataset
 from mvptr_ds.data.schema import Caption, DataError, Record, SidecarEntry, parse_entry
 from mvptr_ds.data.tars import IMAGE_EXTENSIONS
 
 BOX_TOLERANCE_PX = 1.0  # detectors round outwards
 _DECODED_SIZE = 32  # pixels; a JPEG is then decoded at an eighth, yet read to its end
 
+IMG2DATASET = "a record of img2dataset"
 FEATURES = "features that cannot be used"
 Problem = tuple[str, str]  # what is counted, and the detail of one case
 
@@ -47,6 +48,8 @@ def check_content(members: Mapping[str, bytes], decode: bool) -> Checked:
         entry = parse_entry(members["json"])
         kind, _ = describe(entry, members, Counter())
     except DataError as error:
+        if is_img2dataset(members, members["json"]):
+            return Checked([(IMG2DATASET, str(error))])
         return Checked([("a record that does not follow the schema", str(error))])
     feature_dim, problems = _feature_problems(members, entry)
     problems += _swallowed_header(members)

@@ -5,6 +5,7 @@ Legend: L lines.
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 from pathlib import Path
@@ -31,15 +32,19 @@ class Table:
         self.path = path
         if not path.is_file() or not path.stat().st_size:
             raise DataError(f"{path} is absent or empty; give the .tsv file itself")
+        with open(path, "rb") as file:
+            has_mark = file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+        self._start = len(codecs.BOM_UTF8) if has_mark else 0  # of the first line
         offsets_L = _read_lineidx(path)
-        self.spans_L2 = _spans(_find_lines(path) if offsets_L is None else offsets_L, path.stat().st_size)
+        offsets_L = _find_lines(path) if offsets_L is None else offsets_L
+        self.spans_L2 = _spans(np.maximum(offsets_L, self._start), path.stat().st_size)
         self.ids = self._read_ids()
 
     def _read_ids(self) -> list[str | None]:
         ids: list[str | None] = []
         descriptor = open_files.get(str(self.path))
         for number, (offset, num_bytes) in enumerate(self.spans_L2.tolist()):
-            before = min(offset, 1)
+            before = min(offset - self._start, 1)
             head = os.pread(descriptor, before + min(num_bytes, _ID_BYTES), offset - before)
             if before and head[:1] != b"\n":
                 raise DataError(
@@ -58,12 +63,12 @@ class Table:
             DataError: it cannot be read, or names another line for an image.
         """
         try:
-            line_of = dict(json.loads(path.read_text(encoding="utf-8")))
+            line_of = dict(json.loads(path.read_text(encoding="utf-8-sig")))
         except (OSError, ValueError, TypeError) as error:
             raise DataError(f"{path} cannot be read ({error}); remove it, it is not needed") from error
         for image_id, line in line_of.items():
-            if not isinstance(line, int) or not 0 <= line < len(self.ids) or self.ids[line] != image_id:
-                found = self.ids[line] if isinstance(line, int) and 0 <= line < len(self.ids) else None
+            found = self.ids[line] if isinstance(line, int) and 0 <= line < len(self.ids) else None
+            if found is None or without_zeros(found) != without_zeros(image_id):
                 raise DataError(
                     f"{path} says that image {image_id!r} is line {line!r} of {self.path.name}, which has "
                     f"{len(self.ids)} lines and {found!r} there; one of the two is of another download"
@@ -76,7 +81,7 @@ def _read_lineidx(tsv: Path) -> np.ndarray | None:
     if not path.is_file():
         return None
     try:
-        offsets_L = np.array([int(line) for line in path.read_text(encoding="ascii").split()], dtype=np.int64)
+        offsets_L = np.array([int(line) for line in path.read_text(encoding="utf-8-sig").split()], dtype=np.int64)
     except (ValueError, OverflowError) as error:
         raise DataError(
             f"{path} is no list of byte offsets ({error}); remove it, the lines are found without"
@@ -110,3 +115,8 @@ def _spans(offsets_L: np.ndarray, size: int) -> np.ndarray:
     """int64 [L, 2]: offset and number of bytes of each line, blank ones left out."""
     num_bytes_L = np.diff(offsets_L, append=size)
     return np.stack([offsets_L, num_bytes_L], axis=1)[num_bytes_L > 1]
+
+
+def without_zeros(image_id: str) -> str:
+    """7 for 007: some files write the numbers of one set of images with zeros in front, others without."""
+    return (image_id.lstrip("0") or "0") if image_id.isascii() and image_id.isdigit() else image_id

@@ -23,8 +23,9 @@ from pathlib import Path
 import numpy as np
 
 from mvptr_ds.corpus.jobs import Summary, refuse_foreign_tars, run_units
-from mvptr_ds.corpus.record_checks import Checked, check_content
+from mvptr_ds.corpus.record_checks import IMG2DATASET, Checked, check_content
 from mvptr_ds.corpus.salvage import Break, Piece, first_key, pieces
+from mvptr_ds.data.scan import NOT_WRITABLE, is_img2dataset, not_writable, where_tars_are
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.data.shards import MANIFEST_NAME, Index, build_index
 from mvptr_ds.data.tar_writer import check_key, write_tar
@@ -87,7 +88,7 @@ def validate(
     """
     tars = sorted(folder.glob("*.tar"))
     if not tars:
-        raise DataError(f"{folder} holds no .tar file; name a folder of shards")
+        raise DataError(f"{folder} holds no .tar file; {where_tars_are(folder)}")
     if repair is not None:
         refuse_foreign_tars(repair, folder)
     target = repair or out or folder
@@ -99,6 +100,12 @@ def validate(
     }
     # named by its arguments: what is left of a run on other tars is no hindrance
     work = target / f".validation-{hashlib.sha256(json.dumps(arguments).encode()).hexdigest()[:12]}"
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if target != folder or error.errno not in NOT_WRITABLE:
+            raise
+        raise DataError(not_writable(folder, folder, error)) from error
     units = [(number, str(tar)) for number, tar in enumerate(tars)]
     inspect = partial(inspect_shard, work=work, decode=decode, writable_keys=repair is not None)
     run_units(work, arguments, units, inspect, num_processes, "validate")
@@ -190,7 +197,8 @@ class _Inspection:
         if piece.broken is not None:
             self._drop(piece, piece.broken, piece.detail)
         elif "json" not in piece.extensions and piece.num_members == len(piece.extensions):
-            self._drop(piece, "no json member", f"only {piece.extensions}")
+            reason = IMG2DATASET if is_img2dataset(piece.extensions, None) else "no json member"
+            self._drop(piece, reason, f"only {piece.extensions}")
         elif len(set(piece.extensions)) < len(piece.extensions):
             self._drop(piece, "a member twice", f"members {piece.extensions}")
         else:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +22,7 @@ import numpy as np
 from mvptr_ds.corpus.detection import clip_boxes
 from mvptr_ds.corpus.jobs import Summary, refuse_foreign_tars, run_units
 from mvptr_ds.corpus.record_keys import make_key
-from mvptr_ds.corpus.tsv import Table
+from mvptr_ds.corpus.tsv import Table, without_zeros
 from mvptr_ds.corpus.vinvl_rows import (
     GEOMETRY_DIM,
     RowError,
@@ -49,14 +49,15 @@ Entry = tuple[str, dict[str, bytes]]  # key, and the members by extension
 
 
 class KeyRule(NamedTuple):
-    """How image ids become keys: those of digits alone get zeros in front up to `width`, then by scheme."""
+    """How image ids become keys: those of digits alone get so many zeros in front as `width` asks, then by scheme."""
 
     scheme: str = "image-id"  # or hash, as record_keys says
-    width: int = 0
+    width: int = 0  # digits; 0: the id stays as it is written
 
     def key(self, image_id: str) -> str:
-        padded = image_id.zfill(self.width) if image_id.isascii() and image_id.isdigit() else image_id
-        return make_key(self.scheme, padded, 0)
+        if self.width and image_id.isascii() and image_id.isdigit():
+            image_id = without_zeros(image_id).zfill(self.width)
+        return make_key(self.scheme, image_id, 0)
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,8 @@ def import_vinvl(
 def plan_rows(features: Table | None, predictions: Table, key_rule: KeyRule) -> np.ndarray:
     """int64 [L, 5], as in RowPart: the images of `features` in their order, then those of `predictions` only.
 
+    An image that one file writes 7 and the other 007 is one image; its key is made of what `predictions` writes.
+
     Raises:
         DataError: two image ids give the same key.
     """
@@ -142,18 +145,34 @@ def plan_rows(features: Table | None, predictions: Table, key_rule: KeyRule) -> 
             first_of.setdefault(image_id, line)
     rows: list[tuple[int, ...]] = []
     seen: set[str] = set()
+    respelled: dict[str, str] = {}
     if features is not None:
+        respelled = _respelled(features.ids, first_of)
         for image_id, span in zip(features.ids, features.spans_L2.tolist(), strict=True):
-            partner = None if image_id is None else first_of.get(image_id)
+            partner = None if image_id is None else first_of.get(respelled.get(image_id, image_id))
             rows.append(
                 (_state(image_id, seen), *span, *(_NOTHING if partner is None else predictions.spans_L2[partner]))
             )
+    seen = {respelled.get(image_id, image_id) for image_id in seen}
     done = frozenset(seen)
     for line, (image_id, span) in enumerate(zip(predictions.ids, predictions.spans_L2.tolist(), strict=True)):
         if image_id is None or image_id not in done or first_of[image_id] != line:
             rows.append((_state(image_id, seen), *_NOTHING, *span))
     _check_keys(seen, key_rule)
     return np.array(rows, dtype=np.int64)
+
+
+def _respelled(ids: Iterable[str | None], others: Collection[str]) -> dict[str, str]:
+    """id -> the one of `others` that is the same number with more or fewer zeros in front.
+
+    Only of ids that `others` lacks, and where each side writes the number in one way: 7 and 07 may be two images.
+    """
+    own = {image_id for image_id in ids if image_id is not None}
+    by_number: dict[str, tuple[set[str], set[str]]] = {}
+    for side, unmatched in enumerate((own.difference(others), set(others).difference(own))):
+        for image_id in unmatched:
+            by_number.setdefault(without_zeros(image_id), (set(), set()))[side].add(image_id)
+    return {next(iter(a)): next(iter(b)) for a, b in by_number.values() if len(a) == len(b) == 1}
 
 
 def _state(image_id: str | None, seen: set[str]) -> int:

@@ -72,10 +72,12 @@ def ensure_join(main: Index, sidecars: Sequence[Index], missing: str, allow_mixe
 def check_kinds(main: Index, sidecars: Sequence[Index]) -> None:
     """Raises DataError where a folder of records stands for a sidecar, or a sidecar for records."""
     if main.kind != RECORDS:
-        raise DataError(f"{main.folder} is a sidecar; name it in data.sidecars, and a folder of records as the shards")
+        raise DataError(
+            f"{main.folder} is a sidecar; name it among the sidecars, and a folder of records as the shards"
+        )
     for sidecar in sidecars:
         if sidecar.kind != SIDECAR:
-            raise DataError(f"{sidecar.folder} holds records and is no sidecar; take it out of data.sidecars")
+            raise DataError(f"{sidecar.folder} holds records and is no sidecar; take it out of the sidecars")
 
 
 def check_extractors(index: Index) -> None:
@@ -124,7 +126,7 @@ def _partners(main: Index, sidecar: Index) -> np.ndarray:
         keys = [index.key_of(index.place(0)) for index in (main, sidecar)]
         raise DataError(
             f"no record of {main.folder} has a partner in the sidecar {sidecar.folder}: a key there is {keys[1]!r}, a "
-            f"key here {keys[0]!r}; make both with the same keys (for held-out shards, see data.held_out_sidecars)"
+            f"key here {keys[0]!r}; make both with the same keys (each split has sidecars of its own)"
         )
     return partners
 
@@ -133,8 +135,9 @@ def _write(path: Path, main: Index, sidecars: Sequence[Index], partners_SR: np.n
     kept = np.flatnonzero((partners_SR != _NONE).all(0)) if missing == DROP else np.arange(main.num_records)
     if not len(kept):
         raise DataError(
-            f"no record of {main.folder} has a partner in each of {', '.join(str(s.folder) for s in sidecars)}; set "
-            "data.missing_partners=keep, or make sidecars of the same records"
+            f"no record of {main.folder} has a partner in each of {', '.join(str(s.folder) for s in sidecars)}; "
+            "make sidecars of the same records (training keeps records without a partner with "
+            "data.missing_partners=keep)"
         )
     first = np.append(main.first_samples(), main.num_samples)
     num_samples = np.diff(first)[kept]
@@ -200,10 +203,11 @@ class JoinedIndex(SampleIndex):
         self.fingerprint = self._path.stem.removeprefix("joined-")
         self.tags = next((s.tags for s in reversed(self.sidecars) if "regions" in s.holds), main.tags)
         for sidecar, num in zip(self.sidecars, content["partners"], strict=True):
+            others = "left out" if missing == DROP else "used as they are"
             logger.info(
-                "sidecar %s (%s): %d of %d records have a partner, the others are %s",
+                "sidecar %s (%s): %d of %d records have a partner%s",
                 sidecar.folder, ", ".join(sidecar.extractors), num, main.num_records,
-                "left out" if missing == DROP else "used as they are",
+                f", the others are {others}" if num < main.num_records else "",
             )  # fmt: skip
         self._map()
 

@@ -134,7 +134,7 @@ class PhraseVocab:
             DataError: unreadable, of another schema, inconsistent, or made for another word vocabulary.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
             if content["schema"] != _SCHEMA:
                 raise DataError(f"{path} has schema {content['schema']!r}, expected {_SCHEMA}; build it again")
             phrases = content["phrases"]
@@ -146,7 +146,9 @@ class PhraseVocab:
                 str(content["word_fingerprint"]),
             )
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise DataError(f"cannot read the phrase vocabulary {path}: {error}; set data.phrase_vocab") from error
+            raise DataError(
+                f"cannot read the phrase vocabulary {path}: {error}; name one that tools/build_vocab.py has written"
+            ) from error
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, DataError):
                 raise
@@ -163,7 +165,7 @@ class PhraseVocab:
             raise DataError(
                 f"{path} was built for a word vocabulary of {self.num_words} rows (sha256 "
                 f"{self.word_fingerprint[:12]}), but {words.source} has {len(words)} rows (sha256 "
-                f"{words.fingerprint[:12]}); set data.word_vocab to the one it was built for, or build it again"
+                f"{words.fingerprint[:12]}); take the one it was built for, or build it again"
             )
         if len(self._index) != len(self.tuples) or len(np.unique(self.rows)) != len(self.rows):
             raise DataError(f"{path} holds a phrase or a row twice; build it again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -46,8 +47,43 @@ from mvptr_ds.data.tars import (
     split_name,
 )
 
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 _MAX_TAGS = 5_000
 _WRITE_AGAIN = "write that shard again or take it out of the folder"
+_IMG2DATASET_FIELDS = frozenset(("caption", "url", "status"))
+
+
+class ForeignRecord(DataError):
+    """A record as img2dataset writes it, of which shards can be made."""
+
+
+def where_tars_are(folder: str | Path) -> str:
+    """What to do about a folder without tars: often those below it were meant."""
+    below = sorted(path.name for path in Path(folder).glob("*/") if next(path.glob("*.tar"), None) is not None)
+    if not below:
+        return "name a folder of shards"
+    shown = ", ".join(below[:5]) + (f" and {len(below) - 5} more" if len(below) > 5 else "")
+    return f"{shown} below it do: name one of them, such as {Path(folder, 'train' if 'train' in below else below[0])}"
+
+
+def use_build_shards(folder: str | Path) -> str:
+    """What to do about tars of img2dataset."""
+    return f"python tools/build_shards.py img2dataset {folder} --out DIR makes shards of such tars"
+
+
+def is_img2dataset(extensions: Collection[str], content: bytes | None) -> bool:
+    """Whether a record that is none of ours is one of img2dataset: KEY.jpg, KEY.txt, and KEY.json without a schema.
+
+    Args:
+        content: of KEY.json; None where there is none.
+    """
+    if content is None:
+        return "txt" in extensions
+    try:
+        fields = json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(fields, dict) and "schema" not in fields and not _IMG2DATASET_FIELDS.isdisjoint(fields)
 
 
 @dataclass
@@ -73,8 +109,11 @@ class _Scan:
         return rows
 
 
-def build_index(folder: str | Path, out: str | Path | None = None) -> Index:
+def build_index(folder: str | Path, out: str | Path | None = None, role: str = "") -> Index:
     """Scans and validates every tar of `folder`, writes manifest and index (into `out` if given), opens them.
+
+    Args:
+        role: what names the folder, for messages: data.train, say.
 
     Raises:
         DataError: names shard, offset, key and remedy of the first thing that is wrong.
@@ -82,7 +121,7 @@ def build_index(folder: str | Path, out: str | Path | None = None) -> Index:
     folder, out = Path(folder), Path(out if out is not None else folder)
     tars = sorted(folder.glob("*.tar"))
     if not tars:
-        raise DataError(f"{folder} holds no .tar file; set data.train / data.held_out to a folder of shards")
+        raise DataError(f"{_named(folder, role)} holds no .tar file; {where_tars_are(folder)}")
     scan = _Scan()
     shards: list[dict[str, Any]] = []
     num_bytes = sum(tar.stat().st_size for tar in tars)
@@ -96,31 +135,60 @@ def build_index(folder: str | Path, out: str | Path | None = None) -> Index:
             bar.update(size)
     rows = scan.rows()
     _check_unique(tars, [shard["num_records"] for shard in shards], rows)
-    _write_index(folder, out, scan, rows, shards)
+    try:
+        _write_index(folder, out, scan, rows, shards)
+    except OSError as error:
+        if error.errno not in NOT_WRITABLE:
+            raise
+        raise DataError(not_writable(folder, out, error, role)) from error
     return Index.open(out)
 
 
-def ensure_index(folder: str | Path, options: ReadOptions | None = None) -> Index:
+def _named(folder: Path, role: str) -> str:
+    return f"{folder} ({role})" if role else str(folder)
+
+
+def not_writable(folder: Path, out: Path, error: OSError, role: str = "") -> str:
+    """The message of an index of `folder` that may not be written into `out`."""
+    return (
+        f"the index of {_named(folder, role)} cannot be written into {out} ({error.strerror}): write it elsewhere with "
+        f"python tools/validate_shards.py {folder} --out DIR, and name DIR in place of {folder}"
+    )
+
+
+def check_first_record(folder: str | Path) -> None:
+    """Looks at the first record of a folder of tars without reading further.
+
+    Raises:
+        DataError: as `build_index`, of this record.
+    """
+    _scan_shard(min(Path(folder).glob("*.tar")), _Scan(), max_records=1)
+
+
+def ensure_index(folder: str | Path, options: ReadOptions | None = None, role: str = "") -> Index:
     """Opens the folder's index, building it when there is none or an older version wrote it.
 
     One process only may call it on a fresh folder. Behind a URL the index must be there.
+
+    Args:
+        role: what names the folder, for messages.
     """
     if is_url(folder):
         return Index.open(folder, options)
     path = Path(folder) / MANIFEST_NAME
     if not path.exists():
-        return build_index(folder)
+        return build_index(folder, role=role)
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["schema"] == SCHEMA_VERSION and manifest["version"] < INDEX_VERSION:
-            return build_index(Path(folder) / manifest.get("folder", "."), folder)
+            return build_index(Path(folder) / manifest.get("folder", "."), folder, role)
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, DataError):
             raise
     return Index.open(folder)  # which says what is wrong with it
 
 
-def _scan_shard(tar: Path, scan: _Scan) -> None:
+def _scan_shard(tar: Path, scan: _Scan, max_records: int | None = None) -> None:
     seen: set[str] = set()  # of this shard
     with open(tar, "rb") as file:
         end = tar.stat().st_size
@@ -131,6 +199,8 @@ def _scan_shard(tar: Path, scan: _Scan) -> None:
                 member_key, extension = split_name(member)
                 if member_key != key:
                     _add_record(file, key, members, scan)
+                    if len(scan.blocks) == max_records:
+                        return
                     key, members = member_key, {}
                     if key in seen:
                         raise TarError(
@@ -145,7 +215,8 @@ def _scan_shard(tar: Path, scan: _Scan) -> None:
                 members[extension] = member
             _add_record(file, key, members, scan)
         except DataError as error:
-            raise DataError(f"{tar}, key {key!r}: {error}; {_WRITE_AGAIN}") from error
+            remedy = use_build_shards(tar.parent) if isinstance(error, ForeignRecord) else _WRITE_AGAIN
+            raise DataError(f"{tar}, key {key!r}: {error}; {remedy}") from error
 
 
 def _add_record(file: BinaryIO, key: str | None, members: dict[str, Member], scan: _Scan) -> None:
@@ -153,13 +224,18 @@ def _add_record(file: BinaryIO, key: str | None, members: dict[str, Member], sca
         return
     start = next(iter(members.values())).start
     if "json" not in members:
+        if is_img2dataset(members, None):
+            raise ForeignRecord(f"this is a record of img2dataset ({', '.join(members)})")
         raise TarError(start, f"the record has no json member, only {sorted(members)}")
     content = members["json"]
     file.seek(content.data)
+    encoded = file.read(content.size)
     try:
-        entry = parse_entry(file.read(content.size))
+        entry = parse_entry(encoded)
         kind, flags = describe(entry, members, scan.holds)
     except DataError as error:
+        if is_img2dataset(members, encoded):
+            raise ForeignRecord(f"this is a record of img2dataset ({', '.join(members)})") from error
         raise TarError(content.start, str(error)) from error
     if scan.kind not in (None, kind):
         raise TarError(

@@ -43,9 +43,11 @@ class WordPiece:
         path = Path(vocab_path) if vocab_path is not None else BERT_VOCAB
         try:
             # not splitlines(): it also cuts at characters that are pieces of other vocabularies (U+0085, U+2028)
-            tokens = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+            tokens = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"cannot read the word vocabulary {path}: {error}; set data.word_vocab") from error
+            raise DataError(
+                f"cannot read the word vocabulary {path}: {error}; name a file of one wordpiece a line"
+            ) from error
         self._setup(tokens, str(path))
 
     def _setup(self, tokens: list[str], source: str) -> None:

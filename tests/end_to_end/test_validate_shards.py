@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 
 from mvptr_ds.data.shards import Index
 from tests.conftest import REPO
-from tests.hostile import sound_folder
+from tests.hostile import picture, sound_folder
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -60,6 +62,23 @@ def test_a_damaged_folder_and_its_repair(folder: Path, tmp_path: Path) -> None:
 
     headers_only = run(folder, "--no-decode", "--processes", 1)
     assert "the tar is cut" in headers_only.stdout
+
+
+def test_tars_of_img2dataset(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    with tarfile.open(tmp_path / "raw/00000.tar", "w") as tar:
+        for name, content in (
+            ("0.jpg", picture()),
+            ("0.json", b'{"caption": "a dog", "url": "x"}'),
+            ("0.txt", b"a dog"),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    found = run(tmp_path / "raw", "--processes", 1)
+    assert found.returncode == 1 and "wrong 1: a record of img2dataset" in found.stdout
+    remedy = f"; python tools/build_shards.py img2dataset {tmp_path / 'raw'} --out DIR makes shards of such tars\n"
+    assert found.stderr.endswith(remedy) and "--repair" not in found.stderr
 
 
 def test_wrong_usage(folder: Path, tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import json
 import logging
 import re
 import shutil
 import sys
+import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -211,6 +214,34 @@ def index_of_another_manifest(place: Place) -> None:
 def shard_cut(place: Place) -> None:
     place.without_index()
     place.tar.write_bytes(place.tar.read_bytes()[:5000])
+
+
+@case
+def shards_below_the_folder(place: Place) -> None:
+    place.arguments.append(f"data.train={place.shards}")
+
+
+@case
+def tars_of_img2dataset(place: Place) -> None:
+    (place.dir / "raw").mkdir()
+    with tarfile.open(place.dir / "raw/00000.tar", "w") as tar:
+        for extension in ("jpg", "json", "txt"):
+            content = json.dumps({"caption": "a dog", "url": "x"}).encode() if extension == "json" else b"a dog"
+            info = tarfile.TarInfo(f"000000000.{extension}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    place.arguments.append(f"data.train={place.dir / 'raw'}")
+
+
+@case
+def index_cannot_be_written(place: Place) -> None:
+    """Root may write everywhere; tests/unit/test_shards.py has a folder that may not be written."""
+    place.without_index()
+
+    def write(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    place.patch.setattr("mvptr_ds.data.scan._write_index", write)
 
 
 @case

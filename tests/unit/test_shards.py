@@ -3,6 +3,8 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
+import shutil
 import tarfile
 import tracemalloc
 from collections.abc import Callable
@@ -12,11 +14,16 @@ import numpy as np
 import pytest
 import webdataset
 
+from mvptr_ds import preflight
+from mvptr_ds.corpus.captions import list_inputs
+from mvptr_ds.corpus.validation import validate
 from mvptr_ds.data import scan, tars
 from mvptr_ds.data.index import key_hash
 from mvptr_ds.data.schema import Caption, DataError, Extractor, Record, Region
 from mvptr_ds.data.shards import Index, build_index, ensure_index, read_record, record_key, write_shards
 from mvptr_ds.data.tars import TarError
+from tests.hostile import picture
+from tests.rights import as_ordinary_user
 
 
 def _item(number: int, num_captions: int = 1) -> tuple[str, Record, dict[str, bytes]]:
@@ -48,6 +55,70 @@ def _write_tar(path: Path, members: list[tuple[str, bytes]], tar_format: int = t
 def folder(tmp_path: Path) -> Path:
     write_shards(tmp_path / "shards", (_item(n, 1 + n % 3) for n in range(10)), records_per_shard=4)
     return tmp_path / "shards"
+
+
+def test_a_folder_that_may_not_be_written_says_what_to_do(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("manifest.json", "index.npy"):
+        (folder / name).unlink()
+    monkeypatch.chdir(tmp_path)
+    tmp_path.chmod(0o777)
+    folder.chmod(0o555)
+    remedy = "write it elsewhere with python tools/validate_shards.py shards --out DIR, and name DIR in place of shards"
+    with as_ordinary_user():
+        with pytest.raises(
+            DataError, match=rf"index of shards cannot be written into shards \(Permission .*: {remedy}"
+        ):
+            validate(Path("shards"))
+        with pytest.raises(DataError, match=rf"shards \(data.train\) cannot be written .*: {remedy}"):
+            ensure_index("shards", role="data.train")
+        finding = preflight._without_index("shards", "data.train", 10_240)
+        assert finding.level == "error" and finding.remedy.startswith("write it elsewhere with python")
+        assert validate(Path("shards"), out=Path("elsewhere")).index is not None
+        assert len(ensure_index("elsewhere")) == 19
+
+
+def test_a_folder_of_folders_of_shards_names_them(folder: Path, tmp_path: Path) -> None:
+    for name in ("train", "held_out", "notes"):
+        (tmp_path / "clip" / name).mkdir(parents=True)
+    shutil.copy(folder / "shard-000000.tar", tmp_path / "clip/held_out")
+    clip = tmp_path / "clip"
+    for look in (build_index, ensure_index, validate):
+        with pytest.raises(DataError, match=rf"clip holds no \.tar file; held_out below it do: .* {clip}/held_out$"):
+            look(clip)
+    shutil.copy(folder / "shard-000000.tar", clip / "train")
+    with pytest.raises(DataError, match=rf"held_out, train below it do: name one of them, such as {clip}/train$"):
+        list_inputs([clip])
+    with pytest.raises(DataError, match=r"nowhere holds no \.tar file; name a folder of shards$"):
+        build_index("nowhere")
+
+
+@pytest.mark.parametrize("extensions", ["jpg json txt", "jpg txt", "jpg json"])
+def test_tars_of_img2dataset_name_what_makes_shards_of_them(tmp_path: Path, extensions: str) -> None:
+    meta = json.dumps({"caption": "a dog", "url": "http://x", "key": "0", "status": "success", "width": 3}).encode()
+    content = {"jpg": picture(), "json": meta, "txt": b"a dog"}
+    (tmp_path / "raw").mkdir()
+    members = [(f"{n:09d}.{name}", content[name]) for n in range(3) for name in extensions.split()]
+    _write_tar(tmp_path / "raw/00000.tar", members)
+    remedy = f"python tools/build_shards.py img2dataset {tmp_path / 'raw'} --out DIR makes shards of such tars"
+    found = f"this is a record of img2dataset ({', '.join(extensions.split())}); {remedy}"
+    for look in (build_index, scan.check_first_record):
+        with pytest.raises(DataError, match=re.escape(found)):
+            look(tmp_path / "raw")
+    finding = preflight._without_index(str(tmp_path / "raw"), "data.train", 10_240)
+    assert finding.level == "error" and found in finding.text
+    result = validate(tmp_path / "raw")
+    assert result.summary.dropped == {"a record of img2dataset": 3} and result.index is None
+
+
+def test_the_first_record_is_looked_at_alone(folder: Path) -> None:
+    tar = folder / "shard-000000.tar"
+    tar.write_bytes(tar.read_bytes()[:4096])  # cut behind the second record
+    scan.check_first_record(folder)
+    tar.write_bytes(tar.read_bytes().replace(b'{"schema":1', b'{"schema":2'))
+    with pytest.raises(DataError, match="schema is 2, this version reads 1; write that shard again"):
+        scan.check_first_record(folder)
 
 
 def test_every_sample_is_found_where_it_was_written(folder: Path) -> None:

@@ -242,6 +242,9 @@ def test_records_without_partner_are_dropped_or_kept(
     with caplog.at_level(logging.INFO, logger="mvptr_ds"):
         index = opened(tmp_path, config(images, beside))
     assert f"sidecar {beside} (detr 3): 4 of 20 records have a partner, the others are left out" in caplog.text
+    with caplog.at_level(logging.INFO, logger="mvptr_ds"):
+        opened(tmp_path, config(images, write(tmp_path / "all", boxes_of(range(20)))))
+    assert f"sidecar {tmp_path / 'all'} (detr 3): 20 of 20 records have a partner\n" in caplog.text
     assert (index.num_records, len(index)) == (4, 7)
     found = [(index.read(index.locate(n))[0].image_id, *index.locate(n)[3:]) for n in range(7)]
     assert found == [
@@ -337,7 +340,7 @@ def test_train_and_held_out_shards_need_one_extractor(tmp_path: Path, images: Pa
 
 
 def test_folders_of_the_wrong_kind_are_named(tmp_path: Path, images: Path, boxes: Path) -> None:
-    with pytest.raises(DataError, match=r"boxes is a sidecar; name it in data\.sidecars"):
+    with pytest.raises(DataError, match=r"boxes is a sidecar; name it among the sidecars"):
         assembly.open_sources(config(boxes), "stage1", tmp_path)
     with pytest.raises(DataError, match=r"images holds records and is no sidecar"):
         opened(tmp_path, config(images, images))
@@ -369,7 +372,7 @@ def test_held_out_shards_may_have_sidecars_of_their_own(tmp_path: Path, images: 
     write_shards(tmp_path / "held", [("h", Record("h", 9, 9, (Caption(text(0)),)), {})], 1)
     data = config(images, boxes)
     data.held_out = str(tmp_path / "held")
-    with pytest.raises(DataError, match=r"held_out_sidecars"):
+    with pytest.raises(DataError, match=r"each split has sidecars of its own"):
         assembly.open_held_out(data, tmp_path / "joins")
     data.held_out_sidecars = [str(write(tmp_path / "own", [("h", boxes_of([0])[0][1])]))]
     for name in ("manifest.json", "index.npy"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
@@ -31,6 +32,7 @@ from mvptr_ds.corpus.sources.rows import Row, clean_caption, iter_array
 from mvptr_ds.corpus.sources.tables import read_csv, read_jsonl, read_parquet
 from mvptr_ds.data.images import decode_image
 from mvptr_ds.data.schema import DataError
+from tests.rights import as_ordinary_user
 
 UNREADABLE = "row: cannot be read"
 
@@ -66,7 +68,7 @@ def test_arrays_are_read_element_by_element(tmp_path: Path, monkeypatch: pytest.
         ('{"images": 3}', r"expected '\['"),
         ('{"annotations": []}', r"no field 'images', only \['annotations'\]"),
         ("", "expected '{', found ''"),
-        ("[" * 100_000, "expected '{'"),
+        ("[" * 100_000, "is a JSON array, not an object with the field 'images'.*the format \"jsonl\""),
         ('{"a": ' + "[" * 100_000, "character"),
         ('{"images": [' + "9" * 5000 + "]}", "character 12"),
     ],
@@ -74,6 +76,11 @@ def test_arrays_are_read_element_by_element(tmp_path: Path, monkeypatch: pytest.
 def test_what_is_no_such_array_is_an_error_with_its_place(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         list(iter_array(write(tmp_path / "a.json", text), "images"))
+
+
+def test_an_array_that_is_followed_by_more_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"expected the end of the file, found '\{'"):
+        list(iter_array(write(tmp_path / "a.json", '[1, 2]\n{"image": "a.jpg"}\n')))
 
 
 def test_a_missing_annotation_file_is_named(tmp_path: Path) -> None:
@@ -116,6 +123,65 @@ def test_coco(tmp_path: Path) -> None:
     }
 
 
+def one_caption_each(*images: tuple[Any, str, str]) -> dict[str, Any]:
+    """COCO's layout of (id, file, caption)."""
+    return {
+        "images": [{"id": image_id, "file_name": name} for image_id, name, _ in images],
+        "annotations": [{"image_id": image_id, "caption": text} for image_id, _, text in images],
+    }
+
+
+@pytest.mark.parametrize("scheme", ["image-id", "number", "hash"])
+@pytest.mark.parametrize("num_files", [1, 2])
+def test_an_id_of_two_pictures_is_no_record(tmp_path: Path, scheme: str, num_files: int) -> None:
+    """Which picture the captions of a merged file are of cannot be told; those of other ids stay."""
+    pairs = [(1, "a.jpg", "red"), (2, "c.jpg", "green"), (1, "b.jpg", "blue")]
+    files = [pairs] if num_files == 1 else [pairs[:2], pairs[2:]]
+    sources = [write(tmp_path / f"{n}.json", one_caption_each(*part)) for n, part in enumerate(files)]
+    rows = [row for source in sources for row in read(read_coco, source)[0]]
+    records, summary = planned(tmp_path / "plan", rows, GatherOptions(scheme, 4, 0, 30, False))
+    assert [(record.image_id, record.captions) for record in records] == [("000000000002", ["green"])]
+    assert summary.dropped == {"caption: its image id names several pictures": 2}
+    assert summary.counts["source_captions"] == 3
+    assert summary.examples["caption: its image id names several pictures"] == ["000000000001: a.jpg, b.jpg"]
+
+
+def test_an_id_of_two_pictures_in_karpathys_files(tmp_path: Path) -> None:
+    def source(number: int, name: str, split: str) -> Path:
+        image = {"filename": name, "cocoid": 1, "split": split, "sentences": [{"raw": f"one {name}"}]}
+        other = {**image, "filename": "c.jpg", "cocoid": 2, "split": "train"}
+        return write(tmp_path / f"{number}.json", {"images": [image, other]})
+
+    for split, dropped in {
+        "train": {"caption: its image id names several pictures": 2},
+        "test": {
+            "caption: its image id names several pictures": 1,
+            "caption: of an image that is in another split, too": 1,
+        },
+    }.items():
+        sources = [source(1, "a.jpg", "train"), source(2, "b.jpg", split)]
+        rows = [row for path in sources for row in read(read_karpathy, path, True)[0]]
+        records, summary = planned(tmp_path / "plan", rows)
+        assert [record.image for record in records] == ["c.jpg"] and summary.dropped == dropped
+
+
+def test_one_picture_however_its_path_is_spelled(tmp_path: Path) -> None:
+    spellings = ["a.jpg", "./a.jpg", "x/../a.jpg", ".//a.jpg", str(tmp_path / "a.jpg"), f"{tmp_path}/./x/../a.jpg"]
+    lines = [json.dumps({"image": name, "caption": f"caption {n}"}) for n, name in enumerate(spellings)]
+    tables = read(read_jsonl, write(tmp_path / "a.jsonl", "\n".join(lines)), "image", "caption")[0]
+    options = GatherOptions("image-id", 4, 0, 30, False, str(tmp_path))
+    records, summary = planned(tmp_path / "plan", tables, options)
+    assert [(r.image_id, r.image) for r in records] == [("a.jpg", "a.jpg")] and not summary.dropped
+    assert records[0].captions == [f"caption {n}" for n in range(6)]
+    coco = one_caption_each(*((1, name, f"caption {n}") for n, name in enumerate(spellings)))
+    rows = read(read_coco, write(tmp_path / "c.json", coco))[0]
+    records, summary = planned(tmp_path / "plan", rows, options)
+    assert [(r.image_id, r.image) for r in records] == [("000000000001", "a.jpg")] and not summary.dropped
+    assert len(records[0].captions) == 6
+    outside = [Row("../a.jpg", ("x",), "../a.jpg"), Row("/b.jpg", ("x",), "/b.jpg")]
+    assert {r.image for r in planned(tmp_path / "plan", outside, options)[0]} == {"../a.jpg", "/b.jpg"}
+
+
 def test_coco_ids_that_a_table_program_made_floats_of(tmp_path: Path) -> None:
     images = [{"id": 4.0, "file_name": "a.jpg", "width": 1, "height": 1}]
     annotations = [{"image_id": 4.0, "caption": "one"}, {"image_id": 4, "caption": "two"}]
@@ -136,6 +202,96 @@ def test_a_stray_quote_swallows_no_rows(tmp_path: Path) -> None:
     text = 'file\ttext\na.jpg\t"unclosed\nb.jpg\ta "big" cat\nc.jpg\t"she said ""no"" twice"\n'
     rows, dropped = read(read_csv, write(tmp_path / "a.tsv", text), "file", "text")
     assert [row.captions[0] for row in rows] == ['"unclosed', 'a "big" cat', 'she said "no" twice'] and not dropped
+
+
+def csv_of(tmp_path: Path, *lines: str, heading: str = "file,text", end: str = "\n") -> tuple[list[Row], int]:
+    """Rows, and how many lines were dropped."""
+    source = write(tmp_path / "a.csv", end.join([heading, *lines]) + end)
+    rows, dropped = read(read_csv, source, "file", "text")
+    assert set(dropped) <= {UNREADABLE}
+    return rows, dropped.get(UNREADABLE, 0)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["unix", "windows"])
+@pytest.mark.parametrize(
+    ("last", "caption"),
+    [
+        ("9.jpg,no quote", "no quote"),
+        ('9.jpg,"a red, blue thing"', "a red, blue thing"),
+        ('9.jpg,a wheel of 20"', 'a wheel of 20"'),
+        ('9.jpg,"unclosed', '"unclosed'),
+        ('"9.jpg",said', "said"),
+    ],
+    ids=range(5),
+)
+def test_a_quote_that_is_never_closed_costs_no_line(tmp_path: Path, end: str, last: str, caption: str) -> None:
+    lines = [f"{n}.jpg,caption {n}" for n in range(9)]
+    lines[3] = '3.jpg,"begins with a quote'
+    rows, num_dropped = csv_of(tmp_path, *lines, last, end=end)
+    assert [row.image for row in rows] == [f"{n}.jpg" for n in range(10)] and not num_dropped
+    assert rows[3].captions == ('"begins with a quote',) and rows[9].captions == (caption,)
+    assert all(rows[n].captions == (f"caption {n}",) for n in (0, 1, 2, 4, 5, 6, 7, 8))
+
+
+def test_a_stray_quote_in_a_large_table(tmp_path: Path) -> None:
+    """Behind the limit of a cell, too (128 KiB): each line is a row or counted."""
+    lines = [f"{n}.jpg,{'long ' * 50}{n}" for n in range(2000)]
+    lines[500] = '500.jpg,"stray, with a comma'
+    lines[1500] = '1500.jpg,"stray'
+    rows, num_dropped = csv_of(tmp_path, *lines)
+    assert len(rows) == 1999 and num_dropped == 1
+    # ids that do not look like pictures' names, but like each other
+    rows, num_dropped = csv_of(tmp_path, *(line.replace(".jpg", "") for line in lines))
+    assert len(rows) == 1999 and num_dropped == 1
+    # and like nothing: what was swallowed is counted by lines
+    words = [f"{'abcdefghij'[n % 10]},{'long ' * 50}" for n in range(2000)]
+    words[500] = 'x,"stray'
+    rows, num_dropped = csv_of(tmp_path, *words)
+    assert len(rows) + num_dropped == 2000 and num_dropped > 400
+
+
+def test_captions_of_several_lines_stay_whole(tmp_path: Path) -> None:
+    cells = ["two\nlines", 'a "quoted", word\n\nand a third, line', "1, 2\n3, go", "Look at this.jpg, please"]
+    text = io.StringIO()
+    csv.writer(text).writerows(
+        [("file", "text"), *((f"{n}.jpg", cell) for n, cell in enumerate(cells)), ("a 1.png", "x")]
+    )
+    rows, dropped = read(read_csv, write(tmp_path / "a.csv", text.getvalue()), "file", "text")
+    assert not dropped
+    assert [[clean_caption(text) for text in row.captions] for row in rows] == [
+        ["two lines"], ['a "quoted", word and a third, line'], ["1, 2 3, go"], ["Look at this.jpg, please"], ["x"],
+    ]  # fmt: skip
+
+
+def test_broken_quotes_within_a_caption(tmp_path: Path) -> None:
+    lines = [
+        '1.jpg,"a "big" cat"',
+        '2.jpg,"a "big", fat cat"',
+        '3.jpg,5" pipe',
+        '4.jpg,"one',
+        'two" three',
+        "5.jpg,end",
+    ]
+    rows, num_dropped = csv_of(tmp_path, *lines, "6.jpg,nul\0", '7.jpg,"last')
+    assert [(row.image, row.captions[0]) for row in rows] == [
+        ("1.jpg", '"a "big" cat"'), ("3.jpg", '5" pipe'), ("5.jpg", "end"), ("6.jpg", "nul\0"), ("7.jpg", '"last'),
+    ]  # fmt: skip
+    assert num_dropped == 3  # a row whose quotes cannot be told from commas, and one of two lines
+
+
+@pytest.mark.parametrize("heading", ["file,text,text", "file, text,text ", "file,url,text,url"])
+def test_a_column_that_comes_twice_is_an_error(tmp_path: Path, heading: str) -> None:
+    for name, mark in (("a.csv", ","), ("a.tsv", "\t")):
+        with pytest.raises(DataError, match=r"has the column '(text|url)' twice; rename one, or take it out"):
+            read(read_csv, write(tmp_path / name, heading.replace(",", mark) + "\n"), "file", "text")
+    names = heading.split(",")
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a.jpg"])] * len(names), names=names)
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"has the column '(text|url)' twice"):
+        read(read_parquet, tmp_path / "a.parquet", "file", "text")
+    # spaces around a name are none of it, and columns without names may be many
+    rows, _ = read(read_csv, write(tmp_path / "a.csv", " file , text,,\na.jpg,one,,\n"), "file", "text")
+    assert rows == [Row("a.jpg", ("one",), "a.jpg")]
 
 
 def test_karpathy(tmp_path: Path) -> None:
@@ -237,6 +393,28 @@ def test_visual_genome(tmp_path: Path) -> None:
     assert [row.image for row in rows] == ["VG_100K/1.jpg", "VG_100K_2/2.jpg", "3.jpg"]
     with pytest.raises(DataError, match=r"image_data\.json"):
         read(read_visual_genome, source, write(tmp_path / "image_data.json", [{"id": 3}]), None)
+    as_text = [{**entry, "image_id": f"{entry['image_id']}", "width": 80.0} for entry in data]
+    descriptions[0]["id"], descriptions[1]["id"] = "1", 2.0
+    descriptions[1]["regions"][0]["image_id"] = "2"
+    descriptions[2]["regions"].append(region(1, "of another picture"))
+    rows, dropped = read(
+        read_visual_genome,
+        write(tmp_path / "text.json", descriptions),
+        write(tmp_path / "image_data.json", as_text),
+        None,
+    )
+    assert rows == [
+        Row("1", ("the clock is green", "shade"), "VG_100K_2/1.jpg", 80, 60),
+        Row("2", ("a man",), "VG_100K/2.jpg", 80, 60),
+    ]
+    assert dropped == {UNREADABLE: 1, "row: a region of another image than its entry": 2}
+    with pytest.raises(DataError, match=r"image 1 is \('VG_100K_2', 90, 60\), and was \('VG_100K_2', 80, 60\) before"):
+        read(
+            read_visual_genome,
+            source,
+            write(tmp_path / "image_data.json", [data[0], {**data[0], "width": 90}]),
+            None,
+        )
 
 
 TABLE = [("a/1.jpg", "one"), ("2.png", ["two", "zwei"]), ("a/1.jpg", "uno")]
@@ -256,6 +434,41 @@ def test_jsonl(tmp_path: Path) -> None:
         DataError, match=r"no column \['image', 'caption'\], only \['file', 'text', 'more'\].*--image-column"
     ):
         read(read_jsonl, tmp_path / "a.jsonl", "image", "caption")
+
+
+def test_a_json_array_is_read_like_lines(tmp_path: Path) -> None:
+    """ALBEF's and BLIP's annotations: a caption is a text or a list of texts."""
+    entries = [{"image": image, "caption": text, "image_id": f"coco_{n}"} for n, (image, text) in enumerate(TABLE)]
+    for text in (json.dumps(entries), "\ufeff\n " + json.dumps(entries, indent=1) + "\n"):
+        assert read(read_jsonl, write(tmp_path / "a.json", text), "image", "caption") == (TABLE_ROWS, {})
+    odd = [*entries, 3, {"image": "a.jpg", "caption": {"text": "x"}}, {"caption": "x"}]
+    rows, dropped = read(read_jsonl, write(tmp_path / "a.json", odd), "image", "caption")
+    assert rows == TABLE_ROWS and dropped == {UNREADABLE: 3}
+    assert read(read_jsonl, write(tmp_path / "a.json", "[]"), "image", "caption") == ([], {})
+    for text, message in {"[{]": "character 1", json.dumps(entries)[:-9]: "Unterminated string"}.items():
+        with pytest.raises(DataError, match=message):
+            read(read_jsonl, write(tmp_path / "a.json", text), "image", "caption")
+    with pytest.raises(DataError, match=r"no column \['caption'\], only \['image', 'conversations'\]"):
+        read(read_jsonl, write(tmp_path / "a.json", [{"image": "a.jpg", "conversations": []}]), "image", "caption")
+
+
+@pytest.mark.parametrize("mark", ["\ufeff", "\ufeff\ufeff"], ids=["one", "two"])
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path, mark: str) -> None:
+    lines = {
+        read_text: "A dog.",
+        read_flickr30k: "A dog.jpg#0\tA dog.",
+        read_jsonl: '{"image": "A dog.jpg", "caption": "A dog."}',
+        read_csv: "image,caption\nA dog.jpg,A dog.",
+    }
+    for reader, line in lines.items():
+        columns = ("image", "caption") if reader in (read_jsonl, read_csv) else ()
+        rows, dropped = read(reader, write(tmp_path / "a", f"{mark}{line}\n".replace("\n", "\r\n")), *columns)
+        assert [row.captions for row in rows] == [("A dog.",)] and not dropped
+        assert all(row.image in (None, "A dog.jpg") for row in rows)
+        with pytest.raises(DataError, match=r"is UTF-16; write it as UTF-8: iconv"):
+            read(reader, write(tmp_path / "a", line.encode("utf-16")), *columns)
+    rows, _ = read(read_text, write(tmp_path / "a", "\ufeffOne.\n\ufeffTwo.\n"))  # two files put together
+    assert [row.captions for row in rows] == [("One.",), ("Two.",)]
 
 
 def test_overlong_lines_are_dropped_and_reading_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,6 +526,36 @@ def test_text_ids_are_those_of_the_sentence(tmp_path: Path) -> None:
     assert [row.captions[0] for row in rows] == ["One dog.", "  One   dog. ", "Two dogs.", "\udcff\udcfe"]
     assert rows[0].image_id == rows[1].image_id != rows[2].image_id
     assert all(row.image is None for row in rows)
+
+
+def test_image_folder_follows_links_once(tmp_path: Path) -> None:
+    source = tmp_path / "pictures"
+    for name in ("pictures/z/x.jpg", "elsewhere/deep/y.jpg", "elsewhere/w.png"):
+        write(tmp_path / name, b"x")
+    (source / "a").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (source / "b").symlink_to(tmp_path / "elsewhere" / "deep")  # reached by `a` already
+    (source / "c").symlink_to(source / "z")  # a real folder keeps its own name
+    (source / "up").symlink_to("..")
+    (source / "z/self").symlink_to(".")
+    (tmp_path / "elsewhere/back").symlink_to(source)
+    (source / "broken").symlink_to("nowhere")
+    (source / "v.jpg").symlink_to(tmp_path / "elsewhere/w.png")
+    rows, dropped = read(read_image_folder, source)
+    assert sorted(row.image_id for row in rows) == ["a/deep/y.jpg", "a/w.png", "v.jpg", "z/x.jpg"]
+    assert dropped == {"folder: reached in several ways, read once": 6, "file: no picture by its name": 1}
+
+
+def test_image_folder_counts_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("pictures/a.jpg", "pictures/locked/b.jpg", "pictures/open/c.jpg"):
+        write(tmp_path / name, b"x")
+    (tmp_path / "pictures/locked").chmod(0)
+    tmp_path.chmod(0o755)
+    monkeypatch.chdir(tmp_path)  # so that no folder above needs to be open to others
+    with as_ordinary_user():
+        rows, dropped = read(read_image_folder, Path("pictures"))
+    (tmp_path / "pictures/locked").chmod(0o700)
+    assert [row.image_id for row in rows] == ["a.jpg", "open/c.jpg"]
+    assert dropped == {"folder: cannot be read": 1}
 
 
 def test_image_folder(tmp_path: Path) -> None:
@@ -397,8 +640,22 @@ def test_img2dataset_captions_and_odd_members(tmp_path: Path) -> None:
         ("a.txt", b"late"), ("b.jpg", b"2"), ("c.d.jpg", b"3"), ("e.txt", b"\xff"),
     ]  # fmt: skip
     kept, dropped = scan(tar_of(tmp_path / "00000.tar", members))
-    assert kept == {"a": "from json", "b": "", "e": "\udcff"}
-    assert dropped == {"member: its key was seen before in the tar": 2, "member: name is not KEY.extension": 1}
+    assert kept == {"a": "from json", "e": "\udcff"}
+    assert dropped == {
+        "member: its key was seen before in the tar": 1,
+        "member: name is not KEY.extension": 1,
+        "row: several pictures or captions under one key": 2,
+    }
+
+
+@pytest.mark.parametrize(
+    ("extensions", "number"),
+    [("jpg jpg txt", 2), ("jpg txt txt", 2), ("jpg txt jpg txt", 2), ("jpg png txt", 1), ("jpg jpeg json", 1)],
+)
+def test_img2dataset_key_of_two_pictures_is_no_record(tmp_path: Path, extensions: str, number: int) -> None:
+    members = [(f"a.{extension}", str(n).encode()) for n, extension in enumerate(extensions.split())]
+    kept, dropped = scan(tar_of(tmp_path / "00000.tar", [*members, ("b.jpg", b"1"), ("b.txt", b"one")]))
+    assert kept == {"b": "one"} and dropped == {"row: several pictures or captions under one key": number}
 
 
 def test_img2dataset_lists_tars(tmp_path: Path) -> None:

@@ -314,6 +314,54 @@ def test_keys(tmp_path: Path) -> None:
     assert dict(summary.dropped) == {"the image id makes no key": 1}
 
 
+@pytest.mark.parametrize("padded", ["features", "predictions"])
+def test_an_image_with_and_without_zeros_in_front_is_one(tmp_path: Path, padded: str) -> None:
+    def renamed(name: str) -> list[Image]:
+        images = [Image(str(100 + n).zfill(12 if name == padded else 0), 3 + n, seed=n) for n in range(3)]
+        return [*images, Image("007", 2, 7), Image("7", 2, 8)]  # both files have these two: two images
+
+    features = [image.feature_line() for image in renamed("features")]
+    predictions = [image.prediction_line() for image in renamed("predictions")]
+    predictions.append(predictions[0])
+    places = _write(tmp_path, features, predictions)
+    numbers = {str(100 + n): n for n in range(3)}
+    (tmp_path / "imageid2idx.json").write_text(json.dumps(numbers))
+    summary = run_import(**places)
+    assert dict(summary.dropped) == {"the image id was seen before": 1}
+    width = 12 if padded == "predictions" else 0
+    assert list(_read(places["out"])) == [*(str(100 + n).zfill(width) for n in range(3)), "007", "7"]
+    places = _write(tmp_path, features[:3], predictions[:3])
+    for width in (1, 6):
+        run_import(**{**places, "out": tmp_path / f"out{width}"}, key_rule=KeyRule(width=width))
+        assert list(_read(tmp_path / f"out{width}")) == [str(100 + n).zfill(width) for n in range(3)]
+
+
+def test_a_number_that_a_file_writes_in_two_ways_joins_its_own_spelling_only(tmp_path: Path) -> None:
+    one, other, third = Image("7", 2, 0), Image("07", 2, 1), Image("007", 2, 2)
+    places = _write(tmp_path, [one.feature_line(), other.feature_line()], [third.prediction_line()])
+    summary = run_import(**places)
+    assert summary.counts["records"] == 0
+    assert dict(summary.dropped) == {
+        "the image has features and no predictions": 2,
+        "the image has predictions and no features": 1,
+    }
+
+
+@pytest.mark.parametrize("lineidx", [False, True])
+def test_byte_order_marks(tmp_path: Path, lineidx: bool) -> None:
+    features = ["\ufeff" + IMAGES[0].feature_line(), *(image.feature_line() for image in IMAGES[1:])]
+    predictions = ["\ufeff" + IMAGES[0].prediction_line(), *(image.prediction_line() for image in IMAGES[1:])]
+    places = _write(tmp_path, features, predictions, lineidx)
+    for path in tmp_path.glob("*.lineidx"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    numbers = json.dumps({image.image_id: n for n, image in enumerate(IMAGES)})
+    (tmp_path / "imageid2idx.json").write_text("\ufeff" + numbers, encoding="utf-8")
+    summary = run_import(**places)
+    assert not summary.dropped and list(_read(places["out"])) == [image.image_id for image in IMAGES]
+    (tmp_path / "mark.tsv").write_bytes(b"\xef\xbb\xbf")
+    assert Table(tmp_path / "mark.tsv").ids == []
+
+
 def test_missing_files_and_another_run_in_the_folder(tmp_path: Path) -> None:
     places = _write(tmp_path, None, [IMAGES[0].prediction_line()])
     with pytest.raises(DataError, match="absent or empty"):

@@ -67,7 +67,7 @@ def read_known(path: Path) -> list[Known]:
     if not path.is_file():
         raise DataError(f"{path} is not a file; give one of {_EXPECTED} a line")
     out = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 content = json.loads(line)

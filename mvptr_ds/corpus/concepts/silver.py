@@ -65,9 +65,9 @@ def read_captions(paths: Sequence[Path], exclude: Path | None) -> list[str]:
         DataError: a file is not of this kind.
     """
     try:
-        annotations = [a for path in paths for a in json.loads(path.read_text(encoding="utf-8"))["annotations"]]
+        annotations = [a for path in paths for a in json.loads(path.read_text(encoding="utf-8-sig"))["annotations"]]
         pairs = [(a["image_id"], str(a["caption"]).strip()) for a in annotations]
-        lines = exclude.read_text(encoding="utf-8").splitlines() if exclude is not None else []
+        lines = exclude.read_text(encoding="utf-8-sig").splitlines() if exclude is not None else []
         unwanted = {json.loads(line)["caption"].strip().lower() for line in lines}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"cannot read captions of {[*map(str, paths), str(exclude)]}: {error!r}") from error

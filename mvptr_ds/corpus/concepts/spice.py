@@ -121,7 +121,7 @@ def _first(text: str, word: str, lemmatiser: Lemmatiser) -> Span | None:
 
 def _read_list(path: Path) -> list[dict[str, Any]]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
     if not isinstance(content, list) or not all(isinstance(item, dict) for item in content):

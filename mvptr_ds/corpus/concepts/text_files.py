@@ -146,7 +146,7 @@ def _parse(batch: list[tuple[int, bytes]], parser: PhraseParser, source: Path, s
     for offset, line in batch:
         where = f"{source.name} at byte {offset}"
         try:
-            content = _read_item(line.decode("utf-8"), source.suffix == ".jsonl")
+            content = _read_item(line.decode("utf-8-sig"), source.suffix == ".jsonl")
         except (ValueError, TypeError) as error:
             summary.drop("line that cannot be read", f"{where}: {error}")
             continue

@@ -13,8 +13,10 @@ from mvptr_ds.corpus.sources.rows import (
     captions_of,
     iter_array,
     iter_lines,
+    normal_path,
     number_or_name,
     size_of,
+    whole,
 )
 from mvptr_ds.data.schema import DataError
 
@@ -32,17 +34,20 @@ def read_coco(source: Path, summary: Summary) -> Iterator[Row]:
         DataError: not JSON, or without these two fields.
     """
     images: dict[int | str, tuple[str, int, int]] = {}
+    others: dict[int | str, tuple[str, int, int]] = {}  # of an id that is listed with a second picture
     for number, entry in enumerate(iter_array(source, "images")):
         try:
-            image_id = _whole(entry["id"])
+            image_id = whole(entry["id"])
             number_or_name(image_id)
-            images[image_id] = (str(entry["file_name"]), *size_of(entry))
+            image = (str(entry["file_name"]), *size_of(entry))
+            if normal_path(images.setdefault(image_id, image)[0]) != normal_path(image[0]):
+                others[image_id] = image
         except _WRONG as error:
             summary.drop(UNREADABLE, f"{source.name}, images[{number}]: {error!r}")
     with_caption = set()
     for number, entry in enumerate(iter_array(source, "annotations")):
         try:
-            image_id, captions = _whole(entry["image_id"]), captions_of(entry["caption"])
+            image_id, captions = whole(entry["image_id"]), captions_of(entry["caption"])
             name = number_or_name(image_id)
             if image_id not in images:
                 summary.drop("row: of an image that the file does not list", f"{source.name}, image {image_id}")
@@ -50,15 +55,12 @@ def read_coco(source: Path, summary: Summary) -> Iterator[Row]:
         except _WRONG as error:
             summary.drop(UNREADABLE, f"{source.name}, annotations[{number}]: {error!r}")
             continue
-        with_caption.add(image_id)
         yield Row(name, captions, *images[image_id])
+        if image_id in others and image_id not in with_caption:
+            yield Row(name, (), *others[image_id])  # whose captions these are cannot be told: planning drops them
+        with_caption.add(image_id)
     for image_id in (image_id for image_id in images if image_id not in with_caption):
         summary.drop("image: listed without a caption", f"{source.name}, image {image_id}")
-
-
-def _whole(image_id: Any) -> Any:
-    """4 for 4.0, which table programs make of the ids."""
-    return int(image_id) if isinstance(image_id, float) and image_id.is_integer() else image_id
 
 
 def read_karpathy(source: Path, use_restval: bool, summary: Summary) -> Iterator[Row]:
@@ -69,7 +71,7 @@ def read_karpathy(source: Path, use_restval: bool, summary: Summary) -> Iterator
     """
     for number, entry in enumerate(iter_array(source, "images")):
         try:
-            name, split = str(entry["filename"]), entry["split"]
+            name, split = normal_path(str(entry["filename"])), entry["split"]
             if split not in _KARPATHY_SPLITS:
                 raise ValueError(f"split is {_short(split)}, expected one of {', '.join(_KARPATHY_SPLITS)}")
             captions = captions_of([sentence["raw"] for sentence in entry["sentences"]])
@@ -109,33 +111,57 @@ def read_visual_genome(source: Path, image_data: Path | None, images: Path | Non
     Raises:
         DataError: not JSON, or not an array.
     """
-    known = dict(_genome_images(image_data)) if image_data is not None else {}
+    known = {} if image_data is None else _genome_images(image_data)
     for number, entry in enumerate(iter_array(source)):
         try:
             regions = entry["regions"]
-            image_id = entry["id"] if "id" in entry else regions[0]["image_id"]
+            image_id = _genome_id(entry["id"] if "id" in entry else regions[0]["image_id"])
             captions = captions_of([region["phrase"] for region in regions])
+            if any(_genome_id(region.get("image_id", image_id)) != image_id for region in regions):
+                summary.drop(
+                    "row: a region of another image than its entry", f"{source.name}, image {image_id}", len(captions)
+                )
+                continue
             folder, width, height = known.get(image_id, ("", 0, 0))
-            row = Row(str(int(image_id)), captions, _genome_path(image_id, folder, images), width, height)
+            row = Row(str(image_id), captions, _genome_path(image_id, folder, images), width, height)
         except _WRONG as error:
             summary.drop(UNREADABLE, f"{source.name}, [{number}]: {error!r}")
             continue
         yield row
 
 
-def _genome_images(image_data: Path) -> Iterator[tuple[int, tuple[str, int, int]]]:
+def _genome_id(value: Any) -> int:
+    """7 for 7, 7.0, "7" and "007": tools that go over the files write ids as text or as floats."""
+    value = whole(value)
+    if isinstance(value, bool) or not (isinstance(value, int) or (isinstance(value, str) and value.isdecimal())):
+        raise TypeError(f"image id is {_short(value)}, expected a whole number")
+    return int(value)
+
+
+def _genome_images(image_data: Path) -> dict[int, tuple[str, int, int]]:
+    """Folder, width and height of each image. Raises DataError for what is no such file or contradicts itself."""
+    found: dict[int, tuple[str, int, int]] = {}
     for number, entry in enumerate(iter_array(image_data)):
         try:
             folder = PurePosixPath(str(entry["url"])).parent.name
-            yield int(entry["image_id"]), (folder if folder in _GENOME_FOLDERS else "", *size_of(entry))
+            image_id, image = (
+                _genome_id(entry["image_id"]),
+                (folder if folder in _GENOME_FOLDERS else "", *size_of(entry)),
+            )
         except _WRONG as error:
             raise DataError(
                 f"{image_data}, [{number}] is {_short(entry)}: {error!r}; give Visual Genome's image_data.json"
             ) from error
+        if found.setdefault(image_id, image) != image:
+            raise DataError(
+                f"{image_data}, [{number}]: image {image_id} is {image}, and was {found[image_id]} before (folder, "
+                "width, height); leave one of the two in"
+            )
+    return found
 
 
 def _genome_path(image_id: int, folder: str, images: Path | None) -> str:
-    name = f"{int(image_id)}.jpg"
+    name = f"{image_id}.jpg"
     places = [f"{place}/{name}" for place in ([folder] if folder else _GENOME_FOLDERS)]
     if images is None:
         return places[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -13,6 +14,7 @@ from mvptr_ds.data.tars import IMAGE_EXTENSIONS, Member, iter_members, split_nam
 
 _READ = frozenset(("txt", "json", *IMAGE_EXTENSIONS))
 _MAX_TEXT_BYTES = 1 << 20
+_AMBIGUOUS = "row: several pictures or captions under one key"
 
 
 def list_tars(sources: Iterable[Path]) -> list[Path]:
@@ -35,8 +37,12 @@ def list_tars(sources: Iterable[Path]) -> list[Path]:
 
 
 def scan_tar(tar: Path, file: BinaryIO, summary: Summary) -> dict[str, dict[str, Member]]:
-    """The members to read of every whole record, by key and extension, from the headers; nothing from a damage on."""
+    """The members to read of every whole record, by key and extension, from the headers; nothing from a damage on.
+
+    A record with a member twice or with two pictures is dropped: whose caption it holds cannot be told.
+    """
     records: dict[str, dict[str, Member]] = {}
+    repeated: dict[str, Counter[str]] = {}  # key -> how often each extension came again
     key = None
     try:
         for member in iter_members(file, tar.stat().st_size, whole=True):
@@ -51,13 +57,19 @@ def scan_tar(tar: Path, file: BinaryIO, summary: Summary) -> dict[str, dict[str,
             key = member_key
             members = records.setdefault(key, {})
             if extension in members:
-                summary.drop("member: its key was seen before in the tar", f"{tar.name}, {member.name}")
+                repeated.setdefault(key, Counter())[extension] += 1
             elif extension in _READ:
                 members[extension] = member
     except DataError as error:
         summary.drop("tar: damaged, skipped from there on", f"{tar.name}: {error}")
         if key is not None:
             del records[key]  # its members may be among what is lost
+    for key, members in list(records.items()):
+        times = repeated.get(key, Counter())
+        if times or sum(extension in IMAGE_EXTENSIONS for extension in members) > 1:
+            found = ", ".join((*members, *times.elements()))
+            summary.drop(_AMBIGUOUS, f"{tar.name}, {key}: {found}", 1 + max(times.values(), default=0))
+            del records[key]
     return records
 
 
@@ -77,4 +89,4 @@ def read_caption(file: BinaryIO, members: Mapping[str, Member]) -> str:
 
 def _text(file: BinaryIO, member: Member) -> str:
     file.seek(member.data)
-    return file.read(min(member.size, _MAX_TEXT_BYTES)).decode("utf-8", "surrogateescape")
+    return file.read(min(member.size, _MAX_TEXT_BYTES)).decode("utf-8-sig", "surrogateescape")

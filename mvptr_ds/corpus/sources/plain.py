@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,16 +25,37 @@ def read_text(source: Path, summary: Summary) -> Iterator[Row]:
 def read_image_folder(source: Path, summary: Summary) -> Iterator[Row]:
     """Every picture below a folder; its id is its path. Files of other names are counted.
 
+    Links to folders are followed after the folders themselves, and each folder is read once: what a link leads to
+    again is counted, and so is a folder that cannot be read.
+
     Raises:
         DataError: there is no such folder.
     """
     if not source.is_dir():
         raise DataError(f"{source} is not a folder; give the folder of pictures")
-    for folder, folders, names in os.walk(source):
-        folders.sort()
-        for name in sorted(names):
-            path = Path(folder, name).relative_to(source).as_posix()
-            if name.lower().endswith(PICTURE_SUFFIXES):
-                yield Row(path, (), path)
-            else:
-                summary.drop("file: no picture by its name", path)
+    known: set[tuple[int, int]] = set()  # device and inode of every folder that was read
+    links = deque([source])
+    while links:
+        walk = os.walk(links.popleft(), onerror=lambda error: _count_folder(error, source, summary))
+        for folder, folders, names in walk:
+            status = os.stat(folder)
+            if (identity := (status.st_dev, status.st_ino)) in known:
+                summary.drop("folder: reached in several ways, read once", _below(source, Path(folder)))
+                folders.clear()
+                continue
+            known.add(identity)
+            folders.sort()
+            links += (Path(folder, name) for name in folders if Path(folder, name).is_symlink())
+            for path in (_below(source, Path(folder, name)) for name in sorted(names)):
+                if path.lower().endswith(PICTURE_SUFFIXES):
+                    yield Row(path, (), path)
+                else:
+                    summary.drop("file: no picture by its name", path)
+
+
+def _below(source: Path, path: Path) -> str:
+    return path.relative_to(source).as_posix()
+
+
+def _count_folder(error: OSError, source: Path, summary: Summary) -> None:
+    summary.drop("folder: cannot be read", f"{_below(source, Path(error.filename))}: {error.strerror}")

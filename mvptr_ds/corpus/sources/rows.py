@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import os
 import unicodedata
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -35,6 +37,19 @@ def clean_caption(text: str) -> str:
     return " ".join(words) if visible else ""
 
 
+def normal_path(name: str, root: str | None = None) -> str:
+    """A picture's path in one spelling: `./a.jpg`, `x/../a.jpg` and ROOT/a.jpg are all `a.jpg`.
+
+    Args:
+        root: absolute path of the folder of pictures; None where there is none.
+    """
+    path = os.path.normpath(name)
+    if root is None or not path.startswith("/"):
+        return path
+    path, below = "/" + path.lstrip("/"), root.rstrip("/") + "/"
+    return path[len(below) :] if path.startswith(below) else path
+
+
 def captions_of(value: Any) -> tuple[str, ...]:
     """Captions of a cell: a string, a list of strings, or nothing.
 
@@ -52,10 +67,15 @@ def captions_of(value: Any) -> tuple[str, ...]:
 
 def size_of(entry: Mapping[str, Any]) -> tuple[int, int]:
     """Width and height in pixels; 0, 0 when the source has none or no sensible ones."""
-    width, height = entry.get("width"), entry.get("height")
+    width, height = whole(entry.get("width")), whole(entry.get("height"))
     if not isinstance(width, int) or not isinstance(height, int) or not min(width, height) > 0:
         return 0, 0
     return (width, height) if max(width, height) <= MAX_SIDE_PX else (0, 0)
+
+
+def whole(value: Any) -> Any:
+    """4 for 4.0, which table programs make of whole numbers; anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def number_or_name(value: Any) -> str:
@@ -65,19 +85,25 @@ def number_or_name(value: Any) -> str:
     return f"{value:012d}" if isinstance(value, int) else value
 
 
-def open_text(path: Path, newline: str | None = None) -> TextIO:
+def open_text(path: Path) -> TextIO:
     """A UTF-8 file; bytes that are not become lone surrogates, which the check of ids and captions counts.
 
     Raises:
-        DataError: there is no such file.
+        DataError: there is no such file, or it is UTF-16.
     """
     if not path.is_file():
         raise DataError(f"{path} is not a file; give the annotation file")
-    return open(path, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+    with open(path, "rb") as file:
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise DataError(f"{path} is UTF-16; write it as UTF-8: iconv -f UTF-16 -t UTF-8 {path.name}")
+    return open(path, encoding="utf-8-sig", errors="surrogateescape")
 
 
 def iter_lines(path: Path, summary: Summary) -> Iterator[tuple[int, str]]:
-    """(number from 1, line without its end); overlong lines are dropped and counted."""
+    """(number from 1, line without its end); overlong lines are dropped and counted.
+
+    A byte order mark is no part of a line: files that were put together have one within.
+    """
     with open_text(path) as file:
         number = 0
         while line := file.readline(_MAX_LINE_CHARS):
@@ -87,7 +113,13 @@ def iter_lines(path: Path, summary: Summary) -> Iterator[tuple[int, str]]:
                     line = file.readline(_MAX_LINE_CHARS)
                 summary.drop(UNREADABLE, f"{path.name}, line {number}: over {_MAX_LINE_CHARS} characters")
             else:
-                yield number, line.rstrip("\n")
+                yield number, line.rstrip("\n").removeprefix("\ufeff")
+
+
+def is_array(path: Path) -> bool:
+    """Whether a file begins like a JSON array. Raises what `open_text` raises."""
+    with open_text(path) as file:
+        return _JsonStream(file, path).peek() == "["
 
 
 def iter_array(path: Path, name: str | None = None) -> Iterator[Any]:
@@ -102,7 +134,13 @@ def iter_array(path: Path, name: str | None = None) -> Iterator[Any]:
         stream = _JsonStream(file, path)
         if name is None:
             yield from stream.array()
+            stream.end()
             return
+        if stream.peek() == "[":
+            raise DataError(
+                f"{path} is a JSON array, not an object with the field {name!r}; is it of that format? An array of "
+                'objects with an image and a caption is read by the format "jsonl"'
+            )
         stream.take("{")
         fields = []
         while stream.peek() == '"':
@@ -148,6 +186,10 @@ class _JsonStream:
         if self.peek() != char:
             raise self._error(f"expected {char!r}, found {self.peek()!r}")
         self._at += 1
+
+    def end(self) -> None:
+        if self.peek():
+            raise self._error(f"expected the end of the file, found {self.peek()!r}")
 
     def value(self) -> Any:
         self.peek()

@@ -2,81 +2,70 @@
 
 from __future__ import annotations
 
-import csv
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mvptr_ds.corpus.jobs import Summary
-from mvptr_ds.corpus.sources.rows import UNREADABLE, Row, captions_of, iter_lines, open_text
+from mvptr_ds.corpus.sources.csv_rows import CsvRows
+from mvptr_ds.corpus.sources.rows import UNREADABLE, Row, captions_of, is_array, iter_array, iter_lines
 from mvptr_ds.data.schema import DataError
 
 _BATCH_ROWS = 4096
 
 
 def read_jsonl(source: Path, image_column: str, caption_column: str, summary: Summary) -> Iterator[Row]:
-    """One JSON object a line. Raises DataError when the first object lacks a column."""
+    """One JSON object a line, or a JSON array of them. Raises DataError when the first object lacks a column."""
+    entries = _array_entries(source) if is_array(source) else _line_entries(source, summary)
     first = True
-    for number, line in iter_lines(source, summary):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            if not isinstance(entry, dict):
-                raise TypeError(f"a {type(entry).__name__}, not an object")
-        except (ValueError, TypeError, RecursionError) as error:
-            summary.drop(UNREADABLE, f"{source.name}, line {number}: {error}")
+    for where, entry in entries:
+        if not isinstance(entry, dict):
+            summary.drop(UNREADABLE, f"{where}: a {type(entry).__name__}, not an object")
             continue
         if first:
-            _check_columns(source, entry, (image_column, caption_column))
+            _find_columns(source, entry, (image_column, caption_column))
             first = False
-        yield from _row(entry, image_column, caption_column, f"{source.name}, line {number}", summary)
+        yield from _row(entry, image_column, caption_column, where, summary)
+
+
+def _array_entries(source: Path) -> Iterator[tuple[str, Any]]:
+    for number, entry in enumerate(iter_array(source)):
+        yield f"{source.name}, [{number}]", entry
+
+
+def _line_entries(source: Path, summary: Summary) -> Iterator[tuple[str, Any]]:
+    for number, line in iter_lines(source, summary):
+        where = f"{source.name}, line {number}"
+        try:
+            if line.strip():
+                yield where, json.loads(line)
+        except (ValueError, RecursionError) as error:
+            summary.drop(UNREADABLE, f"{where}: {error}")
 
 
 def read_csv(source: Path, image_column: str, caption_column: str, summary: Summary) -> Iterator[Row]:
-    """A heading, then a row a line; separated by tabs, and never quoted, when the name ends in
-    .tsv. A cell may hold a JSON list.
+    """A heading, then a row a line; separated by tabs when the name ends in .tsv. A cell may hold a JSON list.
 
     Raises:
-        DataError: the heading lacks a column.
+        DataError: the heading lacks a column, or has one twice.
     """
-    with open_text(source, newline="") as file:
-        if source.suffix.lower() == ".tsv":
-            reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)  # a stray quote would swallow rows
-        else:
-            reader = csv.DictReader(file, strict=True)
-        try:
-            _check_columns(source, reader.fieldnames or (), (image_column, caption_column))
-        except csv.Error as error:
-            raise DataError(f"{source} cannot be read as CSV: {error}") from error
-        while True:
-            try:
-                entry = next(reader, None)
-            except csv.Error as error:
-                summary.drop(UNREADABLE, f"{source.name}, line {reader.line_num}: {error}")
-                continue
-            if entry is None:
-                return
-            if None in entry:
-                summary.drop("row: more cells than the heading", f"{source.name}, line {reader.line_num}")
-                continue
-            if reader.reader.dialect.quoting == csv.QUOTE_NONE:
-                entry = {name: _unquoted(cell) for name, cell in entry.items()}
-            entry[caption_column] = _list_in(entry[caption_column])
-            yield from _row(entry, image_column, caption_column, f"{source.name}, line {reader.line_num}", summary)
+    rows = CsvRows(source, summary)
+    columns = _find_columns(source, rows.heading, (image_column, caption_column))
+    rows.image_at, caption_at = (rows.heading.index(column) for column in columns)
+    for number, cells in rows:
+        where = f"{source.name}, line {number}"
+        if len(cells) > len(rows.heading):
+            summary.drop("row: more cells than the heading", where)
+            continue
+        cells += [""] * (len(rows.heading) - len(cells))
+        entry = {image_column: cells[rows.image_at], caption_column: _list_in(cells[caption_at])}
+        yield from _row(entry, image_column, caption_column, where, summary)
 
 
-def _unquoted(cell: str | None) -> str | None:
-    """A cell that is quoted as a whole, as spreadsheets write those with quotes in them, without its quotes."""
-    if cell is None or len(cell) < 2 or not (cell[0] == cell[-1] == '"'):
-        return cell
-    inner = cell[1:-1]
-    return inner.replace('""', '"') if '"' not in inner.replace('""', "") else cell
-
-
-def _list_in(cell: str | None) -> Any:
-    if cell is None or not cell.startswith("["):
+def _list_in(cell: str) -> Any:
+    if not cell.startswith("["):
         return cell
     try:
         value = json.loads(cell)
@@ -98,25 +87,31 @@ def read_parquet(source: Path, image_column: str, caption_column: str, summary: 
         raise DataError(f"reading Parquet needs pyarrow ({error}); pip install pyarrow, or convert to JSONL") from error
     if not source.is_file():
         raise DataError(f"{source} is not a file; give the Parquet file")
-    columns = (image_column, caption_column)
     try:
         with pyarrow.parquet.ParquetFile(source) as file:
-            _check_columns(source, file.schema_arrow.names, columns)
+            columns = _find_columns(source, file.schema_arrow.names, (image_column, caption_column))
             number = 0
             for batch in file.iter_batches(_BATCH_ROWS, columns=list(dict.fromkeys(columns))):
                 for entry in batch.to_pylist():
-                    yield from _row(entry, *columns, f"{source.name}, row {number}", summary)
+                    yield from _row(entry, columns[0], columns[1], f"{source.name}, row {number}", summary)
                     number += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{source} cannot be read as Parquet: {error}") from error
 
 
-def _check_columns(source: Path, there: Iterable[str], wanted: tuple[str, str]) -> None:
+def _find_columns(source: Path, there: Iterable[str], wanted: tuple[str, str]) -> list[str]:
+    """The names of the wanted columns as they stand there, where they may be surrounded by spaces."""
     there = list(there)
-    if missing := [column for column in wanted if column not in there]:
+    counts = Counter(name.strip() for name in there)
+    if repeated := [name for name, number in counts.items() if name and number > 1]:
+        raise DataError(f"{source} has the column {repeated[0]!r} twice; rename one, or take it out")
+    found = {name.strip(): name for name in there}
+    if missing := [column for column in wanted if column.strip() not in found]:
+        shown = [name[:80] for name in there[:30]]
         raise DataError(
-            f"{source} has no column {missing}, only {there[:30]}; name them with --image-column and --caption-column"
+            f"{source} has no column {missing}, only {shown}; name them with --image-column and --caption-column"
         )
+    return [found[column.strip()] for column in wanted]
 
 
 def _row(

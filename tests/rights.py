@@ -1,0 +1,22 @@
+"""Runs a part of a test without the rights of root, whom no mode of a file hinders."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+_NOBODY = 65534
+
+
+@contextlib.contextmanager
+def as_ordinary_user() -> Iterator[None]:
+    """Within, this process is no longer root if it was. Files are then to be named from the working folder."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(_NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)

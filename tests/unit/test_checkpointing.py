@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from mvptr_ds import checkpointing
-from mvptr_ds.checkpointing import CheckpointError, find_model, first_model, newest_good, verify
+from mvptr_ds.checkpointing import CheckpointError, newest_good, verify
 from mvptr_ds.config import load_config
+from mvptr_ds.hand_over import find_model, first_model
 
 
 def save(folder: Path, step: int, keep: int = 10) -> Path:

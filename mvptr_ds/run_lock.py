@@ -101,19 +101,17 @@ class RunLock:
             held = self._read()
             unchanged_s = unchanged_s + POLL_S if held == last else 0.0
             if held is not None:
-                alive, why = _alive(held)
-                if alive is None and (unchanged_s >= SILENT_S or time.time() - held.renewed_ns / 1e9 > OLD_S):
-                    alive, why = False, "it has given no sign of life for a while"
+                alive, why = _alive(held, unchanged_s)
                 if alive is False:
-                    self._clear(held)
-                    logger.warning("%s of %s is taken over: %s", self.path, held, why)
-                    continue
-                if waited_s >= WAIT_S and (alive or unchanged_s < 2 * BEAT_S):
+                    if self._take_over(held):
+                        logger.warning("%s of %s is taken over: %s", self.path, held, why)
+                        break
+                elif alive and waited_s >= WAIT_S:
                     raise RunLockError(
                         f"{self.path.parent} is trained in by another start ({held}): wait for its end or end it, or "
                         f"give this one another run.dir; remove {self.path} only where you know that it is gone"
                     )
-                if last is None:
+                elif last is None:
                     logger.info("%s is held by another start (%s): waiting for its end", self.path, held)
             last = held
             time.sleep(POLL_S)  # looks are counted, not time: storage may stand still for all
@@ -168,17 +166,26 @@ class RunLock:
         except FileNotFoundError:
             return None
 
-    def _clear(self, held: Held) -> None:
-        """Takes this lock away; not that of another start which was quicker to do so."""
-        aside = self.path.with_name(f"{NAME}-{self.token}")
+    def _take_over(self, held: Held) -> bool:
+        """Puts this lock in the place of that one; False where another start is quicker."""
+        taking, partial = (self.path.with_name(f"{NAME}-{name}") for name in ("taking", self.token))
         try:
-            os.rename(self.path, aside)
-        except FileNotFoundError:
-            return
-        if aside.read_text(encoding="utf-8", errors="replace") != held.text:
-            with suppress(OSError):  # its owner makes it again where this cannot be done
-                os.link(aside, self.path)
-        aside.unlink()
+            os.close(os.open(taking, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            with suppress(OSError):
+                if time.time() - taking.stat().st_mtime > SILENT_S:  # of a start that was killed just here
+                    taking.unlink()
+            return False
+        try:
+            now = self._read()
+            if now is None or now.text != held.text:
+                return False
+            partial.write_text(self._text, encoding="utf-8")
+            os.replace(partial, self.path)  # nobody can make one in between
+        finally:
+            partial.unlink(missing_ok=True)
+            taking.unlink(missing_ok=True)
+        return True
 
     def _renew(self) -> None:
         while not self._released.wait(BEAT_S):
@@ -202,13 +209,19 @@ def _myself() -> dict[str, Any]:
     }
 
 
-def _alive(held: Held) -> tuple[bool | None, str]:
-    """Whether the owner of a lock still runs, None where that cannot be known from here; and why it does not."""
+def _alive(held: Held, unchanged_s: float) -> tuple[bool | None, str]:
+    """Whether the owner of a lock still runs, None where that is not known yet; and why it does not.
+
+    Args:
+        unchanged_s: for how long its time was seen to stand still.
+    """
     owner, here = held.owner, _myself()
     if here["job"] is not None and owner.get("job") == here["job"] and owner.get("job_start") != here["job_start"]:
         return False, "this is the same SLURM job, started again"
     if here["machine"] is None or owner.get("machine") != here["machine"]:
-        return None, ""
+        if unchanged_s >= SILENT_S or time.time() - held.renewed_ns / 1e9 > OLD_S:
+            return False, "it has given no sign of life for a while"
+        return (True if unchanged_s < 2 * BEAT_S else None), ""
     if _started(int(owner["pid"])) == owner["pid_started"]:
         return True, ""
     return False, f"its process {owner['pid']} is gone"

@@ -9,19 +9,23 @@
         rng-rank0.pt ...      random state of every rank
         state.json            step, ranks, versions
         checksums.json        sha256 of every file above; its presence makes the checkpoint complete
+      passed-over/            later ones that this run could not use; each stays until the run has saved its step
 
 Every function here is called by all ranks together.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +33,27 @@ import torch
 from safetensors import SafetensorError
 
 from mvptr_ds import parallel
-from mvptr_ds.config import Config, load_config
 from mvptr_ds.streams import Stream, seed_sequence
 
 logger = logging.getLogger(__name__)
 CHECKSUMS = "checksums.json"
 LATEST = "latest"
 UNREADABLE = "unreadable"
+BEGIN_ANEW = "bring a copy back, or begin anew, in another run.dir or with train.resume=never, which keeps the old ones"
+PASSED_OVER = "passed-over"
+MAY_PASS = {  # errors of storage that are often over a little later
+    errno.EAGAIN, errno.EBUSY, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTDOWN,
+    errno.EHOSTUNREACH, errno.EINTR, errno.EIO, errno.ENETDOWN, errno.ENETRESET, errno.ENETUNREACH, errno.ENOTCONN,
+    errno.EREMOTEIO, errno.ESHUTDOWN, errno.ESTALE, errno.ETIMEDOUT,
+}  # fmt: skip
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be used; the message says which, why, and what to do."""
+    """A checkpoint cannot be used or written; the message says which, why, and what to do."""
+
+
+class StorageError(OSError):
+    """A checkpoint cannot be read or written for a reason that may pass by itself: start the run again."""
 
 
 def save(
@@ -50,11 +64,12 @@ def save(
     write_model: Callable[[Path], None],
     keep: int,
     keep_every_steps: int = 0,
+    must: bool = False,
 ) -> Path | None:
     """Writes `folder/step-N`, then its checksums, then points `latest` at it, then removes what is not to be kept.
 
     A write that fails on any rank (no space left) is reported, its remains are removed, and the older checkpoints
-    stay as they were: the run can go on.
+    stay as they were: the run can go on, unless nothing is to be saved after it.
 
     Args:
         state: what `state.json` holds besides the step.
@@ -63,14 +78,20 @@ def save(
         write_model: writes the model folder, on rank 0.
         keep: how many of the newest stay.
         keep_every_steps: checkpoints at multiples of it stay for good; 0 keeps none of them.
+        must: no later save makes up for one that fails.
 
     Returns:
         The checkpoint; None where it could not be written.
+
+    Raises:
+        CheckpointError, StorageError: on all ranks, where it could not be written though it `must`.
     """
     path = folder / f"step-{step:08d}"
 
     def clear() -> None:
         if parallel.is_main():
+            if _is_complete(path):  # which this run could not use
+                _pass_over(path)
             shutil.rmtree(path, ignore_errors=True)
             path.mkdir(parents=True)
 
@@ -80,50 +101,100 @@ def save(
             write_model(path / "model")
             _write_json(path / "state.json", {"step": step, "num_ranks": parallel.num_ranks(), **state})
 
+    checksums: dict[str, str] = {}
+
     def publish() -> None:
         unreadable = {name: why for name, why in checksums.items() if why.startswith(UNREADABLE)}
         if unreadable:
-            raise OSError(f"written, but then {unreadable}")
+            raise OSError(errno.EIO, f"written, but then {unreadable}")
         if parallel.is_main():
             _write_json(path / CHECKSUMS, checksums)
             (folder / f"{LATEST}.partial").write_text(path.name, encoding="utf-8")
             os.replace(folder / f"{LATEST}.partial", folder / LATEST)
 
-    problem = _on_all(clear) or _on_all(lambda: write_engine(path / "engine")) or _on_all(write_rest)
+    def hash_files() -> None:
+        checksums.update(_checksums(path))
+
+    parts = (clear, lambda: write_engine(path / "engine"), write_rest, hash_files, publish)
+    problem = next((problem for problem in map(_on_all, parts) if problem is not None), None)
     if problem is None:
-        checksums = _checksums(path)
-        problem = _on_all(publish)
-    if parallel.is_main():
-        if problem is not None:
-            _remove(path)
-            logger.error("no checkpoint at step %d, going on without: %s", step, problem)
-        else:
+        if parallel.is_main():
             _prune(folder, path, keep, keep_every_steps)
+        parallel.barrier()
+        return path
+    if parallel.is_main():
+        _remove(path)
+        if not must:
+            logger.error("no checkpoint at step %d, going on without: %s", step, problem)
+    if must:
+        raise _unsaved(folder, step, problem)
     parallel.barrier()
-    return path if problem is None else None
+    return None
 
 
-def _on_all(action: Callable[[], None]) -> str | None:
+@dataclass(frozen=True)
+class _Problem:
+    """Why a save failed: the number of the error of a system call, if it was one, and rank and message."""
+
+    number: int | None
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def may_pass(self) -> bool:
+        return self.number in MAY_PASS
+
+
+def _on_all(action: Callable[[], None]) -> _Problem | None:
     """Runs `action` on every rank; what went wrong on any of them, on all of them."""
     problem = None
     try:
         action()
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
-        problem = f"rank {parallel.rank()}: {' '.join(str(error).split())[:500]}"
-    return next((p for p in parallel.gather_objects(problem) if p is not None), None)
+        number = error.errno if isinstance(error, OSError) else None
+        problem = (number, f"rank {parallel.rank()}: {' '.join(str(error).split())[:500]}")
+    found = next((p for p in parallel.gather_objects(problem) if p is not None), None)
+    return None if found is None else _Problem(*found)
+
+
+def _unsaved(folder: Path, step: int, problem: _Problem) -> Exception:
+    """What ends a run whose last save has failed."""
+    there = parallel.of_main(lambda: complete(folder))
+    goes_on = f"from step {_step_of(there[0])}" if there else "from the beginning"
+    text = f"step {step} could not be saved in {folder}: {problem.text}"
+    if problem.may_pass:
+        return StorageError(f"{text}; started again, the run goes on {goes_on}")
+    return CheckpointError(f"{text}; make room there and start again: the run goes on {goes_on}")
 
 
 def _prune(folder: Path, newest: Path, keep: int, keep_every_steps: int) -> None:
-    complete = _complete(folder)
-    # later ones come from a run that was started again, or are damaged: this run goes on without them
-    later = [p for p in complete if p.name > newest.name]
-    for old in [*later, *complete[len(later) + max(1, keep) :]]:
-        step = int(old.name.removeprefix("step-"))
-        if old in later or not keep_every_steps or step % keep_every_steps:
-            _remove(old)
-    for torn in folder.glob("step-*"):  # remains of a save that was killed
-        if torn.name != newest.name and not (torn / CHECKSUMS).exists():
-            _remove(torn)
+    """Removes what the newest checkpoint has superseded, and takes out of the way what is later than it."""
+    try:
+        found = complete(folder)
+        # this run could not use the later ones; what they hold is lost to nobody before it has come as far
+        later = [path for path in found if _step_of(path) > _step_of(newest)]
+        for path in later:
+            _pass_over(path)
+        for old in found[len(later) + max(1, keep) :]:
+            if not keep_every_steps or _step_of(old) % keep_every_steps:
+                _remove(old)
+        for torn in folder.glob("step-*"):  # remains of a save that was killed
+            if torn.name != newest.name and not _is_complete(torn):
+                _remove(torn)
+        for path in (folder / PASSED_OVER).glob("step-*"):
+            if _step_of(path) <= _step_of(newest):
+                _remove(path)
+    except OSError as error:  # the next save tries again
+        logger.warning("older checkpoints in %s are not removed: %s", folder, error)
+
+
+def _pass_over(path: Path) -> None:
+    target = path.parent / PASSED_OVER / path.name
+    target.parent.mkdir(exist_ok=True)
+    _remove(target)
+    os.replace(path, target)
 
 
 def _remove(path: Path) -> None:
@@ -139,25 +210,48 @@ def check_resume(mode: str) -> None:
         raise ValueError(f"train.resume is {mode!r}; choose from auto, never")
 
 
-def newest_good(folder: Path) -> Path | None:
-    """The newest checkpoint whose every file has its checksum; damaged ones are reported and passed over."""
-    names = parallel.broadcast_object([p.name for p in _complete(folder)] if parallel.is_main() else None)
-    for path in (folder / name for name in names):
+def newest_good(folder: Path, remedy: str = BEGIN_ANEW) -> Path | None:
+    """The newest checkpoint whose every file has its checksum; damaged ones are reported and passed over.
+
+    None where there is no complete one.
+
+    Raises:
+        CheckpointError: none of the complete ones is good, with what is wrong with each.
+        StorageError: the same, but some could not be read at all.
+    """
+    names = parallel.of_main(lambda: [path.name for path in complete(folder)])
+    problems: list[str] = []
+    for number, path in enumerate((folder / name for name in names), start=1):
         problem = verify(path)
         if problem is None:
             return path
-        if parallel.is_main():
+        problems.append(f"{path.name}: {problem}")
+        if parallel.is_main() and number < len(names):
             logger.warning("checkpoint %s is damaged (%s); trying the one before it", path, problem)
-    return None
+    if not problems:
+        return None
+    raise damaged(f"no checkpoint in {folder} is good:\n  - " + "\n  - ".join(problems) + "\n  ", problems, remedy)
 
 
-def verify(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
-    expected = parallel.broadcast_object(_read_checksums(path) if parallel.is_main() else None)
-    if expected is None:
-        return f"{CHECKSUMS} cannot be read"
-    found = _checksums(path)
+def damaged(text: str, problems: Sequence[str], remedy: str) -> Exception:
+    """The error of what `verify` has found, which tells storage that fails from files that have changed."""
+    if any(UNREADABLE in problem for problem in problems):
+        return StorageError(f"{text}start again when the storage can be read")
+    return CheckpointError(text + remedy)
+
+
+def verify(path: Path, part: str = ".") -> str | None:
+    """What is wrong with a checkpoint, or with one folder of it alone; None where all is well."""
+    expected = parallel.of_main(lambda: _read_checksums(path))
+    if isinstance(expected, str):
+        return expected
+    try:
+        found = _checksums(path, part)
+    except OSError as error:
+        return f"{UNREADABLE} ({error})"
     for name, digest in expected.items():
+        if not Path(name).is_relative_to(part):
+            continue
         if name not in found:
             return f"{name} is missing"
         if found[name] != digest:
@@ -165,12 +259,15 @@ def verify(path: Path) -> str | None:
     return None
 
 
-def _read_checksums(path: Path) -> dict[str, str] | None:
+def _read_checksums(path: Path) -> dict[str, str] | str:
+    """The content of `checksums.json`, or what is wrong with it."""
     try:
         content = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
+    except OSError as error:
+        return f"{CHECKSUMS} is {UNREADABLE} ({error})"
+    except ValueError:
+        content = None
+    return content if isinstance(content, dict) else f"{CHECKSUMS} is no list of checksums"
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -199,75 +296,46 @@ def seed_rng(seed: int, step: int) -> None:
     torch.manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
 
 
-def newest_state(run_dir: Path, stages: Sequence[str]) -> dict[str, Any] | None:
-    """`state.json` of the newest checkpoint of the last stage that has one; nothing is verified. None without any."""
-    state = None
-    if parallel.is_main():
-        for path in (path for stage in stages for path in reversed(_complete(run_dir / stage / "checkpoints"))):
-            with suppress(OSError, ValueError):
-                state = read_state(path)
-    state = parallel.broadcast_object(state)
-    assert state is None or isinstance(state, dict)
-    return state
-
-
-def find_model(path: Path) -> Path:
-    """The model folder meant by a run folder, a stage folder, a checkpoint or a model folder itself.
+def complete(folder: Path) -> list[Path]:
+    """Complete checkpoints, newest first; not together, but by one rank.
 
     Raises:
-        CheckpointError: there is none below `path`.
+        StorageError, OSError: the folder is there and cannot be listed.
     """
-    for candidate in (path, path / "model"):
-        if (candidate / "model.safetensors").is_file():
-            return candidate
-    for stage in (path, *(path / name for name in ("stage2", "joint", "stage1"))):
-        newest = newest_good(stage / "checkpoints")
-        if newest is not None:
-            return newest / "model"
-    raise CheckpointError(f"{path} holds no complete checkpoint; give a run folder, a stage folder or a model folder")
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        if error.errno in MAY_PASS:
+            raise StorageError(f"{folder} cannot be listed: {error}") from error
+        raise
+    found = [folder / name for name in names if re.fullmatch(r"step-\d+", name)]
+    return sorted(filter(_is_complete, found), key=_step_of, reverse=True)
 
 
-def first_model(config: Config) -> Path | None:
-    """The model folder that the first of `run.stages` starts from, as `run.init_from` says; None: fresh weights.
-
-    Raises:
-        CheckpointError: there is none where it says; or stage 2 is to follow on a stage 1 that is not finished.
-    """
-    if config.run.init_from != "auto":
-        return find_model(Path(config.run.init_from)) if config.run.init_from else None
-    run_dir = Path(config.run.dir)
-    if config.stage_names[0] != "stage2":
-        return None
-    resumes = config.train.resume == "auto" and _complete(run_dir / "stage2" / "checkpoints")
-    if parallel.broadcast_object(bool(resumes) and not (run_dir / "stage1").is_dir()):
-        return None  # its own checkpoint holds everything
-    newest = newest_good(run_dir / "stage1" / "checkpoints")
-    if newest is None:
-        raise CheckpointError(
-            f"stage 2 starts from a finished stage 1, and {run_dir / 'stage1'} holds no complete checkpoint: train it "
-            "first (run.stages=[1]), name another start (run.init_from=...), or begin with fresh weights "
-            "(run.init_from=null)"
-        )
-    step, max_steps = read_state(newest)["step"], load_config(newest / "model/mvptr.yaml").stage1.max_steps
-    if step < max_steps:
-        raise CheckpointError(
-            f"stage 2 starts from a finished stage 1, and that of {run_dir} is at step {step} of {max_steps}: let it "
-            f"finish first (run.stages=[1]), or take it as it is (run.init_from={run_dir / 'stage1'})"
-        )
-    return newest / "model"
+def _is_complete(path: Path) -> bool:
+    """Whether a checkpoint has its checksums; where they cannot be looked at, `verify` says why."""
+    try:
+        (path / CHECKSUMS).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
-def _complete(folder: Path) -> list[Path]:
-    """Complete checkpoints, newest first."""
-    return sorted((p.parent for p in folder.glob(f"step-*/{CHECKSUMS}")), reverse=True)
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
-def _checksums(path: Path) -> dict[str, str]:
+def _checksums(path: Path, part: str = ".") -> dict[str, str]:
     """sha256 of every file, the work shared among the ranks; of one that cannot be read: `unreadable` and why."""
-    names: list[str] = []
-    if parallel.is_main():  # whose listing holds for all: on network storage they may differ for a while
-        names = sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file() and p.name != CHECKSUMS)
-    names = parallel.broadcast_object(names)
+    names = parallel.of_main(  # whose listing holds for all: on network storage they may differ for a while
+        lambda: sorted(
+            str(p.relative_to(path)) for p in (path / part).rglob("*") if p.is_file() and p.name != CHECKSUMS
+        )
+    )
     mine = {name: _sha256(path / name) for name in names[parallel.rank() :: parallel.num_ranks()]}
     return {name: digest for part in parallel.gather_objects(mine) for name, digest in part.items()}
 

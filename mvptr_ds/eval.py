@@ -17,13 +17,14 @@ if __name__ == "__main__":  # see train.py
 import torch
 
 from mvptr_ds.assembly import open_held_out
-from mvptr_ds.checkpointing import CheckpointError, find_model
+from mvptr_ds.checkpointing import CheckpointError, StorageError
 from mvptr_ds.config import STAGES, override_config
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.evaluation.curves import draw_curves, draw_scores, read_metrics, wall_s
 from mvptr_ds.evaluation.pictures import draw_grounding
 from mvptr_ds.evaluation.report import evaluate_split
 from mvptr_ds.evaluation.table import table
+from mvptr_ds.hand_over import find_model
 from mvptr_ds.model_folder import load_model_folder
 from mvptr_ds.terminal import accept_any_text
 from mvptr_ds.user_files import user_path
@@ -84,7 +85,7 @@ def main() -> int:
     out = arguments.out or arguments.run
     try:
         report = evaluate(arguments.run, arguments.overrides, out)
-    except (DataError, CheckpointError, ValueError) as error:
+    except (DataError, CheckpointError, StorageError, ValueError) as error:
         logger.debug("where it was raised", exc_info=True)
         logger.error("error: %s", error)
         return 2

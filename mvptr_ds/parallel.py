@@ -14,7 +14,7 @@ from collections.abc import Callable, MutableMapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from torch import Tensor
 from mvptr_ds.meeting import deadline, meet
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 if not torch.cuda.is_available():  # deepspeed picks its accelerator when it is first imported
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -164,6 +165,22 @@ def gather_objects(value: Any) -> list[Any]:
     out: list[Any] = [None] * num_ranks()
     dist.all_gather_object(out, value)
     return out
+
+
+def of_main(function: Callable[[], T]) -> T:
+    """What a short `function` gives on rank 0, on every rank; its error is raised on every rank."""
+    if num_ranks() == 1:
+        return function()
+    value, error = None, None
+    if is_main():
+        try:
+            value = function()
+        except Exception as caught:  # whatever it is: the others wait
+            error = _portable(caught)
+    value, error = broadcast_object((value, error))
+    if error is not None:
+        raise error
+    return value
 
 
 def on_main(function: Callable[[], object], alive: Callable[[], None] | None = None) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import yaml
 
-from mvptr_ds import assembly, checkpointing, ds_config, model_folder, parallel, preflight_records
+from mvptr_ds import assembly, checkpointing, ds_config, hand_over, model_folder, parallel, preflight_records
 from mvptr_ds.assembly import Vocabs
 from mvptr_ds.config import Config
 from mvptr_ds.data.scan import check_first_record, where_tars_are
@@ -317,7 +317,9 @@ def _disk(config: Config, num_bytes: dict[str, int]) -> Iterator[Finding]:
         kept = train.keep_checkpoints + (
             config.stage(name).max_steps // train.keep_every_steps if train.keep_every_steps else 0
         )
-        there = sum(file.stat().st_size for file in (run_dir / name / "checkpoints").rglob("*") if file.is_file())
+        own = run_dir / name / "checkpoints"
+        there = sum(file.stat().st_size for file in own.rglob("*") if file.is_file())
+        there = there if train.resume == "auto" else 0  # else it stays beside the new ones
         needed += max(0, (kept + 1) * size - there)
         next_needed = size if next_needed is None else next_needed
     free = shutil.disk_usage(run_dir if run_dir.exists() else Path(".")).free
@@ -333,8 +335,13 @@ def _disk(config: Config, num_bytes: dict[str, int]) -> Iterator[Finding]:
 
 def _hand_over(config: Config, vocabs: Vocabs) -> list[Finding]:
     """What the first stage starts from; all ranks look for it together."""
+    if hand_over.resumes(config):
+        text = f"{config.stage_names[0]} goes on from its own newest checkpoint in {config.run.dir}"
+        return [Finding("hand-over", OK, text)]
     try:
-        path = checkpointing.first_model(config)
+        path = hand_over.first_model(config)
+    except checkpointing.StorageError:
+        raise  # no finding that anybody could mend
     except (ValueError, OSError) as error:
         return [Finding("hand-over", ERROR, str(error))]
     if path is None:

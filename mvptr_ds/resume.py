@@ -6,33 +6,39 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mvptr_ds import checkpointing, elastic, model_folder, parallel
 from mvptr_ds.assembly import Vocabs
 from mvptr_ds.checkpointing import CheckpointError
-from mvptr_ds.config import DataConfig
+from mvptr_ds.config import Config, DataConfig
 from mvptr_ds.data.mixture import differences
 from mvptr_ds.model.mvptr import Mvptr
 
 AS_IT_WAS = ("batch_size", "bucket_batches", "precision")
+# with shards, mixture, batch size and vocabularies, which state.json holds, what decides which samples a step has
+ORDER = ("run.seed", "data.block_samples", "data.window_blocks")
+ORDER_OF_BUCKETS = (  # the caps of the lengths that buckets are drawn by
+    "data.max_tokens", "data.max_text_slots", "data.max_tag_slots", "data.max_regions", "visual.grid_size",
+)  # fmt: skip
 
 
 def find_checkpoint(
-    stage_dir: Path, mode: str, written: Mapping[str, Any], data: DataConfig, model: Mvptr, vocabs: Vocabs
+    stage_dir: Path, written: Mapping[str, Any], config: Config, model: Mvptr, vocabs: Vocabs
 ) -> Path | None:
     """The checkpoint to go on from, None for a fresh start. All ranks call it.
 
     Args:
-        mode: `train.resume`.
         written: what this run would write into `state.json`, in the same words.
-        data: named in messages.
         model, vocabs: of this run; only names and shapes of the weights are looked at.
 
     Raises:
         ValueError: there is no such mode.
-        CheckpointError: it does not fit this run; found before the engine is built, which takes a while.
+        CheckpointError: it does not fit this run, which is found before the engine is built, or none of them is good.
+        StorageError: none of them can be read.
     """
-    checkpointing.check_resume(mode)
-    path = checkpointing.newest_good(stage_dir / "checkpoints") if mode == "auto" else None
+    checkpointing.check_resume(config.train.resume)
+    path = checkpointing.newest_good(stage_dir / "checkpoints") if config.train.resume == "auto" else None
     if path is None:
         return None
     state = {"bucket_batches": 0, **checkpointing.read_state(path)}
@@ -43,7 +49,8 @@ def find_checkpoint(
                 f"{state[name]}, or elsewhere with run.init_from={stage_dir}"
             )
     elastic.must_convert(path, state, parallel.num_ranks(), written["zero_stage"])
-    _check_data(path, state["data"], written["data"], data, stage_dir)
+    _check_data(path, state["data"], written["data"], config.data, stage_dir)
+    _check_order(path, config, stage_dir)
     problems = model_folder.differences(model, vocabs, path / "model")
     if state["trained_parts"] != written["trained_parts"]:
         problems.append(f"trained: {state['trained_parts']} there, {written['trained_parts']} here")
@@ -57,12 +64,33 @@ def find_checkpoint(
 
 
 def _check_data(path: Path, there: Any, here: Any, data: DataConfig, stage_dir: Path) -> None:
-    if there == here:
+    if there == here and list(there) == list(here):  # of a mixture, the order of its sources counts too
         return
     what = f"other shards than {data.train} holds now: bring them back"
     if data.sources or not isinstance(there, str):
-        changes = "\n  - ".join(differences(there, here))
+        in_order = [f"order: {', '.join(there)} there, {', '.join(here)} here"]
+        changes = "\n  - ".join(differences(there, here) or in_order)
         what = f"another mixture:\n  - {changes}\n  bring data.sources back"
     raise CheckpointError(
         f"{path} was trained on {what}, or start elsewhere with run.dir=... run.init_from={stage_dir}"
     )
+
+
+def _check_order(path: Path, config: Config, stage_dir: Path) -> None:
+    """The checkpoint's own mvptr.yaml tells how it was, also one of a version that compared nothing of it."""
+    saved = yaml.safe_load((path / "model/mvptr.yaml").read_text(encoding="utf-8"))
+    changed = {}
+    for key in ORDER + (ORDER_OF_BUCKETS if config.data.bucket_batches else ()):
+        section, name = key.split(".")
+        here = getattr(getattr(config, section), name)
+        there = saved.get(section, {}).get(name, here)
+        if there != here:
+            changed[key] = (there, here)
+    if changed:
+        lines = [f"{key}: {there} there, {here} here" for key, (there, here) in changed.items()]
+        back = " ".join(f"{key}={there}" for key, (there, _) in changed.items())
+        raise CheckpointError(
+            f"{path} was trained on the samples in another order:\n  - "
+            + "\n  - ".join(lines)
+            + f"\n  go on with {back}, or start elsewhere with run.dir=... run.init_from={stage_dir}"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import logging
+import os
 import signal
 import time
 import traceback
@@ -78,7 +79,11 @@ class HangGuard:
     The timer is a C thread of the interpreter's own, so that it also fires while a kernel or a collective holds the
     process. A rank that hangs stops the others in their next collective: every one of them writes its stacks, or, if
     another one's end made that collective fail before its own time was up, where it waited.
+
+    What an earlier start wrote stays, as `stacks-rank0.1.txt` and so on, the newest with the lowest number.
     """
+
+    KEPT = 5
 
     def __init__(self, path: Path, timeout_s: float, start_timeout_s: float | None = None) -> None:
         self.path, self.timeout_s = path, timeout_s
@@ -86,9 +91,18 @@ class HangGuard:
 
     def __enter__(self) -> HangGuard:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._keep_earlier()
         self._file = self.path.open("w", encoding="utf-8")
         self._start(self.start_timeout_s)
         return self
+
+    def _keep_earlier(self) -> None:
+        if not self.path.exists() or self.path.stat().st_size == 0:
+            return
+        numbered = [self.path.with_suffix(f".{number}{self.path.suffix}") for number in range(1, self.KEPT + 1)]
+        for older, newer in zip(reversed(numbered), reversed([self.path, *numbered[:-1]]), strict=True):
+            if newer.exists():
+                os.replace(newer, older)
 
     def alive(self) -> None:
         """Starts the time anew. 0 seconds means no limit."""

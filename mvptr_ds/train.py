@@ -6,19 +6,26 @@ import argparse
 import logging
 import os
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":  # a script's own folder comes first on the path, where our modules could shadow others
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import torch
+
 from mvptr_ds import parallel, preflight
 from mvptr_ds.assembly import prepare_shards
-from mvptr_ds.checkpointing import CheckpointError, find_model, first_model, newest_state
-from mvptr_ds.config import load_config, save_config
+from mvptr_ds.checkpointing import CheckpointError, StorageError
+from mvptr_ds.config import Config, load_config, save_config
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.ds_config import load_ds_config
 from mvptr_ds.elastic import share_batch
+from mvptr_ds.hand_over import finished_model, first_model, newest_state, set_aside
 from mvptr_ds.meeting import deadline
+from mvptr_ds.run_lock import only_start
 from mvptr_ds.safeguards import EXIT_STOPPED, HangGuard, StopSignal, TrainingError, collectives_timeout_s
 from mvptr_ds.terminal import accept_any_text
 from mvptr_ds.trainer import Trainer
@@ -27,6 +34,7 @@ from mvptr_ds.wandb_run import check_mode
 logger = logging.getLogger("mvptr_ds.train")
 REPO = Path(__file__).resolve().parents[1]
 OTHERS_WAIT_S = 10.0
+EXIT_AGAIN = 1  # as after any error that a start from what is saved may not meet again
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -35,7 +43,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         epilog="Example: deepspeed --num_gpus 2 mvptr_ds/train.py --deepspeed ds_configs/z2.json --config demo_stamps "
         "run.dir=runs/mine stage2.max_steps=500. Every key stands in mvptr_ds/config.py with its meaning. "
         "Exit codes: 0 done; 2 the message says what is wrong; 75 saved and stopped by SIGTERM or SIGUSR1, start it "
-        "again to go on; 1 anything else.",
+        "again to go on; 1 anything else, where another start may help.",
     )
     parser.add_argument("--config", help="YAML file, or the name of a packaged one: demo (default), base, large ...")
     parser.add_argument("--deepspeed", default=str(REPO / "ds_configs/z2.json"), metavar="JSON", help="DeepSpeed JSON")
@@ -50,10 +58,22 @@ def run(arguments: argparse.Namespace, stop: StopSignal) -> int:
     ds_content = load_ds_config(arguments.deepspeed)
     hang_s, start_s = config.train.hang_timeout_s, config.train.start_timeout_s
     looks = config.train.preflight or config.train.preflight_only
-    connect_s, limit_s = (preflight.CONNECT_LIMIT_S, preflight.LIMIT_S) if looks else (0.0, 0.0)
+    connect_s = preflight.CONNECT_LIMIT_S if looks else 0.0
     device = parallel.init(collectives_timeout_s(hang_s, start_s), start_s, connect_s)
     if arguments.config is None:
         logger.info("no --config given: this is the demo configuration (%s)", " then ".join(config.stage_names))
+    only = nullcontext(lambda: None) if config.train.preflight_only else only_start(Path(config.run.dir))
+    with only as check_alone:
+        return _run(config, ds_content, device, stop, check_alone)
+
+
+def _run(
+    config: Config, ds_content: dict[str, Any], device: torch.device, stop: StopSignal, check_alone: Callable[[], None]
+) -> int:
+    """`run` in a folder where no other start trains."""
+    hang_s, start_s = config.train.hang_timeout_s, config.train.start_timeout_s
+    looks = config.train.preflight or config.train.preflight_only
+    limit_s = preflight.LIMIT_S if looks else 0.0
     resumes = config.train.resume == "auto"
     with deadline(limit_s, f"looking for a checkpoint in {config.run.dir}"):
         saved = newest_state(Path(config.run.dir), config.stage_names) if resumes else None
@@ -68,16 +88,19 @@ def run(arguments: argparse.Namespace, stop: StopSignal) -> int:
         prepare_shards(config.data, config.run.seed, parallel.num_ranks())
     parallel.on_main(lambda: save_config(config, Path(config.run.dir) / "config.yaml"))
     init_from = first_model(config)
+    if not resumes:
+        set_aside(Path(config.run.dir), config.stage_names, init_from)
     for stage in config.stage_names:
         stacks = Path(config.run.dir) / stage / f"stacks-rank{parallel.rank()}.txt"
         with HangGuard(stacks, hang_s, start_s) as guard:
-            trainer = Trainer(config, stage, ds_content, device, init_from, stop, guard.alive, guard.starting)
+            alive, starting = guard.alive, guard.starting
+            trainer = Trainer(config, stage, ds_content, device, init_from, stop, alive, starting, check_alone)
             done = trainer.train()
             trainer.close()
             if not done:
                 parallel.barrier()  # the first rank that ends makes the launcher end the others
                 return EXIT_STOPPED
-            init_from = find_model(trainer.dir)
+            init_from = finished_model(trainer.dir, trainer.step)
     return 0
 
 
@@ -90,6 +113,10 @@ def main() -> int:
     with StopSignal() as stop:
         try:
             code = run(arguments, stop)
+        except StorageError as error:
+            logger.debug("where it was raised", exc_info=True)
+            _say(error, stop)
+            code = EXIT_AGAIN
         except (DataError, CheckpointError, TrainingError, ValueError, OSError) as error:
             logger.debug("where it was raised", exc_info=True)
             _say(error, stop)

@@ -39,6 +39,7 @@ class Trainer:
         stop: what tells of a signal.
         alive: called before each step.
         starting: called while lengths are measured or a checkpoint is converted.
+        check_alone: raises where another start has taken the run folder; called by rank 0 before a checkpoint.
     """
 
     def __init__(
@@ -51,8 +52,9 @@ class Trainer:
         stop: StopSignal,
         alive: Callable[[], None] = lambda: None,
         starting: Callable[[], None] = lambda: None,
+        check_alone: Callable[[], None] = lambda: None,
     ) -> None:
-        self.alive, self.starting = alive, starting
+        self.alive, self.starting, self.check_alone = alive, starting, check_alone
         self.started_s = time.perf_counter()
         self.config, self.device = config, device
         self.stage = config.stage(stage)
@@ -66,17 +68,25 @@ class Trainer:
         self.vocabs = assembly.build_vocabs(config.data)
         filled = assembly.filled_ds_config(config, ds_content)
         self.precision, self.zero_stage = ds_config.precision_of(filled), ds_config.zero_stage_of(filled)
+        if self.stage.max_steps < 1:
+            raise ValueError(f"{stage}.max_steps is {self.stage.max_steps}, must be at least 1")
         self._build_data()
-        self._build_task(init_from)
-        self._start_engine(filled)
+        self._build_task()
+        self._start_engine(filled, init_from)
         self.meters = self._build_meters()
         self.log = MetricsLog(self.dir, self.step, config.wandb, asdict(config))
         content = json.dumps(filled, indent=1) + "\n"
         parallel.on_main(lambda: (self.dir / "ds_config.json").write_text(content, encoding="utf-8"))
 
     def train(self) -> bool:
-        """Trains to `max_steps`, or to the step at which a signal asks to stop; both are saved. True at the end."""
+        """Trains to `max_steps`, or to the step at which a signal asks to stop; both are saved. True at the end.
+
+        Raises:
+            CheckpointError, StorageError: either could not be saved.
+        """
         train = self.config.train
+        if self.step >= self.stage.max_steps:  # finished before
+            return True
         self.last_report = (self.step, time.perf_counter())
         with self.profile:
             batches = iter(self._loader())
@@ -92,8 +102,9 @@ class Trainer:
                 self.skipped.count(self.step, self.engine.was_step_applied(), self.engine.loss_scale())
                 if self._due(train.log_every_steps):
                     self._report()
-                if self._due(train.checkpoint_every_steps) or self.step == self.stage.max_steps:
-                    self.save()
+                ends = self.step == self.stage.max_steps
+                if ends or self._due(train.checkpoint_every_steps):
+                    self.save(must=ends)
                 if self._due(train.evaluate_every_steps):
                     self._evaluate()
         return True
@@ -134,7 +145,7 @@ class Trainer:
             raise DataError(next(p for p in parallel.gather_objects(problem) if p is not None))
         if stop:
             if self.saved_step != self.step:
-                self.save()
+                self.save(must=True)
             logger.info(
                 "%s stopped at step %d, as asked (%s)", self.dir.name, self.step, self.stop.received or "another rank"
             )
@@ -176,8 +187,13 @@ class Trainer:
         self.log.write_scores(self.step, flatten_scores(report))
         self.task.train()
 
-    def save(self) -> None:
-        """A checkpoint of this step; all ranks call it. One that cannot be written is reported, no more."""
+    def save(self, must: bool = False) -> None:
+        """A checkpoint of this step; all ranks call it. One that cannot be written is reported, no more.
+
+        Raises:
+            CheckpointError, StorageError: it cannot be written and `must`, since the run ends with it.
+        """
+        parallel.of_main(self.check_alone)
         state = {
             "stage": self.dir.name,
             **self._must_match(),
@@ -199,6 +215,7 @@ class Trainer:
             lambda path: model_folder.save_model_folder(path, self.task.model, weights, self.vocabs, self.config),
             self.config.train.keep_checkpoints,
             self.config.train.keep_every_steps,
+            must,
         )
         if path is not None:
             self.saved_step = self.step
@@ -222,25 +239,23 @@ class Trainer:
         self.dataset = assembly.build_dataset(self.config, self.vocabs, self.dir.name, self.seed, joins)
         self.batches = assembly.build_batches(self.config, self.dataset, self.seed, joins, self.starting)
 
-    def _build_task(self, init_from: Path | None) -> None:
+    def _build_task(self) -> None:
         model = assembly.build_model(self.config, self.vocabs)
-        if init_from is not None:
-            model_folder.init_from_folder(model, self.vocabs, init_from)
-            logger.info("%s starts from %s", self.dir.name, init_from)
         self.task = assembly.build_task(self.config, self.dir.name, model, self.seed, bool(self.dataset.names))
         trained = set(model.parameters_of(self.task.trained_parts()))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
 
-    def _start_engine(self, filled: dict[str, Any]) -> None:
-        """Builds the engine, as it was at the newest checkpoint where there is one."""
-        checkpoint = find_checkpoint(
-            self.dir, self.config.train.resume, self._must_match(), self.config.data, self.task.model, self.vocabs
-        )
-        if checkpoint is None:
-            self._build_engine(filled)
-        else:
+    def _start_engine(self, filled: dict[str, Any], init_from: Path | None) -> None:
+        """Builds the engine as it was at the newest checkpoint; without one, with the weights of another model."""
+        checkpoint = find_checkpoint(self.dir, self._must_match(), self.config, self.task.model, self.vocabs)
+        if checkpoint is not None:
             self._resume(checkpoint, filled)
+            return
+        if init_from is not None:
+            model_folder.init_from_folder(self.task.model, self.vocabs, init_from)
+            logger.info("%s starts from %s", self.dir.name, init_from)
+        self._build_engine(filled)
 
     def _must_match(self) -> dict[str, Any]:
         """What a checkpoint holds of the run that wrote it, and resume.py compares with the run that goes on."""
@@ -289,7 +304,11 @@ class Trainer:
         parallel.on_main(lambda: shutil.rmtree(self.dir / elastic.FOLDER, ignore_errors=True))
         self.skipped.total = state["skipped_steps"]
         self.bad_samples.count(state["samples"]["bad"], state["samples"]["read"])
-        logger.info("%s goes on from step %d (%s)", self.dir.name, self.step, path)
+        if self.step < self.stage.max_steps:
+            logger.info("%s goes on from step %d (%s)", self.dir.name, self.step, path)
+            return
+        name, asked = self.dir.name, self.stage.max_steps
+        logger.info("%s is finished: %s.max_steps=%d, and %s has done %d", name, name, asked, path, self.step)
 
     def _build_meters(self) -> Meters:
         peak = device_peak(self.device, ds_config.DTYPES[self.precision])

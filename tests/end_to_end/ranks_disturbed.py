@@ -1,8 +1,8 @@
 """Run by every rank: FOLDER/scenarios.json through the real entry point, each disturbed on purpose.
 
 Each scenario is {"name", "arguments", "disturb"}, and {"copy": [RUN, STAGE, STEP]} where it starts from an earlier one
-as it was at that step; the exit codes go to FOLDER/codes-rankN.json. The process group stays
-between them, since start-up is what takes the time.
+as it was at that step, with "damage" where every checkpoint has changed since; the exit codes go to
+FOLDER/codes-rankN.json. The process group stays between them, since start-up is what takes the time.
 """
 
 from __future__ import annotations
@@ -41,21 +41,37 @@ def poison(trainer: Trainer, micro_batches: list[Any]) -> None:
     train_step(trainer, micro_batches)
 
 
-def save_with_full_disk(trainer: Trainer) -> None:
+def save_with_full_disk(trainer: Trainer, must: bool = False) -> None:
     """No space at one step (a full file system where FOLDER/disk is one), at another a limit of rank 1's alone."""
     disk = Path(trainer.config.run.dir).parent
     ballast = disk / "ballast"
     if trainer.step == FULL_STEP and os.path.ismount(disk):
         fill(ballast)
-        save(trainer)
+        save(trainer, must)
         return
     ballast.unlink(missing_ok=True)
-    limited = parallel.rank() == {FULL_STEP: 0, RANK1_STEP: 1}.get(trainer.step)
+    save_limited(trainer, must, parallel.rank() == {FULL_STEP: 0, RANK1_STEP: 1}.get(trainer.step))
+
+
+def save_limited(trainer: Trainer, must: bool, limited: bool) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     if limited:
         resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_FILE_BYTES, hard))
-    save(trainer)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        save(trainer, must)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def save_the_end_without_room(trainer: Trainer, must: bool = False) -> None:
+    save_limited(trainer, must, must and parallel.rank() == 1)
+
+
+def stop_without_room(trainer: Trainer, must: bool = False) -> None:
+    """A signal while the first checkpoint fails; then that of the signal fails."""
+    if not must:
+        os.kill(os.getpid(), signal.SIGTERM)
+    save_limited(trainer, must, parallel.rank() == 1)
 
 
 def fill(path: Path) -> None:
@@ -98,6 +114,8 @@ def sleep_for_ever() -> None:
 DISTURBANCES: dict[str, tuple[type, str, Callable[..., Any]]] = {
     "poison": (Trainer, "_train_step", poison),
     "full disk": (Trainer, "save", save_with_full_disk),
+    "no room at the end": (Trainer, "save", save_the_end_without_room),
+    "signal without room": (Trainer, "save", stop_without_room),
     "dead storage": (ShardDataset, "_load", load_with_dead_storage),
     "signal": (Trainer, "_build_engine", build_and_get_signal),
     "hang": (Trainer, "_train_step", hang),
@@ -114,6 +132,10 @@ def copy_run(scenario: dict[str, Any]) -> None:
     if parallel.is_main():
         run_dir = next(a for a in scenario["arguments"] if a.startswith("run.dir=")).partition("=")[2]
         forget(Path(source), Path(run_dir), stage, step)
+        for weights in (
+            Path(run_dir).glob("*/checkpoints/step-*/model/model.safetensors") if "damage" in scenario else ()
+        ):
+            weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     parallel.barrier()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mvptr_ds import checkpointing, elastic
+from mvptr_ds import checkpointing, elastic, hand_over
 from mvptr_ds.checkpointing import CheckpointError
 from mvptr_ds.config import Config, TrainConfig
 from mvptr_ds.engine import Engine
@@ -192,11 +192,11 @@ def test_ranks_that_are_new_draw_from_step_and_rank(monkeypatch: pytest.MonkeyPa
 
 
 def test_newest_state(tmp_path: Path) -> None:
-    assert checkpointing.newest_state(tmp_path, ["stage1", "stage2"]) is None
+    assert hand_over.newest_state(tmp_path, ["stage1", "stage2"]) is None
     for stage, step in (("stage1", 4), ("stage1", 6), ("stage2", 2)):
         checkpoint = checkpointing.save(
             tmp_path / stage / "checkpoints", step, {"of": stage}, lambda p: p.mkdir(), lambda p: p.mkdir(), 9
         )
         assert checkpoint is not None
-        state = checkpointing.newest_state(tmp_path, ["stage1", "stage2"])
+        state = hand_over.newest_state(tmp_path, ["stage1", "stage2"])
         assert state is not None and (state["of"], state["step"]) == (stage, step)

@@ -30,6 +30,7 @@ from mvptr_ds.demo.build import build_demo_shards
 from mvptr_ds.ds_config import load_ds_config
 from mvptr_ds.engine import Engine
 from mvptr_ds.optim import build_optimizer
+from mvptr_ds.run_lock import RunLock
 from mvptr_ds.safeguards import BadSamples, LossScale, SkippedSteps, StopSignal
 from mvptr_ds.trainer import Trainer
 from tests.conftest import REPO
@@ -456,6 +457,60 @@ def checkpoint_of_other_objectives(place: Place) -> None:
     place.arguments.append("stage1.weights.mcr_phrases=0")
 
 
+@case
+def checkpoint_of_another_order(place: Place) -> None:
+    place.checkpoint()
+    place.arguments += ["run.seed=1", "data.window_blocks=16", "data.max_regions=9"]  # a cap, but no buckets
+
+
+@case
+def checkpoint_of_other_caps_of_buckets(place: Place) -> None:
+    place.patch.setattr(sys.modules[__name__], "TINY", (*TINY, "data.bucket_batches=1"))
+    place.checkpoint()
+    place.arguments += ["data.max_regions=9"]
+
+
+def damage(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+
+
+@case
+def no_good_checkpoint(place: Place) -> None:
+    place.checkpoint()
+    damage(place.dir / "run/stage1/checkpoints/step-00000002/model/model.safetensors")
+
+
+@case
+def init_from_a_damaged_checkpoint(place: Place) -> None:
+    no_good_checkpoint(place)
+    path = place.dir / "run/stage1/checkpoints/step-00000002"
+    place.arguments += [f"run.init_from={path}", f"run.dir={place.dir / 'new'}"]
+
+
+@case
+def begins_anew_from_itself(place: Place) -> None:
+    place.checkpoint()
+    place.arguments += [f"run.init_from={place.dir / 'run'}", "train.resume=never"]
+
+
+@case
+def last_save_failed(place: Place) -> None:
+    def fail(_: Engine, path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    place.patch.setattr(Engine, "save", fail)
+    place.patch.setattr(Trainer, "train", lambda trainer: trainer.save(must=True))
+
+
+@case
+def run_folder_taken(place: Place) -> None:
+    place.patch.setattr("mvptr_ds.run_lock.WAIT_S", 0.0)
+    lock = RunLock(place.dir / "run")
+    lock.take()
+    lock._released.set()  # its thread has nothing to renew when the test is over
+
+
+overrides("max-steps-value", "stage1.max_steps=0")
 overrides("stage-2-without-stage-1", "run.stages=[2]")
 overrides("several-errors", "optim.name=sgd", "run.stages=[2]")
 

@@ -81,6 +81,23 @@ def test_a_guard_that_was_not_needed_leaves_nothing(tmp_path: Path, timeout_s: f
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_stacks_of_earlier_starts_stay(tmp_path: Path) -> None:
+    """A restart follows within the minute, before anybody has read them; the newest five do."""
+    path = tmp_path / "stacks-rank0.txt"
+    for start in range(8):
+        with HangGuard(path, 30.0):
+            assert path.read_text(encoding="utf-8") == ""
+        path.write_text(f"stacks of start {start}", encoding="utf-8")
+    with HangGuard(path, 30.0):
+        pass
+    found = {file.name: file.read_text(encoding="utf-8") for file in tmp_path.iterdir()}
+    assert found == {f"stacks-rank0.{n}.txt": f"stacks of start {8 - n}" for n in range(1, 6)}
+    path.touch()  # of a start that was killed
+    with HangGuard(path, 30.0):
+        pass
+    assert {file.name: file.read_text(encoding="utf-8") for file in tmp_path.iterdir()} == found
+
+
 @pytest.mark.parametrize(("waited_s", "written"), [(20.0, False), (45.0, True)])
 def test_a_rank_that_waited_for_one_that_hung_says_where(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waited_s: float, written: bool

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from mvptr_ds.corpus.phrase_words import wrong_spans
 from mvptr_ds.corpus.salvage import find_header
 from mvptr_ds.data.features import read_features
 from mvptr_ds.data.images import DECODE_ERRORS, decode_image, decode_problem
 from mvptr_ds.data.index import SIDECAR
+from mvptr_ds.data.phrase_words import wrong_spans
 from mvptr_ds.data.scan import describe
 from mvptr_ds.data.schema import Caption, DataError, Record, SidecarEntry, parse_entry
 from mvptr_ds.data.tars import IMAGE_EXTENSIONS

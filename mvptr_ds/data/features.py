@@ -74,7 +74,7 @@ class SampleBuilder:
         self.words = words
         self.phrases = phrases
         self.options = options
-        self._tag_pieces: dict[str, list[int]] = {}
+        self._tag_pieces: dict[str, tuple[int, ...]] = {}
         self._text_masking = TextMasking(
             word_prob=options.word_prob,
             phrase_prob=options.phrase_prob,
@@ -222,14 +222,14 @@ class SampleBuilder:
         tags: dict[tuple[int, ...], str] = {}
         for tag in dict.fromkeys([region.tag for region in record.regions]):
             if tag:
-                tags.setdefault(tuple(self.pieces_of(tag)), tag)
+                tags.setdefault(self.pieces_of(tag), tag)
         return list(tags.values())
 
-    def pieces_of(self, tag: str) -> list[int]:
+    def pieces_of(self, tag: str) -> tuple[int, ...]:
         """Wordpiece ids of a tag; most tags come again and again."""
         pieces = self._tag_pieces.get(tag)
         if pieces is None:
-            pieces = self.words.encode(tag)[0]
+            pieces = tuple(self.words.encode(tag)[0])
             if len(tag) <= _MAX_KNOWN_CHARS:
                 if len(self._tag_pieces) >= _MAX_KNOWN_TAGS:
                     self._tag_pieces.clear()

@@ -130,10 +130,7 @@ def words_said(text: str, phrase: Phrase) -> Spans | None:
     Else the whole words that these touch, and every place where the caption says a word that they do not say. None
     where that cannot be told: the phrase has no spans, and one of its words no place.
     """
-    parts = tuple([text[start:end] for start, end in phrase.spans])
-    is_whole = not any([_cuts_a_word(text, start) or _cuts_at_end(text, end) for start, end in phrase.spans])
-    is_usual = is_whole and 0 < len(parts) <= MAX_SPANS and sum(map(len, parts)) <= _MAX_SAID_CHARS
-    if is_usual and _are_said(parts, phrase.tuple):
+    if _are_usual(text, phrase):
         return phrase.spans
     spans = [_widened(text, start, end) for start, end in phrase.spans]
     forms = [plain(form) for start, end in spans for form in text[start:end].split()]
@@ -147,9 +144,22 @@ def words_said(text: str, phrase: Phrase) -> Spans | None:
     return tuple(sorted({*spans, *places})) or None
 
 
+def _are_usual(text: str, phrase: Phrase) -> bool:
+    """Whether the spans are whole words and say the phrase; run for each phrase of each sample, hence its form."""
+    num_chars, text_len = 0, len(text)
+    for start, end in phrase.spans:
+        num_chars += end - start
+        is_doubtful = (start and text[start - 1].isalnum()) or (end < text_len and text[end].isalnum())
+        if is_doubtful and (_cuts_a_word(text, start) or _cuts_at_end(text, end)):
+            return False
+    if num_chars > _MAX_SAID_CHARS or len(phrase.spans) > MAX_SPANS:
+        return False
+    return _are_said(tuple([text[start:end] for start, end in phrase.spans]), phrase.tuple)
+
+
 @functools.lru_cache(maxsize=1 << 15)
 def _are_said(parts: tuple[str, ...], words: Words) -> bool:
-    return any(_says(order, words) for order in itertools.permutations(parts))
+    return bool(parts) and any(_says(order, words) for order in itertools.permutations(parts))
 
 
 def _widened(text: str, start: int, end: int) -> tuple[int, int]:

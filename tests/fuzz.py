@@ -248,17 +248,19 @@ values = st.one_of(
 
 @st.composite
 def contents(draw: st.DrawFn, of_sidecars: bool = False) -> dict[str, Any]:
-    """The JSON of a sound record with up to three of its values replaced, removed or doubled."""
+    """The JSON of a sound record with up to three of its values replaced, removed, doubled, or joined by one more."""
     value = copy.deepcopy(draw(st.sampled_from(SIDECARS if of_sidecars else RECORDS)))
     for _ in range(draw(st.integers(0, 3))):
         parent, name = value, draw(st.sampled_from(sorted(value) or [""]))
         while parent and isinstance(parent[name], dict | list) and parent[name] and draw(st.integers(0, 3)):
             parent = parent[name]
             name = draw(st.sampled_from(sorted(parent) if isinstance(parent, dict) else range(len(parent))))
-        edit = draw(st.sampled_from(("replace", "replace", "remove", "double")))
+        edit = draw(st.sampled_from(("replace", "replace", "remove", "double", "add")))
         if not parent:
             continue
-        if edit == "replace":
+        if edit == "add" and isinstance(parent, dict):
+            parent[draw(st.sampled_from(("own", "tag", "x")))] = copy.deepcopy(draw(values))
+        elif edit in ("replace", "add"):
             parent[name] = copy.deepcopy(draw(values))
         elif edit == "remove":
             del parent[name]

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mvptr_ds.corpus.phrase_words import wrong_spans
 from mvptr_ds.corpus.salvage import find_header
 from mvptr_ds.data.features import read_features
 from mvptr_ds.data.images import decode_square, image_content
 from mvptr_ds.data.index import SIDECAR
+from mvptr_ds.data.phrase_words import wrong_spans
 from mvptr_ds.data.pixels import MAX_IMAGE_PIXELS, open_image
 from mvptr_ds.data.scan import describe, is_img2dataset
 from mvptr_ds.data.schema import Caption, DataError, Record, SidecarEntry, parse_entry

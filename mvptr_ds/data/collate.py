@@ -35,7 +35,7 @@ class Sample:
     image_3HW: np.ndarray | None  # uint8; None when features are given
     image_index: int  # number of the record among those of all sources: equal for captions of one image
     position: int  # place of the sample in the run (epoch x samples + position in the epoch)
-    num_oov_phrases: int  # phrases dropped because the vocabulary lacks them
+    num_oov_phrases: int  # phrases dropped: not in the vocabulary, or the caption does not say their words
     num_phrases: int  # phrases kept
     num_bad: int = 0  # samples that could not be read, in whose place this one stands
     source: int = 0  # number of the source it comes from

@@ -16,12 +16,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mvptr_ds.data.caption_phrases import choose_phrases
 from mvptr_ds.data.collate import Sample
 from mvptr_ds.data.images import decode_image
 from mvptr_ds.data.layout import layout_tags, layout_text, num_phrases_that_fit
 from mvptr_ds.data.masking import TextMasking, mask_text, mask_words
 from mvptr_ds.data.phrases import PhraseVocab
-from mvptr_ds.data.schema import Caption, DataError, Phrase, Record, check_size, parse_record
+from mvptr_ds.data.schema import Caption, DataError, Record, Spans, check_size, parse_record
 from mvptr_ds.data.tars import IMAGE_EXTENSIONS
 from mvptr_ds.data.wordpiece import WordPiece
 
@@ -73,7 +74,7 @@ class SampleBuilder:
         self.words = words
         self.phrases = phrases
         self.options = options
-        self._tag_pieces: dict[str, list[int]] = {}
+        self._tag_pieces: dict[str, tuple[int, ...]] = {}
         self._text_masking = TextMasking(
             word_prob=options.word_prob,
             phrase_prob=options.phrase_prob,
@@ -141,7 +142,7 @@ class SampleBuilder:
             image_3HW=None,
             image_index=image_index,
             position=position,
-            num_oov_phrases=text.num_oov,
+            num_oov_phrases=text.num_dropped,
             num_phrases=text.num_phrases,
         )
 
@@ -163,15 +164,9 @@ class SampleBuilder:
     def _text(self, caption: Caption, rng: np.random.Generator) -> _Text:
         options = self.options
         token_ids, offsets = self.words.encode(caption.text)
-        known, num_oov = [], 0
-        for phrase in caption.phrases:
-            index = self.phrases.index_of(phrase.tuple)
-            if index is None:
-                num_oov += 1
-            else:
-                known.append((index, phrase))
-        known = known[: num_phrases_that_fit(len(token_ids), options.max_tokens, options.max_text_slots)]
-        indices_P = np.array([index for index, _ in known], dtype=np.int64)
+        most = num_phrases_that_fit(len(token_ids), options.max_tokens, options.max_text_slots)
+        chosen = choose_phrases(caption, self.phrases, most)
+        indices_P = np.array(chosen.indices, dtype=np.int64)
         ids_T, phrase_mask_T = layout_text(
             token_ids,
             self.phrases.rows[indices_P].tolist(),
@@ -180,15 +175,15 @@ class SampleBuilder:
             options.max_tokens,
             options.max_text_slots,
         )
-        num_tokens = len(ids_T) - len(known) - 2
-        words_of_PT = _words_of_phrases([phrase for _, phrase in known], offsets[:num_tokens], len(ids_T))
+        num_tokens = len(ids_T) - len(indices_P) - 2
+        words_of_PT = _words_of_phrases(chosen.spans, offsets[:num_tokens], len(ids_T))
         masked = mask_text(ids_T, phrase_mask_T, words_of_PT, indices_P, rng, self._text_masking)
-        return _Text(*masked, phrase_mask_T, num_oov, len(known))
+        return _Text(*masked, phrase_mask_T, chosen.num_dropped, len(indices_P))
 
     def _tags(self, record: Record, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Tag ids and labels, int64 [G] each, after tag noise and masking."""
         options = self.options
-        tags = list(dict.fromkeys(region.tag for region in record.regions if region.tag))
+        tags = self.tags_of(record)
         wrong = self._add_noise(tags, rng)
         pieces: list[int] = []
         candidates = [False]
@@ -214,16 +209,27 @@ class SampleBuilder:
             return None
         number = int(rng.integers(len(tags)))
         other = options.tag_list[int(rng.integers(len(options.tag_list)))]
-        if other in tags:  # it would be right, or give a masked tag away
+        if self.pieces_of(other) in map(self.pieces_of, tags):  # it would be right, or give a masked tag away
             return None
         tags[number] = other
         return number
 
-    def pieces_of(self, tag: str) -> list[int]:
+    def tags_of(self, record: Record) -> list[str]:
+        """The tags of a record's regions, of those that are one to the model ("Dog", "dog") the first alone.
+
+        A masked tag could be read off its equal.
+        """
+        tags: dict[tuple[int, ...], str] = {}
+        for tag in dict.fromkeys([region.tag for region in record.regions]):
+            if tag:
+                tags.setdefault(self.pieces_of(tag), tag)
+        return list(tags.values())
+
+    def pieces_of(self, tag: str) -> tuple[int, ...]:
         """Wordpiece ids of a tag; most tags come again and again."""
         pieces = self._tag_pieces.get(tag)
         if pieces is None:
-            pieces = self.words.encode(tag)[0]
+            pieces = tuple(self.words.encode(tag)[0])
             if len(tag) <= _MAX_KNOWN_CHARS:
                 if len(self._tag_pieces) >= _MAX_KNOWN_TAGS:
                     self._tag_pieces.clear()
@@ -241,16 +247,18 @@ class _Text(NamedTuple):
     word_labels_T: np.ndarray
     phrase_labels_T: np.ndarray
     phrase_mask_T: np.ndarray
-    num_oov: int
+    num_dropped: int
     num_phrases: int
 
 
-def _words_of_phrases(phrases: Sequence[Phrase], offsets: Sequence[tuple[int, int]], num_slots: int) -> np.ndarray:
+def _words_of_phrases(
+    spans_of_phrases: Sequence[Spans], offsets: Sequence[tuple[int, int]], num_slots: int
+) -> np.ndarray:
     """bool [P, T]: the slots whose token shares a character with one of the phrase's spans; slot 0 is [CLS]."""
-    words_of_PT = np.zeros((len(phrases), num_slots), dtype=bool)
+    words_of_PT = np.zeros((len(spans_of_phrases), num_slots), dtype=bool)
     starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
-    for row_T, phrase in zip(words_of_PT, phrases, strict=True):
-        for start, end in phrase.spans:
+    for row_T, spans in zip(words_of_PT, spans_of_phrases, strict=True):
+        for start, end in spans:
             row_T[1 + bisect.bisect_right(ends, start) : 1 + bisect.bisect_left(starts, end)] = True
     return words_of_PT
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from mvptr_ds.data.caption_phrases import choose_phrases
 from mvptr_ds.data.features import SampleBuilder, can_be_seen
 from mvptr_ds.data.layout import num_phrases_that_fit
 from mvptr_ds.data.loader import SampleDataset
@@ -45,13 +46,13 @@ def sample_lengths(record: Record, visual: bool, builder: SampleBuilder) -> np.n
     """
     options = builder.options
     num_regions = min(len(record.regions) or (options.grid_size**2 if visual else 0), options.max_regions)
-    tags = dict.fromkeys(region.tag for region in record.regions if region.tag)
+    tags = builder.tags_of(record)
     num_tag_slots = 2 + min(sum(len(builder.pieces_of(tag)) for tag in tags), options.max_tag_slots - 2)
     out = []
     for caption in record.captions or (_NO_CAPTION,):
         num_tokens = len(builder.words.encode(caption.text)[0])
-        num_known = sum(builder.phrases.index_of(phrase.tuple) is not None for phrase in caption.phrases)
-        num_phrases = min(num_known, num_phrases_that_fit(num_tokens, options.max_tokens, options.max_text_slots))
+        most = num_phrases_that_fit(num_tokens, options.max_tokens, options.max_text_slots)
+        num_phrases = len(choose_phrases(caption, builder.phrases, most).indices)
         num_text_slots = 2 + min(num_tokens, options.max_tokens, options.max_text_slots - 2) + num_phrases
         out.append((num_text_slots, num_tag_slots, num_regions))
     return np.array(out)

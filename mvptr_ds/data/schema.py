@@ -8,6 +8,8 @@ Boxes are pixels of the original image, spans are half-open character ranges of 
 regions it refers to (`"regions": [0]`, indices into the record's list): training never looks at them, the evaluation
 of phrase grounding does.
 
+A field that the schema does not know may stand anywhere: nobody reads it.
+
 `captions` may be empty (an image-only record), and width and height may be 0 where there is nothing to see (a text-only
 record). `"extractor": {"name": "...", "version": "..."}` says what made the regions, features or phrases.
 
@@ -29,6 +31,7 @@ import msgspec
 SCHEMA_VERSION = 1
 MAX_SIDE_PX = 1_000_000  # of a picture
 MAX_TEXT_CHARS = 100_000  # of a caption or tag: all of it is tokenised, and a character may take 600 bytes for that
+_MAX_DIGITS = 600  # of a whole number, far more than a float can hold and fewer than Python reads
 Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT_CHARS)]
 Words = tuple[str, ...]
 Spans = tuple[tuple[int, int], ...]
@@ -41,18 +44,18 @@ class DataError(ValueError):
 
 # Phrase, Caption and Region are structs of msgspec, not dataclasses: dozens come in a record, made by its parser. They
 # make no cycles, so the garbage collector need not see them (gc=False), which took 5 % of the loader's time.
-class Phrase(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
+class Phrase(msgspec.Struct, frozen=True, gc=False):
     tuple: Words  # (noun) | (noun, attribute) | (subject, relation, object)
     spans: Spans  # characters of the caption, half open
     regions: Numbers = ()  # ground truth of grounding, where it is known
 
 
-class Caption(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
+class Caption(msgspec.Struct, frozen=True, gc=False):
     text: Text
     phrases: tuple[Phrase, ...] = ()
 
 
-class Region(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
+class Region(msgspec.Struct, frozen=True, gc=False):
     box: tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels
     tag: Text
     score: float = 1.0
@@ -162,8 +165,15 @@ def parse_entry(content: bytes | dict[str, Any]) -> Record | SidecarEntry:
     return _sidecar_entry(content) if "extractor" in content and "image_id" not in content else _record(content)
 
 
-class _Usual(msgspec.Struct, forbid_unknown_fields=True):
-    """`KEY.json` of a record with every field of its own type and no other."""
+class _Maker(msgspec.Struct):
+    """An extractor as it stands in a record."""
+
+    name: str
+    version: str
+
+
+class _Usual(msgspec.Struct):
+    """`KEY.json` of a record with every field of its own type; fields that the schema does not know are passed over."""
 
     schema: Literal[1]
     image_id: str
@@ -171,7 +181,7 @@ class _Usual(msgspec.Struct, forbid_unknown_fields=True):
     height: Annotated[int, msgspec.Meta(ge=0, le=MAX_SIDE_PX)]
     captions: tuple[Caption, ...]
     regions: tuple[Region, ...] = ()
-    extractor: dict[str, str] | msgspec.UnsetType = msgspec.UNSET
+    extractor: _Maker | msgspec.UnsetType = msgspec.UNSET
 
 
 _usual_decoder = msgspec.json.Decoder(_Usual)
@@ -187,9 +197,12 @@ def _usual_record(content: bytes | dict[str, Any], captions: slice) -> Record | 
     if not isinstance(content, bytes):
         return None
     try:
+        if not content.isascii():
+            content.decode()  # the parser passes over text of unknown fields without a look at its bytes
         fields = _usual_decoder.decode(content)
-        extractor = _extractor(fields.extractor) if isinstance(fields.extractor, dict) else None
-    except (msgspec.MsgspecError, ValueError, KeyError, RecursionError):
+        made_by = fields.extractor
+        extractor = _extractor(msgspec.structs.asdict(made_by)) if isinstance(made_by, _Maker) else None
+    except (msgspec.MsgspecError, ValueError, RecursionError):
         return None
     chosen = fields.captions[captions]
     if fields.captions and not chosen:
@@ -223,14 +236,19 @@ def load_json(content: bytes | dict[str, Any]) -> dict[str, Any]:
     """The JSON object of a `KEY.json` of this schema; its fields are still to be checked."""
     if isinstance(content, bytes):
         try:
-            content = json.loads(content)
-        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of thousands of digits
+            content = json.loads(content, parse_int=_whole_number)
+        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deep
             raise DataError(f"the record is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise DataError(f"the record is a {type(content).__name__}, not a JSON object")
     if content.get("schema") != SCHEMA_VERSION:
         raise DataError(f"schema is {content.get('schema')!r}, this version reads {SCHEMA_VERSION}")
     return content
+
+
+def _whole_number(digits: str) -> int | float:
+    """The number, infinity where it has so many digits that Python refuses them: no field of ours takes either."""
+    return int(digits) if len(digits) <= _MAX_DIGITS else float(digits)
 
 
 def _record(content: dict[str, Any]) -> Record:

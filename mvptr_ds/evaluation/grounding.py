@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mvptr_ds.data.caption_phrases import choose_phrases
 from mvptr_ds.data.loader import read_sample_record
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.schema import Numbers, Phrase, Record
@@ -51,17 +52,18 @@ class GroundedPhrase:
 def list_phrases(split: EncodedSplit, index: SampleIndex, vocab: PhraseVocab) -> tuple[list[AskedPhrase], int]:
     """The phrases to ground, by caption and slot; and how many with ground truth have no slot.
 
-    Those are outside the vocabulary or did not fit the sequence. Relations are left out, and so are images without
-    boxes: the cells of a grid are no regions of the record.
+    Those are outside the vocabulary, are not said by their caption or did not fit the sequence. Relations are left out,
+    and so are images without boxes: the cells of a grid are no regions of the record.
     """
     asked: list[AskedPhrase] = []
     num_without_slot = 0
     for caption in range(len(split.text_CTD)):
         slots = torch.nonzero(split.phrase_mask_CT[caption]).flatten().tolist()
         record, number = read_sample_record(index, caption)
-        for phrase in record.captions[number].phrases:
-            known = vocab.index_of(phrase.tuple) is not None
-            slot = slots.pop(0) if known and slots else None  # phrases stand in the record's order
+        own = record.captions[number]
+        chosen = choose_phrases(own, vocab, most=len(slots))
+        for phrase, place in zip(own.phrases, chosen.slots, strict=True):
+            slot = None if place is None else slots[place]
             if not record.regions or len(phrase.tuple) > 2:
                 continue
             if slot is None:

@@ -28,7 +28,7 @@ from mvptr_ds.corpus.concepts.spice import find_phrase, import_spice
 from mvptr_ds.corpus.concepts.tokens import token_spans
 from mvptr_ds.corpus.concepts.tree import word_set
 from mvptr_ds.corpus.jobs import PROGRESS_NAME
-from mvptr_ds.corpus.phrase_words import wrong_spans
+from mvptr_ds.data.phrase_words import wrong_spans
 from mvptr_ds.data.phrases import KINDS
 from mvptr_ds.data.schema import DataError, Phrase
 from tests.concept_sentences import SENTENCES

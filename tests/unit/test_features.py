@@ -146,18 +146,86 @@ def test_regions_are_cut_after_the_check() -> None:
 
 
 def test_tokens_of_a_phrase_are_those_its_spans_touch() -> None:
-    words_of_PT = features._words_of_phrases(PHRASES, WORDS.encode(TEXT)[1], 13)
+    words_of_PT = features._words_of_phrases([p.spans for p in PHRASES], WORDS.encode(TEXT)[1], 13)
     assert [np.flatnonzero(row).tolist() for row in words_of_PT] == [[2, 3], [3], [3, 4, 5, 6, 7, 8]]
-    inside = (Phrase(("is",), ((21, 23),)), Phrase(("none",), ((1, 2),)))  # a wordpiece of its own; a space
+    inside = [((21, 23),), ((1, 2),)]  # a wordpiece of its own; a space
     words_of_PT = features._words_of_phrases(inside, WORDS.encode(TEXT)[1], 13)
     assert [np.flatnonzero(row).tolist() for row in words_of_PT] == [[6], []]
 
 
 def test_long_captions_are_cut_and_phrases_fill_the_rest() -> None:
-    caption = Caption("dog " * 50, tuple(Phrase(("dog", "brown"), ((196, 199),)) for _ in range(9)))
-    members = {**MEMBERS, "json": json.dumps(dataclasses.replace(RECORD, captions=(caption,)).to_json()).encode()}
-    sample = _build(members, 0, word_prob=0.5, phrase_prob=0.5, predict_phrases=True)
+    words = ["dog", "cat", "cup", "car", "bus", "bed", "bird", "bear", "boat"]
+    text = "tree " * 40 + " ".join(words)
+    caption = Caption(text, tuple(Phrase((w,), ((text.index(w), text.index(w) + len(w)),)) for w in words))
+    members = {**MEMBERS, **_json_of(dataclasses.replace(RECORD, captions=(caption,)))}
+    vocab = PhraseVocab.build({(word,): 1 for word in words}, WORDS, 1)
+    options = SampleOptions(word_prob=0.5, phrase_prob=0.5, predict_phrases=True)
+    sample = SampleBuilder(WORDS, vocab, options).build(members, 0, 5, 9, np.random.default_rng(0))
     assert len(sample.text_ids_T) == 40 and sample.num_phrases == 5
+
+
+def _masked_alike(one: Record, other: Record) -> None:
+    """Whether two records give equal samples, whatever is drawn."""
+    chances = {"word_prob": 0.3, "phrase_prob": 0.5, "tag_prob": 0.5, "tag_drop_prob": 0.3, "tag_wrong_prob": 0.5}
+    for seed in range(60):
+        first, second = (
+            _build({**MEMBERS, **_json_of(record)}, 0, seed, predict_phrases=True, tag_list=["DOG", "cat"], **chances)
+            for record in (one, other)
+        )
+        for name in ("text_ids_T", "mlm_labels_T", "phrase_labels_T", "tag_ids_G", "tag_labels_G"):
+            np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
+
+
+def _with_tags(*tags: str) -> Record:
+    boxes = [(0, 0, 32, 24), (1, 1, 4, 4), (0, 0, 8, 8)]
+    return dataclasses.replace(RECORD, captions=RECORD.captions[1:], regions=tuple(map(Region, boxes, tags)))
+
+
+@pytest.mark.parametrize("equal", ["Dog", " dog", "DOG\t", "dóg", "do\u0301g", "d\u00adog", "\ufeffdog", "d\u200dog"])
+def test_tags_that_are_one_to_the_model_come_once(equal: str) -> None:
+    assert _names(_build({**MEMBERS, **_json_of(_with_tags("cup", "dog", equal))}, 0).tag_ids_G)[1:-1] == ["cup", "dog"]
+    _masked_alike(_with_tags("cup", "dog", equal), _with_tags("cup", "dog", "dog"))
+
+
+@pytest.mark.parametrize("other", ["dogs", "hot dog", "dog house", "dog."])
+def test_tags_that_share_a_word_both_stay(other: str) -> None:
+    names = _names(_build({**MEMBERS, **_json_of(_with_tags("dog", other, "dog"))}, 0).tag_ids_G)[1:-1]
+    assert names[0] == "dog" and "".join(names[1:]) == other.replace(" ", "")
+
+
+def _with_phrases(*phrases: Phrase) -> Record:
+    return dataclasses.replace(RECORD, captions=(Caption(TEXT, phrases),))
+
+
+@pytest.mark.parametrize("spans", [(), ((8, 11),), ((2, 4),), ((0, 1), (11, 12)), ((2, 7), (8, 9))])
+def test_the_words_of_a_phrase_are_masked_with_it_whatever_its_spans(spans: tuple[tuple[int, int], ...]) -> None:
+    sound = _with_phrases(PHRASES[0])
+    known = Phrase(PHRASES[0].tuple, spans)
+    sample = _build({**MEMBERS, **_json_of(_with_phrases(known))}, 0)
+    assert (sample.num_phrases, sample.num_oov_phrases) == (1, 0)
+    if (0, 1) not in spans:  # words that a span names stay with the phrase, though they are none of its own
+        _masked_alike(_with_phrases(known), sound)
+    for seed in range(60):
+        sample = _build({**MEMBERS, **_json_of(_with_phrases(known))}, 0, seed, phrase_prob=1.0, predict_phrases=True)
+        hidden = (sample.text_ids_T[2:4] != WORDS.encode("brown dog")[0]).any()
+        assert not hidden or (sample.text_ids_T[2:4] == WORDS.mask_id).all()
+
+
+def test_a_phrase_that_its_caption_does_not_say_is_left_out_and_counted() -> None:
+    unsaid = Caption("A cat.", (Phrase(("dog", "brown"), ()), Phrase(("unknown",), ()), Phrase(("dog", "brown"), ())))
+    sample = _build({**MEMBERS, **_json_of(dataclasses.replace(RECORD, captions=(unsaid,)))}, 0)
+    assert (sample.num_phrases, sample.num_oov_phrases) == (0, 3)
+
+
+def test_a_phrase_that_comes_twice_has_one_slot_and_the_words_of_both() -> None:
+    text = "A brown dog and another brown dog."
+    twice = (Phrase(("dog", "brown"), ((2, 7), (8, 11))), Phrase(("dog", "brown"), ((24, 29), (30, 33))))
+    members = {**MEMBERS, **_json_of(dataclasses.replace(RECORD, captions=(Caption(text, twice),)))}
+    for seed in range(40):
+        sample = _build(members, 0, seed, phrase_prob=1.0, predict_phrases=True)
+        assert (sample.num_phrases, sample.num_oov_phrases) == (1, 0)
+        is_hidden = sample.text_ids_T[[2, 3, 6, 7]] == WORDS.mask_id
+        assert is_hidden.all() or not is_hidden.any()
 
 
 def test_masking_touches_neither_specials_nor_padding_rules() -> None:

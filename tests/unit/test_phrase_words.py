@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from mvptr_ds.corpus.phrase_words import is_form_of, wrong_spans
+from mvptr_ds.data.phrase_words import is_form_of, words_said, wrong_spans
 from mvptr_ds.data.schema import Phrase
 
 INFLECTED = (
@@ -65,3 +65,36 @@ def test_every_word_needs_a_span_of_its_own() -> None:
 
 def test_scripts_without_spaces_have_no_word_edges() -> None:
     assert wrong_spans("一只棕色的狗", Phrase(("狗",), ((5, 6),))) is None
+
+
+HIS = "A man rides his two dogs' bike down the café, dogs bark."
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "given", "expected"),
+    [
+        (HIS, ("dog",), ["dogs"], ["dogs"]),  # sound spans stay as they are, though the word comes again
+        (HIS, ("dog",), [], ["dogs", "dogs"]),
+        (HIS, ("dog", "two"), ["dogs"], ["two", "dogs"]),
+        (HIS, ("man", "ride down", "café"), [], ["man", "rides", "down", "café"]),
+        (HIS, ("man", "have", "bike"), ["man", "bike"], ["man", "his", "bike"]),
+        (HIS, ("bike",), ["bi"], ["bike"]),
+        (HIS, ("bike",), [" "], [" ", "bike"]),
+        (HIS, ("bike",), ["rides"], ["rides", "bike"]),
+        (HIS, ("person",), ["man"], ["man"]),  # another word for it has a span, and nothing else says it
+        (HIS, ("person",), [], None),
+        (HIS, ("person", "bike"), ["bike"], ["bike"]),
+        (HIS, ("person", "bike"), [], None),
+        (HIS, ("cafe",), [], ["café"]),
+        ("A dog chased a dog", ("dog", "chase", "dog"), ["dog", "chased"], ["dog", "chased", "dog"]),
+        ("A D\u200bO\u00adG and a cafe\u0301", ("dog", "café"), [], ["D\u200bO\u00adG", "cafe\u0301"]),
+        ("一只棕色的狗", ("狗", "棕色"), ["狗"], ["棕色", "狗"]),
+        ("a close-up of 🐕", ("🐕", "close-up"), [], ["close-up", "🐕"]),
+    ],
+)
+def test_what_gives_a_phrase_away(
+    text: str, words: tuple[str, ...], given: list[str], expected: list[str] | None
+) -> None:
+    spans = tuple((text.index(part), text.index(part) + len(part)) for part in given)
+    found = words_said(text, Phrase(words, spans))
+    assert (None if found is None else [text[start:end] for start, end in found]) == expected

@@ -49,7 +49,7 @@ def region(**changes: Any) -> list[dict[str, Any]]:
     [
         (b"\xff\xfe", "not JSON"),
         (b"[" * 100_000, "not JSON"),
-        (b'{"schema": 1, "width": ' + b"9" * 5_000 + b"}", "not JSON"),
+        (changed().replace(b'"width": 64', b'"width": ' + b"9" * 5_000), "wrong type"),
         (b"[]", "a list, not a JSON object"),
         (changed(schema=2), "schema is 2"),
         (changed(width=0), "0 x 48, both must be at least 1"),
@@ -84,6 +84,12 @@ def test_what_is_no_record_is_refused_with_its_reason(content: bytes, message: s
         parse_record(content)
 
 
+def with_own_fields(value: bytes) -> bytes:
+    """A record with fields of its user's own at every level."""
+    own = b'{"own": %s, "more": {"tag": [1, 2.5e9]}, ' % value
+    return changed().replace(b"{", own)
+
+
 TWICE = b'{"schema": 1, "image_id": "a", "image_id": "b", "width": 2, "height": 3, "captions": [], "captions": []}'
 USUAL = [
     changed(),
@@ -92,6 +98,8 @@ USUAL = [
     changed(regions=region(box=[0, -1, 1.25, 2**70])),
     changed(image_id="\U0001f415", captions=[{"text": 'a "\\ \n\u20ac'}]),
     TWICE,
+    changed(url="https://example.org/a.jpg", regions=region(colour="brown")),
+    *map(with_own_fields, (b"null", b'"a\\u00e9\xc3\xa9"', b"[" * 400 + b"]" * 400, b"9" * 5_000, b"-" + b"9" * 5_000)),
 ]
 UNUSUAL = [
     changed(image_id=7),
@@ -99,8 +107,8 @@ UNUSUAL = [
     changed(width=640.0),
     changed(width=True),
     changed(regions=region(box=["0", "0", "1", "1"])),
-    changed(regions=region(colour="brown")),
-    changed(url="https://example.org/a.jpg"),
+    with_own_fields(b"NaN"),
+    with_own_fields(b'"\\ud800"'),
     changed(captions=[{"text": "ab", "phrases": [{"tuple": ["a"], "spans": [[0.5, 1]]}]}]),
     changed().decode().encode("utf-16"),
     b"\xef\xbb\xbf" + changed(),
@@ -112,6 +120,14 @@ def test_records_are_the_same_by_the_quick_way_and_by_the_other(contents: list[b
     for content in contents:
         assert (schema._usual_record(content, slice(None)) is not None) == is_usual, content
         assert parse_record(content) == schema._record(load_json(content)), content
+
+
+@pytest.mark.parametrize("value", [b'"\xff"', b'{"\xff": 1}', b"[1,]", b"01", b'"\t"', b"tru", b"[" * 100_000])
+def test_what_is_no_json_is_refused_in_fields_of_the_users_own_too(value: bytes) -> None:
+    content = with_own_fields(value)
+    assert schema._usual_record(content, slice(None)) is None
+    with pytest.raises(DataError, match="not JSON"):
+        parse_record(content)
 
 
 def test_one_caption_is_read_and_the_others_may_be_bad() -> None:

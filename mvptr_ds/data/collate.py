@@ -5,17 +5,14 @@ Legend: B samples, T text slots, G tag slots, R regions, F feature size, H W ima
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 IGNORE = -100  # label of a slot that is not predicted
-_ALIGNMENT = 64  # bytes
 
 
 @dataclass
@@ -73,59 +70,12 @@ class Batch:
     def pin_memory(self) -> Batch:  # the name DataLoader(pin_memory=True) looks for
         return self._map(lambda t: t.pin_memory())
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """To another process all tensors go as one: each would take a file descriptor, handed over at 0.3 ms.
-
-        So a copy lies on the host, whatever device it is of.
-        """
-        values = [getattr(self, field.name) for field in fields(self)]
-        starts = [0, *itertools.accumulate(map(_room, values))]
-        whole = _shared_bytes(starts[-1])
-        parts: list[Any] = []
-        for value, start in zip(values, starts[:-1], strict=True):
-            if isinstance(value, Tensor):
-                # where the value is dense, its own strides (channels may lie together); a view's reach beyond its bytes
-                stride = torch.empty_like(value, device="meta").stride()
-                part = _Part(start, value.dtype, value.shape, stride)
-                part.of(whole).copy_(value)
-                parts.append(part)
-            else:
-                parts.append(value)
-        return _batch_of, (whole, parts)
-
     def _map(self, function) -> Batch:  # type: ignore[no-untyped-def]
         values = (getattr(self, f.name) for f in fields(self))
         return Batch(*(function(v) if isinstance(v, Tensor) else v for v in values))
 
     def __len__(self) -> int:
         return self.text_ids_BT.shape[0]
-
-
-class _Part(NamedTuple):
-    """Where a tensor lies among the bytes of a batch."""
-
-    start: int
-    dtype: torch.dtype
-    shape: torch.Size
-    stride: tuple[int, ...]
-
-    def of(self, whole: Tensor) -> Tensor:
-        num_bytes = self.shape.numel() * self.dtype.itemsize
-        return whole[self.start : self.start + num_bytes].view(self.dtype).as_strided(self.shape, self.stride)
-
-
-def _room(value: Any) -> int:
-    return -(-value.nbytes // _ALIGNMENT) * _ALIGNMENT if isinstance(value, Tensor) else 0
-
-
-def _shared_bytes(num_bytes: int) -> Tensor:
-    # a private name, which torch's own collation uses: what lies elsewhere would be copied to shared memory once more
-    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(num_bytes))
-
-
-def _batch_of(whole: Tensor, parts: Sequence[Any]) -> Batch:
-    values: list[Any] = [part.of(whole) if isinstance(part, _Part) else part for part in parts]
-    return Batch(*values)
 
 
 def _pad(rows: Sequence[np.ndarray], fill: float, dtype: np.dtype | None = None) -> Tensor:

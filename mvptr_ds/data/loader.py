@@ -6,13 +6,16 @@ changes nothing, and a resume asks for later positions and nothing else. Several
 
 from __future__ import annotations
 
+import errno
 import logging
+import multiprocessing
 import os
 import signal
 import threading
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +27,8 @@ from mvptr_ds.data.features import SampleBuilder
 from mvptr_ds.data.index import Extent, SampleIndex
 from mvptr_ds.data.plan import Plan
 from mvptr_ds.data.schema import DataError, Record
+from mvptr_ds.data.sharing import MAKE_ROOM, CollateAndSend, shared_folder
+from mvptr_ds.signals import blocked
 from mvptr_ds.streams import Stream, generator
 
 logger = logging.getLogger(__name__)
@@ -231,10 +236,37 @@ class _MicroBatches:
         return len(self.steps) * self.share[2]
 
 
-def _heed_own_rank_only(worker: int) -> None:
-    """Launchers and SLURM signal loader processes too, whose rank still needs their batches: it alone may end them."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # a handler could not tell who sent it
+_LEFT_TO_THE_RANK = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class _Loader(DataLoader[Batch]):
+    """Its processes never get the signals by which launchers, SLURM and terminals stop a run: a rank needs its batches.
+
+    All their threads inherit the mask, also those that torch starts before any code of ours runs.
+    """
+
+    def __iter__(self) -> Any:
+        with blocked(_LEFT_TO_THE_RANK):
+            return super().__iter__()
+
+
+def _check_semaphores(num_workers: int) -> None:
+    """Takes as many as the queues of so many processes, and lets them go: half made, torch's iterator says too much.
+
+    Raises:
+        DataError: /dev/shm, where they lie, is full.
+    """
+    try:
+        [multiprocessing.Semaphore() for _ in range(8 + 3 * num_workers)]
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        what = f"loader processes cannot be started, there is no room for their semaphores: {shared_folder()}"
+        raise DataError(f"{what}; {MAKE_ROOM}") from error
+
+
+def _end_with_own_rank(worker: int) -> None:
+    """SIGTERM of the rank itself, which ends its processes so, is heeded; a handler could not tell who sent it."""
 
     def wait_for_own_rank() -> None:
         while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
@@ -262,21 +294,24 @@ def make_loader(
 
     Raises:
         ValueError: the batch does not divide by ranks and accumulation steps, or the steps are out of order.
+        DataError: there is no room in shared memory; also by the iterator, when it is a batch that finds none.
     """
     micro_batches = _MicroBatches(batches, start_step, end_step, rank, num_ranks, accumulation_steps)
+    if num_workers:
+        _check_semaphores(num_workers)
     source: Dataset[Sample] = dataset
     if dataset.read_ahead_bytes:
         from mvptr_ds.data.read_ahead import ReadAheadDataset
 
         source = ReadAheadDataset(dataset, micro_batches, dataset.read_ahead_bytes)
-    return DataLoader(
+    return _Loader(
         source,  # type: ignore[arg-type]  # torch's stubs do not know that collate_fn changes the type
         batch_sampler=micro_batches,
         num_workers=num_workers,
         prefetch_factor=max(1, prefetch_batches) if num_workers else None,
         pin_memory=pin_memory,
-        collate_fn=collate,
-        worker_init_fn=_heed_own_rank_only if num_workers else None,
+        collate_fn=CollateAndSend(num_workers * max(1, prefetch_batches)) if num_workers else collate,
+        worker_init_fn=_end_with_own_rank if num_workers else None,
         generator=torch.Generator(),  # else it takes a number from the one that dropout uses, and no resume is exact
     )
 

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
-import copy
 import dataclasses
 import io
 import logging
 import pickle
+import re
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,9 @@ from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.plan import Plan
 from mvptr_ds.data.schema import Caption, DataError, Phrase, Record, Region
 from mvptr_ds.data.shards import Index, write_shards
+from mvptr_ds.data.sharing import SentBatch
 from mvptr_ds.data.wordpiece import WordPiece
+from tests.conftest import REPO
 from tests.same import assert_equal_batches
 from tests.tiny import whole_batch
 
@@ -127,12 +132,64 @@ def test_a_batch_of_a_worker_is_one_piece_of_memory(folder: Path) -> None:
         assert all(tensor.is_contiguous() and tensor.data_ptr() % 64 == 0 for tensor in tensors)
 
 
+def test_a_batch_that_finds_no_shared_memory_ends_the_run_instead_of_being_lost(folder: Path) -> None:
+    """A limit on the size of files, which the memory of a batch is one of, holds for the loader process, too."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(DataError) as error:
+            next(iter(make_loader(_dataset(folder), Batches(BATCH), 0, STEPS, num_workers=1, prefetch_batches=3)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    message = str(error.value).rpartition("DataError: ")[2]
+    assert "no shared memory for a batch of 0.0 MiB ([Errno 27] File too large): /dev/shm has " in message
+    assert "the 3 that a rank's loader processes hold ready take 0.0 MiB" in message and "--shm-size" in message
+
+
+IN_A_SMALL_SHM = """
+import os, sys
+from tests.unit.test_loader import BATCH, STEPS, Batches, DataError, Path, _dataset, make_loader
+if sys.argv[2] == "forbidden":  # as a sandbox answers
+    def refuse(*_): raise PermissionError(1, "Operation not permitted")
+    os.memfd_create = refuse
+if sys.argv[2] == "full":
+    Path("/dev/shm/ballast").touch()
+    try:
+        with open("/dev/shm/ballast", "ab", buffering=0) as file:
+            while file.write(bytes(4096)): pass
+    except OSError: pass
+try:
+    print(len(list(make_loader(_dataset(Path(sys.argv[1])), Batches(BATCH), 0, STEPS, num_workers=1))), "batches")
+except DataError as error:
+    print(str(error).rpartition("DataError: ")[2].strip())
+"""
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("memory", "said"),
+    [
+        ("", r"7 batches\n"),  # they do not lie in /dev/shm
+        ("forbidden", r"no shared memory for a batch of .*No space left on device.*/dev/shm has .*--shm-size.*\n"),
+        ("full", r"loader processes cannot be started, .* semaphores: /dev/shm has .* 0.0 MiB of it free; .*\n"),
+    ],
+)
+def test_a_small_shm_is_no_hindrance_or_is_said(folder: Path, memory: str, said: str) -> None:
+    mount = "mount -t tmpfs -o size=48k tmpfs /dev/shm"  # a page for each of 11 semaphores, and one besides
+    command = ["unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', "sh"]
+    if subprocess.run([*command, "true"], capture_output=True).returncode != 0:
+        pytest.skip("a mount namespace of its own needs root")
+    script = [sys.executable, "-c", IN_A_SMALL_SHM, str(folder), memory]
+    done = subprocess.run([*command, *script], cwd=REPO, capture_output=True, text=True, timeout=100)
+    assert re.fullmatch(said, done.stdout), done.stderr
+
+
 @pytest.mark.parametrize("source", ["features", "image"])
 def test_a_batch_with_nothing_to_see_goes_to_another_process(source: str) -> None:
     record = Record("0", 0, 0, (Caption("a big dog"),))
     builder = SampleBuilder(WORDS, VOCAB, dataclasses.replace(OPTIONS, visual_source=source, feature_dim=None))
     batch = collate([builder.build({}, 0, 0, 7, np.random.default_rng(0), record)] * 3)
-    copy = pickle.loads(pickle.dumps(batch))
+    copy = pickle.loads(pickle.dumps(SentBatch(batch)))
     assert_equal_batches(batch, copy)
     assert copy.position_B.tolist() == [7, 7, 7]
     if source == "image":
@@ -284,6 +341,7 @@ def test_a_view_of_a_longer_tensor_goes_to_another_process_as_it_is() -> None:
     """As one tensor with the others, of which it takes only its own bytes."""
     batch = whole_batch()
     text_ids_BT = batch.text_ids_BT[:, 1:4]
-    copied = copy.copy(dataclasses.replace(batch, text_ids_BT=text_ids_BT, image_index_B=torch.tensor([7]).expand(4)))
+    sent = SentBatch(dataclasses.replace(batch, text_ids_BT=text_ids_BT, image_index_B=torch.tensor([7]).expand(4)))
+    copied = pickle.loads(pickle.dumps(sent))
     assert torch.equal(copied.text_ids_BT, text_ids_BT) and copied.image_index_B.tolist() == [7] * 4
     assert torch.equal(copied.tag_ids_BG, batch.tag_ids_BG)

@@ -186,16 +186,37 @@ def children() -> list[int]:
 
 
 def test_a_signal_to_the_loader_processes_does_not_end_them() -> None:
-    """launch.py and SLURM signal the whole tree; the rank still needs batches until it has stopped by itself."""
-    dataset = SlowDataset()
+    """launch.py, SLURM and a terminal signal the whole tree; the rank still needs batches until it has stopped.
+
+    Every thread has to leave the signals alone, also those that libraries start: the system gives one to any.
+    """
+    left_alone = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = set(children())
-    batches = iter(make_loader(dataset, Batches(4), 0, 8, num_workers=1, prefetch_batches=1))
+    batches = iter(make_loader(SlowDataset(), Batches(4), 0, 8, num_workers=2, prefetch_batches=1))
+    workers = [pid for pid in set(children()) - before if is_python(pid)]
+    assert len(workers) == 2
+
+    def send() -> None:  # from another process than the rank, as launch.py does
+        kills = [f"kill -{number.value} {pid}" for number in left_alone for pid in workers]
+        subprocess.run(["sh", "-c", "; ".join(kills)], check=True)
+
+    send()  # before any code of ours has run there
     seen = [next(batches).position_B.tolist()]
-    (worker,) = [pid for pid in set(children()) - before if is_python(pid)]
-    # a SIGTERM from another process than the rank, as launch.py sends it
-    subprocess.run(["sh", "-c", f"kill -TERM {worker}; kill -USR1 {worker}"], check=True)
+    for worker in workers:
+        masks = [blocked_signals(task / "status") for task in Path(f"/proc/{worker}/task").iterdir()]
+        waits = {signal.SIGUSR1, signal.SIGINT}  # for SIGTERM, which the system takes out of its mask meanwhile
+        open_to_some = [mask for mask in masks if not set(left_alone) <= mask]
+        assert len(masks) >= 3 and len(open_to_some) <= 1 and all(waits <= mask for mask in open_to_some), masks
+    for _ in range(5):
+        send()
     seen += [batch.position_B.tolist() for batch in batches]
     assert np.concatenate(seen).tolist() == list(range(32))
+
+
+def blocked_signals(status: Path) -> set[int]:
+    """Of a thread."""
+    line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("SigBlk:"))
+    return {number + 1 for number in range(64) if int(line.split()[1], 16) >> number & 1}
 
 
 def is_python(pid: int) -> bool:

@@ -1,0 +1,162 @@
+"""The way of a batch from a loader process to its rank: one piece of shared memory, and little besides.
+
+Everything that may fail on this way fails in the loader process's main thread, from where an exception reaches the
+rank. What fails in the thread that feeds the queue is printed there, and the rank would wait for ever for that batch.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mvptr_ds.data.collate import Batch, Sample, collate
+from mvptr_ds.data.schema import DataError
+
+SHARED_FOLDER = "/dev/shm"
+MAKE_ROOM = (
+    "give the container more (docker run --shm-size=8g, or --ipc=host), or lower data.num_workers, "
+    "data.prefetch_batches or train.batch_size"
+)
+_ALIGNMENT = 64  # bytes
+
+
+class SentBatch:
+    """A batch ready to be sent; the process that unpickles it gets a `Batch`.
+
+    All tensors go as one: each would take a file descriptor, handed over at 0.3 ms. So the batch that arrives lies on
+    the host, whatever device this one is of.
+
+    Raises:
+        OSError, RuntimeError: there is no shared memory for it, or no file descriptor.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        values = [getattr(batch, field.name) for field in fields(batch)]
+        starts = [0, *itertools.accumulate(map(_room, values))]
+        self.num_bytes = starts[-1]
+        whole = _shared_bytes(self.num_bytes)
+        parts: list[Any] = []
+        for value, start in zip(values, starts[:-1], strict=True):
+            if isinstance(value, Tensor):
+                # where the value is dense, its own strides (channels may lie together); a view's reach beyond its bytes
+                stride = torch.empty_like(value, device="meta").stride()
+                part = _Part(start, value.dtype, value.shape, stride)
+                part.of(whole).copy_(value)
+                parts.append(part)
+            else:
+                parts.append(value)
+        self._pickled = bytes(ForkingPickler.dumps((whole, parts)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _received, (self._pickled,)
+
+
+@dataclass(frozen=True)
+class CollateAndSend:
+    """`collate` of a loader process.
+
+    Args:
+        num_ready: batches that the loader processes of a rank hold ready.
+    """
+
+    num_ready: int
+
+    def __call__(self, samples: list[Sample]) -> SentBatch:
+        """Raises DataError where the batch finds no room, with what is there and what is needed."""
+        batch = collate(samples)
+        try:
+            return SentBatch(batch)
+        except (OSError, RuntimeError) as error:
+            num_bytes = sum(_room(getattr(batch, field.name)) for field in fields(batch))
+            raise DataError(_no_room(error, num_bytes, self.num_ready)) from error
+
+
+def _no_room(error: Exception, batch_bytes: int, num_ready: int) -> str:
+    reason = " ".join(str(error).split())
+    if os.strerror(errno.EMFILE) in reason:
+        return (
+            f"a batch cannot be sent to its rank ({reason}): each takes a file descriptor of both; raise the limit of "
+            "open files (ulimit -n), or lower data.num_workers or data.prefetch_batches"
+        )
+    ready = f"the {num_ready} that a rank's loader processes hold ready take {_mib(num_ready * batch_bytes)}"
+    return (
+        f"no shared memory for a batch of {_mib(batch_bytes)} ({reason}): {shared_folder()}, and {ready}; {MAKE_ROOM}"
+    )
+
+
+def shared_folder() -> str:
+    """Size and free room of /dev/shm, in words."""
+    try:
+        found = os.statvfs(SHARED_FOLDER)
+    except OSError as error:
+        return f"{SHARED_FOLDER} cannot be looked at ({error.strerror})"
+    sizes = (_mib(num_blocks * found.f_frsize) for num_blocks in (found.f_blocks, found.f_bavail))
+    return "{} has {}, {} of it free".format(SHARED_FOLDER, *sizes)
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f} MiB"
+
+
+class _Part(NamedTuple):
+    """Where a tensor lies among the bytes of a batch."""
+
+    start: int
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    def of(self, whole: Tensor) -> Tensor:
+        num_bytes = self.shape.numel() * self.dtype.itemsize
+        return whole[self.start : self.start + num_bytes].view(self.dtype).as_strided(self.shape, self.stride)
+
+
+def _room(value: Any) -> int:
+    return -(-value.nbytes // _ALIGNMENT) * _ALIGNMENT if isinstance(value, Tensor) else 0
+
+
+def _shared_bytes(num_bytes: int) -> Tensor:
+    """Bytes that another process can map; all of them are there, so that no write can fail later (SIGBUS).
+
+    They are no file of /dev/shm, which containers keep small (Docker: 64 MiB), where the system gives memory without.
+    """
+    # private names, which torch's own collation and reductions use: what lies elsewhere would be copied once more
+    storage: Any = torch.UntypedStorage
+    if without_folder():
+        file = os.memfd_create("mvptr_ds")
+        try:
+            os.posix_fallocate(file, 0, num_bytes)
+            return torch.empty(0, dtype=torch.uint8).set_(storage._new_shared_fd_cpu(file, num_bytes))
+        finally:
+            os.close(file)
+    return torch.empty(0, dtype=torch.uint8).set_(storage._new_shared(num_bytes))
+
+
+def without_folder() -> bool:
+    """Whether memory can be shared here without /dev/shm: on Linux, unless a sandbox forbids it."""
+    if not hasattr(os, "memfd_create") or torch.multiprocessing.get_sharing_strategy() != "file_descriptor":
+        return False
+    try:
+        os.close(os.memfd_create("mvptr_ds"))
+    except OSError as error:
+        return error.errno in (errno.EMFILE, errno.ENFILE)  # which the next call says better
+    return True
+
+
+def _received(pickled: bytes) -> Batch:
+    whole, parts = pickle.loads(pickled)
+    return _batch_of(whole, parts)
+
+
+def _batch_of(whole: Tensor, parts: Sequence[Any]) -> Batch:
+    values: list[Any] = [part.of(whole) if isinstance(part, _Part) else part for part in parts]
+    return Batch(*values)

@@ -24,7 +24,7 @@ class Stream(IntEnum):
     SUBSTITUTE = 12  # what stands in for a sample that cannot be read
     STEP = 21  # negatives of a micro-batch
     PERMUTED_REGIONS = 31  # of an evaluation
-    NEW_RANKS = 32  # dropout behind a resume on another number of ranks
+    NEW_RANKS = 32  # dropout of a run that goes on with another number of ranks
 
 
 def seed_sequence(stream: Stream, *key: int) -> np.random.SeedSequence:

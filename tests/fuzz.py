@@ -35,6 +35,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from webdataset import tariterators
 
+from mvptr_ds.corpus.pictures import PictureError, PictureOptions, check_picture
 from mvptr_ds.corpus.record_checks import check_content
 from mvptr_ds.corpus.salvage import Break, Piece, pieces
 from mvptr_ds.data import schema
@@ -59,6 +60,7 @@ from tests.hostile import (
     picture,
     write_tar,
 )
+from tests.odd_pictures import BUILT, MEANINGLESS, STORED, png, tiff
 
 LIMIT_S = 5.0  # of one input
 BATCH = 500  # inputs that hypothesis remembers at a time
@@ -94,9 +96,11 @@ def guarded() -> Iterator[None]:
     """Fails when what is within takes longer than LIMIT_S, or tries to run code."""
     global _is_watching
     _install_audit()
+    hung = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise HangError(f"more than {LIMIT_S} s")
+        hung.append(HangError(f"more than {LIMIT_S} s"))
+        raise hung[0]
 
     previous = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, LIMIT_S)
@@ -107,6 +111,8 @@ def guarded() -> Iterator[None]:
         _is_watching = False
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, previous)
+    if hung:  # taken for damage by what was reading
+        raise hung[0]
     if _watched:
         seen = ", ".join(_watched)
         _watched.clear()
@@ -286,7 +292,11 @@ def sound_tars() -> tuple[bytes, ...]:
         return tuple(make(Path(folder) / "s.tar").read_bytes() for make in SOUND_TARS)
 
 
-PICTURES = tuple(picture(image_format, size) for image_format in ("JPEG", "PNG", "WEBP") for size in ((32, 24), (5, 3)))
+PICTURES = (
+    *(picture(image_format, size) for image_format in ("JPEG", "PNG", "WEBP") for size in ((32, 24), (5, 3))),
+    *(shown.content for shown in STORED.values()),
+)
+BUILDER_PICTURES = (*(shown.content for shown in BUILT.values()), *(data for data, _ in MEANINGLESS.values()))
 ARRAYS = (
     npy(features()), npy(features().astype(np.float32)), npy(features(0)), npy(features().astype(">f2")),
     npy(np.array([[1, {}]], dtype=object), allow_pickle=True), npy(np.zeros((2, 4), dtype="U3")), npy(np.zeros(3)),
@@ -299,6 +309,13 @@ RECORDS = (
     content(captions=[]),
     content(extractor={"name": "a", "version": "1"}),
 )
+_PNG_KINDS = {  # -> how many numbers a pixel of it has, and the depths that go with it
+    0: (1, (1, 2, 4, 8, 16)),
+    2: (3, (8, 16)),
+    3: (1, (1, 2, 4, 8)),
+    4: (2, (8, 16)),
+    6: (4, (8, 16)),
+}
 _MADE_BY = {"schema": 1, "extractor": {"name": "a", "version": "1"}}
 SIDECARS: tuple[dict[str, Any], ...] = (
     {**_MADE_BY, "width": 32, "height": 24, "regions": CONTENT["regions"]},
@@ -310,8 +327,34 @@ SOUND: dict[str, Callable[[], Sequence[bytes]]] = {
     "tar": sound_tars,
     "npy": lambda: ARRAYS,
     "picture": lambda: PICTURES,
+    "builder-picture": lambda: BUILDER_PICTURES,
     "json": lambda: RAW_RECORDS,
 }
+
+
+@st.composite
+def pngs(draw: st.DrawFn) -> bytes:
+    """Of any depth, kind, palette and transparency, which need not go together; its sums hold."""
+    width, kind = draw(st.integers(1, 9)), draw(st.sampled_from(sorted(_PNG_KINDS)))
+    num_numbers, depths = _PNG_KINDS[kind]
+    bits = draw(st.sampled_from(depths) | st.sampled_from(depths) | st.sampled_from((1, 2, 4, 8, 16)))
+    num_bytes = -(-width * bits * num_numbers // 8)
+    row = draw(st.binary(min_size=num_bytes, max_size=num_bytes) | st.binary(max_size=20))
+    palette = st.just(bytes(range(48))) | st.binary(max_size=800)
+    chunks = {"PLTE": palette, "tRNS": st.binary(max_size=6) | st.binary(max_size=300), "acTL": st.binary(max_size=9)}
+    names = draw(st.lists(st.sampled_from(("PLTE", "tRNS", "acTL")), unique=True, max_size=3))
+    return png(width, bits, kind, row, **{name: draw(chunks[name]) for name in names})
+
+
+@st.composite
+def tiffs(draw: st.DrawFn) -> bytes:
+    """Of any depths and meaning of its numbers."""
+    width, bits = draw(st.integers(1, 9)), draw(st.integers(1, 6)) * (draw(st.sampled_from((1, 2, 4, 8, 12, 16, 32))),)
+    num_bytes = -(-width * sum(bits) // 8)
+    row = draw(st.binary(min_size=num_bytes, max_size=num_bytes))
+    return tiff(width, bits, row, draw(st.integers(0, 9)), draw(st.none() | st.integers(0, 3)))
+
+
 record_bytes = st.one_of(*[contents().map(encoded)] * 3, edited("json"))
 
 
@@ -374,6 +417,21 @@ def decode_a_picture(data: bytes) -> bool:
         assert image.shape == (3, 8, 8) and image.dtype == np.uint8
 
     return _accepts(read)
+
+
+def store_a_picture(data: bytes) -> bool:
+    """As it is, or encoded again: what a builder stores, training reads."""
+
+    def read(reencode: int | None) -> None:
+        try:
+            stored = check_picture(data, PictureOptions(reencode=reencode))
+        except PictureError as error:
+            raise DataError(str(error)) from error
+        assert decode_image({stored.extension: stored.content}, 8).shape == (3, 8, 8)
+
+    accepted = [_accepts(functools.partial(read, reencode)) for reencode in (None, 60)]
+    assert accepted[0] == accepted[1]
+    return accepted[0]
 
 
 @functools.cache
@@ -508,12 +566,13 @@ class Target:
 
 
 TARGETS = (
-    Target("walk", tars(), walk_a_tar, 20),
+    Target("walk", tars(), walk_a_tar, 16),
     Target("walk-bytes", edited("tar"), walk_a_tar, 6),
     Target("salvage", tars(), salvage_a_tar, 14),
     Target("parse", record_bytes, parse, 18),
     Target("features", edited("npy"), read_npy, 10),
-    Target("picture", edited("picture"), decode_a_picture, 8),
+    Target("picture", edited("picture") | pngs(), decode_a_picture, 8),
+    Target("store", edited("picture") | edited("builder-picture") | pngs() | tiffs(), store_a_picture, 4),
     Target("sample", record_members, build_a_sample, 8),
     Target("join", joins(), join_a_sidecar, 4),
     Target("check", record_members.filter(lambda found: "json" in found), check_a_record, 4),

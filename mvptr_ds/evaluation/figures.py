@@ -19,7 +19,7 @@ _NO_GLYPH = "□"
 @contextmanager
 def plain_figures() -> Iterator[None]:
     """Of what makes and saves a figure: no text in it is parsed, those of axes and legends included."""
-    # `$` is a dollar: mathematics that do not parse would end the program. No text is TeX, whatever a user sets
+    # `$` is a dollar: mathematics that do not parse would end the program. Nor is TeX started, whatever a user has set
     with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False, "font.family": _FONT}):
         yield
 

@@ -31,7 +31,7 @@ Box = tuple[float, float, float, float]
 _MARK = {True: "right", False: "wrong", None: ""}
 _MAX_SIDE = 640  # pixels; a picture is drawn some 300 wide
 _CAPTION_LINE, _CAPTION_LINES = 42, 3  # characters of a line, lines
-_MAX_PHRASE = 40  # characters
+_MAX_PHRASE = 32  # characters
 Scene = tuple[int, list[GroundedPhrase]]  # caption, its phrases
 
 
@@ -56,7 +56,7 @@ def draw_grounding(index: SampleIndex, found: Sequence[GroundedPhrase], num_pict
 
 def _can_be_drawn(index: SampleIndex, scene: Scene, left_out: list[str]) -> bool:
     try:
-        _figure(index, [scene])
+        _figure(index, [scene], columns=1)
     except Exception as error:  # as in draw_grounding
         left_out.append(f"sample {scene[0]}: {type(error).__name__}: {error}")
         return False
@@ -64,12 +64,12 @@ def _can_be_drawn(index: SampleIndex, scene: Scene, left_out: list[str]) -> bool
 
 
 @plain_figures()
-def _figure(index: SampleIndex, scenes: Sequence[Scene]) -> bytes:
+def _figure(index: SampleIndex, scenes: Sequence[Scene], columns: int = _COLUMNS) -> bytes:
     """The scenes as a PNG."""
-    rows = -(-len(scenes) // _COLUMNS) or 1
+    rows = -(-len(scenes) // columns) or 1
     # caption, picture and list have their own axes: none can run into its neighbour
     figure, axes = plt.subplots(
-        3 * rows, _COLUMNS, figsize=(3.3 * _COLUMNS, 5.1 * rows), squeeze=False, layout="constrained",
+        3 * rows, columns, figsize=(3.3 * columns, 5.1 * rows), squeeze=False, layout="constrained",
         gridspec_kw={"height_ratios": (0.55, 3.4, 1.1) * rows},
     )  # fmt: skip
     for axis in axes.flat:
@@ -77,7 +77,7 @@ def _figure(index: SampleIndex, scenes: Sequence[Scene]) -> bytes:
     buffer = io.BytesIO()
     try:
         for number, scene in enumerate(scenes):
-            row, column = divmod(number, _COLUMNS)
+            row, column = divmod(number, columns)
             _draw_scene(axes[3 * row : 3 * row + 3, column], index, scene)
         if not scenes:
             figure.text(0.5, 0.5, "no scene with an image and a phrase", ha="center")
@@ -95,8 +95,9 @@ def _draw_scene(axes: Iterable[Any], index: SampleIndex, scene: Scene) -> None:
     record, members = index.read(place)
     text = drawable(record.captions[place.caption].text, _CAPTION_LINES * _CAPTION_LINE)
     text = "\n".join(textwrap.wrap(text, _CAPTION_LINE, max_lines=_CAPTION_LINES))
-    title.text(0.5, 0.05, text, fontsize=9, ha="center", va="bottom", transform=title.transAxes)
-    picture.imshow(_decoded(members), extent=(0, record.width, record.height, 0))
+    # clipped, a text of wide letters takes no room from the others' pictures
+    title.text(0.5, 0.05, text, fontsize=9, ha="center", va="bottom", transform=title.transAxes, clip_on=True)
+    picture.imshow(small_picture(members), extent=(0, record.width, record.height, 0))
     boxes = [_within(region.box, record) for region in record.regions]
     _draw_phrases(picture, listing, boxes, phrases, record.width / 160)
 
@@ -123,13 +124,27 @@ def choose_scenes(
             continue
         images.add(record)
         try:
-            if _decoded(index.read(index.locate(caption))[1]) is not None:
+            if small_picture(index.read(index.locate(caption))[1]) is not None:
                 kinds[wrong].append(caption)
         except (DataError, OSError) as error:
             left_out.append(f"sample {caption}: {error}")
     num_wrong = min(len(kinds[True]), max(num_pictures // 2, num_pictures - len(kinds[False])))
     chosen = sorted(kinds[True][:num_wrong] + kinds[False][: num_pictures - num_wrong])
     return [(caption, by_caption[caption][:_MAX_PHRASES]) for caption in chosen]
+
+
+def small_picture(members: Mapping[str, bytes]) -> Image.Image | None:
+    """The picture, at most _MAX_SIDE a side; None where the record has none.
+
+    Raises:
+        DataError: it cannot be decoded.
+    """
+    if not any(extension in members for extension in IMAGE_EXTENSIONS):
+        return None
+    with open_image(image_content(members), MAX_IMAGE_PIXELS) as image:
+        picture = read_rgb(image, least_side=_MAX_SIDE).image
+    picture.thumbnail((_MAX_SIDE, _MAX_SIDE), Image.Resampling.BICUBIC)
+    return picture
 
 
 def _draw_phrases(
@@ -145,7 +160,7 @@ def _draw_phrases(
         words = drawable(", ".join(grounded.phrase.tuple), _MAX_PHRASE)
         listing.text(
             0.0, 0.95 - i / _MAX_PHRASES, f"{words}   {_MARK[grounded.right]}",
-            color=colour, fontsize=9, transform=listing.transAxes, va="top",
+            color=colour, fontsize=9, transform=listing.transAxes, va="top", clip_on=True,
         )  # fmt: skip
 
 
@@ -159,17 +174,3 @@ def _within(box: Box, record: Record) -> Box:
     x1, y1, x2, y2 = box
     width, height = record.width, record.height
     return min(max(x1, 0), width), min(max(y1, 0), height), min(max(x2, 0), width), min(max(y2, 0), height)
-
-
-def _decoded(members: Mapping[str, bytes]) -> Image.Image | None:
-    """The picture, at most _MAX_SIDE a side; None where the record has none.
-
-    Raises:
-        DataError: it cannot be decoded.
-    """
-    if not any(extension in members for extension in IMAGE_EXTENSIONS):
-        return None
-    with open_image(image_content(members), MAX_IMAGE_PIXELS) as image:
-        picture = read_rgb(image, least_side=_MAX_SIDE).image
-    picture.thumbnail((_MAX_SIDE, _MAX_SIDE), Image.Resampling.BICUBIC)
-    return picture

@@ -22,6 +22,7 @@ import pytest
 import webdataset
 from PIL import Image
 
+from mvptr_ds.data.images import decode_image
 from mvptr_ds.data.schema import parse_record
 from mvptr_ds.data.shards import Index, read_record
 from tests.conftest import REPO
@@ -228,6 +229,29 @@ def test_a_folder_of_pictures(build: Build, corpus: Corpus) -> None:
     assert set(records) == {f"{n}.jpg" for n in corpus.pictures}
     assert all(not members["record"].captions for members in records.values())
     assert "dropped 1: picture: cannot be decoded (e.g. more/cut.jpg" in output
+
+
+@pytest.mark.parametrize("options", [(), ("--reencode", 95)], ids=["stored", "encoded"])
+def test_transparency_and_16_bits_are_counted_and_shown(
+    build: Build, tmp_path: Path, options: tuple[object, ...]
+) -> None:
+    clear, deep = np.zeros((24, 32, 4), dtype=np.uint8), np.full((24, 32), 32768, dtype=np.uint16)
+    arrays = {"clear": clear, "more": clear, "deep": deep, "plain": clear[:, :, :3]}
+    (tmp_path / "images").mkdir()
+    for name, array in arrays.items():
+        Image.fromarray(array).save(tmp_path / "images" / f"{name}.png")
+    Image.fromarray(deep.astype(np.float32)).save(tmp_path / "images" / "float.png", "TIFF")
+    code, output, errors = build("image-folder", tmp_path / "images", "--out", tmp_path / "out", *options)
+    assert code == 0, errors
+    assert "pictures with transparency, drawn on white: 2\n" in output
+    assert "pictures of 16-bit grey, scaled to 8 bit: 1\n" in output
+    assert "dropped 1: picture: mode F does not say which number is white (e.g. float.png" in output
+    shown = {}
+    for name, members in records_of(tmp_path / "out/train").items():
+        assert options == () or set(members) == {"jpg", "json", "record"}
+        shown[Path(name).stem] = decode_image({name: c for name, c in members.items() if name in ("jpg", "png")}, 8)
+    greys = {name: (int(square.min()), int(square.max())) for name, square in shown.items()}
+    assert greys == {"clear": (255, 255), "more": (255, 255), "deep": (128, 128), "plain": (0, 0)}
 
 
 @pytest.mark.parametrize("scheme", ["image-id", "number", "hash"])

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mvptr_ds.config import Config, SourceConfig, load_config, save_config
 from mvptr_ds.config_reading import range_of
@@ -51,6 +52,13 @@ def test_text_stays_as_it_is_written(text: str, tmp_path: Path) -> None:
         assert (config.data.sidecars, config.data.held_out_sidecars) == ([text], [text])
         save_config(config, tmp_path / "saved.yaml")
         assert load_config(tmp_path / "saved.yaml") == config
+
+
+def test_files_of_runs_that_are_under_way_are_read_as_they_were_written(tmp_path: Path) -> None:
+    """By PyYAML, which quotes what it would read as something else, and nothing besides."""
+    config = load_config("demo", [f"data.sidecars=[{', '.join(TEXTS)}]", "wandb.name='null'", "run.init_from=1e-4"])
+    text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    assert load_config(write(tmp_path, "config.yaml", text)) == config
 
 
 @pytest.mark.parametrize("text", ["run #3", "a: b", "- a", "&x", "*x", "!x", "%x", "@x", " two  blanks ", "a\tb", "#1"])

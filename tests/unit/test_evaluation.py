@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,8 @@ from mvptr_ds.data.shards import Index, ensure_index, write_shards
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.eval import evaluate
 from mvptr_ds.evaluation.curves import draw_curves, draw_scores, read_metrics, wall_s
+from mvptr_ds.evaluation.figures import drawable
+from mvptr_ds.evaluation.grounding import GroundedPhrase
 from mvptr_ds.evaluation.pictures import choose_scenes, draw_grounding
 from mvptr_ds.evaluation.report import Evaluation, evaluate_model, evaluate_split, flatten_scores
 from mvptr_ds.evaluation.table import table
@@ -36,6 +39,7 @@ from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.model.packed import Packed
 from mvptr_ds.model_folder import save_model_folder
+from tests.odd_pictures import DAMAGED, STORED, png
 
 CPU = torch.device("cpu")
 PART = "part"
@@ -323,6 +327,53 @@ def test_pictures_show_right_and_wrong_scenes(
         assert image.width > 800
 
 
+HOSTILE_TEXTS = (
+    r"$\frac{$ costs $5 and $6", r"\$^_{}#&%~",
+    "\x07 a\tdog\x00\n\n $_$", "犬" * 300, "\u202etac\u202c \u200b👩\u200d👧", "x" * 5000,
+)  # fmt: skip
+HOSTILE_PICTURES = (DAMAGED["PostScript"], DAMAGED["cut"], b"\0", png(30_000, 8, 2, b"", height=30_000))
+
+
+def test_texts_and_pictures_of_others_do_no_harm(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """`$` is no mathematics, what the font lacks is no warning, and a picture that cannot be shown is left out."""
+    regions = (Region((-9, -9, 1e12, 5), "$dog$"), Region((0, 0, 9, 9), "cat"))
+    items, found = [], []
+    for number, text in enumerate([*HOSTILE_TEXTS, *["a dog"] * (len(HOSTILE_PICTURES) + 2)]):
+        phrase = Phrase((text[:2000], "$"), ((0, 1),), (1,))
+        picture = STORED["RGBA"].content
+        if number >= len(HOSTILE_TEXTS) + 2:
+            picture = HOSTILE_PICTURES[number - len(HOSTILE_TEXTS) - 2]
+        items.append((f"k{number}", Record(str(number), 3, 1, (Caption(text, (phrase,)),), regions), {"png": picture}))
+        found.append(GroundedPhrase(number, phrase, region=99 if number == len(HOSTILE_TEXTS) else number % 2))
+    write_shards(tmp_path / "shards", items, 99)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw_grounding(ensure_index(tmp_path / "shards"), found, 20, tmp_path / "pictures.png")
+    with Image.open(tmp_path / "pictures.png") as image:
+        assert image.height > 2 * image.width / 3  # two rows: seven scenes are left
+    (line,) = caplog.messages
+    assert line.startswith("5 pictures were left out of pictures.png; the first: sample 8: the image cannot be decoded")
+
+
+def test_texts_that_can_be_drawn() -> None:
+    assert drawable("A  café.\n", 20) == "A café."
+    assert drawable("a\x00b\u202ec 犬", 20) == "a bc □"
+    assert drawable("y" * 99, 9) == "y" * 8 + "…"
+    assert drawable("\u200b" * 99 + "z", 9) == "…"  # not all of it is looked at
+
+
+def test_names_of_curves_are_no_mathematics(tmp_path: Path) -> None:
+    reports: list[Any] = [{"step": 1, r"loss/$\frac{$": 1.0, "loss/犬": 2.0}, 5, None, "text"]
+    folder = metrics(tmp_path / "stage1", reports)
+    with open(folder / "metrics.jsonl", "ab") as file:
+        file.write(b"\xff\xfe\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw_curves([folder], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert wall_s(read_metrics(folder / "metrics.jsonl")) is None
+
+
 def metrics(folder: Path, reports: list[dict[str, Any]]) -> Path:
     folder.mkdir()
     text = "".join(json.dumps(report) + "\n" for report in reports)
@@ -357,3 +408,18 @@ def test_the_entry_writes_report_and_pictures(
     assert json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8")) == report
     assert report["grounding"]["n"] > 500
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["pictures.png", "report.json"]
+
+
+def test_the_report_is_there_whatever_becomes_of_the_pictures(
+    tmp_path: Path, planted: tuple[Index, Vocabs, Config], caplog: pytest.LogCaptureFixture
+) -> None:
+    index, vocabs, config = planted
+    model = untrained(vocabs, visual_source="features", backbone_config=None)
+    save_model_folder(tmp_path / "model", model, model.state_dict(), vocabs, config)
+    metrics(tmp_path / "model" / "stage1", [{"step": 1, "loss/mlm": "much"}])
+    (tmp_path / "out" / "pictures.png").mkdir(parents=True)
+    report = evaluate(tmp_path / "model", [f"data.held_out={index.folder}"], tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8")) == report
+    said = [message for message in caplog.messages if "was not drawn" in message]
+    assert [message.split(" was")[0] for message in said] == ["pictures.png", "curves.png"]
+    assert "IsADirectoryError" in said[0] and "could not convert string to float" in said[1]

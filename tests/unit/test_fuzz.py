@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import subprocess
@@ -46,7 +47,8 @@ def test_sound_inputs_are_accepted_by_every_target() -> None:
     sidecar = fuzz.encoded(fuzz.SIDECARS[0])
     sound = {
         "walk": tar, "walk-bytes": tar, "salvage": tar, "parse": members["json"], "features": members["npy"],
-        "picture": members["jpg"], "sample": members, "join": (members, sidecar, members["npy"]), "check": members,
+        "picture": members["jpg"], "store": members["jpg"], "sample": members,
+        "join": (members, sidecar, members["npy"]), "check": members,
         "place": (tar, 0, 4096), "index": tar,
     }  # fmt: skip
     for target in fuzz.TARGETS:
@@ -55,6 +57,12 @@ def test_sound_inputs_are_accepted_by_every_target() -> None:
 
 def _sleep(value: object) -> bool:
     time.sleep(60)
+    return True
+
+
+def _sleep_taken_for_damage(value: object) -> bool:
+    with contextlib.suppress(AssertionError):
+        time.sleep(60)
     return True
 
 
@@ -67,10 +75,16 @@ def _start(value: object) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("run", "error"), [(_sleep, fuzz.HangError), (_unpickle, fuzz.CodeRunError), (_start, fuzz.CodeRunError)]
+    ("run", "error"),
+    [
+        (_sleep, fuzz.HangError),
+        (_sleep_taken_for_damage, fuzz.HangError),
+        (_unpickle, fuzz.CodeRunError),
+        (_start, fuzz.CodeRunError),
+    ],
 )
 def test_the_guard_itself(run: fuzz.Run, error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fuzz, "LIMIT_S", 0.1 if run is _sleep else 30.0)
+    monkeypatch.setattr(fuzz, "LIMIT_S", 0.1 if error is fuzz.HangError else 30.0)
     with pytest.raises(error):
         fuzz.examine(fuzz.Target("bad", fuzz.values, run, 0), None)
     assert fuzz.examine(fuzz.Target("good", fuzz.values, lambda value: True, 0), None)

@@ -17,6 +17,7 @@ import webdataset
 from mvptr_ds.corpus import validation
 from mvptr_ds.corpus.jobs import PROGRESS_NAME
 from mvptr_ds.corpus.validation import Result, validate
+from mvptr_ds.data.pixels import TRANSPARENT, WIDE_GREY
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.data.shards import build_index
 from mvptr_ds.data.tars import MAX_JSON_BYTES, MAX_MEMBER_BYTES, MAX_RECORD_MEMBERS
@@ -36,6 +37,7 @@ from tests.hostile import (
     sound_folder,
     write_tar,
 )
+from tests.odd_pictures import STORED
 
 ALL = [key(number) for number in range(8)]
 
@@ -604,3 +606,18 @@ def test_what_cannot_be_done(folder: Path, tmp_path: Path) -> None:
         validate(folder, repair=sound_folder(tmp_path / "full"))
     (folder / "z.tar").symlink_to(tmp_path / "nowhere")
     assert "a shard that cannot be read" in validate(folder).summary.dropped
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_transparency_and_16_bits_are_counted(tmp_path: Path, decode: bool) -> None:
+    odd = [STORED["P with partial alpha"], STORED["16-bit grey with tRNS"], STORED["RGBA, opaque"]]
+    named = []
+    for number, shown in enumerate(odd):
+        json_member = encoded(content(image_id=str(number), width=len(shown.row), height=1, regions=[]))
+        named += [(f"{key(number)}.png", shown.content), (f"{key(number)}.json", json_member)]
+    (tmp_path / "shards").mkdir()
+    write_tar(tmp_path / "shards" / "s.tar", named)
+    result = validate(tmp_path / "shards", decode=decode)
+    assert result.is_clean
+    counted = {name: result.summary.counts[name] for name in (TRANSPARENT, WIDE_GREY)}
+    assert counted == ({TRANSPARENT: 2, WIDE_GREY: 1} if decode else {TRANSPARENT: 0, WIDE_GREY: 0})

@@ -15,8 +15,8 @@ def as_ordinary_user() -> Iterator[None]:
     if os.geteuid() != 0:
         yield
         return
-    os.seteuid(_NOBODY)
+    os.setresuid(_NOBODY, _NOBODY, 0)  # access() asks the real user
     try:
         yield
     finally:
-        os.seteuid(0)
+        os.setresuid(0, 0, 0)

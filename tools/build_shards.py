@@ -33,11 +33,12 @@ FORMATS = {
     "flickr30k": "results_20130124.token (NAME.jpg#0<TAB>caption), or results.csv (NAME.jpg| 0| caption)",
     "visual-genome": "region_descriptions.json: the description of each region is a caption of its image",
     "img2dataset": "tars of KEY.jpg KEY.txt KEY.json, or folders of them; a shard of each split for every tar",
-    "jsonl": "one JSON object a line, with an image and a caption field; a caption field may hold a list",
+    "jsonl": "one JSON object a line, or a JSON array of them (ALBEF, BLIP), with an image and a caption field; a "
+    "caption field may hold a list",
     "csv": "a table with a heading (.tsv: separated by tabs); a caption cell may hold a JSON list",
     "parquet": "a table in Parquet (needs pyarrow); the image column holds paths, a caption cell may hold a list",
     "text": "one sentence a line, for stage 1: records without pictures",
-    "image-folder": "every picture below a folder, for stage 1: records without captions",
+    "image-folder": "every picture below a folder and what it links to, for stage 1: records without captions",
 }
 TABLES: dict[str, Callable[[Path, str, str, Summary], Iterator[Row]]] = {
     "jsonl": read_jsonl,
@@ -52,7 +53,8 @@ examples:
   build_shards.py csv Train_GCC.tsv --image-column path --images cc3m/ --out shards/cc3m --reencode 90 --max-side 512
   build_shards.py text sentences.txt --out shards/text
 
-Rows of one image become one record. Interrupted, the same command goes on where it stopped and gives the same bytes.
+Rows of one image become one record; an id of two pictures becomes none, and is counted. Interrupted, the same command
+goes on where it stopped and gives the same bytes.
 Memory: the plan is made on disk (OUT/.plan, twice the text of the corpus), 1/128 of it in memory at a time, and
 8 bytes a record; coco holds the list of images besides, a few hundred bytes each.
 Exit status: 0 done, whatever was dropped; 1 nothing left, more dropped than allowed, or something is wrong;

@@ -226,6 +226,17 @@ def test_json_lines_keep_their_fields_and_bad_ones_are_counted(tmp_path: Path) -
     assert "at byte" in summary.examples["line that cannot be read"][0]
 
 
+def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path: Path) -> None:
+    for name, line in {"a.txt": "A dog.", "a.jsonl": '{"caption": "A dog."}'}.items():
+        (tmp_path / name).write_text(f"\ufeff{line}\r\n\ufeff{line}\r\n", encoding="utf-8")
+        text_files.extract_file(tmp_path / name, tmp_path / f"{name}.out", "default", 1)
+        parsed = {"caption": "A dog.", "phrases": [{"tuple": ["dog"], "spans": [[2, 5]]}]}
+        assert _read(tmp_path / f"{name}.out") == [parsed, parsed]
+    known = tmp_path / "known.jsonl"
+    known.write_text('\ufeff{"caption": "A dog.", "tuples": [["dog"]]}\n', encoding="utf-8")
+    assert read_known(known)[0].caption == "A dog."
+
+
 def test_an_interrupted_run_goes_on_and_another_parser_does_not_mix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

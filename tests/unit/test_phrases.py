@@ -49,6 +49,16 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert (len(empty), empty.num_rows, empty.rows.dtype) == (0, len(WORDS), np.int64)
 
 
+def test_byte_order_marks(tmp_path: Path) -> None:
+    vocab = PhraseVocab.build(COUNTS, WORDS, min_count=1)
+    vocab.save(tmp_path / "vocab.json")
+    write_id2phrase(vocab, tmp_path / "list.json")
+    for path in (tmp_path / "vocab.json", tmp_path / "list.json"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert PhraseVocab.load(tmp_path / "vocab.json", WORDS).fingerprint == vocab.fingerprint
+    assert read_id2phrase(tmp_path / "list.json", WORDS)[0].tuples == vocab.tuples
+
+
 def test_load_refuses_another_word_vocabulary(tmp_path: Path) -> None:
     PhraseVocab.build(COUNTS, WORDS, 1).save(tmp_path / "phrases.json")
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\ndog\n")

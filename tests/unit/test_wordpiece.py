@@ -74,6 +74,12 @@ def test_refuses_a_broken_vocabulary(tmp_path: Path, lines: list[str], message: 
         WordPiece(path)
 
 
-def test_missing_vocabulary_names_the_setting(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"data\.word_vocab"):
+def test_a_byte_order_mark_is_no_part_of_the_first_piece(tmp_path: Path) -> None:
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"]
+    (tmp_path / "vocab.txt").write_text("\ufeff" + "\r\n".join(tokens) + "\r\n", encoding="utf-8")
+    assert WordPiece(tmp_path / "vocab.txt").tokens == tokens
+
+
+def test_missing_vocabulary_says_what_to_name(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.txt: .*; name a file of one wordpiece a line"):
         WordPiece(tmp_path / "none.txt")

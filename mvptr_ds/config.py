@@ -181,7 +181,7 @@ class TrainConfig:
     # the micro-batch of a rank follows: batch_size / (ranks x accumulation_steps); negatives are those of one
     # micro-batch over all ranks, so that more accumulation steps leave fewer of them
     accumulation_steps: int = 1
-    resume: str = "auto"  # auto: go on from the newest good checkpoint of run.dir | never: begin anew, keep the old ones
+    resume: str = "auto"  # auto: go on from the newest good checkpoint of run.dir | never: anew, keeping the old ones
     log_every_steps: int = 10
     checkpoint_every_steps: int = 1_000
     keep_checkpoints: int = 2  # the newest

@@ -190,7 +190,7 @@ class TrainConfig:
     # the micro-batch of a rank follows: batch_size / (ranks x accumulation_steps); negatives are those of one
     # micro-batch over all ranks, so that more accumulation steps leave fewer of them
     accumulation_steps: Positive = 1
-    resume: str = "auto"  # auto: go on from the newest good checkpoint of run.dir | never
+    resume: str = "auto"  # auto: go on from the newest good checkpoint of run.dir | never: anew, keeping the old ones
     log_every_steps: Positive = 10
     checkpoint_every_steps: Count = 1_000
     keep_checkpoints: Positive = 2  # the newest

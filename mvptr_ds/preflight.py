@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import yaml
 
-from mvptr_ds import assembly, checkpointing, ds_config, hand_over, model_folder, parallel, preflight_records
+from mvptr_ds import assembly, checkpointing, ds_config, hand_over, model_folder, parallel, preflight_records, resume
 from mvptr_ds.assembly import Vocabs
 from mvptr_ds.config import Config
 from mvptr_ds.data.scan import check_first_record, where_tars_are
@@ -335,20 +335,26 @@ def _disk(config: Config, num_bytes: dict[str, int]) -> Iterator[Finding]:
 
 def _hand_over(config: Config, vocabs: Vocabs) -> list[Finding]:
     """What the first stage starts from; all ranks look for it together."""
-    if hand_over.resumes(config):
-        text = f"{config.stage_names[0]} goes on from its own newest checkpoint in {config.run.dir}"
-        return [Finding("hand-over", OK, text)]
+    stage = config.stage_names[0]
+    own = Path(config.run.dir) / stage / "checkpoints"
     try:
-        path = hand_over.first_model(config)
+        resumes = hand_over.resumes(config)
+        if resumes and not config.train.preflight_only:  # the stage compares it as soon as it is built
+            return [Finding("hand-over", OK, f"{stage} goes on from its checkpoints in {own}")]
+        path = checkpointing.newest_good(own) if resumes else hand_over.first_model(config)
     except checkpointing.StorageError:
         raise  # no finding that anybody could mend
     except (ValueError, OSError) as error:
         return [Finding("hand-over", ERROR, str(error))]
     if path is None:
-        return [Finding("hand-over", OK, f"{config.stage_names[0]} takes over no other's weights")]
+        return [Finding("hand-over", OK, f"{stage} takes over no other's weights")]
 
     def fits() -> Iterator[Finding]:
-        model_folder.check_fits(_shapes(config, vocabs), vocabs, path)
-        yield Finding("hand-over", OK, f"{config.stage_names[0]} starts from {path}")
+        model = _shapes(config, vocabs)
+        if resumes:
+            resume.refuse(path, model_folder.differences(model, vocabs, path / "model"))
+        else:
+            model_folder.check_fits(model, vocabs, path)
+        yield Finding("hand-over", OK, f"{stage} {'goes on' if resumes else 'starts'} from {path}")
 
     return on_first("hand-over", fits)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +54,18 @@ def find_checkpoint(
     problems = model_folder.differences(model, vocabs, path / "model")
     if state["trained_parts"] != written["trained_parts"]:
         problems.append(f"trained: {state['trained_parts']} there, {written['trained_parts']} here")
+    refuse(path, problems)
+    return path
+
+
+def refuse(path: Path, problems: Sequence[str]) -> None:
+    """Raises CheckpointError where a checkpoint's model does not fit this run's, with all that differs."""
     if problems:
         raise CheckpointError(
             f"{path} does not fit this configuration:\n  - "
             + "\n  - ".join(problems)
             + "\n  use that of the run (config.yaml beside it), another run.dir, or train.resume=never"
         )
-    return path
 
 
 def _check_data(path: Path, there: Any, here: Any, data: DataConfig, stage_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""Last saves that fail, checkpoints of which none is good, fewer steps, a new beginning: nothing is lost."""
+"""Saves that fail when none follows, no checkpoint that is good, fewer steps, a new beginning: nothing is lost."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def test_preflight_only_trains_nothing_and_says_all(train: Launch, trained: Run,
     before = sorted(path for path in run_dir.rglob("*"))
     code, output = train(run_dir, "run.stages=[2]", "train.preflight_only=true")
     assert code == 0, output
-    assert f"stage2 starts from {run_dir}/stage1/checkpoints/step-00000004/model" in output
+    assert f"stage2 goes on from {run_dir}/stage2/checkpoints/step-00000004" in output and "starts from" not in output
     assert sorted(path for path in run_dir.rglob("*")) == before
     wrong = ["model.hidden_size=16", "optim.name=sgd", "train.batch_size=9", "train.round_batch_size=false"]
     code, output = train(run_dir, "run.stages=[2]", "train.preflight_only=true", *wrong)

@@ -17,7 +17,7 @@ import torch
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
-from torch import Tensor, nn
+from torch import Tensor
 
 from mvptr_ds import ds_config, model_folder, parallel
 from mvptr_ds.config import OptimConfig
@@ -196,7 +196,7 @@ class Engine:
 
 
 @torch.no_grad()
-def _cap_float32(parameter: nn.Parameter, zero_stage: int, cap: float) -> None:
+def _cap_float32(parameter: Any, zero_stage: int, cap: float) -> None:
     """Caps what this rank holds of a parameter beside what the model shows: the float32 weights first of all."""
     if zero_stage == 3:
         safe_set_local_fp32_param(parameter, safe_get_local_fp32_param(parameter).clamp(max=cap))

@@ -256,7 +256,7 @@ class Task(nn.Module):
         """The cap of the parameter `logit_scale`: the largest float32 that is not above ln(`task.vsc.max_scale`)."""
         exact = math.log(self.config.vsc.max_scale)
         nearest = np.float32(exact)
-        return float(nearest if nearest <= exact else np.nextafter(nearest, np.float32(-np.inf)))
+        return float(nearest if float(nearest) <= exact else np.nextafter(nearest, np.float32(-np.inf)))
 
     @torch.no_grad()
     def cap_logit_scale(self) -> None:

@@ -117,7 +117,7 @@ class ModelConfig:
 @dataclass
 class VscConfig:
     initial_temperature: Above0 = 0.07
-    max_scale: Above0 = 100.0  # clamp of exp(logit_scale)
+    max_scale: Above0 = 100.0  # cap of exp(logit_scale), kept after each step
     scope: str = "global"  # negatives come from all ranks' micro-batches (global) or the rank's own (local)
 
 

@@ -5,6 +5,8 @@ Beside `parallel` and `grad_norm` nothing else imports deepspeed: what 0.19.8 ne
 
 from __future__ import annotations
 
+import gc
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,9 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero import parameter_offload
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
 from torch import Tensor
 
 from mvptr_ds import ds_config, model_folder, parallel
@@ -42,6 +47,7 @@ class Engine:
     ) -> None:
         self.task, self.model, self.device = task, task.model, device
         self.zero_stage = ds_config.zero_stage_of(filled)
+        task.cap_logit_scale()
         self._untrained = self._copy_untrained()
         trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self.num_trained = sum(p.numel() for _, p in trained)  # before stage 3 cuts them
@@ -67,6 +73,8 @@ class Engine:
     def step(self) -> None:
         """Updates the weights, after the last micro-batch of a step; after the others it only counts."""
         self._deepspeed.step()
+        if self.was_step_applied():
+            self._cap_logit_scale()
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Of the next update."""
@@ -142,10 +150,26 @@ class Engine:
             group.update({name: value for name, value in ours.items() if name != "step"})
         if universal_steps is not None:
             self._mend_optimizer(universal_steps)
+        self._cap_logit_scale()
 
     def destroy(self) -> None:
-        """Takes DeepSpeed's hooks off the model."""
+        """Frees model and optimiser, where nobody else refers to them; the engine is of no use any more."""
         self._deepspeed.destroy()
+        if self.zero_stage == 3:
+            _forget_modules()
+        del self._deepspeed, self._optimizer, self.task, self.model, self._untrained
+        for _ in range(2):  # they refer to each other in circles; what autograd still held goes with the second
+            gc.collect()
+
+    def _cap_logit_scale(self) -> None:
+        """`Task.cap_logit_scale` for the float32 weights and for those that are computed with.
+
+        Each rank caps what it holds of them, without a collective: the result is the same on all.
+        """
+        parameter = self.model.logit_scale
+        if parameter.requires_grad:
+            _cap_float32(parameter, self.zero_stage, self.task.max_log_scale)
+            self.task.cap_logit_scale()
 
     def _sum_over_ranks(self, small: Tensor) -> Tensor:
         """By way of the engine's device, since an optimiser may step on the host."""
@@ -169,6 +193,26 @@ class Engine:
         for parameter, state in self._optimizer.state.items():
             if "step" in state:
                 state["step"] = state["step"].to(parameter.device, copy=True)
+
+
+@torch.no_grad()
+def _cap_float32(parameter: Any, zero_stage: int, cap: float) -> None:
+    """Caps what this rank holds of a parameter beside what the model shows: the float32 weights first of all."""
+    if zero_stage == 3:
+        safe_set_local_fp32_param(parameter, safe_get_local_fp32_param(parameter).clamp(max=cap))
+        parameter.ds_tensor.data.clamp_(max=cap)  # what the model's is gathered from
+    elif parameter._hp_mapping is not None:  # else all of it lies on other ranks
+        parameter._hp_mapping.get_hp_fragment().clamp_(max=cap)
+
+
+def _forget_modules() -> None:
+    """Empties the two places where stage 3 of deepspeed 0.19.8 keeps modules, and so all tensors, for good.
+
+    Both are private: constraints.txt pins the version, and a test counts what is left.
+    """
+    parameter_offload.FWD_MODULE_STACK.clear()
+    cached = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    inspect.getclosurevars(cached).nonlocals["func"].cache_clear()  # a cache by coordinator and module
 
 
 @contextmanager

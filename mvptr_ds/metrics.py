@@ -27,6 +27,16 @@ from mvptr_ds.wandb_run import WandbRun
 
 logger = logging.getLogger(__name__)
 GIB = 2**30
+TARGETS = {  # what a sample must have for an objective to learn from it
+    "mlm": "a masked word",
+    "mcr_phrases": "a masked phrase of the vocabulary",
+    "mcr_tags": "a masked tag",
+    "mcr_regions": "a masked tag beside a region",
+    "vsc": "another image beside it",
+    "itm": "another image beside it",
+    "wpg": "a phrase of the vocabulary and another image beside it",
+    "wpg_cross": "a phrase of the vocabulary and another image beside it",
+}
 
 
 class Meters:
@@ -83,10 +93,11 @@ class Meters:
         self.counts[f"{prefix}oov_phrases"] += int(batch.num_oov_phrases_B[chosen_B].sum())
         self.counts[f"{prefix}bad_samples"] += int(batch.num_bad_B[chosen_B].sum())
 
-    def report(self) -> dict[str, float]:
+    def report(self) -> dict[str, Any]:
         """Means over all ranks since the last report; resets. Every rank calls it at the same step.
 
-        Shares of time are of the mean rank; `time/communication_frac` lies within the other phases.
+        A loss that no sample had a target of is None: unlike NaN, which tells that training diverges. Shares of time
+        are of the mean rank; `time/communication_frac` lies within the other phases.
         """
         seconds = self.clock.read()
         self.counts |= {phase: seconds[phase] for phase in PHASES}
@@ -95,10 +106,10 @@ class Meters:
         counts = torch.tensor([self.counts[n] for n in count_names], dtype=torch.float64, device=self.device)
         packed = parallel.all_reduce_sum(torch.cat([*(self.sums[n] for n in names), counts])).tolist()
         elapsed_s = time.perf_counter() - self.since_s  # the line above has waited for the device
-        out = {}
+        out: dict[str, Any] = {}
         for i, name in enumerate(names):
             total, count = packed[2 * i : 2 * i + 2]
-            out[name] = total / count if count else float("nan")
+            out[name] = total / count if count else None
         totals = dict(zip(count_names, packed[2 * len(names) :], strict=True))
         rank_seconds = parallel.num_ranks() * elapsed_s
         out |= {
@@ -155,19 +166,20 @@ class MetricsLog:
         self.enabled = parallel.is_main()
         self.wandb_id: str | None = None
         self._pending: list[str] = []
+        self._seen: set[str] = set()  # losses that have had a target, or that were said to have none
         if self.enabled:
             folder.mkdir(parents=True, exist_ok=True)
             _drop_lines_from(self.path, resumed_at)
             self.wandb = WandbRun(folder, wandb, config)
             self.wandb_id = self.wandb.id
 
-    def write(self, step: int, max_steps: int, values: dict[str, float]) -> None:
-        """Appends one report. NaN (no sample had the objective) and infinity become null."""
+    def write(self, step: int, max_steps: int, values: dict[str, Any]) -> None:
+        """Appends one report. None (no sample had a target of the objective), NaN and infinity become null."""
         if not self.enabled:
             return
-        clean: dict[str, Any] = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self._append(step, clean)
-        losses = " ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in values.items() if k.startswith("loss/"))
+        self._append(step, {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()})
+        means = {k.removeprefix("loss/"): v for k, v in values.items() if k.startswith("loss/")}
+        losses = " ".join(f"{name} -" if mean is None else f"{name} {mean:.3f}" for name, mean in means.items())
         seconds_left = (max_steps - step) * values["seconds_per_step"]
         speed = f"{values['samples_per_s']:.0f} samples/s"
         if "mfu_frac" in values:
@@ -178,6 +190,17 @@ class MetricsLog:
             speed, 100 * values["data/wait_frac"], 100 * values["data/padded_frac"],
             values["memory_gib"], *divmod(int(seconds_left), 60),
         )  # fmt: skip
+        self._say_what_is_not_learnt(means, values)
+
+    def _say_what_is_not_learnt(self, means: dict[str, float | None], values: dict[str, Any]) -> None:
+        """Names, once, each objective that has had no target so far."""
+        stage = self.path.parent.name
+        for name in [name for name, mean in means.items() if mean is None and name not in self._seen]:
+            logger.warning(
+                "%s has nothing to learn so far (-): none of the %d samples had %s; %s.weights.%s=0 turns it off",
+                name, values["data/samples"], TARGETS[name], stage, name,
+            )  # fmt: skip
+        self._seen |= means.keys()
 
     def write_scores(self, step: int, scores: dict[str, float]) -> None:
         """Appends the scores of an evaluation."""

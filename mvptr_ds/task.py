@@ -8,6 +8,7 @@ D hidden, K picked rows.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -241,10 +242,26 @@ class Task(nn.Module):
         return parts
 
     def scale(self) -> Tensor:
-        """Of the contrastive logits, clamped; one element, float32 (float64 for a float64 model)."""
+        """Of the contrastive logits, capped; one element, float32 (float64 for a float64 model).
+
+        The cap leaves the gradient alone, which would else be zero above it: the parameter could never come back.
+        """
         log_scale: Tensor = self.model.logit_scale
         log_scale = log_scale if log_scale.dtype == torch.float64 else log_scale.float()
-        return log_scale.exp().clamp(max=self.config.vsc.max_scale)
+        above = (log_scale.detach() - self.max_log_scale).clamp(min=0)  # also where half precision rounds the cap up
+        return (log_scale - above).exp()
+
+    @property
+    def max_log_scale(self) -> float:
+        """The cap of the parameter `logit_scale`: the largest float32 that is not above ln(`task.vsc.max_scale`)."""
+        exact = math.log(self.config.vsc.max_scale)
+        nearest = np.float32(exact)
+        return float(nearest if float(nearest) <= exact else np.nextafter(nearest, np.float32(-np.inf)))
+
+    @torch.no_grad()
+    def cap_logit_scale(self) -> None:
+        """Takes the parameter back to the cap where a step has carried it above, as CLIP does."""
+        self.model.logit_scale.clamp_(max=self.max_log_scale)
 
     def _encode_visual(self, packed: PackedBatch, table: TableRows) -> tuple[Packed, Packed]:
         regions = self.model.embed_regions(packed.features, packed.images_B3HW, packed.geometry)

@@ -224,8 +224,9 @@ class Trainer:
         """Frees the engine, so that the next stage has the memory."""
         self.log.close()
         parallel.time_collectives()
+        del self.task
         self.engine.destroy()
-        del self.engine, self.task
+        del self.engine
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

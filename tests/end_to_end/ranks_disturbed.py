@@ -2,7 +2,8 @@
 
 Each scenario is {"name", "arguments", "disturb"}, and {"copy": [RUN, STAGE, STEP]} where it starts from an earlier one
 as it was at that step, with "damage" where every checkpoint has changed since; the exit codes go to
-FOLDER/codes-rankN.json. The process group stays between them, since start-up is what takes the time.
+FOLDER/codes-rankN.json, and to left-rankN.json how many parameters live on after each stage's close. The process group
+stays between them, since start-up is what takes the time.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import resource
 import signal
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -32,6 +34,8 @@ HUNG_STEP = 2
 FULL_STEP, RANK1_STEP = 4, 6
 
 train_step, save, load, build_engine = Trainer._train_step, Trainer.save, ShardDataset._load, Trainer._build_engine
+close = Trainer.close
+left: list[int] = []
 
 
 def poison(trainer: Trainer, micro_batches: list[Any]) -> None:
@@ -106,6 +110,13 @@ def hang(trainer: Trainer, micro_batches: list[Any]) -> None:
     train_step(trainer, micro_batches)
 
 
+def close_and_count(trainer: Trainer) -> None:
+    """How many of the model's parameters live on, without a further look by the garbage collector."""
+    parameters = [weakref.ref(parameter) for parameter in trainer.task.parameters()]
+    close(trainer)
+    left.append(sum(parameter() is not None for parameter in parameters))
+
+
 def sleep_for_ever() -> None:
     while True:
         time.sleep(3600)
@@ -149,10 +160,12 @@ def main() -> None:
             with ExitStack() as stack:
                 stack.enter_context(patch.object(sys, "argv", ["train.py", *scenario["arguments"]]))
                 stack.enter_context(patch.object(train, "OTHERS_WAIT_S", 0.0))
+                stack.enter_context(patch.object(Trainer, "close", close_and_count))
                 if scenario["disturb"]:
                     stack.enter_context(patch.object(*DISTURBANCES[scenario["disturb"]]))
                 codes[scenario["name"]] = train.main()
-    (folder / f"codes-rank{parallel.rank()}.json").write_text(json.dumps(codes), encoding="utf-8")
+    for name, content in (("codes", codes), ("left", left)):
+        (folder / f"{name}-rank{parallel.rank()}.json").write_text(json.dumps(content), encoding="utf-8")
     parallel.barrier()
     parallel.shut_down()
 

@@ -104,6 +104,12 @@ def test_each_resumes_to_the_same_bits(runs: Path, name: str) -> None:
         }
 
 
+def test_closing_a_stage_frees_its_model(runs: Path) -> None:
+    for rank in range(2):
+        left = json.loads((runs / f"launch/left-rank{rank}.json").read_text(encoding="utf-8"))
+        assert len(left) == 2 * (2 * len(SHIPPED) + 4) and not any(left), left
+
+
 @pytest.mark.parametrize("name", [*SHIPPED, PARTITIONED, BF16])
 def test_the_model_folder_holds_the_engines_float32_weights(runs: Path, name: str) -> None:
     """In bf16 too, where the weights that are computed with are rounded ones."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ import torch
 from mvptr_ds.config import Config, WandbConfig
 from mvptr_ds.data.collate import collate
 from mvptr_ds.losses import LossSum
-from mvptr_ds.metrics import Meters, MetricsLog
-from mvptr_ds.task import Task
+from mvptr_ds.metrics import TARGETS, Meters, MetricsLog
+from mvptr_ds.task import STAGE1_OBJECTIVES, STAGE2_OBJECTIVES, Task
+from mvptr_ds.wandb_run import WandbRun
 from tests.tiny import TEXT_SLOTS, sample, tiny_model, whole_batch
 
 VALUES = {
@@ -52,7 +55,10 @@ def test_a_mean_is_sum_over_count_of_all_steps() -> None:
     meters.add_batch(whole_batch(), 0.0)
     report = meters.report()
     assert report["loss/mlm"] == pytest.approx(0.7)  # not the mean 1.5625 of the two means
-    assert report["loss/wpg"] != report["loss/wpg"]  # NaN: nothing was asked
+    assert report["loss/wpg"] is None  # nothing was asked
+    meters.add_parts({"mlm": part(float("nan"), 2)})
+    meters.add_batch(whole_batch(), 0.0)
+    assert math.isnan(meters.report()["loss/mlm"])  # it diverges, which is something else
     meters.add_parts({"mlm": part(3.0, 1)})
     meters.add_batch(whole_batch(), 0.0)
     assert meters.report()["loss/mlm"] == 3.0  # the first report reset it
@@ -111,6 +117,40 @@ def test_a_report_is_one_line_of_json_whatever_the_values(tmp_path: Path) -> Non
     first, second = strict(tmp_path / "stage1" / "metrics.jsonl")
     assert first["step"] == 10 and first["loss/mlm"] == 2.0
     assert first["loss/wpg"] is None and first["grad_norm"] is None and second["loss/mlm"] is None
+
+
+def test_an_objective_without_targets_is_a_dash_and_is_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through a real task whose samples have no tag; one that had some before is not said to have nothing to learn."""
+    sent: list[dict[str, Any]] = []
+    monkeypatch.setattr(WandbRun, "log", lambda self, step, values: sent.append(values))
+    weights, config = Config().stage1.weights, Config().task
+    task = Task(tiny_model(), "stage1", weights, config, max_text_slots=TEXT_SLOTS, max_steps=9, seed=0)
+    meters, log = Meters(torch.device("cpu")), log_in(tmp_path / "stage1")
+    batches = [collate([sample(i, i, tags=0) for i in range(4)]), collate([sample(i, i, masked=False) for i in (5, 6)])]
+    with caplog.at_level(logging.INFO, logger="mvptr_ds.metrics"):
+        for step, batch in enumerate((batches[0], *batches), start=1):
+            meters.add_batch(batch, 0.0)
+            meters.add_parts(task(batch, step).parts)
+            log.write(step, 100, VALUES | meters.report())
+    lines = [record.getMessage() for record in caplog.records]
+    assert "nan" not in caplog.text and "mcr_tags - mlm" in lines[0] and "mcr_regions - mcr_tags -" in lines[0]
+    said = [line for line in lines if "nothing to learn" in line]
+    assert said == [
+        "mcr_regions has nothing to learn so far (-): none of the 4 samples had a masked tag beside a region; "
+        "stage1.weights.mcr_regions=0 turns it off",
+        "mcr_tags has nothing to learn so far (-): none of the 4 samples had a masked tag; "
+        "stage1.weights.mcr_tags=0 turns it off",
+    ]
+    assert "mlm -" in lines[-1] and "mcr_phrases -" in lines[-1]
+    first = strict(tmp_path / "stage1/metrics.jsonl")[0]
+    assert first["loss/mcr_tags"] is None and first["loss/mlm"] > 0
+    assert {name for name, value in sent[0].items() if value is None} == {"loss/mcr_tags", "loss/mcr_regions"}
+
+
+def test_every_objective_has_its_targets_named() -> None:
+    assert set(TARGETS) == {*STAGE1_OBJECTIVES, *STAGE2_OBJECTIVES}
 
 
 def test_lines_after_the_resume_point_are_dropped(tmp_path: Path) -> None:

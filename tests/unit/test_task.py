@@ -6,6 +6,7 @@ Legend: B samples, T text slots, G tag slots, R regions, P phrases.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -286,11 +287,37 @@ def test_margin_and_top_k_and_temperature_are_used() -> None:
 
     assert wpg(margin=1.2) == pytest.approx(wpg(margin=0.2) + 1.0, abs=0.2)
     assert wpg(top_k=1) != wpg(top_k=3)
-    model = tiny_model(initial_temperature=0.001)
-    task = build("stage2", model=model)
-    assert task.scale().item() == 100.0  # exp(logit_scale) would be 1000
-    task.config.vsc.max_scale = 20.0
-    assert task.scale().item() == 20.0
+
+
+@pytest.mark.parametrize("max_scale", [100.0, 20.0, 7.5, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_scale_is_capped_and_can_come_back(max_scale: float, dtype: torch.dtype) -> None:
+    task = build("stage2", model=tiny_model(initial_temperature=0.001).to(dtype))  # type: ignore[arg-type]
+    task.config.vsc.max_scale = max_scale
+    scale = task.scale()  # exp(logit_scale) would be 1000
+    assert scale.item() == pytest.approx(max_scale, rel=1e-6)
+    scale.backward()
+    assert task.model.logit_scale.grad.item() == pytest.approx(max_scale, rel=0.01)
+    task.cap_logit_scale()
+    held = torch.tensor(math.log(max_scale), dtype=dtype)
+    assert abs(task.model.logit_scale.item() - held.item()) <= torch.finfo(torch.float32).eps * 4
+    if dtype == torch.float32:
+        assert task.model.logit_scale.item() <= math.log(max_scale)
+
+
+def test_below_the_cap_scale_and_gradient_are_those_of_the_exponential_to_the_bit() -> None:
+    task = build("stage2")
+    for temperature in (1.0, 0.3, 0.07, 0.0101):
+        task.model.logit_scale.data.fill_(-math.log(temperature))
+        before = task.model.logit_scale.detach().clone().requires_grad_()
+        wanted = before.exp().clamp(max=100.0)
+        ours = task.scale()
+        task.model.logit_scale.grad = None
+        wanted.backward()
+        ours.backward()
+        task.cap_logit_scale()
+        assert ours.item() == wanted.item()
+        assert torch.equal(task.model.logit_scale.grad, before.grad) and torch.equal(task.model.logit_scale, before)
 
 
 def test_chance_is_keyed_by_seed_and_step() -> None:

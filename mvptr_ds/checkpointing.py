@@ -38,6 +38,7 @@ from mvptr_ds.streams import Stream, seed_sequence
 logger = logging.getLogger(__name__)
 CHECKSUMS = "checksums.json"
 LATEST = "latest"
+STEP = re.compile(r"step-\d+")  # not what a user has put beside them
 UNREADABLE = "unreadable"
 BEGIN_ANEW = "bring a copy back, or begin anew, in another run.dir or with train.resume=never, which keeps the old ones"
 PASSED_OVER = "passed-over"
@@ -125,7 +126,7 @@ def save(
     if parallel.is_main():
         _remove(path)
         if not must:
-            logger.error("no checkpoint at step %d, going on without: %s", step, problem)
+            logger.error("no checkpoint at step %d, going on without: %s", step, problem.text)
     if must:
         raise _unsaved(folder, step, problem)
     parallel.barrier()
@@ -138,9 +139,6 @@ class _Problem:
 
     number: int | None
     text: str
-
-    def __str__(self) -> str:
-        return self.text
 
     @property
     def may_pass(self) -> bool:
@@ -181,9 +179,9 @@ def _prune(folder: Path, newest: Path, keep: int, keep_every_steps: int) -> None
             if not keep_every_steps or _step_of(old) % keep_every_steps:
                 _remove(old)
         for torn in folder.glob("step-*"):  # remains of a save that was killed
-            if torn.name != newest.name and not _is_complete(torn):
+            if STEP.fullmatch(torn.name) and torn.name != newest.name and not _is_complete(torn):
                 _remove(torn)
-        for path in (folder / PASSED_OVER).glob("step-*"):
+        for path in complete(folder / PASSED_OVER):
             if _step_of(path) <= _step_of(newest):
                 _remove(path)
     except OSError as error:  # the next save tries again
@@ -310,7 +308,7 @@ def complete(folder: Path) -> list[Path]:
         if error.errno in MAY_PASS:
             raise StorageError(f"{folder} cannot be listed: {error}") from error
         raise
-    found = [folder / name for name in names if re.fullmatch(r"step-\d+", name)]
+    found = [folder / name for name in names if STEP.fullmatch(name)]
     return sorted(filter(_is_complete, found), key=_step_of, reverse=True)
 
 

@@ -23,6 +23,7 @@ from mvptr_ds.data.index import (
     MANIFEST_NAME,
     MAX_SAMPLES,
     NO_CAPTION,
+    NO_REGIONS,
     NOT_VISUAL,
     RECORDS,
     ROW,
@@ -213,6 +214,7 @@ def describe(entry: Record | SidecarEntry, members: Collection[str], holds: Coun
     }
     holds.update(name for name, is_held in held.items() if is_held)
     flags = (0 if visual else NOT_VISUAL) | (NO_CAPTION if is_record and not entry.captions else 0)
+    flags |= NO_REGIONS if not is_record and entry.regions is not None and not visual else 0
     return (RECORDS if is_record else SIDECAR), flags
 
 

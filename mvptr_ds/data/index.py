@@ -253,7 +253,8 @@ class Index(SampleIndex):
         known = {os.path.basename(path) for path in self._paths}
         others = sorted(name for name in os.listdir(os.path.dirname(self._paths[0])) if _is_other(name, known))
         if others:
-            raise DataError(f"{self.folder}: {len(others)} tars are not in the index, such as {others[0]}; {REBUILD}")
+            shown = others[0].encode(errors="backslashreplace").decode()
+            raise DataError(f"{self.folder}: {len(others)} tars are not in the index, such as {shown}; {REBUILD}")
 
     def _check_remote_tars(self, files: RemoteFiles) -> None:
         """The first and the last alone: a request for each of thousands would take minutes."""

@@ -43,6 +43,7 @@ from mvptr_ds.data.tars import (
     check_member,
     check_record,
     iter_members,
+    list_tars,
     record_key,
     split_name,
 )
@@ -81,7 +82,7 @@ def build_index(folder: str | Path, out: str | Path | None = None) -> Index:
         DataError: names shard, offset, key and remedy of the first thing that is wrong.
     """
     folder, out = Path(folder), Path(out if out is not None else folder)
-    tars = sorted(folder.glob("*.tar"))
+    tars = list_tars(folder)
     if not tars:
         raise DataError(f"{folder} holds no .tar file; set data.train / data.held_out to a folder of shards")
     scan = _Scan()

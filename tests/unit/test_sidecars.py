@@ -398,7 +398,7 @@ def test_records_whose_regions_a_sidecar_takes_away_are_left_out_and_counted(
     assert opened(tmp_path, data, "stage1").num_text_only_samples == 2
     with pytest.raises(DataError, match="2 text-only and 0 image-only samples among 6"):
         opened(tmp_path, data)
-    with pytest.raises(DataError, match="the sidecars give no record of .* a region, and there is no picture"):
+    with pytest.raises(DataError, match=r"the sidecars give no record of .* a region, and there is no picture"):
         opened(tmp_path, config(shards, emptied(tmp_path, "none", [*range(6)]), allow_mixed_extractors=True))
 
 

@@ -197,8 +197,8 @@ def _check_tail(file: BinaryIO, offset: int, num_bytes: int, any_members: bool) 
     if num_zeros > MAX_TAIL_BYTES and not (any_members and _fills_a_block(num_bytes, num_zeros)):
         raise TarError(
             offset,
-            f"{num_zeros} zero bytes end the tar, where at most {MAX_TAIL_BYTES} pad one, or what fills it to a multiple "
-            f"of `tar -b`, up to {MAX_BLOCKING}: its tail was lost",
+            f"{num_zeros} zero bytes end the tar, where at most {MAX_TAIL_BYTES} pad one, or what fills it up to a "
+            f"blocking factor of at most {MAX_BLOCKING}: its tail was lost",
         )
 
 

@@ -557,7 +557,7 @@ def test_a_damaged_tar_of_a_mac_keeps_what_is_sound(tmp_path: Path) -> None:
 def test_a_shard_whose_name_is_not_utf_8_is_named(folder: Path) -> None:
     named = os.fsencode(folder) + b"/caf\xe9.tar"
     os.rename(folder / "shard-000000.tar", named)
-    with pytest.raises(DataError, match="such as caf.udce9.tar; rebuild the index|shard .* is missing"):
+    with pytest.raises(DataError, match=r"such as caf.udce9.tar; rebuild the index|shard .* is missing"):
         Index.open(folder)
     for look in (build_index, validate, lambda path: list_tars([path])):
         with pytest.raises(DataError, match=r"the name of the shard '.*caf\\udce9.tar' is not UTF-8; rename it"):

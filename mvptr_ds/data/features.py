@@ -52,6 +52,7 @@ class SampleOptions:
     tag_drop_prob: float = 0.0  # one tag is left out
     tag_wrong_prob: float = 0.0  # one tag is replaced by a random other one
     tag_withhold_prob: float = 0.0  # all tags are left out
+    needs_regions: bool = False  # a sample with nothing to see cannot be used
     tag_list: Sequence[str] = field(default=())  # what a wrong tag is drawn from (the manifest's)
 
     def __post_init__(self) -> None:
@@ -130,6 +131,11 @@ class SampleBuilder:
         if can_be_seen(record, members):
             check_size(record.width, record.height)
             geometry_R6 = region_geometry(record, self.options.grid_size)
+        elif self.options.needs_regions:
+            raise DataError(
+                "there is nothing to see: neither picture, features nor regions (or a sidecar took them away with an "
+                "entry of no regions); this stage aligns texts with regions"
+            )
         return Sample(
             text_ids_T=text.ids_T,
             phrase_mask_T=text.phrase_mask_T,
@@ -302,6 +308,10 @@ def read_features(members: Mapping[str, bytes], num_regions: int, feature_dim: i
         features_RF: np.ndarray = np.frombuffer(content, dtype, math.prod(shape), start).reshape(shape)
     except _NPY_ERRORS as error:
         raise DataError(f"the npy member cannot be read: {error}; write it with numpy.save, float16 [R, F]") from error
+    if num_regions and not len(features_RF):
+        raise DataError(
+            "the npy member has no rows, so there is nothing to see; leave it out, and the sample to stage 1"
+        )
     if len(features_RF) != num_regions:
         raise DataError(f"{len(features_RF)} rows of features for {num_regions} regions; write one row a region")
     if feature_dim is not None and features_RF.shape[1] != feature_dim:

@@ -24,6 +24,7 @@ from mvptr_ds.data.index import (
     MANIFEST_NAME,
     MAX_SAMPLES,
     NO_CAPTION,
+    NO_REGIONS,
     NOT_VISUAL,
     RECORDS,
     ROW,
@@ -43,6 +44,7 @@ from mvptr_ds.data.tars import (
     check_member,
     check_record,
     iter_members,
+    list_tars,
     record_key,
     split_name,
 )
@@ -119,7 +121,7 @@ def build_index(folder: str | Path, out: str | Path | None = None, role: str = "
         DataError: names shard, offset, key and remedy of the first thing that is wrong.
     """
     folder, out = Path(folder), Path(out if out is not None else folder)
-    tars = sorted(folder.glob("*.tar"))
+    tars = list_tars(folder)
     if not tars:
         raise DataError(f"{_named(folder, role)} holds no .tar file; {where_tars_are(folder)}")
     scan = _Scan()
@@ -289,6 +291,7 @@ def describe(entry: Record | SidecarEntry, members: Collection[str], holds: Coun
     }
     holds.update(name for name, is_held in held.items() if is_held)
     flags = (0 if visual else NOT_VISUAL) | (NO_CAPTION if is_record and not entry.captions else 0)
+    flags |= NO_REGIONS if not is_record and entry.regions is not None and not visual else 0
     return (RECORDS if is_record else SIDECAR), flags
 
 

@@ -273,6 +273,13 @@ def sidecars_without_a_common_record(place: Place) -> None:
 
 
 @case
+def sidecar_without_regions(place: Place) -> None:
+    write_shards(place.dir / "text", [("train-000000", Record("a", 9, 9, (Caption("a red circle"),)), {})], 1)
+    sidecar(place, ("train-000000", "1"))
+    place.arguments.append(f"data.train={place.dir / 'text'}")
+
+
+@case
 def mixed_extractors(place: Place) -> None:
     sidecar(place, ("train-000000", "1"), ("train-000001", "2"))
 

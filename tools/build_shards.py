@@ -111,7 +111,8 @@ def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
     if name != "text":
         add("--min-side", type=_number(1), default=1, metavar="PX", help="smaller pictures are dropped (%(default)s)")
         reencode = (
-            "store every picture as JPEG of this quality, 1 to 100, turned as EXIF says; without it JPEG, PNG and "
+            "store every picture as JPEG of this quality, 1 to 100, turned as EXIF says, transparency on white; "
+            "without it JPEG, PNG and "
         )
         add("--reencode", type=_number(1, 100), metavar="QUALITY", help=reencode + "WebP are stored byte by byte")
         add("--max-side", type=_number(1), metavar="PX", help="with --reencode: shrink to this longer side")

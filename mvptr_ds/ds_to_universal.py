@@ -27,7 +27,11 @@ def end_with_parent() -> None:
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # see train.py
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # schedulers send them to every process: the rank decides
+    for number in (
+        signal.SIGTERM,
+        signal.SIGUSR1,
+        signal.SIGINT,
+    ):  # schedulers send them to every process: the rank decides
         signal.signal(number, signal.SIG_IGN)
     end_with_parent()
     runpy.run_module(CONVERTER, run_name="__main__", alter_sys=True)

@@ -33,6 +33,7 @@ import torch
 from safetensors import SafetensorError
 
 from mvptr_ds import parallel
+from mvptr_ds.data.storage import may_pass
 from mvptr_ds.streams import Stream, seed_sequence
 
 logger = logging.getLogger(__name__)
@@ -42,11 +43,6 @@ STEP = re.compile(r"step-\d+")  # not what a user has put beside them
 UNREADABLE = "unreadable"
 BEGIN_ANEW = "bring a copy back, or begin anew, in another run.dir or with train.resume=never, which keeps the old ones"
 PASSED_OVER = "passed-over"
-MAY_PASS = {  # errors of storage that are often over a little later
-    errno.EAGAIN, errno.EBUSY, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTDOWN,
-    errno.EHOSTUNREACH, errno.EINTR, errno.EIO, errno.ENETDOWN, errno.ENETRESET, errno.ENETUNREACH, errno.ENOTCONN,
-    errno.EREMOTEIO, errno.ESHUTDOWN, errno.ESTALE, errno.ETIMEDOUT,
-}  # fmt: skip
 
 
 class CheckpointError(ValueError):
@@ -55,6 +51,8 @@ class CheckpointError(ValueError):
 
 class StorageError(OSError):
     """A checkpoint cannot be read or written for a reason that may pass by itself: start the run again."""
+
+    passes = True  # see storage.may_pass
 
 
 def save(
@@ -151,10 +149,8 @@ def _on_all(action: Callable[[], None]) -> _Problem | None:
     try:
         action()
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
-        number = error.errno if isinstance(error, OSError) else None
-        problem = (number, f"rank {parallel.rank()}: {' '.join(str(error).split())[:500]}")
-    found = next((p for p in parallel.gather_objects(problem) if p is not None), None)
-    return None if found is None else _Problem(*found)
+        problem = _Problem(f"rank {parallel.rank()}: {' '.join(str(error).split())[:500]}", may_pass(error))
+    return next((p for p in parallel.gather_objects(problem) if p is not None), None)
 
 
 def _unsaved(folder: Path, step: int, problem: _Problem) -> Exception:
@@ -162,7 +158,7 @@ def _unsaved(folder: Path, step: int, problem: _Problem) -> Exception:
     there = parallel.of_main(lambda: complete(folder))
     goes_on = f"from step {_step_of(there[0])}" if there else "from the beginning"
     text = f"step {step} could not be saved in {folder}: {problem.text}"
-    if problem.may_pass:
+    if problem.passes:
         return StorageError(f"{text}; started again, the run goes on {goes_on}")
     return CheckpointError(f"{text}; make room there and start again: the run goes on {goes_on}")
 
@@ -305,7 +301,7 @@ def complete(folder: Path) -> list[Path]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        if error.errno in MAY_PASS:
+        if may_pass(error):
             raise StorageError(f"{folder} cannot be listed: {error}") from error
         raise
     found = [folder / name for name in names if STEP.fullmatch(name)]

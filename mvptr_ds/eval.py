@@ -13,13 +13,17 @@ from typing import Any
 
 if __name__ == "__main__":  # see train.py
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from mvptr_ds.signals import end_on_interrupt
+
+    end_on_interrupt()
 
 import torch
 
 from mvptr_ds.assembly import open_held_out
-from mvptr_ds.checkpointing import CheckpointError, StorageError
+from mvptr_ds.checkpointing import CheckpointError
 from mvptr_ds.config import STAGES, override_config
 from mvptr_ds.data.schema import DataError
+from mvptr_ds.data.storage import may_pass
 from mvptr_ds.evaluation.curves import draw_curves, draw_scores, read_metrics, wall_s
 from mvptr_ds.evaluation.pictures import draw_grounding
 from mvptr_ds.evaluation.report import evaluate_split
@@ -85,10 +89,10 @@ def main() -> int:
     out = arguments.out or arguments.run
     try:
         report = evaluate(arguments.run, arguments.overrides, out)
-    except (DataError, CheckpointError, StorageError, ValueError) as error:
+    except (DataError, CheckpointError, ValueError, OSError) as error:
         logger.debug("where it was raised", exc_info=True)
         logger.error("error: %s", error)
-        return 2
+        return 1 if may_pass(error) else 2
     sys.stdout.write(table(report) + f"\nwritten: {out / 'report.json'}\n")
     return 0
 

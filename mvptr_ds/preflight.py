@@ -55,6 +55,8 @@ LIMIT_S = 60.0
 class PreflightError(ValueError):
     """Findings that no run can go on with; the message lists all of them."""
 
+    passes = False  # whether all of them may pass by themselves
+
 
 def examine(config: Config, ds_content: dict[str, Any], device: torch.device, prepare: bool) -> list[Finding]:
     """All findings, the same on every rank; all ranks call it.
@@ -97,11 +99,13 @@ def conclude(findings: Iterable[Finding], show_all: bool) -> None:
             logger.info("%-8s %-14s %s", finding.level, finding.check, finding.text)
             if finding.remedy:
                 logger.info("%-23s -> %s", "", finding.remedy)
-    errors = [f"{f.text}: {f.remedy}" if f.remedy else f.text for f in findings if f.level == ERROR]
-    if len(errors) == 1:
-        raise PreflightError(errors[0])
+    wrong = [finding for finding in findings if finding.level == ERROR]
+    errors = [f"{f.text}: {f.remedy}" if f.remedy else f.text for f in wrong]
     if errors:
-        raise PreflightError(f"preflight found {len(errors)} errors:\n  - " + "\n  - ".join(errors))
+        several = f"preflight found {len(errors)} errors:\n  - " + "\n  - ".join(errors)
+        error = PreflightError(errors[0] if len(errors) == 1 else several)
+        error.passes = all(finding.passes for finding in wrong)
+        raise error
     levels = [finding.level for finding in findings]
     logger.info("preflight: %d checks well, %d warnings", levels.count(OK), levels.count(WARNING))
 
@@ -157,7 +161,7 @@ def _prepare(config: Config) -> list[Finding]:
     try:
         assembly.prepare_shards(config.data, config.run.seed, parallel.num_ranks())
     except (ValueError, OSError) as error:  # the same on all ranks
-        return [Finding("shards", ERROR, str(error))]
+        return [Finding.of("shards", error)]
     return []
 
 
@@ -233,7 +237,7 @@ def _shards(config: Config, indices: dict[str, SampleIndex]) -> list[Finding]:
                 sources = assembly.open_sources(data, stage, joins)
                 indices |= {f"data.sources.{name}" if name else "data.train": index for name, index in sources.items()}
         except (ValueError, OSError) as error:
-            found.append(Finding("shards", ERROR, str(error)))
+            found.append(Finding.of("shards", error))
         if data.held_out is not None:
             found += _held_out(config, joins, indices)
     return found
@@ -342,10 +346,8 @@ def _hand_over(config: Config, vocabs: Vocabs) -> list[Finding]:
         if resumes and not config.train.preflight_only:  # the stage compares it as soon as it is built
             return [Finding("hand-over", OK, f"{stage} goes on from its checkpoints in {own}")]
         path = checkpointing.newest_good(own) if resumes else hand_over.first_model(config)
-    except checkpointing.StorageError:
-        raise  # no finding that anybody could mend
     except (ValueError, OSError) as error:
-        return [Finding("hand-over", ERROR, str(error))]
+        return [Finding.of("hand-over", error)]
     if path is None:
         return [Finding("hand-over", OK, f"{stage} takes over no other's weights")]
 

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from mvptr_ds.checkpointing import verify
-from mvptr_ds.safeguards import EXIT_STOPPED
+from mvptr_ds.stopping import EXIT_STOPPED
 from tests.conftest import REPO
 from tests.distributed.launch import environment, free_port, run, run_ranks, started
 from tests.end_to_end.ranks_disturbed import FULL_STEP, HUNG_STEP, POISONED_STEPS, RANK1_STEP

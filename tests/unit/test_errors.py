@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from mvptr_ds import parallel, train
+from mvptr_ds.bad_samples import BadSamples
 from mvptr_ds.config import load_config
 from mvptr_ds.data.schema import Caption, Extractor, Record
 from mvptr_ds.data.shards import write_shards
@@ -31,7 +32,8 @@ from mvptr_ds.ds_config import load_ds_config
 from mvptr_ds.engine import Engine
 from mvptr_ds.optim import build_optimizer
 from mvptr_ds.run_lock import RunLock
-from mvptr_ds.safeguards import BadSamples, LossScale, SkippedSteps, StopSignal
+from mvptr_ds.safeguards import LossScale, SkippedSteps
+from mvptr_ds.stopping import StopSignal
 from mvptr_ds.trainer import Trainer
 from tests.conftest import REPO
 

@@ -133,14 +133,10 @@ def save(
 
 @dataclass(frozen=True)
 class _Problem:
-    """Why a save failed: the number of the error of a system call, if it was one, and rank and message."""
+    """Why a save failed: rank and message, and whether the reason may pass by itself."""
 
-    number: int | None
     text: str
-
-    @property
-    def may_pass(self) -> bool:
-        return self.number in MAY_PASS
+    passes: bool
 
 
 def _on_all(action: Callable[[], None]) -> _Problem | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import logging
+import os
 import time
 import traceback
 from collections.abc import Sequence

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -50,8 +52,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def evaluate(run: Path, overrides: list[str], out: Path) -> dict[str, Any]:
-    """Evaluates, writes report and pictures into `out`, returns the report."""
+    """Evaluates, writes report and pictures into `out`, returns the report.
+
+    Raises:
+        ValueError: the report could not be written, found before anything is evaluated.
+        OSError: it cannot be written after all; it then goes to standard output.
+    """
     path = find_model(run)
+    # whatever may fail comes before the evaluation, as far as it can
+    stage_dirs = [run / stage for stage in STAGES if (run / stage / "metrics.jsonl").is_file()]
+    seconds = {stage.name: wall_s(read_metrics(stage / "metrics.jsonl")) for stage in stage_dirs}
+    _check_writable(out / "report.json")
     model, vocabs, config = load_model_folder(path)
     config = override_config(config, overrides)
     model.set_execution(config.model.execution)
@@ -60,17 +71,41 @@ def evaluate(run: Path, overrides: list[str], out: Path) -> dict[str, Any]:
     index = open_held_out(config.data, out / "joins")
     logger.info("model %s on %d captions of %d images", path, len(index), index.num_records)
     evaluation = evaluate_split(model, vocabs, config, index, device, config.run.seed)
-    out.mkdir(parents=True, exist_ok=True)
-    stage_dirs = [run / stage for stage in STAGES if (run / stage / "metrics.jsonl").is_file()]
-    seconds = {stage.name: wall_s(read_metrics(stage / "metrics.jsonl")) for stage in stage_dirs}
     report = {"model": str(path), **evaluation.report}
     report["wall_s"] = {k: round(v, 1) for k, v in seconds.items() if v is not None} | report["wall_s"]
-    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    _write_report(out / "report.json", json.dumps(report, indent=1) + "\n")
     # only now: no picture can cost the report
     _draw(out / "pictures.png", partial(draw_grounding, index, evaluation.grounded, config.eval.num_pictures))
     _draw(out / "curves.png", partial(draw_curves, stage_dirs))
     _draw(out / "scores.png", partial(draw_scores, stage_dirs))
     return report
+
+
+def _check_writable(path: Path) -> None:
+    """Makes the folder of a file; raises ValueError where `_write_report` could not write the file."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        partial = _partial(path)
+        partial.touch()
+        partial.unlink()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error.strerror}): name another folder with --out") from error
+
+
+def _write_report(path: Path, content: str) -> None:
+    """Replaces the report as a whole; one that cannot be written (no space left) goes to standard output."""
+    try:
+        _partial(path).write_text(content, encoding="utf-8")
+        os.replace(_partial(path), path)
+    except OSError:
+        sys.stdout.write(content)
+        raise
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
 
 
 def _draw(path: Path, draw: Callable[[Path], object]) -> None:

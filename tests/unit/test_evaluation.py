@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from mvptr_ds import eval as entry
 from mvptr_ds.assembly import Vocabs
 from mvptr_ds.config import Config
 from mvptr_ds.data.loader import read_sample_record
@@ -28,7 +29,7 @@ from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.schema import Caption, Phrase, Record, Region
 from mvptr_ds.data.shards import Index, ensure_index, write_shards
 from mvptr_ds.data.wordpiece import WordPiece
-from mvptr_ds.eval import evaluate
+from mvptr_ds.eval import _write_report, evaluate
 from mvptr_ds.evaluation.curves import draw_curves, draw_scores, read_metrics, wall_s
 from mvptr_ds.evaluation.figures import drawable
 from mvptr_ds.evaluation.grounding import GroundedPhrase
@@ -408,6 +409,48 @@ def test_the_entry_writes_report_and_pictures(
     assert json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8")) == report
     assert report["grounding"]["n"] > 500
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["pictures.png", "report.json"]
+
+
+@pytest.mark.timeout(120)
+def test_what_cannot_be_evaluated_or_written_is_said_before_the_work(
+    tmp_path: Path,
+    planted: tuple[Index, Vocabs, Config],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One message and exit code 2, before anything is evaluated."""
+    index, vocabs, config = planted
+    model = untrained(vocabs, visual_source="features", backbone_config=None)
+    save_model_folder(tmp_path / "model", model, model.state_dict(), vocabs, config)
+    (tmp_path / "taken/report.json").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    held_out = f"data.held_out={index.folder}"
+    for arguments, message in (
+        (["--out", str(tmp_path / "file")], "file/report.json cannot be written (File exists): name another folder"),
+        (["--out", str(tmp_path / "file/out")], "out/report.json cannot be written (Not a directory): name another"),
+        (["--out", str(tmp_path / "taken")], "report.json cannot be written (Is a directory): name another folder"),
+        (["eval.rerank_top_k=-1"], "eval.rerank_top_k is -1, must be at least 1"),
+    ):
+        caplog.clear()
+        monkeypatch.setattr("mvptr_ds.eval.evaluate_split", lambda *_: pytest.fail("it would have evaluated"))
+        monkeypatch.setattr("sys.argv", ["eval.py", str(tmp_path / "model"), held_out, *arguments])
+        assert entry.main() == 2
+        (error,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+        assert message in error
+
+
+def test_a_report_that_cannot_be_written_after_all_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "report.json"
+    path.write_text("of before", encoding="utf-8")
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        _write_report(path, "{}\n")
+    assert capsys.readouterr().out == "{}\n" and path.read_text(encoding="utf-8") == "of before"
 
 
 def test_the_report_is_there_whatever_becomes_of_the_pictures(

@@ -12,6 +12,11 @@ import sys
 import time
 from pathlib import Path
 
+if __name__ == "__main__":
+    from mvptr_ds.signals import end_on_interrupt
+
+    end_on_interrupt()
+
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.demo.build import SOURCES, build_demo_shards
 

@@ -10,6 +10,11 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if __name__ == "__main__":
+    from mvptr_ds.signals import end_on_interrupt
+
+    end_on_interrupt()
 REPO = Path(__file__).resolve().parent.parent
 
 EPILOG = """\

@@ -404,7 +404,7 @@ def features_that_are_not_there(place: Place) -> None:
 
 @case
 def too_many_bad_samples(place: Place) -> None:
-    place.patch.setattr(Trainer, "_build_engine", lambda *_: BadSamples(0.01).count(31, 3000))
+    place.patch.setattr(Trainer, "_build_engine", lambda *_: BadSamples(0.01, Path("run")).count(31, 3000))
 
 
 @case

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 WEEK_S = 7 * 86_400.0
 NUM_NAMED = 8
 LIMIT_KEY = "(train.start_timeout_s)"
-NAME_LIMIT_S, OWN_LIMIT_S = 30.0, 30.0
+NAME_LIMIT_S, OWN_LIMIT_S = 30.0, 20.0
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 LAUNCHERS = "start the ranks by deepspeed, torchrun or srun, which set all of " + ", ".join(PLACE)
 
@@ -138,22 +138,23 @@ def _resolve(address: str, port: int) -> None:
 
 
 def _serve(address: str, port: int, num_ranks: int, limit: timedelta) -> dist.Store:
-    """Rank 0's store, which this process can reach, too."""
-    own_limit = min(limit, timedelta(seconds=OWN_LIMIT_S))
+    """Rank 0's store, which is reached at its address."""
     try:
-        return dist.TCPStore(address, port, num_ranks, True, own_limit, wait_for_workers=False, multi_tenant=True)
+        store = dist.TCPStore("localhost", port, num_ranks, True, limit, wait_for_workers=False, multi_tenant=True)
     except dist.DistError as error:
-        reason = _first_line(error)
-        if "failed to listen" in reason:  # torch has no other sign of it
-            raise ValueError(
-                f"rank 0 cannot serve port {port} of {socket.gethostname()}, which another run may have taken "
-                f"({reason}): choose another one, by `deepspeed --master_port=N`, `torchrun --master-port=N`, or "
-                "MASTER_PORT=N in the environment"
-            ) from error
+        raise ValueError(
+            f"rank 0 cannot serve port {port} of {socket.gethostname()}, which another run may have taken "
+            f"({_first_line(error)}): choose another one, by `deepspeed --master_port=N`, `torchrun --master-port=N`, "
+            "or MASTER_PORT=N in the environment"
+        ) from error
+    try:
+        socket.create_connection((address, port), OWN_LIMIT_S).close()
+    except OSError as error:
         raise ValueError(
             f"rank 0 on {socket.gethostname()} does not reach what it serves itself at MASTER_ADDR={address}, port "
-            f"{port} ({reason}): give the name or the address of rank 0's host"
-        ) from error
+            f"{port} ({error}): give the name or the address of rank 0's host"
+        ) from None  # which might pass by itself, but the address does not
+    return store
 
 
 def _first_line(error: Exception) -> str:

@@ -18,6 +18,9 @@ from pathlib import Path
 
 if __name__ == "__main__":  # the checkout's package, wherever this is called from
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from mvptr_ds.signals import end_on_interrupt
+
+    end_on_interrupt()
 
 import torch
 import torch.nn.functional as F

@@ -36,14 +36,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+
+if __name__ == "__main__":
+    from mvptr_ds.signals import end_on_interrupt
+
+    end_on_interrupt()
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
-
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
 
 from mvptr_ds import exchange, parallel
 from mvptr_ds.contrast import Globals, Pool

@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -14,6 +13,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if __name__ == "__main__":
+    from mvptr_ds.signals import end_on_interrupt
+
+    end_on_interrupt("interrupted; the same command goes on from here")
 
 from mvptr_ds.corpus.build import BuildOptions, build_listed, build_streamed, finish, parse_shares
 from mvptr_ds.corpus.jobs import Summary
@@ -213,9 +217,6 @@ def main() -> int:
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 128 + signal.SIGINT
     return 0
 
 

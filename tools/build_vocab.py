@@ -15,6 +15,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+if __name__ == "__main__":
+    from mvptr_ds.signals import end_on_interrupt
+
+    end_on_interrupt()
+
 from mvptr_ds.corpus.id2phrase import read_id2phrase, write_id2phrase
 from mvptr_ds.corpus.phrase_counts import count_corpus
 from mvptr_ds.corpus.phrase_coverage import coverage_lines, measure_coverage, most_frequent_lines

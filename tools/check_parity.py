@@ -15,6 +15,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    from mvptr_ds.signals import end_on_interrupt
+
+    end_on_interrupt()
+
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file

@@ -13,6 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+if __name__ == "__main__":
+    from mvptr_ds.signals import end_on_interrupt
+
+    end_on_interrupt()
+
 from tqdm import tqdm
 
 from mvptr_ds.corpus.concepts.backends import BACKENDS

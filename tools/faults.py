@@ -34,6 +34,9 @@ from typing import Any
 REPO = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(REPO)
+    from mvptr_ds.signals import end_on_interrupt
+
+    end_on_interrupt()
 
 from tqdm import tqdm
 

@@ -15,6 +15,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+if __name__ == "__main__":
+    from mvptr_ds.signals import end_on_interrupt
+
+    end_on_interrupt()
+
 from mvptr_ds.corpus.record_checks import IMG2DATASET
 from mvptr_ds.corpus.validation import Result, validate
 from mvptr_ds.data.scan import use_build_shards

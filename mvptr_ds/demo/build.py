@@ -14,6 +14,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+import signal
 import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -32,6 +33,7 @@ from mvptr_ds.data.shards import write_shards
 from mvptr_ds.data.wordpiece import SPECIALS, WordPiece
 from mvptr_ds.demo.plan import Concept, SplitRule
 from mvptr_ds.demo.scene import SPLITS, Scene, Source, make_scene
+from mvptr_ds.signals import blocked, end_with_parent
 from mvptr_ds.user_files import parse_json, read_text
 
 logger = logging.getLogger(__name__)
@@ -231,11 +233,21 @@ def _mapper(source: str, num_processes: int) -> Iterator[_Mapper]:
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_processes, context, initializer=_start_process, initargs=(source,)) as pool:
-        yield pool.map
+
+        def map_quietly(*arguments: Any) -> Iterator[Any]:
+            with blocked([signal.SIGINT]):  # which a terminal sends to all: the processes start here
+                return pool.map(*arguments)
+
+        try:
+            yield map_quietly
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _start_process(source: str) -> None:
     global _source
+    end_with_parent()
     _source = load_source(source)
 
 

@@ -557,7 +557,7 @@ def samples_that_cannot_be_used(place: Place) -> None:
 
 @case
 def too_many_bad_samples(place: Place) -> None:
-    place.patch.setattr(Trainer, "_build_engine", lambda *_: BadSamples(0.01).count(31, 3000))
+    place.patch.setattr(Trainer, "_build_engine", lambda *_: BadSamples(0.01, Path("run")).count(31, 3000))
 
 
 @case

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import math
 import multiprocessing
+import signal
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from mvptr_ds.data.schema import DataError, Record
 from mvptr_ds.data.shards import SampleIndex
 from mvptr_ds.data.tars import IMAGE_EXTENSIONS, record_key
 from mvptr_ds.data.wordpiece import WordPiece
+from mvptr_ds.signals import blocked
 
 PARTS = ("text slots", "tag slots", "regions")
 _CHUNK_RECORDS = 250
@@ -99,7 +101,8 @@ def measure_folder(
         bar = stack.enter_context(tqdm(total=len(numbers), unit="record", desc="statistics", delay=1.0))
         parts: Iterable[Measures] = map(work, chunks)
         if num_processes > 1:  # a pool of this kind ends with this process, however that ends
-            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(num_processes))
+            with blocked([signal.SIGINT]):  # which a terminal sends to all
+                pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(num_processes))
             parts = pool.imap(work, chunks)
         for part, chunk in zip(parts, chunks, strict=True):
             total.add(part)

@@ -65,7 +65,8 @@ def where_tars_are(folder: str | Path) -> str:
     if not below:
         return "name a folder of shards"
     shown = ", ".join(below[:5]) + (f" and {len(below) - 5} more" if len(below) > 5 else "")
-    return f"{shown} below it do: name one of them, such as {Path(folder, 'train' if 'train' in below else below[0])}"
+    one = Path(folder, "train" if "train" in below else below[0])
+    return f"there are some below it, in {shown}: name one of these, such as {one}"
 
 
 def use_build_shards(folder: str | Path) -> str:

@@ -334,7 +334,8 @@ class Trainer:
 
     def _build_meters(self) -> Meters:
         peak = device_peak(self.device, ds_config.DTYPES[self.precision])
-        logger.info("MFU is a share of %.3g TFLOPS: %s", peak.tflops, peak.source)
+        if peak is not None:
+            logger.info("MFU is a share of %.3g TFLOPS: %s", peak.tflops, peak.source)
         meters = Meters(self.device, self.dataset.names, StepFlops(self.task, parallel.num_ranks()), peak)
         parallel.time_collectives(lambda: meters.clock("communication"))
         return meters

@@ -30,6 +30,7 @@ from mvptr_ds.data.storage import is_url
 from mvptr_ds.meeting import deadline
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.optim import optimizer_choice
+from mvptr_ds.preflight_loader import loader_memory
 from mvptr_ds.preflight_ranks import (
     ERROR,
     OK,
@@ -75,6 +76,7 @@ def examine(config: Config, ds_content: dict[str, Any], device: torch.device, pr
         return found  # ranks that want different things cannot look any further together
     found += on_each("configuration", lambda: _settings(config))
     found += on_each("batch", lambda: _batch(config, ds_content))
+    found += loader_memory(config)
     begun_s = time.perf_counter()
     missing = _prepare(config) if prepare else _missing(config)
     started_s += time.perf_counter() - begun_s

@@ -214,7 +214,7 @@ def test_what_cannot_be_read_is_replaced_and_counted(
         assert served.requests["shard-000001.tar"] % num_tries == 0
         second, _ = open_and_read(served, short, caplog)
     assert_same(first, second)
-    assert sum(int(batch.num_bad_B.sum()) for batch in first) == logged.count("taking another") > 10
+    assert sum(int(batch.num_bad_B.sum()) for batch in first) == logged.count("replaced by another") > 10
     assert "shard-000001.tar, key '?', caption " in logged and reason in logged
     lost = range(PER_SHARD, 2 * PER_SHARD)
     assert not any(number in lost for batch in first for number in batch.image_index_B.tolist())

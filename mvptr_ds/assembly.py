@@ -19,7 +19,7 @@ from mvptr_ds.data.batches import Batches
 from mvptr_ds.data.buckets import BucketedBatches
 from mvptr_ds.data.features import SampleBuilder, SampleOptions
 from mvptr_ds.data.joined import JoinedIndex, check_extractors, check_kinds, ensure_join, visual_extractors
-from mvptr_ds.data.lengths import Lengths, lengths_path, measure, write_lengths
+from mvptr_ds.data.lengths import Lengths, lengths_are_there, lengths_path, measure, write_lengths
 from mvptr_ds.data.loader import SampleDataset, ShardDataset
 from mvptr_ds.data.mixture import MixedDataset, Mixture, default_block, source_seed
 from mvptr_ds.data.phrases import PhraseVocab
@@ -254,10 +254,10 @@ def build_batches(
 
 
 def _open_lengths(index: SampleIndex, builder: SampleBuilder, folder: Path, alive: Callable[[], None]) -> np.ndarray:
-    """Maps the lengths of the samples; where they are not there, each rank measures its part of the records."""
+    """Maps the lengths of the samples; where they are missing or damaged, each rank measures its part of them."""
     path = lengths_path(index, builder, folder)
     # rank 0 alone looks: network storage may remember for a while that another node found nothing
-    if not parallel.broadcast_object(parallel.is_main() and path.is_file()):
+    if not parallel.of_main(lambda: lengths_are_there(path, index.num_samples)):
         ends = [index.num_records * part // parallel.num_ranks() for part in range(parallel.num_ranks() + 1)]
         records = range(ends[parallel.rank()], ends[parallel.rank() + 1])
         with ThreadPoolExecutor(1) as pool:

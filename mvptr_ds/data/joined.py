@@ -1,7 +1,7 @@
 """Shards joined with their sidecars by key: the samples of the shards, each record put together when it is read.
 
     DIR/joined-0123456789abcdef.npy    one row a record that is kept: its number, its first sample, its partners
-    DIR/joined-0123456789abcdef.json   counts, and the size of the rows
+    DIR/joined-0123456789abcdef.json   counts, the size of the rows, and a checksum of rows and counts
 
 The name is a hash of the indices of all folders and of what becomes of records without partner, so that a changed
 folder gives another join. Computed once, by sorted search, then mapped by every process.
@@ -16,11 +16,22 @@ import logging
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from mvptr_ds.data.index import NO_CAPTION, NO_REGIONS, NOT_VISUAL, RECORDS, SIDECAR, Extent, Index, Place, SampleIndex
+from mvptr_ds.data.index import (
+    NO_CAPTION,
+    NO_REGIONS,
+    NOT_VISUAL,
+    RECORDS,
+    SIDECAR,
+    Extent,
+    Index,
+    Place,
+    SampleIndex,
+    sha256,
+)
 from mvptr_ds.data.schema import DataError, Record, SidecarEntry, parse_entry, parse_record
 from mvptr_ds.data.sidecars import merge_sidecar
 from mvptr_ds.data.storage import Files
@@ -41,7 +52,7 @@ def join_path(main: Index, sidecars: Sequence[Index], missing: str, folder: str 
 
 
 def ensure_join(main: Index, sidecars: Sequence[Index], missing: str, allow_mixed: bool, folder: str | Path) -> None:
-    """Joins the records of `main` with their partners in each sidecar and writes the join, unless it is there.
+    """Joins the records of `main` with their partners in each sidecar and writes the join, unless it is there whole.
 
     Args:
         missing: what becomes of records that lack a partner: drop, or keep (they are used as they are).
@@ -58,9 +69,9 @@ def ensure_join(main: Index, sidecars: Sequence[Index], missing: str, allow_mixe
         for index in (main, *sidecars):
             check_extractors(index)
     path = join_path(main, sidecars, missing, folder)
-    if _is_there(path):
-        found = json.loads(path.read_text(encoding="utf-8"))["partners"]
-        num_missing = [main.num_records - num for num in found]
+    counts = _whole(path)
+    if counts is not None:
+        num_missing = [main.num_records - num for num in counts["partners"]]
     else:
         partners_SR = np.stack([_partners(main, sidecar) for sidecar in sidecars])
         num_missing = (partners_SR == _NONE).sum(1).tolist()
@@ -156,7 +167,7 @@ def _write(path: Path, main: Index, sidecars: Sequence[Index], partners_SR: np.n
     rows["partners"] = partners_SR[:, kept].T
     buffer = io.BytesIO()
     np.save(buffer, rows, allow_pickle=False)
-    content = {
+    content: dict[str, Any] = {
         "version": _JOIN_VERSION,
         "num_records": len(kept),
         "num_samples": int(num_samples.sum()),
@@ -166,8 +177,10 @@ def _write(path: Path, main: Index, sidecars: Sequence[Index], partners_SR: np.n
         "partners": [int((partners != _NONE).sum()) for partners in partners_SR],
         "num_bytes": len(buffer.getbuffer()),
     }
+    buffer.seek(0)
+    content["sha256"] = _checksum(content, buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # the counts last: they vouch for the rows by their size
+    # the counts last: they vouch for the rows
     text = json.dumps(content, indent=1) + "\n"
     for target, data in ((path.with_suffix(".npy"), buffer.getbuffer()), (path, text.encode())):
         partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
@@ -198,12 +211,33 @@ def _row(num_sidecars: int) -> np.dtype:
     return np.dtype([("record", "<u4"), ("first_sample", "<u4"), ("partners", "<u4", (num_sidecars,))])
 
 
-def _is_there(path: Path) -> bool:
+def _counts(path: Path) -> dict[str, Any] | None:
+    """The counts of a join whose rows have the size that they say; None where there is no such join."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return bool(content["num_bytes"] == path.with_suffix(".npy").stat().st_size and len(content["partners"]))
+        is_there = content["num_bytes"] == path.with_suffix(".npy").stat().st_size and len(content["partners"])
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return None
+    return content if is_there else None
+
+
+def _whole(path: Path) -> dict[str, Any] | None:
+    """The counts of a join that is as it was written, every byte of it; one that is damaged is reported."""
+    counts = _counts(path)
+    if counts is not None and "sha256" not in counts:  # of an older version
+        return None
+    if counts is not None:
+        with path.with_suffix(".npy").open("rb") as rows:
+            if _checksum(counts, rows) == counts["sha256"]:
+                return counts
+    if path.exists():
+        logger.warning("the join %s is damaged: it is made again", path)
+    return None
+
+
+def _checksum(counts: dict[str, Any], rows: BinaryIO) -> str:
+    said = json.dumps({name: value for name, value in counts.items() if name != "sha256"}, sort_keys=True)
+    return hashlib.sha256(f"{sha256(rows)} {said}".encode()).hexdigest()
 
 
 class JoinedIndex(SampleIndex):
@@ -216,9 +250,9 @@ class JoinedIndex(SampleIndex):
     def __init__(self, main: Index, sidecars: Sequence[Index], missing: str, folder: str | Path) -> None:
         self.main, self.sidecars = main, list(sidecars)
         self._path = join_path(main, sidecars, missing, folder)
-        if not _is_there(self._path):
+        content = _counts(self._path)
+        if content is None:
             raise DataError(f"the join {self._path} is missing or cut; start again, rank 0 writes it")
-        content: dict[str, Any] = json.loads(self._path.read_text(encoding="utf-8"))
         self.num_records = int(content["num_records"])
         self.num_samples = int(content["num_samples"])
         self.num_text_only_samples = int(content["num_text_only_samples"])

@@ -4,13 +4,15 @@
 
 The name is a hash of the samples, of the vocabularies and of the caps. The json of every record is read once to make
 the file, no features nor pixels; it is then mapped. Tag noise is left out, and a record that cannot be read counts as
-empty: buckets need no more.
+empty: buckets need no more. A sha256 of the lengths stands behind them (older versions wrote none): with other lengths
+a run would go on in another order.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +27,7 @@ from mvptr_ds.data.loader import SampleDataset
 from mvptr_ds.data.schema import Caption, DataError, Record
 from mvptr_ds.data.shards import SampleIndex
 
+logger = logging.getLogger(__name__)
 _VERSION = 1
 _NO_CAPTION = Caption("")
 _MOST = np.iinfo(np.uint8).max
@@ -80,7 +83,29 @@ def write_lengths(path: Path, lengths_N3: np.ndarray) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with partial.open("wb") as file:
         np.save(file, lengths_N3)
+        file.write(hashlib.sha256(lengths_N3.tobytes()).digest())
     os.replace(partial, path)
+
+
+def lengths_are_there(path: Path, num_samples: int) -> bool:
+    """Whether the file holds the lengths of so many samples as they were written; one that is damaged is reported."""
+    if not path.is_file():
+        return False
+    try:
+        lengths_N3 = np.lib.format.open_memmap(path, mode="r")
+        with path.open("rb") as file:
+            file.seek(lengths_N3.offset + lengths_N3.nbytes)
+            digest = file.read()
+        if lengths_N3.dtype != np.uint8 or lengths_N3.shape != (num_samples, 3):
+            problem = f"{lengths_N3.dtype} {lengths_N3.shape}, expected uint8 {(num_samples, 3)}"
+        elif digest in (b"", hashlib.sha256(lengths_N3.tobytes()).digest()):
+            return True
+        else:
+            problem = "it does not have its checksum"
+    except (ValueError, OverflowError) as error:
+        problem = str(error)
+    logger.warning("%s is damaged (%s): the lengths of the samples are measured again", path, problem)
+    return False
 
 
 class Lengths:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +174,62 @@ def test_lengths_are_kept_for_these_samples_vocabularies_and_caps(folders: dict[
     other = assembly.build_samples(config, VOCABS, source.index, assembly.NO_MASKING, False, tag_noise=False)
     assert one in paths and lengths_path(source.index, other, joins) not in paths
     assert lengths_path(dataset.sources[1].index, source.builder, joins) != one
+
+
+def zip_of(content: bytes) -> bytes:
+    out = io.BytesIO()
+    np.savez(out, lengths=np.load(io.BytesIO(content)))
+    return out.getvalue()
+
+
+def npy_of(lengths_N3: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    np.save(out, lengths_N3)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[:60],  # within the header
+        lambda content: content[:140],
+        lambda content: content[:-1],
+        lambda content: content[:140] + bytes(len(content) - 140),  # a tail that was lost to zeros
+        lambda content: content + b"x",
+        lambda content: b"{}" * 100,
+        zip_of,
+        lambda content: npy_of(np.zeros((42, 3))),
+        lambda content: npy_of(np.zeros((41, 3), np.uint8)),
+    ],
+)
+def test_damaged_lengths_are_measured_again(
+    folders: dict[str, Path], tmp_path: Path, damage: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = config_of(folders, pairs=1)
+    config.data.bucket_batches = 4
+    dataset = assembly.build_dataset(config, VOCABS, "stage1", 0, tmp_path)
+    first = assembly.build_batches(config, dataset, 0, tmp_path).of_step(0)
+    (path,) = tmp_path.glob("lengths-*.npy")
+    content = path.read_bytes()
+    path.write_bytes(damage(content))
+    assert np.array_equal(assembly.build_batches(config, dataset, 0, tmp_path).of_step(0), first)
+    assert path.read_bytes() == content
+    (said,) = [message for message in caplog.messages if "is damaged" in message]
+    assert said.startswith(str(path)) and said.endswith("measured again")
+
+
+def test_lengths_of_an_older_version_are_taken(folders: dict[str, Path], tmp_path: Path) -> None:
+    """They have no checksum behind them."""
+    config = config_of(folders, pairs=1)
+    config.data.bucket_batches = 4
+    dataset = assembly.build_dataset(config, VOCABS, "stage1", 0, tmp_path)
+    assembly.build_batches(config, dataset, 0, tmp_path)
+    (path,) = tmp_path.glob("lengths-*.npy")
+    older = npy_of(np.load(path))
+    path.write_bytes(older)
+    assembly.build_batches(config, dataset, 0, tmp_path)
+    assert path.read_bytes() == older
 
 
 def test_a_record_that_cannot_be_read_counts_as_empty(folders: dict[str, Path]) -> None:

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from mvptr_ds import checkpointing, elastic, hand_over
+from mvptr_ds.bad_samples import BadSamples
 from mvptr_ds.checkpointing import CheckpointError
 from mvptr_ds.config import Config, TrainConfig
 from mvptr_ds.engine import Engine
 from mvptr_ds.optim import PARAMETER_ORDER
-from mvptr_ds.safeguards import BadSamples, SkippedSteps
+from mvptr_ds.safeguards import SkippedSteps
 from mvptr_ds.trainer import Trainer
 from tests.unit.test_optim import APEX, apex, build, take
 

@@ -478,6 +478,38 @@ def test_a_cut_join_is_made_again_and_a_missing_one_named(tmp_path: Path, images
         JoinedIndex(*parts, tmp_path / "elsewhere")
 
 
+@pytest.mark.parametrize("part", ["rows", "counts"])
+def test_a_damaged_join_is_made_again(
+    tmp_path: Path, images: Path, boxes: Path, part: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    index = opened(tmp_path, config(images, boxes))
+    before, wanted = files(tmp_path / "joins"), [index.locate(n) for n in range(30)]
+    path = next((tmp_path / "joins").glob("*.npy" if part == "rows" else "*.json"))
+    content = path.read_bytes()
+    if part == "rows":  # the tail was lost to zeros
+        path.write_bytes(content[:200] + bytes(len(content) - 200))
+    else:
+        path.write_bytes(content.replace(b'"num_samples": 30', b'"num_samples": 20'))
+    assert path.read_bytes() != content
+    again = opened(tmp_path, config(images, boxes))
+    assert [again.locate(n) for n in range(30)] == wanted and again.fingerprint == index.fingerprint
+    assert {name: made[1] for name, made in files(tmp_path / "joins").items()} == {n: b[1] for n, b in before.items()}
+    (said,) = [message for message in caplog.messages if "damaged" in message]
+    assert str(path.with_suffix(".json")) in said
+
+
+def test_a_join_of_an_older_version_is_made_again_without_a_word(
+    tmp_path: Path, images: Path, boxes: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It has no checksum; what is trained on stays the same."""
+    index = opened(tmp_path, config(images, boxes))
+    path = next((tmp_path / "joins").glob("*.json"))
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({name: content[name] for name in content if name != "sha256"}), encoding="utf-8")
+    assert opened(tmp_path, config(images, boxes)).fingerprint == index.fingerprint
+    assert json.loads(path.read_text(encoding="utf-8")) == content and "damaged" not in caplog.text
+
+
 def test_a_joined_index_pickles_without_its_arrays(tmp_path: Path, images: Path, boxes: Path) -> None:
     index = opened(tmp_path, config(images, boxes))
     content = pickle.dumps(index)

@@ -40,7 +40,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
+
+from mvptr_ds.progress import progress_bar
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
@@ -390,7 +391,9 @@ def main() -> int:
         return 0
     rows: list[dict[str, Any]] = []
     try:
-        for name, num in (bar := tqdm([(p, n) for n in arguments.global_batch for p in arguments.parts], leave=False)):
+        for name, num in (
+            bar := progress_bar([(p, n) for n in arguments.global_batch for p in arguments.parts], leave=False)
+        ):
             if num % arguments.per_rank:
                 raise ValueError(f"--global-batch {num} is no multiple of --per-rank {arguments.per_rank}")
             bar.set_description(f"{name} at {num}")

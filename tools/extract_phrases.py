@@ -13,8 +13,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tqdm import tqdm
-
 from mvptr_ds.corpus.concepts.backends import BACKENDS
 from mvptr_ds.corpus.concepts.marking import mark
 from mvptr_ds.corpus.concepts.parser import PhraseParser
@@ -23,6 +21,7 @@ from mvptr_ds.corpus.concepts.spice import import_spice
 from mvptr_ds.corpus.concepts.text_files import extract_file
 from mvptr_ds.corpus.phrase_sidecar import extract_phrases
 from mvptr_ds.data.schema import DataError, Phrase
+from mvptr_ds.progress import progress_bar
 
 EPILOG = """examples:
   python tools/extract_phrases.py shards/train sidecars/phrases/train
@@ -95,7 +94,7 @@ def show_score(path: Path, backend: str, num_examples: int) -> None:
     parser.parse(["A warm-up."])
     found: list[list[Phrase]] = []
     start_s = time.process_time()
-    for first in tqdm(range(0, len(known), 1024), desc="parse", disable=None):
+    for first in progress_bar(range(0, len(known), 1024), desc="parse"):
         found += parser.parse([item.caption for item in known[first : first + 1024]])
     cpu_s = time.process_time() - start_s
     result = score(known, found)

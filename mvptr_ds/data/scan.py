@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
 from mvptr_ds.data.index import (
     BLOCK,
@@ -45,6 +44,7 @@ from mvptr_ds.data.tars import (
     record_key,
     split_name,
 )
+from mvptr_ds.progress import progress_bar
 
 _MAX_TAGS = 5_000
 _WRITE_AGAIN = "write that shard again or take it out of the folder"
@@ -86,7 +86,7 @@ def build_index(folder: str | Path, out: str | Path | None = None) -> Index:
     scan = _Scan()
     shards: list[dict[str, Any]] = []
     num_bytes = sum(tar.stat().st_size for tar in tars)
-    with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="index", delay=2.0) as bar:
+    with progress_bar(total=num_bytes, unit="B", unit_scale=True, desc="index", delay=2.0) as bar:
         for tar in tars:
             before, samples_before = len(scan.blocks), scan.num_samples
             _scan_shard(tar, scan)

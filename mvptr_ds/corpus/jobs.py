@@ -26,9 +26,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
 from mvptr_ds.data.schema import DataError
+from mvptr_ds.progress import progress_bar
 from mvptr_ds.signals import blocked, end_with_parent
 
 logger = logging.getLogger(__name__)
@@ -110,7 +109,7 @@ def run_units(
     num_before = len(units) - len(todo)
     if num_before:
         logger.info("%s: going on, %d of %d units are done", out, num_before, len(units))
-    with _stop_on_signals(), tqdm(total=len(units), initial=num_before, desc=desc, unit="unit", disable=None) as bar:
+    with _stop_on_signals(), progress_bar(total=len(units), initial=num_before, desc=desc, unit="unit") as bar:
         run = _run_here if num_processes == 1 else _run_spawned
         with contextlib.closing(run(units, todo, work, min(num_processes, max(1, len(todo))))) as results:
             try:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
 from mvptr_ds.data.index import (
     BLOCK,
@@ -48,6 +47,7 @@ from mvptr_ds.data.tars import (
     record_key,
     split_name,
 )
+from mvptr_ds.progress import progress_bar
 
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 _MAX_TAGS = 5_000
@@ -128,7 +128,7 @@ def build_index(folder: str | Path, out: str | Path | None = None, role: str = "
     scan = _Scan()
     shards: list[dict[str, Any]] = []
     num_bytes = sum(tar.stat().st_size for tar in tars)
-    with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="index", delay=2.0) as bar:
+    with progress_bar(total=num_bytes, unit="B", unit_scale=True, desc="index", delay=2.0) as bar:
         for tar in tars:
             before, samples_before = len(scan.blocks), scan.num_samples
             _scan_shard(tar, scan)

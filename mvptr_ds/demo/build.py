@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.schema import DataError, Record
@@ -33,6 +32,7 @@ from mvptr_ds.data.shards import write_shards
 from mvptr_ds.data.wordpiece import SPECIALS, WordPiece
 from mvptr_ds.demo.plan import Concept, SplitRule
 from mvptr_ds.demo.scene import SPLITS, Scene, Source, make_scene
+from mvptr_ds.progress import progress_bar
 from mvptr_ds.signals import blocked, end_with_parent
 from mvptr_ds.user_files import parse_json, read_text
 
@@ -207,7 +207,7 @@ def word_subset(words: WordPiece, texts: Iterable[str]) -> list[str]:
 def _items(map_chunks: _Mapper, rule: SplitRule, num_scenes: int, usage: _Usage) -> Iterator[Item]:
     chunks = [(rule, first, min(first + CHUNK_SCENES, num_scenes)) for first in range(0, num_scenes, CHUNK_SCENES)]
     name = SPLITS[0] if rule.is_train else SPLITS[1]
-    with tqdm(total=num_scenes, desc=f"demo scenes, {name}", unit="scene", disable=None) as bar:
+    with progress_bar(total=num_scenes, desc=f"demo scenes, {name}", unit="scene") as bar:
         for items in map_chunks(_make_items, chunks):
             for item in items:
                 usage.add(item[1])

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from tqdm import tqdm
 
 from mvptr_ds.data.features import SampleOptions
 from mvptr_ds.data.layout import layout_tags, layout_text
@@ -23,6 +22,7 @@ from mvptr_ds.data.schema import DataError, Record
 from mvptr_ds.data.shards import SampleIndex
 from mvptr_ds.data.tars import IMAGE_EXTENSIONS, record_key
 from mvptr_ds.data.wordpiece import WordPiece
+from mvptr_ds.progress import progress_bar
 from mvptr_ds.signals import blocked
 
 PARTS = ("text slots", "tag slots", "regions")
@@ -98,7 +98,7 @@ def measure_folder(
     work = functools.partial(measure, index, words, grid_size=grid_size)
     total = Measures()
     with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=len(numbers), unit="record", desc="statistics", delay=1.0))
+        bar = stack.enter_context(progress_bar(total=len(numbers), unit="record", desc="statistics", delay=1.0))
         parts: Iterable[Measures] = map(work, chunks)
         if num_processes > 1:  # a pool of this kind ends with this process, however that ends
             with blocked([signal.SIGINT]):  # which a terminal sends to all

@@ -237,16 +237,27 @@ def _in_percent(scores: dict[str, float]) -> str:
 
 
 def _drop_lines_from(path: Path, step: int) -> None:
-    """Removes reports after `step`: those of a part of the run that was lost and is now repeated."""
+    """Removes reports after `step`: those of a part of the run that was lost and is now repeated.
+
+    What is no report is removed, too, and said, but for a last line that a killed run left cut.
+    """
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except json.JSONDecodeError:  # the last line of a killed run may be cut
-            continue
+    *whole, rest = path.read_bytes().split(b"\n")
+    steps = [_step_of(line) for line in (*whole, rest)]
+    num_strange = sum(bool(line) and found is None for line, found in zip(whole, steps[:-1], strict=True))
+    if num_strange:
+        logger.warning("%s: %d lines are no reports of this program and are dropped", path, num_strange)
+    kept = [line for line, found in zip((*whole, rest), steps, strict=True) if found is not None and found <= step]
     partial = path.with_name(path.name + ".partial")  # a run killed here must not lose the lines before
-    partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    partial.write_bytes(b"".join(line + b"\n" for line in kept))
     os.replace(partial, path)
+
+
+def _step_of(line: bytes) -> float | None:
+    """The step of a report; None where the line is none."""
+    try:
+        step = json.loads(line.decode())["step"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return step if isinstance(step, int | float) else None

@@ -149,6 +149,10 @@ def _settings(config: Config) -> Iterator[Finding]:
             text = f"{stage}.warmup_steps is {section.warmup_steps}, but {stage}.max_steps only {section.max_steps}"
             remedy = f"the learning rate never reaches {section.learning_rate:g}: lower {stage}.warmup_steps"
             yield Finding("configuration", WARNING, text, remedy)
+        traced = config.train.profile_steps
+        if traced and traced[0] >= section.max_steps:
+            text = f"train.profile_steps is {traced}, but {stage}.max_steps only {section.max_steps}"
+            yield Finding("configuration", WARNING, text, f"nothing of {stage} is traced: choose earlier steps")
 
 
 def _batch(config: Config, ds_content: dict[str, Any]) -> Iterator[Finding]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import time
 from collections import defaultdict
@@ -130,6 +131,8 @@ def device_peak(device: torch.device, dtype: torch.dtype) -> Peak | None:
 class ProfileWindow:
     """Traces the steps first..stop-1 with torch's profiler, one Chrome trace a rank in `folder`.
 
+    A trace that cannot be written is reported, and training goes on without.
+
     Args:
         steps: [first, stop], or empty for none.
 
@@ -169,8 +172,22 @@ class ProfileWindow:
     def _export(self, stop: int | str) -> None:
         profiler, self._profiler = self._profiler, None
         assert profiler is not None
-        profiler.stop()
         path = self.folder / f"rank{parallel.rank()}-steps{self._started_at}-{stop}.json"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(path))
+        try:
+            profiler.stop()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            profiler.export_chrome_trace(str(path))  # which prints what fails, and raises nothing
+            _check_trace(path)
+        except (OSError, RuntimeError) as error:
+            logger.warning("the trace %s could not be written, training goes on without: %s", path, error)
+            return
         logger.info("traced: %s (open it in chrome://tracing or ui.perfetto.dev)", path)
+
+
+def _check_trace(path: Path) -> None:
+    """Raises OSError for a trace that is missing or has lost its end."""
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 16))
+        if not file.read().rstrip().endswith(b"}"):
+            raise OSError("it is cut, for want of space maybe")

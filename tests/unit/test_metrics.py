@@ -168,6 +168,37 @@ def test_lines_after_the_resume_point_are_dropped(tmp_path: Path) -> None:
     assert strict(path) == []
 
 
+@pytest.mark.parametrize(
+    ("line", "is_said"),
+    [
+        (b'{"step": 20, "loss/mlm": 0.5, "caf\xc3', False),  # killed while writing, also in the middle of a character
+        (b'{"step": 2', False),
+        (b"\xff\xfe\x00", False),
+        (b'{"step": 20, "a": "\xff"}\n', True),
+        (b"\x00" * 50 + b"\n", True),  # blocks that the disk has lost
+        (b"{}\n", True),
+        (b"3\n", True),
+        (b"[1]\n", True),
+        (b'{"step": null}\n', True),
+        (b'{"step": "20"}\n', True),
+        (b"[" * 100_000 + b"\n", True),
+        (b"9" * 5_000 + b"\n", True),
+        (b"\n\n", False),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_lines_that_are_no_reports_end_no_run(
+    tmp_path: Path, line: bytes, is_said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log_in(tmp_path).write(10, 100, VALUES)
+    before = path.read_bytes()
+    path.write_bytes(line + before + line if line.endswith(b"\n") else before + line)
+    log_in(tmp_path, 20)
+    assert path.read_bytes() == before
+    assert ("2 lines are no reports" in caplog.text) == is_said
+
+
 def test_only_rank_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mvptr_ds.parallel.rank", lambda: 1)
     log = log_in(tmp_path)

@@ -159,12 +159,17 @@ def test_every_objective_has_its_needs() -> None:
     assert set(preflight_records.NEEDS) == {field.name for field in dataclasses.fields(WeightsConfig)}
 
 
-def test_a_warm_up_longer_than_its_stage_and_several_wrong_choices() -> None:
+def test_a_warm_up_or_a_trace_behind_the_end_of_a_stage_and_several_wrong_choices() -> None:
     overrides = ("stage1.max_steps=4", "stage1.warmup_steps=5", "stage2.max_steps=5", "stage2.warmup_steps=5")
     (well, warning) = preflight._settings(config_of(*overrides))
     assert (well.level, warning.level) == ("ok", "warning")
     assert warning.text == "stage1.warmup_steps is 5, but stage1.max_steps only 4"
     assert len(list(preflight._settings(config_of(*overrides, "run.stages=[2]")))) == 1
+    traced = ("stage1.warmup_steps=0", "stage1.max_steps=4", "stage2.warmup_steps=0", "stage2.max_steps=5")
+    found = list(preflight._settings(config_of(*traced, "train.profile_steps=[4,6]")))
+    assert [(f.level, f.text) for f in found[1:]] == [
+        ("warning", "train.profile_steps is [4, 6], but stage1.max_steps only 4")
+    ]
     wrong = ("optim.name=sgd", "wandb.mode=live", "train.resume=always", "train.profile_steps=[1]")
     assert [f.text.partition(" is ")[0] for f in preflight._settings(config_of(*wrong))] == [
         "wandb.mode", "train.resume", "optim.name", "train.profile_steps",

@@ -128,6 +128,38 @@ def test_a_run_stopped_within_the_window_leaves_what_it_traced(tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["rank0-steps0-cut.json"]
 
 
+def trace_a_step(folder: Path) -> None:
+    with ProfileWindow([0, 1], folder) as window:
+        window.begin(0)
+        torch.ones(4, 4) @ torch.ones(4, 4)
+        window.end(1)
+
+
+def test_a_trace_that_cannot_be_written_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trace_a_step(tmp_path / "profile")
+    path = tmp_path / "profile/rank0-steps0-1.json"
+    content = path.read_bytes()
+    (tmp_path / "file").touch()
+    trace_a_step(tmp_path / "file")
+    path.unlink()
+    path.mkdir()
+    trace_a_step(tmp_path / "profile")
+    path.rmdir()
+    for written in (None, content[:-40], b""):  # what torch leaves where space ends
+        monkeypatch.setattr(
+            torch.profiler.profile,
+            "export_chrome_trace",
+            lambda _, name, written=written: None if written is None else Path(name).write_bytes(written),
+        )
+        trace_a_step(tmp_path / "profile")
+    reasons = ("File exists", "Is a directory", "No such file", "it is cut", "it is cut")
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    for message, reason in zip(warnings, reasons, strict=True):
+        assert "could not be written, training goes on without" in message and reason in message
+
+
 @pytest.mark.parametrize("steps", [[3], [3, 3], [-1, 2], [1, 2, 3]])
 def test_a_window_that_is_none(steps: list[int], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="profile_steps"):

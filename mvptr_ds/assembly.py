@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,13 +194,23 @@ def build_dataset(config: Config, vocabs: Vocabs, stage: str, seed: int, joins: 
         datasets[name] = ShardDataset(index, plan, builder)
     if not data.sources:
         return datasets[""]
-    weights = [float(source.weight or datasets[name].num_samples) for name, source in data.sources.items()]
-    block_samples = data.mixture_block_samples or default_block(weights, config.train.batch_size)
+    return MixedDataset(datasets, build_mixture(config, {n: s.num_samples for n, s in datasets.items()}, seed))
+
+
+def build_mixture(config: Config, num_samples: Mapping[str, int], seed: int) -> Mixture:
+    """The mixture of `data.sources`, whose numbers of samples are the weights where none are given.
+
+    Raises:
+        DataError: its blocks are too short or too long.
+    """
+    data = config.data
+    weights = [float(source.weight or num_samples[name]) for name, source in data.sources.items()]
     try:
-        mixture = Mixture(weights, block_samples, seed)
+        block_samples = data.mixture_block_samples or default_block(weights, config.train.batch_size)
+        return Mixture(weights, block_samples, seed)
     except ValueError as error:
-        raise DataError(f"data.sources, data.mixture_block_samples={block_samples}: {error}") from error
-    return MixedDataset(datasets, mixture)
+        asked = f"data.sources, data.mixture_block_samples={data.mixture_block_samples}"
+        raise DataError(f"{asked}: {error}") from error
 
 
 def open_held_out(data: DataConfig, joins: Path) -> SampleIndex:

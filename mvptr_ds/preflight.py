@@ -241,6 +241,9 @@ def _shards(config: Config, indices: dict[str, SampleIndex]) -> list[Finding]:
         try:  # what follows is alike on all ranks, and some of it is done together
             for stage in config.stage_names:
                 sources = assembly.open_sources(data, stage, joins)
+                if data.sources:
+                    num_samples = {name: len(index) for name, index in sources.items()}
+                    assembly.build_mixture(config, num_samples, config.run.seed)
                 indices |= {f"data.sources.{name}" if name else "data.train": index for name, index in sources.items()}
         except (ValueError, OSError) as error:
             found.append(Finding.of("shards", error))

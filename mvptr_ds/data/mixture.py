@@ -15,6 +15,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
@@ -25,6 +26,7 @@ from mvptr_ds.data.index import Extent
 from mvptr_ds.data.loader import SampleDataset, ShardDataset
 from mvptr_ds.streams import Stream, generator
 
+MAX_BLOCK_SAMPLES = 1 << 20  # drawn as a whole: 16 MiB and a second
 _MAX_BLOCKS = 8
 
 
@@ -41,20 +43,30 @@ class Mixture:
 
     Args:
         weights: of the sources, as they are written (0.1 means a tenth).
-        block_samples: length of a block, at least `default_block(weights, 1)`.
+        block_samples: length of a block, at least `default_block(weights, 1)`, at most MAX_BLOCK_SAMPLES.
 
-    Raises ValueError for a weight that is not positive, or blocks in which a source has less than one sample.
+    Raises ValueError for a weight that is not positive, or blocks in which a source has less than one sample, or which
+    are too long.
     """
 
     def __init__(self, weights: Sequence[float], block_samples: int, seed: int) -> None:
         self.shares = shares_of(weights)
         self.block_samples = block_samples
         self.seed = seed
-        if block_samples * min(self.shares) < 1:
+        needed = default_block(weights, 1)
+        if needed > MAX_BLOCK_SAMPLES:
+            raise ValueError(
+                f"the weights {', '.join(f'{weight:.12g}' for weight in weights)} need blocks of {Decimal(needed):.8g} "
+                f"samples, in which each source has one; more than {MAX_BLOCK_SAMPLES} are refused: bring the weights "
+                "nearer to each other"
+            )
+        if block_samples < needed:
             raise ValueError(
                 f"blocks of {block_samples} samples hold less than one of a source whose share is "
-                f"{float(min(self.shares)):.2g}; they need {default_block(weights, 1)} at least"
+                f"{float(min(self.shares)):.2g}; they need {needed} at least"
             )
+        if block_samples > MAX_BLOCK_SAMPLES:
+            raise ValueError(f"blocks of {block_samples} samples are too long; choose at most {MAX_BLOCK_SAMPLES}")
         self._forget()
 
     def _forget(self) -> None:

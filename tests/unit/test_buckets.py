@@ -17,7 +17,7 @@ from mvptr_ds import assembly
 from mvptr_ds.config import Config
 from mvptr_ds.data.batches import Batches
 from mvptr_ds.data.buckets import ENCODERS_3, BucketedBatches, balanced_order, cut
-from mvptr_ds.data.collate import Sample
+from mvptr_ds.data.collate import Sample, collate
 from mvptr_ds.data.lengths import Lengths, lengths_path, measure
 from mvptr_ds.data.loader import SampleDataset, ShardDataset, make_loader
 from mvptr_ds.data.mixture import MixedDataset
@@ -278,7 +278,7 @@ def test_positions_keep_their_samples_on_any_number_of_ranks(
         resumed = [next(share) for _ in range(7 * accumulation_steps) for share in shares]
         assert [p for batch in resumed for p in batch.position_B.tolist()] == seen[3 * BATCH :]
     whole = next(iter(make_loader(dataset, batches, 4, 5)))
-    assert_equal_batches(whole, loaders[0].collate_fn(fresh.__getitems__(seen[4 * BATCH : 5 * BATCH])))
+    assert_equal_batches(whole, collate(fresh.__getitems__(seen[4 * BATCH : 5 * BATCH])))
 
 
 def test_each_source_of_a_mixture_has_its_own_lengths(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -342,6 +342,11 @@ def mixture_block_too_short(place: Place) -> None:
 
 
 @case
+def mixture_block_too_long(place: Place) -> None:
+    mixture(place, pairs=3e7, text=1)
+
+
+@case
 def text_only_source_in_stage_2(place: Place) -> None:
     mixture(place, pairs=3, text=1)
     place.arguments += ["run.stages=[2]", "run.init_from=null"]

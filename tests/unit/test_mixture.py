@@ -14,9 +14,17 @@ from hypothesis import strategies as st
 from mvptr_ds import assembly
 from mvptr_ds.config import Config, load_config, override_config, save_config
 from mvptr_ds.data.batches import Batches
-from mvptr_ds.data.collate import Sample
+from mvptr_ds.data.collate import Sample, collate
 from mvptr_ds.data.loader import ShardDataset, make_loader
-from mvptr_ds.data.mixture import MixedDataset, Mixture, default_block, differences, shares_of, source_seed
+from mvptr_ds.data.mixture import (
+    MAX_BLOCK_SAMPLES,
+    MixedDataset,
+    Mixture,
+    default_block,
+    differences,
+    shares_of,
+    source_seed,
+)
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.schema import DataError, Extractor, Record
 from mvptr_ds.data.shards import Index, write_shards
@@ -98,6 +106,14 @@ def test_weights_and_blocks_that_cannot_be_kept_are_refused() -> None:
     for weights in ([], [1, 0], [1, -2], [1, float("nan")], [float("inf")]):
         with pytest.raises(ValueError, match="expected positive numbers"):
             Mixture(weights, 100, 0)
+    with pytest.raises(ValueError, match=r"weights 30000000, 1 need blocks of 30000001 samples.* than 1048576 are"):
+        Mixture([3e7, 1], default_block([3e7, 1], 64), 0)
+    with pytest.raises(ValueError, match=r"weights 1e\+300, 1e-300 need blocks of 1\.0000000e\+600 samples"):
+        Mixture([1e300, 1e-300], default_block([1e300, 1e-300], 64), 0)
+    with pytest.raises(ValueError, match=r"blocks of 1048577 samples are too long; choose at most 1048576"):
+        Mixture([9, 1], MAX_BLOCK_SAMPLES + 1, 0)
+    assert default_block([MAX_BLOCK_SAMPLES - 1, 1], 64) == MAX_BLOCK_SAMPLES  # the most that is drawn
+    assert Mixture([MAX_BLOCK_SAMPLES - 1, 1], MAX_BLOCK_SAMPLES, 0).taken_before(MAX_BLOCK_SAMPLES)[1] == 1
     assert default_block([9, 1], 4) == 10 and default_block([9, 1], 64) == 64
 
 
@@ -201,7 +217,7 @@ def test_ranks_workers_and_resumes_give_the_same_batches(
                 share = BATCH // num_ranks // accumulation_steps
                 start = (accumulation * num_ranks + rank) * share
                 own = whole[step][start : start + share]
-                assert_equal_batches(next(micro_batches), loader.collate_fn(own))
+                assert_equal_batches(next(micro_batches), collate(own))
 
 
 def test_substitutes_come_from_the_same_source(folders: dict[str, Path]) -> None:

@@ -59,7 +59,7 @@ def find_checkpoint(
 def _check_data(path: Path, there: Any, here: Any, data: DataConfig, stage_dir: Path) -> None:
     if there == here:
         return
-    what = f"other shards than {data.train} holds now: bring them back"
+    what = f"other shards than {data.train} holds now (a repaired or rebuilt folder is another one): bring them back"
     if data.sources or not isinstance(there, str):
         changes = "\n  - ".join(differences(there, here))
         what = f"another mixture:\n  - {changes}\n  bring data.sources back"

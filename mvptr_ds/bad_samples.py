@@ -79,8 +79,8 @@ class BadSamples:
             raise DataError(
                 f"{self.bad} samples could not be read among {self.read}, more than data.max_bad_fraction="
                 f"{self.max_fraction} allows; {self.path} says which and why: check the folder with "
-                "tools/validate_shards.py; this run goes on when it allows more, one with a repaired folder starts "
-                "from its weights (docs/checkpoints.md)"
+                "tools/validate_shards.py. The run goes on with the same folder and a larger data.max_bad_fraction; "
+                f"with a repaired one, start in another run.dir with run.init_from={self.path.parent}"
             )
 
 

@@ -144,8 +144,8 @@ def _serve(address: str, port: int, num_ranks: int, limit: timedelta) -> dist.St
     except dist.DistError as error:
         raise ValueError(
             f"rank 0 cannot serve port {port} of {socket.gethostname()}, which another run may have taken "
-            f"({_first_line(error)}): choose another one, by `deepspeed --master_port=N`, `torchrun --master-port=N`, "
-            "or MASTER_PORT=N in the environment"
+            f"({_first_line(error)}): choose another one, by deepspeed --master_port=N, torchrun --master-port=N, or "
+            "MASTER_PORT=N in the environment"
         ) from error
     try:
         socket.create_connection((address, port), OWN_LIMIT_S).close()

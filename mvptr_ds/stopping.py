@@ -23,7 +23,7 @@ SAME_INTERRUPT_S = 0.3  # a terminal and a launcher may both send one Ctrl-C
 
 
 class Interrupted(BaseException):
-    """Work that is not needed is given up for a signal; none of what catches errors is to catch it."""
+    """Work that is not needed is given up for the signal of this name; nothing that catches errors is to catch it."""
 
 
 class StopSignal:
@@ -40,7 +40,8 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received: str | None = None
-        self._is_starting, self._can_interrupt, self._is_handled = True, False, False
+        self._is_starting, self._can_interrupt = True, False
+        self._handled: str | None = None  # in the main thread, a moment before or after `received` is set
         self._interrupted_s: float | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -82,8 +83,8 @@ class StopSignal:
         """
         self._can_interrupt = True
         try:
-            if self._is_handled or self.received is not None:
-                raise Interrupted
+            if self._handled is not None:
+                raise Interrupted(self._handled)
             yield
         finally:
             self._can_interrupt = False
@@ -96,10 +97,10 @@ class StopSignal:
         return self.received is not None
 
     def _in_main_thread(self, number: int, frame: FrameType | None) -> None:
-        self._is_handled = True
+        self._handled = self._handled or signal.Signals(number).name
         if self._can_interrupt:
             self._can_interrupt = False  # for one of them
-            raise Interrupted
+            raise Interrupted(self._handled)
 
     def _read(self) -> None:
         while numbers := os.read(self._read_end, 64):

@@ -203,8 +203,8 @@ class Trainer:
             self.log.write_scores(self.step, flatten_scores(report))
         except (DataError, OSError) as error:
             logger.warning("%s %d not evaluated, training goes on: %s", self.dir.name, self.step, error)
-        except Interrupted:
-            logger.info("%s %d not evaluated: %s", self.dir.name, self.step, self.stop.received)
+        except Interrupted as interrupted:
+            logger.info("%s %d not evaluated: %s", self.dir.name, self.step, interrupted)
         finally:
             self.task.train()
 

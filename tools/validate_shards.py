@@ -106,6 +106,12 @@ def main() -> int:
             remedy = "; --repair OUT writes what is sound"
         print(f"error: {arguments.folder}: {num_wrong} things are wrong, no index was written{remedy}", file=sys.stderr)
         return 1
+    if arguments.repair and result.summary.dropped:
+        print(
+            f"note: {arguments.repair} holds other samples than {arguments.folder}: a run that has begun goes on with "
+            "the folder that it began with, whose bad samples it replaces; to train on this one, start with another "
+            "run.dir and run.init_from=RUN"
+        )
     return 0
 
 

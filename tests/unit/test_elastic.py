@@ -172,7 +172,7 @@ def test_steps_that_were_left_out_are_no_updates(tmp_path: Path, monkeypatch: py
     trainer = Trainer.__new__(Trainer)
     trainer.config, trainer.dir, trainer.zero_stage, trainer.seed = Config(), tmp_path, 2, 0
     trainer.skipped, trainer.bad_samples, trainer.starting = SkippedSteps(9), BadSamples(1.0, tmp_path), lambda: None
-    trainer.task = SimpleNamespace(model=None)
+    trainer.task, trainer.stage = SimpleNamespace(model=None), Config().stage1
     trainer.engine = SimpleNamespace(load=lambda path, universal_steps: loaded.append((path, universal_steps)))
     monkeypatch.setattr(trainer, "_build_engine", lambda filled: None)
     monkeypatch.setattr("mvptr_ds.model_folder.load_weights", lambda *_: None)

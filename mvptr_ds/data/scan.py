@@ -53,6 +53,7 @@ NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 _MAX_TAGS = 5_000
 _WRITE_AGAIN = "write that shard again or take it out of the folder"
 _IMG2DATASET_FIELDS = frozenset(("caption", "url", "status"))
+_MAX_IMG2DATASET_BYTES = 1 << 18  # of a json that is parsed a second time, to tell whose it is
 
 
 class ForeignRecord(DataError):
@@ -82,6 +83,8 @@ def is_img2dataset(extensions: Collection[str], content: bytes | None) -> bool:
     """
     if content is None:
         return "txt" in extensions
+    if len(content) > _MAX_IMG2DATASET_BYTES:
+        return False
     try:
         fields = json.loads(content)
     except (ValueError, RecursionError):

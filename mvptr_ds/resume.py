@@ -64,7 +64,7 @@ def refuse(path: Path, problems: Sequence[str]) -> None:
         raise CheckpointError(
             f"{path} does not fit this configuration:\n  - "
             + "\n  - ".join(problems)
-            + "\n  use that of the run (config.yaml beside it), another run.dir, or train.resume=never"
+            + "\n  use that of the run (model/mvptr.yaml there), another run.dir, or train.resume=never"
         )
 
 

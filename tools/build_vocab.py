@@ -21,6 +21,7 @@ if __name__ == "__main__":
     end_on_interrupt()
 
 from mvptr_ds.corpus.id2phrase import read_id2phrase, write_id2phrase
+from mvptr_ds.corpus.jobs import put_in_place
 from mvptr_ds.corpus.phrase_counts import count_corpus
 from mvptr_ds.corpus.phrase_coverage import coverage_lines, measure_coverage, most_frequent_lines
 from mvptr_ds.data.phrases import PhraseVocab
@@ -42,7 +43,8 @@ examples:
   %(prog)s --merge phrase_vocab.json --out copy.json --export-id2phrase id2phrase.json
 
 Counts are exact; memory holds 200,000 phrases a process and the vocabulary, the disk (OUT.parts, while counting) the
-rest. Interrupted, the same command goes on where it stopped. docs/vocabulary.md has the figures of COCO.
+rest. Interrupted, the same command goes on where it stopped. A FILE that holds something else is not replaced.
+docs/vocabulary.md has the figures of COCO.
 Exit status: 0 done, 1 something is wrong (one line on stderr), 2 wrong usage."""
 
 
@@ -56,9 +58,9 @@ def main() -> int:
     try:
         words = WordPiece(args.word_vocab)
         vocab, lines = _make_vocab(args, words, parts)
-        vocab.save(args.out)
+        _write(args.out, vocab.save)
         if args.export_id2phrase is not None:
-            write_id2phrase(vocab, args.export_id2phrase)
+            _write(args.export_id2phrase, lambda path: write_id2phrase(vocab, path))
         if args.stats:
             lines += [
                 "most frequent, with the number of their captions",
@@ -76,6 +78,13 @@ def main() -> int:
     print("\n".join([*lines, _resources(start_s)]))
     print(f"{args.out}: {len(vocab)} phrases, {vocab.num_rows} rows with the {vocab.num_words} of the words")
     return 0
+
+
+def _write(out: Path, write: Callable[[Path], None]) -> None:
+    """Raises DataError where `out` holds something else; what was counted is kept, so that the command can go on."""
+    finished = out.with_name(out.name + ".new")
+    write(finished)
+    put_in_place(finished, out)
 
 
 def _make_vocab(args: argparse.Namespace, words: WordPiece, parts: Path) -> tuple[PhraseVocab, list[str]]:

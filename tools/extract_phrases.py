@@ -40,7 +40,8 @@ EPILOG = """examples:
 
 Of a folder of shards the phrases go to a sidecar, which is joined by key (data.sidecars=[OUT]).
 A text file holds one caption a line; JSON lines hold "caption": text or "captions": [text, ...], and keep their other
-fields. An interrupted run goes on when it is started again. Exit status 1 and one line when something is wrong."""
+fields. An interrupted run goes on when it is started again. A file that holds
+something else is not replaced. Exit status 1 and one line when something is wrong."""
 
 
 def main() -> int:

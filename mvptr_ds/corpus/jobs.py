@@ -8,6 +8,7 @@ out/summary.json               the sum, written when all units are done; .progre
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import json
 import logging
 import multiprocessing
@@ -139,6 +140,18 @@ def refuse_foreign_tars(out: Path, *inputs: Path) -> None:
     begun = (Path(out) / SUMMARY_NAME).exists() or (Path(out) / PROGRESS_NAME).exists()
     if not begun and any(Path(out).glob("*.tar")):
         raise DataError(f"{out} already holds tars; remove them or name another folder")
+
+
+def put_in_place(finished: Path, out: Path) -> None:
+    """Gives a finished file its name; the same command may be repeated, but what else stands there is not lost.
+
+    Raises:
+        DataError: `out` holds something else; `finished` is removed.
+    """
+    if out.exists() and not filecmp.cmp(finished, out, shallow=False):
+        finished.unlink()
+        raise DataError(f"{out} is there and holds something else; remove it, or name another file to write")
+    os.replace(finished, out)
 
 
 def finished_summary(out: Path, arguments: dict[str, Any]) -> Summary | None:

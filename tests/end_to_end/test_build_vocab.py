@@ -84,9 +84,14 @@ def test_from_shards_to_a_vocabulary_and_the_published_layout(tmp_path: Path) ->
     assert run("build_vocab.py", *small).returncode == 0
     assert PhraseVocab.load(tmp_path / "small.json", words).tuples == [("man",)]
     merging = ["--merge", tmp_path / "small.json", vocab_path, "--out", tmp_path / "merged.json"]
-    assert run("build_vocab.py", *merging).returncode == 0
+    for _ in range(2):
+        assert run("build_vocab.py", *merging).returncode == 0
     merged = PhraseVocab.load(tmp_path / "merged.json", words)
     assert merged.tuples == [("man",), *(phrase for phrase in vocab.tuples if phrase != ("man",))]
+    before = vocab_path.read_bytes()
+    done = run("build_vocab.py", "--merge", tmp_path / "small.json", "--out", vocab_path)
+    assert done.returncode == 1 and "vocab.json is there and holds something else; remove it" in done.stderr
+    assert vocab_path.read_bytes() == before and not vocab_path.with_name("vocab.json.new").exists()
 
 
 def test_what_is_wrong_is_one_line(tmp_path: Path) -> None:

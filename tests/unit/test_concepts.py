@@ -295,6 +295,23 @@ def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path: Path) -> None:
     assert read_known(known)[0].caption == "A dog."
 
 
+def test_a_file_of_something_else_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = _write(tmp_path / "captions.txt", ["A dog."]), tmp_path / "out.jsonl"
+    for _ in range(2):  # the same command may be repeated
+        text_files.extract_file(source, out, "default", 1)
+    wanted = out.read_bytes()
+    out.write_text('{"caption": "A note."}\n')
+    for taken in (source, out):
+        before = taken.read_bytes()
+        with pytest.raises(DataError, match=rf"{taken.name} is there and holds something else; remove it"):
+            text_files.extract_file(source, taken, "default", 1)
+        assert taken.read_bytes() == before
+    out.unlink()
+    monkeypatch.setattr(text_files.Work, "__call__", lambda *_: pytest.fail("it was parsed again"))
+    text_files.extract_file(source, out, "default", 1)
+    assert out.read_bytes() == wanted and not list(tmp_path.glob("out*.p*"))
+
+
 def test_an_interrupted_run_goes_on_and_another_parser_does_not_mix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

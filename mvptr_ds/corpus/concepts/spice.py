@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from mvptr_ds.corpus.concepts.spans import is_said_by, to_spans
 from mvptr_ds.corpus.concepts.text_files import count_phrases, phrases_json
 from mvptr_ds.corpus.concepts.tokens import Span, token_spans
 from mvptr_ds.corpus.concepts.web import are_words
-from mvptr_ds.corpus.jobs import Summary
+from mvptr_ds.corpus.jobs import Summary, put_in_place
 from mvptr_ds.data.schema import Caption, DataError, Phrase, Words
 
 _MAX_PLACES = 8  # of one word that are tried: a caption that says it more often is no caption
@@ -61,14 +60,14 @@ def import_spice(source: Path, tuples: Path, out: Path) -> Summary:
     """Writes the captions of SPICE's input with the phrases of its output as JSON lines.
 
     Raises:
-        DataError: as read_spice does.
+        DataError: as read_spice does, or `out` holds something else.
     """
     captions, summary = read_spice(source, tuples, Lemmatiser.load(MODELS / LEMMAS_NAME))
     partial = out.with_name(out.name + ".partial")
     with partial.open("w", encoding="utf-8") as lines:
         for caption in captions:
             lines.write(json.dumps({"caption": caption.text, "phrases": phrases_json(caption.phrases)}) + "\n")
-    os.replace(partial, out)
+    put_in_place(partial, out)
     return summary
 
 

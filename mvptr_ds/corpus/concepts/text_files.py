@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mvptr_ds.corpus.concepts.parser import PhraseParser
-from mvptr_ds.corpus.jobs import Summary, run_units
+from mvptr_ds.corpus.jobs import Summary, put_in_place, run_units
 from mvptr_ds.data.phrases import KINDS
 from mvptr_ds.data.schema import DataError, Phrase
 
@@ -64,7 +64,8 @@ def extract_file(source: Path, out: Path, backend: str, num_processes: int) -> S
     """Parses all captions of `source` into `out`; the same call goes on where an interrupted one stopped.
 
     Raises:
-        DataError: the input cannot be read, a line is not what it should be, or `out` was begun with another parser.
+        DataError: the input cannot be read, a line is not what it should be, `out` was begun with another parser, or it
+            holds something else.
     """
     if not source.is_file():
         raise DataError(f"{source} is not a file; give a .txt or .jsonl file of captions")
@@ -84,7 +85,7 @@ def extract_file(source: Path, out: Path, backend: str, num_processes: int) -> S
         for number, _, _ in units:
             with part_path(parts, number).open("rb") as part:
                 shutil.copyfileobj(part, whole)
-    os.replace(partial, out)
+    put_in_place(partial, out)
     shutil.rmtree(parts)
     return summary
 

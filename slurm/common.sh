@@ -129,8 +129,9 @@ start_again() {  # CODE
 
 # end_in_time PID: ends srun 20 s before the limit, so that this script still can requeue, from the save before.
 end_in_time() {
-  local end; end=$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s) || return
-  sleep $((end - $(date +%s) - 20)) && kill -KILL "$1"
+  local end left; end=$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s) || return
+  left=$((end - $(date +%s) - 20))
+  sleep $((left > 0 ? left : 0)) && kill -KILL "$1"
 }
 
 evaluate() {

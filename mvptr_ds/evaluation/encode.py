@@ -41,6 +41,11 @@ class SplitInput:
     tag_ids_IG: Tensor
     tag_mask_IG: Tensor
 
+    @property
+    def num_tags(self) -> int:
+        """Their wordpieces over all images; each image has two more slots, [CLS] and [SEP]."""
+        return int(self.tag_mask_IG.sum()) - 2 * len(self.tag_mask_IG)
+
 
 @dataclass
 class EncodedSplit:

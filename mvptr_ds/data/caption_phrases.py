@@ -19,7 +19,7 @@ class CaptionPhrases:
     num_dropped: int = 0  # not in the vocabulary, or said nowhere that could be found
 
 
-def choose_phrases(caption: Caption, vocab: PhraseVocab, most: int) -> CaptionPhrases:
+def phrases_with_slots(caption: Caption, vocab: PhraseVocab, most: int) -> CaptionPhrases:
     """The first `most` phrases of a caption that the vocabulary knows.
 
     One that comes twice has one slot, with the words of both: beside its equal, a masked phrase could be read off. One

@@ -19,7 +19,7 @@ class CaptionPhrases:
     num_dropped: int = 0  # not in the vocabulary, or said nowhere that could be found
 
 
-def choose_phrases(caption: Caption, vocab: PhraseVocab, most: int) -> CaptionPhrases:
+def phrases_with_slots(caption: Caption, vocab: PhraseVocab, most: int) -> CaptionPhrases:
     """The first `most` phrases of a caption that the vocabulary knows.
 
     One without spans is looked for in the text, and left out where it cannot be found: its words could not be masked.

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mvptr_ds.data.caption_phrases import choose_phrases
+from mvptr_ds.data.caption_phrases import phrases_with_slots
 from mvptr_ds.data.collate import Sample
 from mvptr_ds.data.images import decode_image
 from mvptr_ds.data.layout import layout_tags, layout_text, num_phrases_that_fit
@@ -171,7 +171,7 @@ class SampleBuilder:
         options = self.options
         token_ids, offsets = self.words.encode(caption.text)
         most = num_phrases_that_fit(len(token_ids), options.max_tokens, options.max_text_slots)
-        chosen = choose_phrases(caption, self.phrases, most)
+        chosen = phrases_with_slots(caption, self.phrases, most)
         indices_P = np.array(chosen.indices, dtype=np.int64)
         ids_T, phrase_mask_T = layout_text(
             token_ids,
@@ -310,7 +310,7 @@ def read_features(members: Mapping[str, bytes], num_regions: int, feature_dim: i
         raise DataError(f"the npy member cannot be read: {error}; write it with numpy.save, float16 [R, F]") from error
     if num_regions and not len(features_RF):
         raise DataError(
-            "the npy member has no rows, so there is nothing to see; leave it out, and the sample to stage 1"
+            "the npy member has no rows, so there is nothing to see; give the picture regions, or leave the record out"
         )
     if len(features_RF) != num_regions:
         raise DataError(f"{len(features_RF)} rows of features for {num_regions} regions; write one row a region")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mvptr_ds.data.caption_phrases import choose_phrases
+from mvptr_ds.data.caption_phrases import phrases_with_slots
 from mvptr_ds.data.features import SampleBuilder, can_be_seen
 from mvptr_ds.data.layout import num_phrases_that_fit
 from mvptr_ds.data.loader import SampleDataset
@@ -55,7 +55,7 @@ def sample_lengths(record: Record, visual: bool, builder: SampleBuilder) -> np.n
     for caption in record.captions or (_NO_CAPTION,):
         num_tokens = len(builder.words.encode(caption.text)[0])
         most = num_phrases_that_fit(num_tokens, options.max_tokens, options.max_text_slots)
-        num_phrases = len(choose_phrases(caption, builder.phrases, most).indices)
+        num_phrases = len(phrases_with_slots(caption, builder.phrases, most).indices)
         num_text_slots = 2 + min(num_tokens, options.max_tokens, options.max_text_slots - 2) + num_phrases
         out.append((num_text_slots, num_tag_slots, num_regions))
     return np.array(out)

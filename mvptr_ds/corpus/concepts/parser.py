@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-import msgspec
-
 from mvptr_ds.corpus.concepts.backends import BACKENDS, LEMMAS_NAME, MODELS, Annotation, Backend
 from mvptr_ds.corpus.concepts.lemmas import Lemmatiser
 from mvptr_ds.corpus.concepts.rules import find_tuples
@@ -60,13 +58,16 @@ class PhraseParser:
         self.left_out.update({f"{kind} in captions": number for kind, number in seen.left_out.items()})
         out = []
         for phrase in [to_phrase(found, spans) for found in find_tuples(Tree(tokens))]:
-            placed = msgspec.structs.replace(phrase, spans=seen.original(phrase.spans))
             if not are_words(phrase.tuple):
                 self.left_out["phrases with a word that is none"] += 1
             elif not are_said(seen.text, phrase, self._lemmatiser):
                 self.left_out["phrases whose words the caption does not say"] += 1
-            elif placed.spans != phrase.spans and wrong_spans(text, placed) is not None:
-                self.left_out["phrases whose words hold an entity of HTML"] += 1
+            elif seen.starts is None:
+                out.append(phrase)
             else:
-                out.append(placed)
+                placed = Phrase(phrase.tuple, seen.original(phrase.spans))
+                if placed.spans == phrase.spans or wrong_spans(text, placed) is None:
+                    out.append(placed)
+                else:
+                    self.left_out["phrases whose words hold an entity of HTML"] += 1
         return out

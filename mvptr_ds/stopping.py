@@ -41,7 +41,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.received: str | None = None
         self._is_starting, self._can_interrupt = True, False
-        self._handled: str | None = None  # in the main thread, a moment before or after `received` is set
+        self._is_noted = False
         self._interrupted_s: float | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -83,8 +83,8 @@ class StopSignal:
         """
         self._can_interrupt = True
         try:
-            if self._handled is not None:
-                raise Interrupted(self._handled)
+            if self.received is not None:
+                raise Interrupted(self.received)
             yield
         finally:
             self._can_interrupt = False
@@ -97,10 +97,10 @@ class StopSignal:
         return self.received is not None
 
     def _in_main_thread(self, number: int, frame: FrameType | None) -> None:
-        self._handled = self._handled or signal.Signals(number).name
+        self.received = self.received or signal.Signals(number).name  # the thread may be a little later
         if self._can_interrupt:
             self._can_interrupt = False  # for one of them
-            raise Interrupted(self._handled)
+            raise Interrupted(self.received)
 
     def _read(self) -> None:
         while numbers := os.read(self._read_end, 64):
@@ -116,9 +116,10 @@ class StopSignal:
             if self._interrupted_s is not None and now_s - self._interrupted_s > SAME_INTERRUPT_S:
                 os._exit(EXIT_INTERRUPTED)
             self._interrupted_s = now_s
-        if self.received is not None:
+        if self._is_noted:
             return
-        self.received = number.name
+        self._is_noted = True
+        self.received = self.received or number.name
         if self._is_starting:
             self._end_start()
         if number == signal.SIGINT:

@@ -192,7 +192,7 @@ def outcomes(small: list[str], shards: Path, disk: Path, tmp_path_factory: pytes
         for name, more in extra.items()
     ]
     (folder / "scenarios.json").write_text(json.dumps(scenarios), encoding="utf-8")
-    run_ranks("tests.end_to_end.ranks_disturbed", 2, folder, LIMIT_S)
+    run_ranks("tests.end_to_end.ranks_disturbed", 2, folder, 2 * LIMIT_S)
     codes = [json.loads((folder / f"codes-rank{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
     outputs = [(folder / f"rank{rank}.log").read_text(encoding="utf-8").split("=== ")[1:] for rank in range(2)]
     return {

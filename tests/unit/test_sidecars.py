@@ -494,7 +494,7 @@ def test_a_damaged_join_is_made_again(
     again = opened(tmp_path, config(images, boxes))
     assert [again.locate(n) for n in range(30)] == wanted and again.fingerprint == index.fingerprint
     assert {name: made[1] for name, made in files(tmp_path / "joins").items()} == {n: b[1] for n, b in before.items()}
-    (said,) = [message for message in caplog.messages if "damaged" in message]
+    (said,) = [message for message in caplog.messages if "is damaged" in message]
     assert str(path.with_suffix(".json")) in said
 
 

@@ -38,7 +38,7 @@ class Sizes:
     """Lengths of one sample (image-text pair), before anything is cut."""
 
     num_tokens: int  # wordpieces of the caption
-    num_phrases: int  # different ones
+    num_phrases: int
     num_tag_pieces: int  # wordpieces of the record's distinct tags
     num_regions: int  # or the cells of the grid that a picture without boxes gets
 
@@ -120,7 +120,7 @@ def _measure_record(
     tags = list(dict.fromkeys(region.tag for region in record.regions if region.tag))
     num_tag_pieces = sum(map(len, set(map(tuple, words.encode_words(tags)))))  # "Dog" and "dog" are one
     tokens = [len(words.encode(caption.text)[0]) for caption in record.captions] or [0]
-    phrases = [len({phrase.tuple for phrase in caption.phrases}) for caption in record.captions] or [0]
+    phrases = [len(caption.phrases) for caption in record.captions] or [0]
     sizes = zip(tokens, phrases, strict=True)
     out.samples += [Sizes(n, p, num_tag_pieces, num_regions) for n, p in sizes]
     out.regions_per_record.append(len(record.regions))

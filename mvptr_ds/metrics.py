@@ -247,7 +247,7 @@ def _drop_lines_from(path: Path, step: int) -> None:
     steps = [_step_of(line) for line in (*whole, rest)]
     num_strange = sum(bool(line) and found is None for line, found in zip(whole, steps[:-1], strict=True))
     if num_strange:
-        logger.warning("%s: %d lines are no reports of this program and are dropped", path, num_strange)
+        logger.warning("%s: lines that are no reports are dropped (%d)", path, num_strange)
     kept = [line for line, found in zip((*whole, rest), steps, strict=True) if found is not None and found <= step]
     partial = path.with_name(path.name + ".partial")  # a run killed here must not lose the lines before
     partial.write_bytes(b"".join(line + b"\n" for line in kept))

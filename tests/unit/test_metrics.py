@@ -196,7 +196,7 @@ def test_lines_that_are_no_reports_end_no_run(
     path.write_bytes(line + before + line if line.endswith(b"\n") else before + line)
     log_in(tmp_path, 20)
     assert path.read_bytes() == before
-    assert ("2 lines are no reports" in caplog.text) == is_said
+    assert ("no reports are dropped (2)" in caplog.text) == is_said
 
 
 def test_only_rank_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

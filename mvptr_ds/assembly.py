@@ -188,7 +188,9 @@ def build_dataset(config: Config, vocabs: Vocabs, stage: str, seed: int, joins: 
     for name, index in open_sources(data, stage, joins).items():
         own_seed = source_seed(seed, name) if name else seed
         plan = Plan(len(index), own_seed, data.block_samples, data.window_blocks)
-        builder = build_samples(config, vocabs, index, section.masking, predict_phrases, tag_noise=True)
+        builder = build_samples(
+            config, vocabs, index, section.masking, predict_phrases, tag_noise=True, needs_regions=stage != "stage1"
+        )
         datasets[name] = ShardDataset(index, plan, builder)
     if not data.sources:
         return datasets[""]
@@ -284,7 +286,13 @@ def build_vocabs(data: DataConfig) -> Vocabs:
 
 
 def build_samples(
-    config: Config, vocabs: Vocabs, index: SampleIndex, masking: MaskingConfig, predict_phrases: bool, tag_noise: bool
+    config: Config,
+    vocabs: Vocabs,
+    index: SampleIndex,
+    masking: MaskingConfig,
+    predict_phrases: bool,
+    tag_noise: bool,
+    needs_regions: bool = False,
 ) -> SampleBuilder:
     """What turns a record's members into a sample; evaluation passes `NO_MASKING` and no tag noise."""
     data, visual = config.data, config.visual
@@ -304,6 +312,7 @@ def build_samples(
         tag_drop_prob=data.tag_drop_prob if tag_noise else 0.0,
         tag_wrong_prob=data.tag_wrong_prob if tag_noise else 0.0,
         tag_withhold_prob=data.tag_withhold_prob if tag_noise else 0.0,
+        needs_regions=needs_regions,
         tag_list=list(index.tags),
     )
     return SampleBuilder(vocabs.words, vocabs.phrases, options)

@@ -33,19 +33,16 @@ import torch
 from safetensors import SafetensorError
 
 from mvptr_ds import parallel
+from mvptr_ds.data.storage import may_pass
 from mvptr_ds.streams import Stream, seed_sequence
 
 logger = logging.getLogger(__name__)
 CHECKSUMS = "checksums.json"
 LATEST = "latest"
+STEP = re.compile(r"step-\d+")  # not what a user has put beside them
 UNREADABLE = "unreadable"
 BEGIN_ANEW = "bring a copy back, or begin anew, in another run.dir or with train.resume=never, which keeps the old ones"
 PASSED_OVER = "passed-over"
-MAY_PASS = {  # errors of storage that are often over a little later
-    errno.EAGAIN, errno.EBUSY, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTDOWN,
-    errno.EHOSTUNREACH, errno.EINTR, errno.EIO, errno.ENETDOWN, errno.ENETRESET, errno.ENETUNREACH, errno.ENOTCONN,
-    errno.EREMOTEIO, errno.ESHUTDOWN, errno.ESTALE, errno.ETIMEDOUT,
-}  # fmt: skip
 
 
 class CheckpointError(ValueError):
@@ -54,6 +51,8 @@ class CheckpointError(ValueError):
 
 class StorageError(OSError):
     """A checkpoint cannot be read or written for a reason that may pass by itself: start the run again."""
+
+    passes = True  # see storage.may_pass
 
 
 def save(
@@ -125,7 +124,7 @@ def save(
     if parallel.is_main():
         _remove(path)
         if not must:
-            logger.error("no checkpoint at step %d, going on without: %s", step, problem)
+            logger.error("no checkpoint at step %d, going on without: %s", step, problem.text)
     if must:
         raise _unsaved(folder, step, problem)
     parallel.barrier()
@@ -134,17 +133,10 @@ def save(
 
 @dataclass(frozen=True)
 class _Problem:
-    """Why a save failed: the number of the error of a system call, if it was one, and rank and message."""
+    """Why a save failed: rank and message, and whether the reason may pass by itself."""
 
-    number: int | None
     text: str
-
-    def __str__(self) -> str:
-        return self.text
-
-    @property
-    def may_pass(self) -> bool:
-        return self.number in MAY_PASS
+    passes: bool
 
 
 def _on_all(action: Callable[[], None]) -> _Problem | None:
@@ -153,10 +145,8 @@ def _on_all(action: Callable[[], None]) -> _Problem | None:
     try:
         action()
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
-        number = error.errno if isinstance(error, OSError) else None
-        problem = (number, f"rank {parallel.rank()}: {' '.join(str(error).split())[:500]}")
-    found = next((p for p in parallel.gather_objects(problem) if p is not None), None)
-    return None if found is None else _Problem(*found)
+        problem = _Problem(f"rank {parallel.rank()}: {' '.join(str(error).split())[:500]}", may_pass(error))
+    return next((p for p in parallel.gather_objects(problem) if p is not None), None)
 
 
 def _unsaved(folder: Path, step: int, problem: _Problem) -> Exception:
@@ -164,7 +154,7 @@ def _unsaved(folder: Path, step: int, problem: _Problem) -> Exception:
     there = parallel.of_main(lambda: complete(folder))
     goes_on = f"from step {_step_of(there[0])}" if there else "from the beginning"
     text = f"step {step} could not be saved in {folder}: {problem.text}"
-    if problem.may_pass:
+    if problem.passes:
         return StorageError(f"{text}; started again, the run goes on {goes_on}")
     return CheckpointError(f"{text}; make room there and start again: the run goes on {goes_on}")
 
@@ -181,9 +171,9 @@ def _prune(folder: Path, newest: Path, keep: int, keep_every_steps: int) -> None
             if not keep_every_steps or _step_of(old) % keep_every_steps:
                 _remove(old)
         for torn in folder.glob("step-*"):  # remains of a save that was killed
-            if torn.name != newest.name and not _is_complete(torn):
+            if STEP.fullmatch(torn.name) and torn.name != newest.name and not _is_complete(torn):
                 _remove(torn)
-        for path in (folder / PASSED_OVER).glob("step-*"):
+        for path in complete(folder / PASSED_OVER):
             if _step_of(path) <= _step_of(newest):
                 _remove(path)
     except OSError as error:  # the next save tries again
@@ -307,10 +297,10 @@ def complete(folder: Path) -> list[Path]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        if error.errno in MAY_PASS:
+        if may_pass(error):
             raise StorageError(f"{folder} cannot be listed: {error}") from error
         raise
-    found = [folder / name for name in names if re.fullmatch(r"step-\d+", name)]
+    found = [folder / name for name in names if STEP.fullmatch(name)]
     return sorted(filter(_is_complete, found), key=_step_of, reverse=True)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from mvptr_ds.config import OptimConfig, TrainConfig
-from mvptr_ds.user_files import parse_json, read_text, user_path
+from mvptr_ds.user_files import expanded, parse_json, read_text
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -25,7 +25,7 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: there is no such file, it is no JSON object, or a key comes twice in it.
     """
-    path = user_path(str(path))
+    path = Path(expanded(str(path)))
     if not path.is_file():
         raise ValueError(f"there is no DeepSpeed JSON {str(path)!r}; try --deepspeed ds_configs/z2.json")
     content = parse_json(read_text(path), str(path))

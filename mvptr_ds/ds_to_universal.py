@@ -29,7 +29,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # see train.py
     from mvptr_ds.terminal import accept_any_text
 
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # schedulers send them to every process: the rank decides
+    # schedulers and terminals send them to every process: the rank decides
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     end_with_parent()
     accept_any_text()

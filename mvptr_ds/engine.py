@@ -14,9 +14,6 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.runtime.zero import parameter_offload
-from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
 from torch import Tensor
 
 from mvptr_ds import ds_config, model_folder, parallel
@@ -199,7 +196,8 @@ class Engine:
 def _cap_float32(parameter: Any, zero_stage: int, cap: float) -> None:
     """Caps what this rank holds of a parameter beside what the model shows: the float32 weights first of all."""
     if zero_stage == 3:
-        safe_set_local_fp32_param(parameter, safe_get_local_fp32_param(parameter).clamp(max=cap))
+        held = deepspeed.utils.safe_get_local_fp32_param(parameter)
+        deepspeed.utils.safe_set_local_fp32_param(parameter, held.clamp(max=cap))
         parameter.ds_tensor.data.clamp_(max=cap)  # what the model's is gathered from
     elif parameter._hp_mapping is not None:  # else all of it lies on other ranks
         parameter._hp_mapping.get_hp_fragment().clamp_(max=cap)
@@ -210,8 +208,10 @@ def _forget_modules() -> None:
 
     Both are private: constraints.txt pins the version, and a test counts what is left.
     """
-    parameter_offload.FWD_MODULE_STACK.clear()
-    cached = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    zero = deepspeed.runtime.zero
+    zero.parameter_offload.FWD_MODULE_STACK.clear()
+    coordinator = zero.partitioned_param_coordinator.PartitionedParameterCoordinator
+    cached = coordinator._PartitionedParameterCoordinator__params_to_release
     inspect.getclosurevars(cached).nonlocals["func"].cache_clear()  # a cache by coordinator and module
 
 

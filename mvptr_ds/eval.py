@@ -15,6 +15,9 @@ from typing import Any
 
 if __name__ == "__main__":  # see train.py
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from mvptr_ds.signals import end_on_interrupt
+
+    end_on_interrupt()
 
 import torch
 
@@ -22,6 +25,7 @@ from mvptr_ds.assembly import open_held_out
 from mvptr_ds.checkpointing import CheckpointError
 from mvptr_ds.config import STAGES, override_config
 from mvptr_ds.data.schema import DataError
+from mvptr_ds.data.storage import may_pass
 from mvptr_ds.evaluation.curves import draw_curves, draw_scores, read_metrics, wall_s
 from mvptr_ds.evaluation.pictures import draw_grounding
 from mvptr_ds.evaluation.report import evaluate_split
@@ -123,7 +127,7 @@ def main() -> int:
     except (DataError, CheckpointError, ValueError, OSError) as error:
         logger.debug("where it was raised", exc_info=True)
         logger.error("error: %s", error)
-        return 2
+        return 1 if may_pass(error) else 2
     sys.stdout.write(table(report) + f"\nwritten: {out / 'report.json'}\n")
     return 0
 

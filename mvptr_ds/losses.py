@@ -162,22 +162,23 @@ def phrase_region_score(
 
     Args:
         phrase_mask_BT: bool, the slots that hold a phrase.
-        region_mask_BR: bool, real regions (at least one a sample).
+        region_mask_BR: bool, real regions.
         draw_BT: uniform in [0, 1): which of the highest is taken (0 the highest); fewer regions than top_k will do.
 
     Returns:
-        The mean over the sample's phrases, [B]; 0 where it has none.
+        The mean over the sample's phrases, [B]; 0 where it has none, or no region.
     """
     phrases_BTD = F.normalize(_at_least_float32(text_BTD), dim=-1)
     sim_BTR = phrases_BTD @ F.normalize(_at_least_float32(regions_BRD), dim=-1).transpose(1, 2)
     sim_BTR = sim_BTR.masked_fill(~region_mask_BR[:, None, :], float("-inf"))
     highest_BTk = sim_BTR.topk(min(top_k, sim_BTR.shape[-1]), dim=-1).values
-    num_choices_B1 = region_mask_BR.sum(-1, keepdim=True).clamp(max=top_k)
+    num_choices_B1 = region_mask_BR.sum(-1, keepdim=True).clamp(min=1, max=top_k)
     choice_BT = (
         (draw_BT.to(num_choices_B1.device, non_blocking=True) * num_choices_B1).long().minimum(num_choices_B1 - 1)
     )
     taken_BT = highest_BTk.gather(-1, choice_BT.unsqueeze(-1)).squeeze(-1)
-    return torch.where(phrase_mask_BT, taken_BT, 0.0).sum(-1) / phrase_mask_BT.sum(-1).clamp(min=1)
+    counts_BT = phrase_mask_BT & region_mask_BR.any(-1, keepdim=True)
+    return torch.where(counts_BT, taken_BT, 0.0).sum(-1) / phrase_mask_BT.sum(-1).clamp(min=1)
 
 
 def wpg(pos_B: Tensor, neg_B: Tensor, counts_B: Tensor, margin: float) -> LossSum:
@@ -185,7 +186,7 @@ def wpg(pos_B: Tensor, neg_B: Tensor, counts_B: Tensor, margin: float) -> LossSu
 
     Args:
         pos_B, neg_B: `phrase_region_score` with the own and with another image.
-        counts_B: bool, the sample has a phrase and the batch another image.
+        counts_B: bool, the sample has a phrase, both images have regions, and the batch holds another image.
 
     Source: Li et al. 2022, WPG.
     """

@@ -44,7 +44,8 @@ class Meters:
 
     Args:
         sources: names of the sources of a mixture, which are also counted apart.
-        flops, peak: what a batch asks for and what the device could do; without them neither is reported.
+        flops: what a batch asks for, which is then reported.
+        peak: what the device could do, of which the share is then reported, too.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class Meters:
         """
         seconds = self.clock.read()
         self.counts |= {phase: seconds[phase] for phase in PHASES}
-        self.counts["peak_tflops"] = float("nan") if self.peak is None else self.peak.tflops
+        self.counts["peak_tflops"] = 0.0 if self.peak is None else self.peak.tflops
         names, count_names = sorted(self.sums), sorted(self.counts)
         counts = torch.tensor([self.counts[n] for n in count_names], dtype=torch.float64, device=self.device)
         packed = parallel.all_reduce_sum(torch.cat([*(self.sums[n] for n in names), counts])).tolist()
@@ -125,6 +126,7 @@ class Meters:
         out |= {f"time/{phase}_frac": totals[phase] / rank_seconds for phase in PHASES}
         if self.flops is not None:
             out["model_tflops_per_rank"] = totals["tflop"] / rank_seconds
+        if self.flops is not None and self.peak is not None:
             out["mfu_frac"] = totals["tflop"] / totals["peak_tflops"] / elapsed_s
         for name in self.sources:
             prefix = f"source/{name}/"
@@ -182,8 +184,10 @@ class MetricsLog:
         losses = " ".join(f"{name} -" if mean is None else f"{name} {mean:.3f}" for name, mean in means.items())
         seconds_left = (max_steps - step) * values["seconds_per_step"]
         speed = f"{values['samples_per_s']:.0f} samples/s"
+        if "model_tflops_per_rank" in values:
+            speed += f", {values['model_tflops_per_rank']:.3g} TFLOPS"
         if "mfu_frac" in values:
-            speed += f", {values['model_tflops_per_rank']:.3g} TFLOPS ({100 * values['mfu_frac']:.0f}% MFU)"
+            speed += f" ({100 * values['mfu_frac']:.0f}% MFU)"
         logger.info(
             "%s %d/%d  %s | lr %.2g norm %.2f | %s, wait %.0f%%, padded %.0f%%, %.1f GiB, %d:%02d left",
             self.path.parent.name, step, max_steps, losses, values["learning_rate"], values["grad_norm"],

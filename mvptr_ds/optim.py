@@ -10,7 +10,8 @@ from torch import nn
 
 from mvptr_ds.config import OptimConfig, StageConfig
 from mvptr_ds.lamb import Lamb
-from mvptr_ds.model.kernels import Choice, apex_lacks
+from mvptr_ds.model.installed import apex_lacks
+from mvptr_ds.model.kernels import Choice
 
 APEX_ADAM = "apex.optimizers.FusedAdam"
 TORCH_ADAM = "torch.optim.AdamW(fused=True)"
@@ -72,7 +73,7 @@ def optimizer_choice(config: OptimConfig, device: torch.device) -> Choice:
         return Choice(name, LAMB, "optim.name=lamb; fused kernels know no tensors that ZeRO cuts")
     if device.type != "cuda":
         return Choice(name, TORCH_ADAM, f"the device is {device.type}")
-    missing = apex_lacks("optimizers/fused_adam.py", "amp_C")
+    missing = apex_lacks("optimizers/fused_adam.py", "amp_C", "FusedAdam")
     return Choice(name, TORCH_ADAM, missing) if missing else Choice(name, APEX_ADAM, "apex is installed")
 
 

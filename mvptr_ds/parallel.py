@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import socket
+import warnings
 from collections.abc import Callable, MutableMapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
@@ -20,7 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mvptr_ds.meeting import deadline, meet
+from mvptr_ds.data.storage import may_pass
+from mvptr_ds.meeting import check_place, deadline, meet
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -52,18 +54,32 @@ def init(
         start_within_s: how long the first rank waits for the last one to start; 0: no limit.
         connect_within_s: how long it may take from then to the end of the first collective; 0: no other limit.
             Past either the process ends with 1 and a message.
+
+    Raises:
+        ValueError: what describes the group is not complete, or leads nowhere.
     """
+    take_place_from_slurm(os.environ)
+    check_place(os.environ)
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # deepspeed 0.19.8 calls two collectives by their names of before torch 2.13, which say so once a process
+    warnings.filterwarnings(
+        "ignore", r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated", FutureWarning
+    )
 
-    take_place_from_slurm(os.environ)
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     if torch.cuda.is_available():
         if torch.cuda.device_count() == 1:  # srun may show each task only its own device, which then has number 0
             os.environ["LOCAL_RANK"] = "0"
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        local_rank, num_devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local_rank >= num_devices:
+            raise ValueError(
+                f"LOCAL_RANK is {local_rank}, but this process sees {num_devices} GPUs: start as many ranks a node as "
+                "it has GPUs (deepspeed --num_gpus, RANKS_PER_NODE; CUDA_VISIBLE_DEVICES may hide some)"
+            )
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
@@ -71,8 +87,7 @@ def init(
         if "OMP_NUM_THREADS" not in os.environ:  # ranks of one machine share its cores
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_SIZE", "1"))))
     if not dist.is_initialized():
-        asked = os.environ.get("DEEPSPEED_TIMEOUT")
-        timeout = timedelta(minutes=float(asked)) if asked else timedelta(seconds=collectives_timeout_s)
+        timeout = _asked_timeout() or timedelta(seconds=collectives_timeout_s)
         backend = "nccl" if device.type == "cuda" else "gloo"
         store = meet(start_within_s)
         with deadline(connect_within_s, "the first exchange between the ranks"):
@@ -80,6 +95,14 @@ def init(
             barrier()
         del store  # rank 0 had to serve it until the engine's backend has another
     return device
+
+
+def _asked_timeout() -> timedelta | None:
+    asked = os.environ.get("DEEPSPEED_TIMEOUT")
+    try:
+        return timedelta(minutes=float(asked)) if asked else None
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"DEEPSPEED_TIMEOUT is {asked!r} in the environment, must be a number of minutes") from error
 
 
 def take_place_from_slurm(environment: MutableMapping[str, str]) -> None:
@@ -128,8 +151,9 @@ def _skip_shm_comm(deepspeed: Any) -> None:
 
 
 def launched_as_main() -> bool:
-    """Whether the launcher made this process rank 0; also true before `init`."""
-    return int(os.environ.get("RANK", "0")) == 0
+    """Whether the launcher made this process rank 0; also true before `init`, and where RANK is no number."""
+    rank = os.environ.get("RANK", "0")
+    return not rank.isdigit() or int(rank) == 0
 
 
 def rank() -> int:
@@ -220,7 +244,12 @@ def wait_for_all(work: Future[Any] | None, alive: Callable[[], None] | None = No
 
 
 def _portable(error: BaseException) -> BaseException:
-    """The error, or one that says the same where it cannot be sent to another process."""
+    """The error, or one that says the same where it cannot be sent to another process.
+
+    Its cause, which is not sent along, may be what says that it is of the moment.
+    """
+    if may_pass(error):
+        error.__dict__["passes"] = True
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:  # whatever its own constructor or contents raise

@@ -30,6 +30,7 @@ from mvptr_ds.data.storage import is_url
 from mvptr_ds.meeting import deadline
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.optim import optimizer_choice
+from mvptr_ds.preflight_loader import loader_memory
 from mvptr_ds.preflight_ranks import (
     ERROR,
     OK,
@@ -55,6 +56,8 @@ LIMIT_S = 60.0
 class PreflightError(ValueError):
     """Findings that no run can go on with; the message lists all of them."""
 
+    passes = False  # whether all of them may pass by themselves
+
 
 def examine(config: Config, ds_content: dict[str, Any], device: torch.device, prepare: bool) -> list[Finding]:
     """All findings, the same on every rank; all ranks call it.
@@ -73,6 +76,7 @@ def examine(config: Config, ds_content: dict[str, Any], device: torch.device, pr
         return found  # ranks that want different things cannot look any further together
     found += on_each("configuration", lambda: _settings(config))
     found += on_each("batch", lambda: _batch(config, ds_content))
+    found += loader_memory(config)
     begun_s = time.perf_counter()
     missing = _prepare(config) if prepare else _missing(config)
     started_s += time.perf_counter() - begun_s
@@ -97,11 +101,13 @@ def conclude(findings: Iterable[Finding], show_all: bool) -> None:
             logger.info("%-8s %-14s %s", finding.level, finding.check, finding.text)
             if finding.remedy:
                 logger.info("%-23s -> %s", "", finding.remedy)
-    errors = [f"{f.text}: {f.remedy}" if f.remedy else f.text for f in findings if f.level == ERROR]
-    if len(errors) == 1:
-        raise PreflightError(errors[0])
+    wrong = [finding for finding in findings if finding.level == ERROR]
+    errors = [f"{f.text}: {f.remedy}" if f.remedy else f.text for f in wrong]
     if errors:
-        raise PreflightError(f"preflight found {len(errors)} errors:\n  - " + "\n  - ".join(errors))
+        several = f"preflight found {len(errors)} errors:\n  - " + "\n  - ".join(errors)
+        error = PreflightError(errors[0] if len(errors) == 1 else several)
+        error.passes = all(finding.passes for finding in wrong)
+        raise error
     levels = [finding.level for finding in findings]
     logger.info("preflight: %d checks well, %d warnings", levels.count(OK), levels.count(WARNING))
 
@@ -161,7 +167,7 @@ def _prepare(config: Config) -> list[Finding]:
     try:
         assembly.prepare_shards(config.data, config.run.seed, parallel.num_ranks())
     except (ValueError, OSError) as error:  # the same on all ranks
-        return [Finding("shards", ERROR, str(error))]
+        return [Finding.of("shards", error)]
     return []
 
 
@@ -240,7 +246,7 @@ def _shards(config: Config, indices: dict[str, SampleIndex]) -> list[Finding]:
                     assembly.build_mixture(config, num_samples, config.run.seed)
                 indices |= {f"data.sources.{name}" if name else "data.train": index for name, index in sources.items()}
         except (ValueError, OSError) as error:
-            found.append(Finding("shards", ERROR, str(error)))
+            found.append(Finding.of("shards", error))
         if data.held_out is not None:
             found += _held_out(config, joins, indices)
     return found
@@ -349,10 +355,8 @@ def _hand_over(config: Config, vocabs: Vocabs) -> list[Finding]:
         if resumes and not config.train.preflight_only:  # the stage compares it as soon as it is built
             return [Finding("hand-over", OK, f"{stage} goes on from its checkpoints in {own}")]
         path = checkpointing.newest_good(own) if resumes else hand_over.first_model(config)
-    except checkpointing.StorageError:
-        raise  # no finding that anybody could mend
     except (ValueError, OSError) as error:
-        return [Finding("hand-over", ERROR, str(error))]
+        return [Finding.of("hand-over", error)]
     if path is None:
         return [Finding("hand-over", OK, f"{stage} takes over no other's weights")]
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from mvptr_ds import parallel
+from mvptr_ds.data.storage import may_pass
 
 OK, WARNING, ERROR = "ok", "warning", "error"
 MAX_SKEW_S = 2.0
@@ -29,6 +30,12 @@ class Finding:
     level: str
     text: str
     remedy: str = ""
+    passes: bool = False  # an error that the same command may not meet later
+
+    @classmethod
+    def of(cls, check: str, error: Exception) -> Finding:
+        """An error that was raised."""
+        return cls(check, ERROR, str(error), passes=may_pass(error))
 
 
 Check = Callable[[], Iterable[Finding]]
@@ -64,7 +71,7 @@ def _caught(name: str, check: Check) -> list[Finding]:
     try:
         return list(check())
     except (ValueError, OSError) as error:
-        return [Finding(name, ERROR, str(error))]
+        return [Finding.of(name, error)]
 
 
 def _ranks(ranks: list[int], hosts: list[str]) -> str:

@@ -64,14 +64,14 @@ def refuse(path: Path, problems: Sequence[str]) -> None:
         raise CheckpointError(
             f"{path} does not fit this configuration:\n  - "
             + "\n  - ".join(problems)
-            + "\n  use that of the run (config.yaml beside it), another run.dir, or train.resume=never"
+            + "\n  use that of the run (model/mvptr.yaml there), another run.dir, or train.resume=never"
         )
 
 
 def _check_data(path: Path, there: Any, here: Any, data: DataConfig, stage_dir: Path) -> None:
     if there == here and list(there) == list(here):  # of a mixture, the order of its sources counts too
         return
-    what = f"other shards than {data.train} holds now: bring them back"
+    what = f"other shards than {data.train} holds now (a repaired or rebuilt folder is another one): bring them back"
     if data.sources or not isinstance(there, str):
         in_order = [f"order: {', '.join(there)} there, {', '.join(here)} here"]
         changes = "\n  - ".join(differences(there, here) or in_order)

@@ -1,28 +1,21 @@
-"""What interrupts a run: a signal to stop, a rank that hangs, gradients that are not finite, too many bad samples."""
+"""What interrupts a run: a rank that hangs, gradients that are not finite."""
 
 from __future__ import annotations
 
 import faulthandler
 import logging
 import os
-import signal
 import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import torch
 
 from mvptr_ds import parallel
-from mvptr_ds.data.schema import DataError
 
 logger = logging.getLogger(__name__)
-
-EXIT_STOPPED = 75  # a signal asked to stop: saved, start again to go on (EX_TEMPFAIL of sysexits.h)
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class TrainingError(RuntimeError):
@@ -35,35 +28,6 @@ def agree(flags: Sequence[bool], device: torch.device) -> list[bool]:
         return list(flags)
     counts = parallel.all_reduce_sum(torch.tensor([float(flag) for flag in flags], device=device))
     return [count > 0 for count in counts.tolist()]
-
-
-class StopSignal:
-    """Notes SIGTERM and SIGUSR1 from its entry on; the loop asks before each step, and all ranks stop at the same one.
-
-    Saving inside the handler would catch the ranks at different steps. A further signal changes nothing.
-    """
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> StopSignal:
-        self._previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
-
-    def wait(self, timeout_s: float) -> bool:
-        """Waits for a signal, at most so long; whether there was one."""
-        deadline_s = time.monotonic() + timeout_s
-        while self.received is None and time.monotonic() < deadline_s:
-            time.sleep(0.05)
-        return self.received is not None
 
 
 def collectives_timeout_s(*guard_limits_s: float) -> float:
@@ -175,25 +139,4 @@ class SkippedSteps:
             raise TrainingError(
                 f"step {step}: fp16 overflows at every loss scale above the minimum {scale.minimum:g}; lower the "
                 "learning rate, lengthen warmup_steps, or use bf16"
-            )
-
-
-class BadSamples:
-    """Counts samples that could not be read, over all ranks, and ends the run when they are too many."""
-
-    MIN_SAMPLES = 1_000  # what the fraction is at least taken of: one bad among the first few says nothing yet
-
-    def __init__(self, max_fraction: float) -> None:
-        self.max_fraction = max_fraction
-        self.bad, self.read = 0, 0
-
-    def count(self, bad: int, read: int) -> None:
-        """Raises DataError above the allowed fraction."""
-        self.bad += bad
-        self.read += read
-        if self.bad > self.max_fraction * max(self.read, self.MIN_SAMPLES):
-            raise DataError(
-                f"{self.bad} samples could not be read among {self.read}, more than data.max_bad_fraction="
-                f"{self.max_fraction} allows; each was logged with shard, key and reason: check the folder with "
-                "tools/validate_shards.py, or allow more"
             )

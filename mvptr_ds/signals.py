@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import wait
 from types import FrameType
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT  # 130, as a shell reports it
@@ -29,6 +32,18 @@ def end_on_interrupt(line: str = "interrupted") -> None:
         raise SystemExit(EXIT_INTERRUPTED)
 
     signal.signal(signal.SIGINT, end)
+
+
+def end_with_parent() -> None:
+    """Called in a process of `multiprocessing`: it ends when the one that started it does, however that ends."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager

@@ -51,9 +51,10 @@ class Pairs:
         regions, other_regions = self.regions.split(num)
         return Pairs(text, mask, regions), Pairs(others, other_mask, other_regions)
 
-    def has_phrase(self) -> Tensor:
-        """bool [B]."""
-        return self.phrase_mask.padded(False).any(-1)
+    def can_be_grounded(self) -> Tensor:
+        """Whether the text has a phrase and the image a region, bool [B]."""
+        has_region_B = torch.tensor([num > 0 for num in self.regions.lengths])
+        return self.phrase_mask.padded(False).any(-1) & has_region_B.to(self.phrase_mask.rows.device, non_blocking=True)
 
 
 class Task(nn.Module):
@@ -217,9 +218,9 @@ class Task(nn.Module):
             pool = pools[self.config.wpg.scope]
             all_B = torch.ones(len(batch), dtype=torch.bool)
             others_B = pool.others(self.wpg_negatives, all_B, draws.wpg_image_N, scale)
-            pos_B, neg_B = self.grounding_scores(matched if self.wpg_states == "cross" else own, others_B, draws)
-            counts_B = own.has_phrase() & pool.has_negative()
-            parts["wpg"] = losses.wpg(pos_B, neg_B, counts_B, self.config.wpg.margin)
+            pairs = matched if self.wpg_states == "cross" else own
+            pos_B, neg_B, can_be_B = self.grounding_scores(pairs, others_B, draws)
+            parts["wpg"] = losses.wpg(pos_B, neg_B, can_be_B & pool.has_negative(), self.config.wpg.margin)
         return parts
 
     def _pools(self, own: Globals) -> dict[str, Pool]:
@@ -237,7 +238,7 @@ class Task(nn.Module):
             parts["itm"] = losses.itm(logits[0], logits[1], has_negative_B)
         if "wpg_cross" in self.weights:
             pos_B, neg_B = self._score(matched, draws.wpg_own_NT), self._score(mismatched, draws.wpg_other_NT)
-            counts_B = matched.has_phrase() & mismatched.has_phrase() & has_negative_B
+            counts_B = matched.can_be_grounded() & mismatched.can_be_grounded() & has_negative_B
             parts["wpg_cross"] = losses.wpg(pos_B, neg_B, counts_B, self.config.wpg.margin)
         return parts
 
@@ -323,12 +324,16 @@ class Task(nn.Module):
         text, regions = self.model.encode_cross(text, regions, read=read)
         return Pairs(text, phrase_mask, regions).split(len(own.text))
 
-    def grounding_scores(self, pairs: Pairs, others_B: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-        """How well a sample's phrases are grounded in its own image and in that of sample `others_B`, [B] each."""
+    def grounding_scores(self, pairs: Pairs, others_B: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
+        """How well a sample's phrases are grounded in its own image and in that of sample `others_B`, [B] each.
+
+        And whether they can be in both, bool [B].
+        """
         across = self.config.wpg.scope == "global" and parallel.num_ranks() > 1
         (regions,) = _fetch([pairs.regions], others_B, across)
         other = Pairs(pairs.text, pairs.phrase_mask, regions)
-        return self._score(pairs, draws.wpg_own_NT), self._score(other, draws.wpg_other_NT)
+        can_be_B = pairs.can_be_grounded() & other.can_be_grounded()
+        return self._score(pairs, draws.wpg_own_NT), self._score(other, draws.wpg_other_NT), can_be_B
 
     def _score(self, pairs: Pairs, draw_BT: Tensor) -> Tensor:
         """How well each text's phrases are grounded in the image beside it, [B]."""

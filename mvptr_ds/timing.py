@@ -99,9 +99,8 @@ def vendor_tflops(name: str, dtype: torch.dtype) -> float | None:
     return None
 
 
-def measured_tflops(device: torch.device, dtype: torch.dtype) -> float:
-    """The best of a few square matrix products by the model's kernel: about 0.2 s on a CPU core, less on a GPU."""
-    size = 8192 if device.type == "cuda" else 1024
+def measured_tflops(device: torch.device, dtype: torch.dtype, size: int = 8192) -> float:
+    """The best of a few products of square matrices of this size by the model's kernel; on a GPU some milliseconds."""
     generator = torch.Generator(device).manual_seed(0)  # its own: a resumed run has its random state back by now
     left, right = (torch.randn(size, size, device=device, dtype=dtype, generator=generator) for _ in range(2))
     clock, best_s = PhaseClock(device), float("inf")
@@ -112,10 +111,16 @@ def measured_tflops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / best_s / 1e12
 
 
-def device_peak(device: torch.device, dtype: torch.dtype) -> Peak:
-    """What MFU is a share of: the vendor's figure for a known GPU, else the product measured here and now."""
+def device_peak(device: torch.device, dtype: torch.dtype) -> Peak | None:
+    """What MFU is a share of: the vendor's figure for a known GPU, else the product measured here and now.
+
+    None on a CPU, whose cores the ranks share with each other and with whatever else runs: a product that is measured
+    there in one moment is no bound for the next.
+    """
+    if device.type != "cuda":
+        return None
     measured = measured_tflops(device, dtype)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
+    name = torch.cuda.get_device_name(device)
     vendor = vendor_tflops(name, dtype)
     kind = str(dtype).removeprefix("torch.")
     if vendor is None:

@@ -13,20 +13,25 @@ from typing import Any
 
 if __name__ == "__main__":  # a script's own folder comes first on the path, where our modules could shadow others
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from mvptr_ds.signals import end_on_interrupt
+
+    end_on_interrupt()
 
 import torch
 
 from mvptr_ds import parallel, preflight
 from mvptr_ds.assembly import prepare_shards
-from mvptr_ds.checkpointing import CheckpointError, StorageError
+from mvptr_ds.checkpointing import CheckpointError
 from mvptr_ds.config import Config, load_config, save_config
 from mvptr_ds.data.schema import DataError
+from mvptr_ds.data.storage import may_pass
 from mvptr_ds.ds_config import load_ds_config
 from mvptr_ds.elastic import share_batch
 from mvptr_ds.hand_over import finished_model, first_model, newest_state, set_aside
 from mvptr_ds.meeting import deadline
 from mvptr_ds.run_lock import only_start
-from mvptr_ds.safeguards import EXIT_STOPPED, HangGuard, StopSignal, TrainingError, collectives_timeout_s
+from mvptr_ds.safeguards import HangGuard, TrainingError, collectives_timeout_s
+from mvptr_ds.stopping import EXIT_STOPPED, StopSignal
 from mvptr_ds.terminal import accept_any_text
 from mvptr_ds.trainer import Trainer
 from mvptr_ds.wandb_run import check_mode
@@ -34,7 +39,7 @@ from mvptr_ds.wandb_run import check_mode
 logger = logging.getLogger("mvptr_ds.train")
 REPO = Path(__file__).resolve().parents[1]
 OTHERS_WAIT_S = 10.0
-EXIT_AGAIN = 1  # as after any error that a start from what is saved may not meet again
+EXIT_AGAIN = 1  # as after all else that the same command may not meet again
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -42,8 +47,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         epilog="Example: deepspeed --num_gpus 2 mvptr_ds/train.py --deepspeed ds_configs/z2.json --config demo_stamps "
         "run.dir=runs/mine stage2.max_steps=500. Every key stands in mvptr_ds/config.py with its meaning. "
-        "Exit codes: 0 done; 2 the message says what is wrong; 75 saved and stopped by SIGTERM or SIGUSR1, start it "
-        "again to go on; 1 anything else, where another start may help.",
+        "Exit codes: 0 done; 2 the message says what is wrong; 75 saved and stopped by SIGTERM, SIGUSR1 or "
+        "Ctrl-C, start it again to go on; 1 anything else, which may pass by itself; 130 a second Ctrl-C.",
     )
     parser.add_argument("--config", help="YAML file, or the name of a packaged one: demo (default), base, large ...")
     parser.add_argument("--deepspeed", default=str(REPO / "ds_configs/z2.json"), metavar="JSON", help="DeepSpeed JSON")
@@ -91,6 +96,7 @@ def _run(
     if not resumes:
         set_aside(Path(config.run.dir), config.stage_names, init_from)
     for stage in config.stage_names:
+        stop.start()
         stacks = Path(config.run.dir) / stage / f"stacks-rank{parallel.rank()}.txt"
         with HangGuard(stacks, hang_s, start_s) as guard:
             alive, starting = guard.alive, guard.starting
@@ -113,14 +119,11 @@ def main() -> int:
     with StopSignal() as stop:
         try:
             code = run(arguments, stop)
-        except StorageError as error:
-            logger.debug("where it was raised", exc_info=True)
-            _say(error, stop)
-            code = EXIT_AGAIN
         except (DataError, CheckpointError, TrainingError, ValueError, OSError) as error:
             logger.debug("where it was raised", exc_info=True)
+            stop.note_only()  # of a launcher that ends the others: they end with the same code
             _say(error, stop)
-            code = 2
+            code = EXIT_AGAIN if may_pass(error) else 2
         # not after any other error: with NCCL it would wait for ranks that may never come, before the error is printed
         parallel.shut_down()
         return code

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from mvptr_ds import assembly, checkpointing, ds_config, elastic, model_folder, parallel
+from mvptr_ds.bad_samples import BadSamples
 from mvptr_ds.config import STAGES, Config
 from mvptr_ds.data.collate import Batch
 from mvptr_ds.data.loader import make_loader
@@ -23,7 +24,8 @@ from mvptr_ds.flops import StepFlops
 from mvptr_ds.metrics import Meters, MetricsLog
 from mvptr_ds.optim import PARAMETER_ORDER, learning_rate_at
 from mvptr_ds.resume import find_checkpoint
-from mvptr_ds.safeguards import BadSamples, SkippedSteps, StopSignal, agree
+from mvptr_ds.safeguards import SkippedSteps, agree
+from mvptr_ds.stopping import Interrupted, StopSignal
 from mvptr_ds.timing import ProfileWindow, device_peak
 from mvptr_ds.versions import versions
 
@@ -63,7 +65,7 @@ class Trainer:
         self.step, self.saved_step = 0, 0
         self.profile = ProfileWindow(config.train.profile_steps, self.dir / "profile")
         self.skipped = SkippedSteps(config.train.max_skipped_in_row)
-        self.bad_samples = BadSamples(config.data.max_bad_fraction)
+        self.bad_samples = BadSamples(config.data.max_bad_fraction, Path(config.run.dir))
         self.stop = stop
         self.vocabs = assembly.build_vocabs(config.data)
         filled = assembly.filled_ds_config(config, ds_content)
@@ -87,6 +89,7 @@ class Trainer:
         train = self.config.train
         if self.step >= self.stage.max_steps:  # finished before
             return True
+        self.stop.note_only()
         self.last_report = (self.step, time.perf_counter())
         with self.profile:
             batches = iter(self._loader())
@@ -122,7 +125,7 @@ class Trainer:
                 self.engine.step()
             self.meters.add_parts(output.parts, batch.source_B)
 
-    def _next_micro_batches(self, batches: Iterator[Batch]) -> tuple[list[Batch], str | None]:
+    def _next_micro_batches(self, batches: Iterator[Batch]) -> tuple[list[Batch], DataError | None]:
         """The micro-batches of a step, still on the host, or what is wrong with the data."""
         micro_batches = []
         for _ in range(self.config.train.accumulation_steps):
@@ -130,19 +133,22 @@ class Trainer:
             try:
                 micro_batches.append(next(batches))
             except DataError as error:  # of a loader process: its own message is the end of a printed traceback
-                return [], str(error).rpartition("DataError: ")[2].strip()
+                return [], type(error)(str(error).rpartition(f"{type(error).__name__}: ")[2].strip())
             self.meters.add_batch(micro_batches[-1], time.perf_counter() - started_s)
+            self.bad_samples.note(micro_batches[-1].bad)
         return micro_batches, None
 
-    def _must_stop(self, problem: str | None) -> bool:
+    def _must_stop(self, problem: DataError | None) -> bool:
         """Whether any rank got a signal: the step is then saved, and all of them stop.
 
         Raises:
             DataError: on all ranks, where one of them had a problem with its data.
         """
         stop, failed = agree([self.stop.received is not None, problem is not None], self.device)
+        if failed or stop:
+            self._write_bad_samples()
         if failed:
-            raise DataError(next(p for p in parallel.gather_objects(problem) if p is not None))
+            raise next(p for p in parallel.gather_objects(problem) if p is not None)
         if stop:
             if self.saved_step != self.step:
                 self.save(must=True)
@@ -172,10 +178,18 @@ class Trainer:
         values |= {f"source/{name}/epochs": number for name, number in epochs.items()}
         self.last_report = (self.step, now_s)
         self.log.write(self.step, self.stage.max_steps, values)
+        if values["data/bad_samples"]:  # of all ranks
+            self._write_bad_samples()
         self.bad_samples.count(int(values["data/bad_samples"]), int(values["data/samples"]))
 
+    def _write_bad_samples(self) -> None:
+        self.bad_samples.write(stage=self.dir.name, step=self.step)
+
     def _evaluate(self) -> None:
-        """Rank 0 evaluates on the held-out shards; the others wait in the next step's first collective."""
+        """Rank 0 evaluates on the held-out shards; the others wait in the next step's first collective.
+
+        What cannot be read costs the scores of this step alone, and so does a signal, which is not to wait for them.
+        """
         if self.held_out is None:
             return
         model = self.engine.whole_model()
@@ -183,9 +197,16 @@ class Trainer:
             return
         from mvptr_ds.evaluation.report import evaluate_model, flatten_scores
 
-        report = evaluate_model(model, self.vocabs, self.config, self.held_out, self.device)
-        self.log.write_scores(self.step, flatten_scores(report))
-        self.task.train()
+        try:
+            with self.stop.interrupting():
+                report = evaluate_model(model, self.vocabs, self.config, self.held_out, self.device)
+            self.log.write_scores(self.step, flatten_scores(report))
+        except (DataError, OSError) as error:
+            logger.warning("%s %d not evaluated, training goes on: %s", self.dir.name, self.step, error)
+        except Interrupted as interrupted:
+            logger.info("%s %d not evaluated: %s", self.dir.name, self.step, interrupted)
+        finally:
+            self.task.train()
 
     def save(self, must: bool = False) -> None:
         """A checkpoint of this step; all ranks call it. One that cannot be written is reported, no more.
@@ -313,7 +334,8 @@ class Trainer:
 
     def _build_meters(self) -> Meters:
         peak = device_peak(self.device, ds_config.DTYPES[self.precision])
-        logger.info("MFU is a share of %.3g TFLOPS: %s", peak.tflops, peak.source)
+        if peak is not None:
+            logger.info("MFU is a share of %.3g TFLOPS: %s", peak.tflops, peak.source)
         meters = Meters(self.device, self.dataset.names, StepFlops(self.task, parallel.num_ranks()), peak)
         parallel.time_collectives(lambda: meters.clock("communication"))
         return meters

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -13,12 +14,15 @@ _JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[][{},:\n]')
 
 
 def user_path(text: str) -> Path:
-    """A path of an argument, its `~` expanded; argparse takes it as a type.
+    """A path of a command's argument, its `~` expanded: a type for argparse.
 
     Raises:
-        ValueError: `~NAME` names nobody.
+        ArgumentTypeError: `~NAME` names nobody.
     """
-    return Path(expanded(text))
+    try:
+        return Path(expanded(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def expanded(text: str) -> str:

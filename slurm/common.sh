@@ -5,15 +5,17 @@ say() { echo "$(date '+%F %T') [job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-
 die() { say "error: $*"; exit 2; }
 
 [ -n "${SLURM_JOB_ID-}" ] || { echo "this runs inside a job: sbatch $0"; exit 2; }
-[ "${NODES:-$SLURM_JOB_NUM_NODES}" = "$SLURM_JOB_NUM_NODES" ] || [ "$SLURM_JOB_NAME" = mvptr-evaluate ] ||
-  die "NODES is $NODES, but the job got $SLURM_JOB_NUM_NODES: sbatch reads no such variable, write sbatch --nodes=$NODES or use slurm/submit.sh"
 
 if [ -n "${SETUP-}" ]; then source "$SETUP" || die "SETUP=$SETUP failed"; fi  # may set any of what follows
 
 CONFIG=${CONFIG:-demo}
 RUN_DIR=${RUN_DIR:-runs/$(basename "$CONFIG" .yaml)}
 gpus=${SLURM_GPUS_ON_NODE:-${SLURM_GPUS_PER_NODE:-1}}  # below salloc only the latter is set, perhaps as h100:8
-RANKS_PER_NODE=${RANKS_PER_NODE:-${gpus##*:}}
+case $gpus in *,*) ;; *) gpus=${gpus##*:} ;; esac
+RANKS_PER_NODE=${RANKS_PER_NODE:-$gpus}
+[ "$RANKS_PER_NODE" != 0 ] ||
+  die "a node has no rank: SLURM gave the job no GPU, or RANKS_PER_NODE is 0; ask for GPUs (sbatch --gpus-per-node=8), or set RANKS_PER_NODE to train on CPUs"
+[[ $RANKS_PER_NODE =~ ^[1-9][0-9]*$ ]] || die "there are '$RANKS_PER_NODE' ranks a node, expected a number: set RANKS_PER_NODE"
 MAX_NO_PROGRESS=${MAX_NO_PROGRESS:-3}
 node_disk=${SLURM_TMPDIR:-${TMPDIR-}}  # not /tmp, where others could lay kernels ready for us to load
 LOCAL_CACHE=${LOCAL_CACHE:-${node_disk:+$node_disk/mvptr-$(id -un)}}
@@ -35,8 +37,11 @@ case ${CONTAINER-} in
 esac
 
 # ---- environment of the ranks
-cpus=${SLURM_JOB_CPUS_PER_NODE%%[!0-9]*}  # as 64(x2)
-cpus=$((cpus / RANKS_PER_NODE)); [ "$cpus" -ge 1 ] || cpus=1
+cpus=  # of the node that has the fewest, since srun asks all for as many
+for node in ${SLURM_JOB_CPUS_PER_NODE//,/ }; do  # as 64(x2),32
+  node=${node%%[!0-9]*}; [ "${cpus:-$node}" -lt "$node" ] || cpus=$node
+done
+cpus=$((${cpus:-1} / RANKS_PER_NODE)); [ "$cpus" -ge 1 ] || cpus=1
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
 # what is compiled at run time is kept on the node: hundreds of ranks locking files of one network folder do not get far
@@ -56,11 +61,22 @@ ranks() {
     "${srun_container[@]}" ${SRUN_ARGS-} "${inside[@]}" "$@"
 }
 
-progress() { (cd "$RUN_DIR" && ls -d stage*/checkpoints/step-*/checksums.json) 2>/dev/null | tail -n 1; }
+# The newest checkpoint of each stage that this job runs, in one line.
+progress() {
+  local stage; for stage in $stage_dirs; do
+    ls -d "$RUN_DIR/$stage"/checkpoints/step-*/checksums.json 2>/dev/null | tail -n 1
+  done | paste -s -d' ' -
+}
 
 # train STAGE [section.key=value ...]: until the stage is done, over as many starts of this job as it takes.
 train() {
-  local stage=$1 log=$RUN_DIR/logs/stage$1-rank%t.log code srun_pid= guard_pid=; shift
+  local stage=$1 log=$RUN_DIR/logs/stage$1-rank%t.log code srun_pid= guard_pid= argument; shift
+  [ "${NODES:-$SLURM_JOB_NUM_NODES}" = "$SLURM_JOB_NUM_NODES" ] ||
+    die "NODES is $NODES, but the job got $SLURM_JOB_NUM_NODES: sbatch reads no such variable, write sbatch --nodes=$NODES or use slurm/submit.sh"
+  stage_dirs=stage$stage
+  for argument in "$@"; do
+    case $argument in run.stages=*) stage_dirs=$(sed 's/[][,]/ /g; s/\b[12]\b/stage&/g' <<< "${argument#run.stages=}") ;; esac
+  done
   local data=()
   if [ -n "${DATA_DIR-}" ]; then
     data=(data.demo_source=null data.train="$DATA_DIR/train")
@@ -107,13 +123,15 @@ start_again() {  # CODE
   [ "$state" = RUNNING ] || { say "not started again from here: the job is $state"; exit "$1"; }
   say "back into the queue"
   scontrol requeue "$SLURM_JOB_ID" || { say "cannot be requeued here: submit it again, it goes on from what is saved"; exit "$1"; }
-  sleep 120  # SLURM ends this script
+  sleep 120  # SLURM ends this script meanwhile; if not, the job has still not ended well
+  exit "$1"
 }
 
 # end_in_time PID: ends srun 20 s before the limit, so that this script still can requeue, from the save before.
 end_in_time() {
-  local end; end=$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s) || return
-  sleep $((end - $(date +%s) - 20)) && kill -KILL "$1"
+  local end left; end=$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s) || return
+  left=$((end - $(date +%s) - 20))
+  sleep $((left > 0 ? left : 0)) && kill -KILL "$1"
 }
 
 evaluate() {

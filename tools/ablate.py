@@ -25,6 +25,11 @@ from typing import Any
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
+if __name__ == "__main__":
+    from mvptr_ds.signals import end_on_interrupt
+
+    end_on_interrupt()
+
 from mvptr_ds.config import Config, load_config
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.demo.build import build_demo_shards

@@ -18,14 +18,17 @@ from pathlib import Path
 
 if __name__ == "__main__":  # the checkout's package, wherever this is called from
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from mvptr_ds.signals import end_on_interrupt
+
+    end_on_interrupt()
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from mvptr_ds.model import kernels
 from mvptr_ds.model.attention import SegmentAttention
+from mvptr_ds.progress import progress_bar
 from mvptr_ds.terminal import accept_any_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -99,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     times_ms: dict[str, list[float]] = {name: [] for name in attends}
     inputs = qkv.to(dtype), weights.to(dtype)
     clock = time.perf_counter if device.type == "cuda" else time.process_time
-    for number in tqdm(range(arguments.rounds + 3), desc="rounds", disable=None):
+    for number in progress_bar(range(arguments.rounds + 3), desc="rounds"):
         for name, attend in attends.items():
             started_s = clock()
             run(attend, *inputs, dropout)

@@ -29,6 +29,9 @@ import numpy as np
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from mvptr_ds.signals import end_on_interrupt
+
+    end_on_interrupt()
 
 from mvptr_ds.corpus.concepts.parser import PhraseParser
 from mvptr_ds.data.batches import Batches

@@ -36,17 +36,22 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+
+if __name__ == "__main__":
+    from mvptr_ds.signals import end_on_interrupt
+
+    end_on_interrupt()
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
-
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
 
 from mvptr_ds import exchange, parallel
 from mvptr_ds.contrast import Globals, Pool
+from mvptr_ds.progress import progress_bar
 from mvptr_ds.terminal import accept_any_text
 
 TEXT_SLOTS, REGIONS = 40, 50  # the padding limits of configs/base.yaml
@@ -392,7 +397,9 @@ def main() -> int:
         return 0
     rows: list[dict[str, Any]] = []
     try:
-        for name, num in (bar := tqdm([(p, n) for n in arguments.global_batch for p in arguments.parts], leave=False)):
+        for name, num in (
+            bar := progress_bar([(p, n) for n in arguments.global_batch for p in arguments.parts], leave=False)
+        ):
             if num % arguments.per_rank:
                 raise ValueError(f"--global-batch {num} is no multiple of --per-rank {arguments.per_rank}")
             bar.set_description(f"{name} at {num}")

@@ -14,15 +14,19 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as bench_step.py
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
+if __name__ == "__main__":
+    from mvptr_ds.signals import end_on_interrupt
+
+    end_on_interrupt()
+
+import torch
+import torch.nn.functional as F
 from bench_models import make_batch
 from bench_step import measured
+from torch import Tensor
 
 from mvptr_ds.model import kernels
 from mvptr_ds.model.config import MvptrConfig

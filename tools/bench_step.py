@@ -31,14 +31,18 @@ from typing import Any
 # a thread that waits for others shall sleep: else CPU-seconds count what the rest of the machine does
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is first imported, here and in the workers
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
+if __name__ == "__main__":
+    from mvptr_ds.signals import end_on_interrupt
+
+    end_on_interrupt()
+
+import torch
+import torch.nn.functional as F
 from bench_models import TEXT_SLOTS, Reference, build_task, fixed_slots, make_batch
+from torch import Tensor
 
 from mvptr_ds.data.collate import Batch
 from mvptr_ds.data.wordpiece import WordPiece

@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -14,6 +13,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if __name__ == "__main__":
+    from mvptr_ds.signals import end_on_interrupt
+
+    end_on_interrupt("interrupted; the same command goes on from here")
 
 from mvptr_ds.corpus.build import BuildOptions, build_listed, build_streamed, finish, parse_shares
 from mvptr_ds.corpus.jobs import Summary
@@ -111,7 +115,8 @@ def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
     if name != "text":
         add("--min-side", type=_number(1), default=1, metavar="PX", help="smaller pictures are dropped (%(default)s)")
         reencode = (
-            "store every picture as JPEG of this quality, 1 to 100, turned as EXIF says; without it JPEG, PNG and "
+            "store every picture as JPEG of this quality, 1 to 100, turned as EXIF says, transparency on white; "
+            "without it JPEG, PNG and "
         )
         add("--reencode", type=_number(1, 100), metavar="QUALITY", help=reencode + "WebP are stored byte by byte")
         add("--max-side", type=_number(1), metavar="PX", help="with --reencode: shrink to this longer side")
@@ -212,9 +217,6 @@ def main() -> int:
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 128 + signal.SIGINT
     return 0
 
 

@@ -15,6 +15,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+if __name__ == "__main__":
+    from mvptr_ds.signals import end_on_interrupt
+
+    end_on_interrupt()
+
 from mvptr_ds.corpus.id2phrase import read_id2phrase, write_id2phrase
 from mvptr_ds.corpus.jobs import put_in_place
 from mvptr_ds.corpus.phrase_counts import count_corpus

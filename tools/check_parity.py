@@ -15,6 +15,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    from mvptr_ds.signals import end_on_interrupt
+
+    end_on_interrupt()
+
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -133,7 +138,7 @@ def compute(model: Mvptr, task: Task, batch: Batch, draws: Draws, dice: Tensor) 
     phrases_PD = F.normalize(cross_text.rows[packed.phrase_mask.rows], dim=-1)
     picked_text, picked_tags = packed.masked_tokens.rows_K, packed.masked_tags.rows_K
     others_B = hard_negatives.choose("random", sim_BB, same_BB, draws.wpg_image_N)
-    pos_B, neg_B = task.grounding_scores(Pairs(cross_text, packed.phrase_mask, cross_regions), others_B, draws)
+    pos_B, neg_B, _ = task.grounding_scores(Pairs(cross_text, packed.phrase_mask, cross_regions), others_B, draws)
     return {
         "embeddings_text": text_slots(model.embeddings(packed.text_ids, TEXT_SEGMENT)),
         "embeddings_tags": slots(model.embeddings(packed.tag_ids, TAG_SEGMENT), batch.tag_ids_BG.shape[1]),

@@ -13,7 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tqdm import tqdm
+if __name__ == "__main__":
+    from mvptr_ds.signals import end_on_interrupt
+
+    end_on_interrupt()
 
 from mvptr_ds.corpus.concepts.backends import BACKENDS
 from mvptr_ds.corpus.concepts.marking import mark
@@ -23,6 +26,7 @@ from mvptr_ds.corpus.concepts.spice import import_spice
 from mvptr_ds.corpus.concepts.text_files import extract_file
 from mvptr_ds.corpus.phrase_sidecar import extract_phrases
 from mvptr_ds.data.schema import DataError, Phrase
+from mvptr_ds.progress import progress_bar
 from mvptr_ds.terminal import accept_any_text
 from mvptr_ds.user_files import user_path
 
@@ -104,7 +108,7 @@ def show_score(path: Path, backend: str, num_examples: int) -> None:
     parser.parse(["A warm-up."])
     found: list[list[Phrase]] = []
     start_s = time.process_time()
-    for first in tqdm(range(0, len(known), 1024), desc="parse", disable=None):
+    for first in progress_bar(range(0, len(known), 1024), desc="parse"):
         found += parser.parse([item.caption for item in known[first : first + 1024]])
     cpu_s = time.process_time() - start_s
     result = score(known, found)

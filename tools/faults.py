@@ -34,9 +34,11 @@ from typing import Any
 REPO = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(REPO)
+    from mvptr_ds.signals import end_on_interrupt
 
-from tqdm import tqdm
+    end_on_interrupt()
 
+from mvptr_ds.progress import progress_bar
 from mvptr_ds.terminal import accept_any_text
 from mvptr_ds.user_files import user_path
 from tools.small_runs import (
@@ -193,7 +195,7 @@ def run_trial(trial: Trial) -> None:
         shutil.rmtree(stale)
     reference = trial.out / "run-undisturbed"
     trial.save_s = statistics.median(run_undisturbed(reference, trial.overrides, trial.num_ranks).save_s)
-    with tqdm(total=trial.tries, desc="faults", unit="fault") as bar:
+    with progress_bar(total=trial.tries, desc="faults", unit="fault") as bar:
         while len(trial.faults) < trial.tries:
             run_dir = trial.out / f"run-{trial.num_runs:03d}"
             suffered = run_disturbed(run_dir, trial, bar)

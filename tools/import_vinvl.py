@@ -9,6 +9,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+if __name__ == "__main__":
+    from mvptr_ds.signals import end_on_interrupt
+
+    end_on_interrupt()
+
 from mvptr_ds.corpus.vinvl import FEATURE_DIM, KeyRule, import_vinvl
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.terminal import accept_any_text

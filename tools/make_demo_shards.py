@@ -11,6 +11,11 @@ import os
 import sys
 import time
 
+if __name__ == "__main__":
+    from mvptr_ds.signals import end_on_interrupt
+
+    end_on_interrupt()
+
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.demo.build import SOURCES, FolderTakenError, build_demo_shards
 from mvptr_ds.terminal import accept_any_text

@@ -26,7 +26,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if __name__ == "__main__":
+    from mvptr_ds.signals import end_on_interrupt
+
+    end_on_interrupt()
+
 import yaml
+
+from mvptr_ds.terminal import accept_any_text
+from mvptr_ds.user_files import user_path
 
 REPO = Path(__file__).resolve().parents[1]
 MUTANTS_FILE = Path(__file__).with_name("mutants.yaml")
@@ -165,12 +175,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="mutants whose name holds one of these")
     parser.add_argument("--list", action="store_true", help="print the mutants and what they break, and try none")
     parser.add_argument("--limit", type=float, default=300.0, metavar="S", help="seconds for each mutant (%(default)s)")
-    parser.add_argument("--mutants", type=Path, default=MUTANTS_FILE, metavar="FILE", help="the list (mutants.yaml)")
-    parser.add_argument("--tree", type=Path, default=REPO, metavar="DIR", help="the project to copy (this checkout)")
+    parser.add_argument(
+        "--mutants", type=user_path, default=MUTANTS_FILE, metavar="FILE", help="the list (mutants.yaml)"
+    )
+    parser.add_argument(
+        "--tree", type=user_path, default=REPO, metavar="DIR", help="the project to copy (this checkout)"
+    )
     return parser.parse_args()
 
 
 def main() -> int:
+    accept_any_text()
     arguments = parse_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:

@@ -12,6 +12,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+if __name__ == "__main__":
+    from mvptr_ds.signals import end_on_interrupt
+
+    end_on_interrupt()
+
 from mvptr_ds.corpus.concepts.backends import MODELS
 from mvptr_ds.corpus.concepts.silver import Settings, make_models, read_captions
 from mvptr_ds.data.schema import DataError

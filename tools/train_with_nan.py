@@ -13,6 +13,9 @@ from typing import Any
 REPO = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(REPO)
+    from mvptr_ds.signals import end_on_interrupt
+
+    end_on_interrupt()
 
 from mvptr_ds import train
 from mvptr_ds.task import Task, TaskOutput

@@ -15,6 +15,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+if __name__ == "__main__":
+    from mvptr_ds.signals import end_on_interrupt
+
+    end_on_interrupt()
+
 from mvptr_ds.corpus.record_checks import IMG2DATASET
 from mvptr_ds.corpus.validation import Result, validate
 from mvptr_ds.data.scan import use_build_shards
@@ -101,6 +106,12 @@ def main() -> int:
             remedy = "; --repair OUT writes what is sound"
         print(f"error: {arguments.folder}: {num_wrong} things are wrong, no index was written{remedy}", file=sys.stderr)
         return 1
+    if arguments.repair and result.summary.dropped:
+        print(
+            f"note: {arguments.repair} holds other samples than {arguments.folder}: a run that has begun goes on with "
+            "the folder that it began with, whose bad samples it replaces; to train on this one, start with another "
+            "run.dir and run.init_from=RUN"
+        )
     return 0
 
 

@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from mvptr_ds.corpus.jobs import Summary
 from mvptr_ds.corpus.record_keys import make_key
 from mvptr_ds.corpus.sources.rows import Row, clean_caption, normal_path
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.data.tar_writer import MAX_KEY_LEN
+from mvptr_ds.progress import progress_bar
 
 REPEATED_CAPTION = "caption: repeated in its record"
 SEVERAL_PICTURES = "caption: its image id names several pictures"
@@ -119,7 +119,7 @@ def _spool(
     with contextlib.ExitStack() as stack:
         paths = [_bucket_path(folder, bucket) for bucket in range(_NUM_BUCKETS)]
         files = [stack.enter_context(open(path, "w", encoding="utf-8")) for path in paths]
-        for row in tqdm(rows, desc="reading", unit="row", delay=2.0):
+        for row in progress_bar(rows, desc="reading", unit="row", delay=2.0):
             row = _with_normal_path(row, root)
             try:
                 order = _order(row.image_id, options.seed)

@@ -27,9 +27,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
 from mvptr_ds.data.schema import DataError
+from mvptr_ds.progress import progress_bar
+from mvptr_ds.signals import blocked, end_with_parent
 
 logger = logging.getLogger(__name__)
 Unit = TypeVar("Unit")
@@ -110,7 +110,7 @@ def run_units(
     num_before = len(units) - len(todo)
     if num_before:
         logger.info("%s: going on, %d of %d units are done", out, num_before, len(units))
-    with _stop_on_signals(), tqdm(total=len(units), initial=num_before, desc=desc, unit="unit", disable=None) as bar:
+    with _stop_on_signals(), progress_bar(total=len(units), initial=num_before, desc=desc, unit="unit") as bar:
         run = _run_here if num_processes == 1 else _run_spawned
         with contextlib.closing(run(units, todo, work, min(num_processes, max(1, len(todo))))) as results:
             try:
@@ -255,7 +255,8 @@ def _run_spawned(
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, work), daemon=True)
             processes[ours] = process
-            process.start()
+            with blocked([signal.SIGINT]):  # which a terminal sends to all: the parent ends this process
+                process.start()
             theirs.close()
         busy = {connection for connection in processes if _send_next(connection, units, waiting)}
         while busy:
@@ -297,8 +298,7 @@ def _receive(connection: Connection, process: SpawnProcess) -> tuple[int, Summar
 
 def _serve(connection: Connection, work: Callable[[Any], Summary]) -> None:
     """A process: units from the pipe, summaries or errors back, until the pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the parent ends this process
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()  # it would write beside the next run that does the same unit
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             number, unit = connection.recv()
@@ -306,14 +306,6 @@ def _serve(connection: Connection, work: Callable[[Any], Summary]) -> None:
                 connection.send((number, work(unit), None))
             except Exception as error:  # raised again in the parent
                 connection.send((number, _portable(error), traceback.format_exc()))
-
-
-def _end_with_parent() -> None:
-    """A process whose parent was killed would write beside the next run that does the same unit."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
 
 
 def _portable(error: Exception) -> Exception:

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from mvptr_ds.corpus.captions import Inputs, Part, list_inputs, read_captions
+from mvptr_ds.corpus.concepts.web import are_words
 from mvptr_ds.corpus.jobs import Summary, run_units
 from mvptr_ds.data.phrases import KINDS, PhraseTuple
 from mvptr_ds.data.schema import DataError
@@ -144,14 +145,17 @@ def choose_phrases(
 ) -> dict[PhraseTuple, int]:
     """The phrases in at least `min_count` captions, of these the `max_phrases` most frequent; equal counts by phrase.
 
-    Counted in `summary`: the phrases found and kept of each kind, and the dropped ones with the reason.
+    One with a word that is none (`are_words`) is left out. Counted in `summary`: the phrases found and kept of each
+    kind, and the dropped ones with the reason.
     """
     kept: dict[PhraseTuple, int] = {}
     summary.counts.update({f"different {kind}": 0 for kind in KINDS.values()})
     for phrase, count in counts:
         kind = KINDS[len(phrase)]
         summary.counts[f"different {kind}"] += 1
-        if count >= min_count:
+        if not are_words(phrase):
+            summary.drop(f"{kind} with a word that is none", f"{' '.join(phrase)}: {count}")
+        elif count >= min_count:
             kept[phrase] = count
         else:
             summary.drop(f"{kind} in fewer than {min_count} captions", f"{' '.join(phrase)}: {count}")
@@ -188,7 +192,7 @@ def count_corpus(
         )
     if not kept:
         raise DataError(
-            f"none of the {sum(summary.dropped.values()):,} phrases of {', '.join(map(str, paths))} is in "
+            f"none of the {sum(summary.dropped.values()):,} phrases of {', '.join(map(str, paths))} is of words and in "
             f"{min_count} captions; set --min-count lower"
         )
     return kept, summary

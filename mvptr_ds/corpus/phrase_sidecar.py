@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mvptr_ds.corpus.captions import read_entries, shard_paths
-from mvptr_ds.corpus.concepts.text_files import count_phrases, get_parser
+from mvptr_ds.corpus.concepts.text_files import count_left_out, count_phrases, get_parser
 from mvptr_ds.corpus.jobs import Summary, refuse_foreign_tars, run_units
 from mvptr_ds.data.index import RECORDS
 from mvptr_ds.data.phrases import KINDS
@@ -40,14 +40,13 @@ class _Work:
     def __call__(self, shard: _Shard) -> Summary:
         summary = Summary(Counter({name: 0 for name in _COUNTS}))
         parser = get_parser(self.backend)
-        before = parser.num_dropped
+        parser.left_out.clear()
         entries = self._entries(shard, summary)
         first = next(entries, None)
         if first is not None:
             path = Path(self.out, f"shard-{shard.number:06d}.tar")
             summary.counts["records"] += write_tar(path, itertools.chain([first], entries))
-        if parser.num_dropped > before:
-            summary.drop("phrase whose words the caption does not say", shard.path, parser.num_dropped - before)
+        count_left_out(summary, parser, shard.path)
         return summary
 
     def _entries(self, shard: _Shard, summary: Summary) -> Iterator[tuple[str, dict[str, bytes]]]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
-from mvptr_ds.data.tars import Member, TarError, check_member, check_record, iter_members, split_name
+from mvptr_ds.data.tars import Member, TarError, check_member, check_record, is_of_a_mac, iter_members, split_name
 
 _BLOCK = tarfile.BLOCKSIZE
 _MAGIC, _MAGIC_AT = b"ustar", 257  # in every header of a tar since 1988
@@ -49,6 +49,7 @@ class Piece:
     start: int
     end: int = 0
     num_members: int = 0
+    num_mac_files: int = 0  # passed over, before its first member or among them
     extensions: list[str] = field(default_factory=list)  # the first MAX_NAMES
     broken: str | None = None  # why it cannot be used, whatever it holds
     detail: str = ""
@@ -75,7 +76,7 @@ def walk(file: BinaryIO, num_bytes: int) -> Iterator[Member | Break]:
     while True:
         last: Member | None = None
         try:
-            for member in iter_members(_From(file, base), num_bytes - base, whole=True):  # type: ignore[arg-type]
+            for member in iter_members(_From(file, base), num_bytes - base, True, with_mac_files=True):  # type: ignore[arg-type]
                 last = member._replace(start=member.start + base, data=member.data + base)
                 yield last
             return
@@ -156,6 +157,7 @@ def pieces(file: BinaryIO, num_bytes: int) -> Iterator[Piece | Break]:
     """Runs of members of one key in a tar, and its breaks; each piece knows what a break beside it did to it."""
     current: Piece | None = None
     after: Break | None = None  # the break behind which nothing was read yet
+    num_mac_files = 0  # since the last member
     for item in walk(file, num_bytes):
         if isinstance(item, Break):
             if current is not None:
@@ -165,6 +167,9 @@ def pieces(file: BinaryIO, num_bytes: int) -> Iterator[Piece | Break]:
                 yield current
             yield item
             current, after = None, item
+            continue
+        if is_of_a_mac(item.name):
+            num_mac_files += 1
             continue
         key, extension, bad_name = _split(item)
         if current is None or key != current.key:
@@ -177,6 +182,8 @@ def pieces(file: BinaryIO, num_bytes: int) -> Iterator[Piece | Break]:
                     _break_piece(current, IN_RECORD + after.reason, after.detail)
             after = None
         _add_member(current, item, extension, bad_name)
+        current.num_mac_files += num_mac_files
+        num_mac_files = 0
     if current is not None:
         yield current
 

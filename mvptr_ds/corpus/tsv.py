@@ -11,10 +11,10 @@ import os
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.data.storage import open_files
+from mvptr_ds.progress import progress_bar
 
 _ID_BYTES = 256  # of a line, within which the first column must end
 
@@ -101,7 +101,7 @@ def _find_lines(path: Path) -> np.ndarray:
     size, offset = path.stat().st_size, 0
     with (
         open(path, "rb") as file,
-        tqdm(total=size, unit="B", unit_scale=True, desc=f"lines of {path.name}", delay=2.0) as bar,
+        progress_bar(total=size, unit="B", unit_scale=True, desc=f"lines of {path.name}", delay=2.0) as bar,
     ):
         while chunk := file.read(1 << 24):
             starts.append(np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == ord("\n")) + (offset + 1))

@@ -29,7 +29,7 @@ from mvptr_ds.data.scan import NOT_WRITABLE, is_img2dataset, not_writable, where
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.data.shards import MANIFEST_NAME, Index, build_index
 from mvptr_ds.data.tar_writer import check_key, write_tar
-from mvptr_ds.data.tars import IMAGE_EXTENSIONS, MEMBER_EXTENSIONS, read_keyed_record, read_record
+from mvptr_ds.data.tars import IMAGE_EXTENSIONS, MEMBER_EXTENSIONS, list_tars, read_keyed_record, read_record
 
 ROW = np.dtype(
     [
@@ -86,7 +86,7 @@ def validate(
         DataError: the folder holds no tars, or `repair` is the folder itself or holds something else.
         OSError: a folder cannot be written.
     """
-    tars = sorted(folder.glob("*.tar"))
+    tars = list_tars(folder)
     if not tars:
         raise DataError(f"{folder} holds no .tar file; {where_tars_are(folder)}")
     if repair is not None:
@@ -215,6 +215,8 @@ class _Inspection:
         self.summary.counts["members"] += piece.num_members
         if num_foreign := sum(extension not in MEMBER_EXTENSIONS for extension in piece.extensions):
             self.summary.counts["members of other kinds, not read"] += num_foreign
+        if piece.num_mac_files:
+            self.summary.counts["files that a Mac added (._NAME, .DS_Store), passed over"] += piece.num_mac_files
         return checked
 
     def _check(self, piece: Piece) -> Checked:

@@ -13,33 +13,29 @@ from mvptr_ds.data.schema import Caption, Spans
 class CaptionPhrases:
     """The phrases of a caption that get a slot, in the order of the caption's list."""
 
-    indices: list[int] = field(default_factory=list)  # in the vocabulary, each once
+    indices: list[int] = field(default_factory=list)  # in the vocabulary
     spans: list[Spans] = field(default_factory=list)  # what says each of them
     slots: list[int | None] = field(default_factory=list)  # of every phrase of the list, which of these it is
     num_dropped: int = 0  # not in the vocabulary, or said nowhere that could be found
 
 
-def choose_phrases(caption: Caption, vocab: PhraseVocab, most: int) -> CaptionPhrases:
+def phrases_with_slots(caption: Caption, vocab: PhraseVocab, most: int) -> CaptionPhrases:
     """The first `most` phrases of a caption that the vocabulary knows.
 
-    One that comes twice has one slot, with the words of both: beside its equal, a masked phrase could be read off. One
-    without spans is looked for in the text, and left out where it cannot be found: its words could not be masked.
+    One without spans is looked for in the text, and left out where it cannot be found: its words could not be masked.
+    One that a caption says twice has a slot each time.
     """
     out = CaptionPhrases()
-    slot_of: dict[int, int] = {}
     for phrase in caption.phrases:
-        index = vocab.index_of(phrase.tuple)
-        slot = None if index is None else slot_of.get(index)
+        index, slot = vocab.index_of(phrase.tuple), None
         if index is None:
             out.num_dropped += 1
-        elif slot is not None:
-            out.spans[slot] += words_said(caption.text, phrase) or ()
         elif len(out.indices) < most:
             spans = words_said(caption.text, phrase)
             if spans is None:
                 out.num_dropped += 1
             else:
-                slot = slot_of[index] = len(out.indices)
+                slot = len(out.indices)
                 out.indices.append(index)
                 out.spans.append(spans)
         out.slots.append(slot)

@@ -7,12 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 IGNORE = -100  # label of a slot that is not predicted
+
+
+class BadSample(NamedTuple):
+    """One that cannot be used, with the place of its record."""
+
+    position: int  # place in the run, where another one stands for it
+    shard: str
+    key: str  # `?` where it cannot be read either
+    byte: int  # of the shard, where the record begins
+    caption: int
+    reason: str
+    passes: bool = False  # whether the reason may pass by itself
+
+    def __str__(self) -> str:
+        return f"{self.shard}, key {self.key!r}, byte {self.byte}, caption {self.caption}: {self.reason}"
 
 
 @dataclass
@@ -34,8 +50,12 @@ class Sample:
     position: int  # place of the sample in the run (epoch x samples + position in the epoch)
     num_oov_phrases: int  # phrases dropped: not in the vocabulary, or the caption does not say their words
     num_phrases: int  # phrases kept
-    num_bad: int = 0  # samples that could not be read, in whose place this one stands
+    bad: tuple[BadSample, ...] = ()  # those in whose place this one stands
     source: int = 0  # number of the source it comes from
+
+    @property
+    def num_bad(self) -> int:
+        return len(self.bad)
 
 
 @dataclass
@@ -63,6 +83,7 @@ class Batch:
     text_lengths: tuple[int, ...]  # real slots of each sample, on the host: nothing waits for a device to know them
     tag_lengths: tuple[int, ...]
     region_lengths: tuple[int, ...]
+    bad: tuple[BadSample, ...] = ()  # of all samples, in their order
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
@@ -135,4 +156,5 @@ def collate(samples: list[Sample]) -> Batch:
         text_lengths=tuple(len(s.text_ids_T) for s in samples),
         tag_lengths=tuple(len(s.tag_ids_G) for s in samples),
         region_lengths=tuple(len(s.region_geometry_R6) for s in samples),
+        bad=tuple(bad for s in samples for bad in s.bad),
     )

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mvptr_ds.data.caption_phrases import choose_phrases
+from mvptr_ds.data.caption_phrases import phrases_with_slots
 from mvptr_ds.data.collate import Sample
 from mvptr_ds.data.images import decode_image
 from mvptr_ds.data.layout import layout_tags, layout_text, num_phrases_that_fit
@@ -52,6 +52,7 @@ class SampleOptions:
     tag_drop_prob: float = 0.0  # one tag is left out
     tag_wrong_prob: float = 0.0  # one tag is replaced by a random other one
     tag_withhold_prob: float = 0.0  # all tags are left out
+    needs_regions: bool = False  # a sample with nothing to see cannot be used
     tag_list: Sequence[str] = field(default=())  # what a wrong tag is drawn from (the manifest's)
 
     def __post_init__(self) -> None:
@@ -130,6 +131,11 @@ class SampleBuilder:
         if can_be_seen(record, members):
             check_size(record.width, record.height)
             geometry_R6 = region_geometry(record, self.options.grid_size)
+        elif self.options.needs_regions:
+            raise DataError(
+                "there is nothing to see: neither picture, features nor regions (or a sidecar took them away with an "
+                "entry of no regions); this stage aligns texts with regions"
+            )
         return Sample(
             text_ids_T=text.ids_T,
             phrase_mask_T=text.phrase_mask_T,
@@ -165,7 +171,7 @@ class SampleBuilder:
         options = self.options
         token_ids, offsets = self.words.encode(caption.text)
         most = num_phrases_that_fit(len(token_ids), options.max_tokens, options.max_text_slots)
-        chosen = choose_phrases(caption, self.phrases, most)
+        chosen = phrases_with_slots(caption, self.phrases, most)
         indices_P = np.array(chosen.indices, dtype=np.int64)
         ids_T, phrase_mask_T = layout_text(
             token_ids,
@@ -302,6 +308,10 @@ def read_features(members: Mapping[str, bytes], num_regions: int, feature_dim: i
         features_RF: np.ndarray = np.frombuffer(content, dtype, math.prod(shape), start).reshape(shape)
     except _NPY_ERRORS as error:
         raise DataError(f"the npy member cannot be read: {error}; write it with numpy.save, float16 [R, F]") from error
+    if num_regions and not len(features_RF):
+        raise DataError(
+            "the npy member has no rows, so there is nothing to see; give the picture regions, or leave the record out"
+        )
     if len(features_RF) != num_regions:
         raise DataError(f"{len(features_RF)} rows of features for {num_regions} regions; write one row a region")
     if feature_dim is not None and features_RF.shape[1] != feature_dim:

@@ -46,6 +46,7 @@ ROW = np.dtype([("block", "<u4"), ("span", "<u4"), ("first_sample", "<u4"), ("ke
 MAX_SAMPLES = (1 << 32) - 1  # of a folder, by the width of first_sample
 SPAN_BITS = 24  # of `span`: the record's blocks; above them, flags
 NOT_VISUAL, NO_CAPTION = 1, 2  # flags
+NO_REGIONS = 4  # of a sidecar's entry: it says that there are none, and has no features either
 UNNAMED_EXTRACTOR = "an unnamed extractor"  # of regions or features that name none
 _NUM_PROBES, _PROBE_BYTES = 16, 4096
 
@@ -252,7 +253,8 @@ class Index(SampleIndex):
         known = {os.path.basename(path) for path in self._paths}
         others = sorted(name for name in os.listdir(os.path.dirname(self._paths[0])) if _is_other(name, known))
         if others:
-            raise DataError(f"{self.folder}: {len(others)} tars are not in the index, such as {others[0]}; {REBUILD}")
+            shown = others[0].encode(errors="backslashreplace").decode()
+            raise DataError(f"{self.folder}: {len(others)} tars are not in the index, such as {shown}; {REBUILD}")
 
     def _check_remote_tars(self, files: RemoteFiles) -> None:
         """The first and the last alone: a request for each of thousands would take minutes."""
@@ -313,7 +315,7 @@ class Index(SampleIndex):
         return self._first.astype(np.int64)
 
     def flags(self) -> np.ndarray:
-        """NOT_VISUAL and NO_CAPTION of all records, uint8 [num_records]; a copy."""
+        """NOT_VISUAL, NO_CAPTION and NO_REGIONS of all records, uint8 [num_records]; a copy."""
         return (self._rows["span"] >> SPAN_BITS).astype(np.uint8)
 
 

@@ -20,7 +20,18 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mvptr_ds.data.index import NO_CAPTION, NOT_VISUAL, RECORDS, SIDECAR, Extent, Index, Place, SampleIndex, sha256
+from mvptr_ds.data.index import (
+    NO_CAPTION,
+    NO_REGIONS,
+    NOT_VISUAL,
+    RECORDS,
+    SIDECAR,
+    Extent,
+    Index,
+    Place,
+    SampleIndex,
+    sha256,
+)
 from mvptr_ds.data.schema import DataError, Record, SidecarEntry, parse_entry, parse_record
 from mvptr_ds.data.sidecars import merge_sidecar
 from mvptr_ds.data.storage import Files
@@ -132,25 +143,28 @@ def _partners(main: Index, sidecar: Index) -> np.ndarray:
 
 
 def _write(path: Path, main: Index, sidecars: Sequence[Index], partners_SR: np.ndarray, missing: str) -> None:
-    kept = np.flatnonzero((partners_SR != _NONE).all(0)) if missing == DROP else np.arange(main.num_records)
-    if not len(kept):
+    not_visual_R, unseen_R = _what_is_seen(main, sidecars, partners_SR)
+    is_kept_R = (partners_SR != _NONE).all(0)
+    if not is_kept_R.any() and missing == DROP:
         raise DataError(
             f"no record of {main.folder} has a partner in each of {', '.join(str(s.folder) for s in sidecars)}; "
             "make sidecars of the same records (training keeps records without a partner with "
             "data.missing_partners=keep)"
         )
+    num_unseen = int((unseen_R & is_kept_R).sum())
+    kept = np.flatnonzero(is_kept_R & ~unseen_R) if missing == DROP else np.arange(main.num_records)
+    if not len(kept):
+        raise DataError(
+            f"the sidecars give no record of {main.folder} a region, and there is no picture: take them out of "
+            "data.sidecars, or find regions again"
+        )
     first = np.append(main.first_samples(), main.num_samples)
     num_samples = np.diff(first)[kept]
-    flags = main.flags()[kept]
-    not_visual = (flags & NOT_VISUAL).astype(bool)
+    flags, not_visual = main.flags()[kept], not_visual_R[kept]
     rows = np.empty(len(kept), dtype=_row(len(sidecars)))
     rows["record"] = kept
     rows["first_sample"] = np.cumsum(num_samples) - num_samples
-    for number, sidecar in enumerate(sidecars):
-        partners = partners_SR[number][kept]
-        rows["partners"][:, number] = partners
-        has = partners != _NONE
-        not_visual[has] &= (sidecar.flags()[partners[has]] & NOT_VISUAL).astype(bool)
+    rows["partners"] = partners_SR[:, kept].T
     buffer = io.BytesIO()
     np.save(buffer, rows, allow_pickle=False)
     content: dict[str, Any] = {
@@ -159,6 +173,7 @@ def _write(path: Path, main: Index, sidecars: Sequence[Index], partners_SR: np.n
         "num_samples": int(num_samples.sum()),
         "num_text_only_samples": int(num_samples[not_visual].sum()),
         "num_image_only_samples": int((flags & NO_CAPTION).astype(bool).sum()),
+        "num_unseen_records": num_unseen,
         "partners": [int((partners != _NONE).sum()) for partners in partners_SR],
         "num_bytes": len(buffer.getbuffer()),
     }
@@ -171,6 +186,25 @@ def _write(path: Path, main: Index, sidecars: Sequence[Index], partners_SR: np.n
         partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
         partial.write_bytes(data)
         os.replace(partial, target)
+
+
+def _what_is_seen(main: Index, sidecars: Sequence[Index], partners_SR: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each record, bool [num_records]: whether nothing of it can be seen, and whether a sidecar says so.
+
+    An entry of no regions takes the record's regions and features away. Where a folder holds pictures it is not known
+    which records have one, so none is taken for unseen; it is found when it is read.
+    """
+    not_visual_R = (main.flags() & NOT_VISUAL).astype(bool)
+    emptied_R = np.zeros_like(not_visual_R)
+    for sidecar, partners in zip(sidecars, partners_SR, strict=True):
+        has = partners != _NONE
+        flags = sidecar.flags()[partners[has]]
+        if not main.holds.get("image"):
+            emptied_R[has] |= (flags & NO_REGIONS).astype(bool)
+            not_visual_R[has] |= emptied_R[has]
+        for gone_R in (not_visual_R, emptied_R):
+            gone_R[has] &= (flags & NOT_VISUAL).astype(bool)
+    return not_visual_R, emptied_R & not_visual_R
 
 
 def _row(num_sidecars: int) -> np.dtype:
@@ -231,6 +265,11 @@ class JoinedIndex(SampleIndex):
                 "sidecar %s (%s): %d of %d records have a partner%s",
                 sidecar.folder, ", ".join(sidecar.extractors), num, main.num_records,
                 f", the others are {others}" if num < main.num_records else "",
+            )  # fmt: skip
+        if num_unseen := int(content.get("num_unseen_records", 0)):
+            logger.warning(
+                "%d records have nothing to see, for the sidecars say that they have no regions: they are %s",
+                num_unseen, "left out" if missing == DROP else "used as texts alone",
             )  # fmt: skip
         self._map()
 

@@ -18,14 +18,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from mvptr_ds.data.caption_phrases import choose_phrases
+from mvptr_ds.data.caption_phrases import phrases_with_slots
 from mvptr_ds.data.features import SampleBuilder, can_be_seen
 from mvptr_ds.data.layout import num_phrases_that_fit
 from mvptr_ds.data.loader import SampleDataset
 from mvptr_ds.data.schema import Caption, DataError, Record
 from mvptr_ds.data.shards import SampleIndex
+from mvptr_ds.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 _VERSION = 1
@@ -55,7 +55,7 @@ def sample_lengths(record: Record, visual: bool, builder: SampleBuilder) -> np.n
     for caption in record.captions or (_NO_CAPTION,):
         num_tokens = len(builder.words.encode(caption.text)[0])
         most = num_phrases_that_fit(num_tokens, options.max_tokens, options.max_text_slots)
-        num_phrases = len(choose_phrases(caption, builder.phrases, most).indices)
+        num_phrases = len(phrases_with_slots(caption, builder.phrases, most).indices)
         num_text_slots = 2 + min(num_tokens, options.max_tokens, options.max_text_slots - 2) + num_phrases
         out.append((num_text_slots, num_tag_slots, num_regions))
     return np.array(out)
@@ -64,7 +64,7 @@ def sample_lengths(record: Record, visual: bool, builder: SampleBuilder) -> np.n
 def measure(index: SampleIndex, builder: SampleBuilder, records: range, show_progress: bool) -> np.ndarray:
     """Lengths of the samples of these records (neighbours), uint8 [samples, 3]."""
     out: list[np.ndarray] = []
-    for number in tqdm(records, unit="record", desc="lengths", delay=2.0, disable=not show_progress):
+    for number in progress_bar(records, unit="record", desc="lengths", delay=2.0, disable=not show_progress):
         num_samples = len(index.samples_of(number))
         lengths_N3 = np.zeros((num_samples, 3), dtype=np.int64)
         try:

@@ -22,12 +22,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mvptr_ds.data.batches import Batches
-from mvptr_ds.data.collate import Batch, Sample, collate
+from mvptr_ds.data.collate import BadSample, Batch, Sample, collate
 from mvptr_ds.data.features import SampleBuilder
 from mvptr_ds.data.index import Extent, SampleIndex
 from mvptr_ds.data.plan import Plan
-from mvptr_ds.data.schema import DataError, Record
+from mvptr_ds.data.schema import DataError, PassingError, Record
 from mvptr_ds.data.sharing import MAKE_ROOM, CollateAndSend, shared_folder
+from mvptr_ds.data.storage import may_pass
 from mvptr_ds.signals import blocked
 from mvptr_ds.streams import Stream, generator
 
@@ -127,7 +128,7 @@ class ShardDataset(SampleDataset):
         A sample that cannot be read is replaced by one drawn by (seed, epoch, position), the same in every run.
 
         Raises:
-            DataError: `MAX_TRIES` substitutes in a row cannot be read either.
+            DataError: `MAX_TRIES` substitutes in a row cannot be read either; PassingError: some of them for now.
         """
         return self._load([(position, epoch, number)])[0]
 
@@ -141,31 +142,32 @@ class ShardDataset(SampleDataset):
     def _rng(self, epoch: int, position: int) -> np.random.Generator:
         return generator(Stream.SAMPLE, self.plan.seed, epoch, position)
 
-    def _substitute(self, position: int, epoch: int, error: DataError) -> Sample:
-        reasons = [str(error)]
+    def _substitute(self, position: int, epoch: int, first: BadSample) -> Sample:
+        bad = [first]
         substitutes = generator(Stream.SUBSTITUTE, self.plan.seed, epoch, position)
-        while len(reasons) <= MAX_TRIES:
-            logger.warning("bad sample at position %d, taking another: %s", position, reasons[-1])
+        while len(bad) <= MAX_TRIES:
+            logger.warning("bad sample at position %d replaced by another: %s", position, bad[-1])
             number = int(substitutes.integers(len(self.index)))
             (found,) = load_samples(self.index, self.builder, [(number, position, self._rng(epoch, position))])
             if isinstance(found, Sample):
-                return replace(found, num_bad=len(reasons))
-            reasons.append(str(found))
-        raise DataError(
-            f"position {position}: {len(reasons)} samples in a row cannot be used; the first: {reasons[0]}; check the "
+                return replace(found, bad=tuple(bad))
+            bad.append(found)
+        kind = PassingError if any(one.passes for one in bad) else DataError
+        raise kind(
+            f"position {position}: {len(bad)} samples in a row cannot be used; the first: {first}; check the "
             "folder with tools/validate_shards.py and that visual.source fits what the shards hold"
         )
 
 
 class _Loading:
-    """One sample on its way, or the DataError that it ended in."""
+    """One sample on its way, or what is bad about it."""
 
     def __init__(
         self, index: SampleIndex, builder: SampleBuilder, number: int, position: int, rng: np.random.Generator
     ) -> None:
         self._index, self._builder, self._position, self._rng = index, builder, position, rng
         self._place = index.locate(number)
-        self.found: Sample | DataError | None = None
+        self.found: Sample | BadSample | None = None
 
     def read(self) -> None:
         self._record, self._members = self._index.read_sample(self._place)
@@ -179,23 +181,24 @@ class _Loading:
         self._builder.add_picture(self.found, self._members)
 
     def run(self, step: Callable[[_Loading], None]) -> None:
-        if isinstance(self.found, DataError):
+        if isinstance(self.found, BadSample):
             return
         try:
             step(self)
         except (DataError, OSError) as error:
-            place = self._place
-            key = "?" if isinstance(error, OSError) else self._index.key_of(place)  # it would only be tried again
-            self.found = DataError(f"{place.path}, key {key!r}, caption {place.caption}: {error}")
-            self.found.__cause__ = error
+            path, offset, _, _, caption = self._place
+            # what failed behind a URL was tried several times, and would be again; here the header may well be read
+            gone = isinstance(error, OSError) and self._index.read_ahead_bytes
+            key = "?" if gone else self._index.key_of(self._place)
+            self.found = BadSample(self._position, path, key, offset, caption, str(error), may_pass(error))
 
 
 def load_samples(
     index: SampleIndex, builder: SampleBuilder, asked: Iterable[tuple[int, int, np.random.Generator]]
-) -> list[Sample | DataError]:
+) -> list[Sample | BadSample]:
     """Reads and builds samples, each asked for by its number, its position and its generator.
 
-    In place of one that cannot be used, or whose file cannot be read, comes a DataError naming shard, key and reason.
+    In place of one that cannot be used, or whose file cannot be read, comes a BadSample with its place and the reason.
     All are read, then all texts made, then all pictures: a picture decoded between them would leave nothing of the rest
     in the processor's caches, and the rest would take three times as long.
     """
@@ -325,6 +328,7 @@ def eval_batches(
 
     Raises:
         DataError: a sample cannot be read: an evaluation on other samples than asked for would be wrong.
+        PassingError: the same, but for now.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, must be at least 1")
@@ -347,8 +351,8 @@ def eval_batches(
         asked = ((n, n, generator(Stream.SAMPLE, 0, 0, n)) for n in chunk_at(batch))
         samples = []
         for found in load_samples(index, builder, asked):
-            if isinstance(found, DataError):
-                raise found
+            if isinstance(found, BadSample):
+                raise PassingError(str(found)) if found.passes else DataError(str(found))
             samples.append(found)
         yield collate(samples)
     if ahead is not None:

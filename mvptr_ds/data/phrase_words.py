@@ -64,7 +64,7 @@ _VOWELS = dict.fromkeys(map(ord, "aeiou"))
 
 def is_form_of(text: str, lemma: str) -> bool:
     """Whether `text`, as it stands in a caption, can be the words of `lemma`."""
-    forms, lemmas = text.lower().split(), lemma.lower().split()
+    forms, lemmas = plain(text).split(), plain(lemma).split()
     if len(forms) != len(lemmas):
         forms, lemmas = forms[:1], lemmas[:1]
     return bool(forms and lemmas) and all(map(_is_form, forms, lemmas))
@@ -119,8 +119,8 @@ def _says(parts: Sequence[str], words: Sequence[str]) -> bool:
     """Whether the parts, one after the other, are forms of the words."""
     if len(parts) == len(words):
         return all(map(is_form_of, parts, words))
-    forms = " ".join(parts).lower().split()
-    lemmas = " ".join(words).lower().split()
+    forms = plain(" ".join(parts)).split()
+    lemmas = plain(" ".join(words)).split()
     return len(forms) == len(lemmas) and all(map(_is_form, forms, lemmas))
 
 

@@ -49,13 +49,10 @@ _PILLOW_IS_QUIET = ("ignore", None, Warning, re.compile(_PILLOW), 0)
 class PixelsError(DataError):
     """A picture cannot be shown; `reason` is one of a few, for counting, and `detail` is of this one."""
 
-    def __init__(self, message: str, reason: str, detail: str) -> None:
-        super().__init__(message, reason, detail)  # all of them, so that it can be sent to another process
+    def __init__(self, message: str, reason: str = "", detail: str = "") -> None:
+        super().__init__(message)  # alone: loader processes send an error on as its class and a message
         self.reason = reason
         self.detail = detail
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 class Rgb(NamedTuple):

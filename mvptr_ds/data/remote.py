@@ -118,7 +118,7 @@ def _retried(path: str, options: ReadOptions, get: Callable[[], T]) -> T:
         except Exception as error:  # every filesystem of fsspec raises its library's own
             last = error
     reason = f"{type(last).__name__}: {last}".rstrip(": ")
-    raise OSError(f"{path}: {options.retries + 1} tries failed; the last: {reason}") from last
+    raise ConnectionError(f"{path}: {options.retries + 1} tries failed; the last: {reason}") from last
 
 
 def _is_http(url: str) -> bool:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
 from mvptr_ds.data.index import (
     BLOCK,
@@ -24,6 +23,7 @@ from mvptr_ds.data.index import (
     MANIFEST_NAME,
     MAX_SAMPLES,
     NO_CAPTION,
+    NO_REGIONS,
     NOT_VISUAL,
     RECORDS,
     ROW,
@@ -43,14 +43,17 @@ from mvptr_ds.data.tars import (
     check_member,
     check_record,
     iter_members,
+    list_tars,
     record_key,
     split_name,
 )
+from mvptr_ds.progress import progress_bar
 
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 _MAX_TAGS = 5_000
 _WRITE_AGAIN = "write that shard again or take it out of the folder"
 _IMG2DATASET_FIELDS = frozenset(("caption", "url", "status"))
+_MAX_IMG2DATASET_BYTES = 1 << 18  # of a json that is parsed a second time, to tell whose it is
 
 
 class ForeignRecord(DataError):
@@ -63,7 +66,8 @@ def where_tars_are(folder: str | Path) -> str:
     if not below:
         return "name a folder of shards"
     shown = ", ".join(below[:5]) + (f" and {len(below) - 5} more" if len(below) > 5 else "")
-    return f"{shown} below it do: name one of them, such as {Path(folder, 'train' if 'train' in below else below[0])}"
+    one = Path(folder, "train" if "train" in below else below[0])
+    return f"there are some below it, in {shown}: name one of these, such as {one}"
 
 
 def use_build_shards(folder: str | Path) -> str:
@@ -79,6 +83,8 @@ def is_img2dataset(extensions: Collection[str], content: bytes | None) -> bool:
     """
     if content is None:
         return "txt" in extensions
+    if len(content) > _MAX_IMG2DATASET_BYTES:
+        return False
     try:
         fields = json.loads(content)
     except (ValueError, RecursionError):
@@ -119,13 +125,13 @@ def build_index(folder: str | Path, out: str | Path | None = None, role: str = "
         DataError: names shard, offset, key and remedy of the first thing that is wrong.
     """
     folder, out = Path(folder), Path(out if out is not None else folder)
-    tars = sorted(folder.glob("*.tar"))
+    tars = list_tars(folder)
     if not tars:
         raise DataError(f"{_named(folder, role)} holds no .tar file; {where_tars_are(folder)}")
     scan = _Scan()
     shards: list[dict[str, Any]] = []
     num_bytes = sum(tar.stat().st_size for tar in tars)
-    with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="index", delay=2.0) as bar:
+    with progress_bar(total=num_bytes, unit="B", unit_scale=True, desc="index", delay=2.0) as bar:
         for tar in tars:
             before, samples_before = len(scan.blocks), scan.num_samples
             _scan_shard(tar, scan)
@@ -289,6 +295,7 @@ def describe(entry: Record | SidecarEntry, members: Collection[str], holds: Coun
     }
     holds.update(name for name, is_held in held.items() if is_held)
     flags = (0 if visual else NOT_VISUAL) | (NO_CAPTION if is_record and not entry.captions else 0)
+    flags |= NO_REGIONS if not is_record and entry.regions is not None and not visual else 0
     return (RECORDS if is_record else SIDECAR), flags
 
 

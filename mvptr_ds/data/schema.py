@@ -41,6 +41,14 @@ Numbers = tuple[int, ...]
 class DataError(ValueError):
     """Something is wrong with the user's data; the message says what, where and what to do."""
 
+    passes = False  # whether it may pass by itself (storage.may_pass)
+
+
+class PassingError(DataError):
+    """Storage or network failed in a way that may pass by itself: the same command may do better later."""
+
+    passes = True
+
 
 # Phrase, Caption and Region are structs of msgspec, not dataclasses: dozens come in a record, made by its parser. They
 # make no cycles, so the garbage collector need not see them (gc=False), which took 5 % of the loader's time.

@@ -99,8 +99,16 @@ def shared_folder() -> str:
         found = os.statvfs(SHARED_FOLDER)
     except OSError as error:
         return f"{SHARED_FOLDER} cannot be looked at ({error.strerror})"
-    sizes = (_mib(num_blocks * found.f_frsize) for num_blocks in (found.f_blocks, found.f_bavail))
-    return "{} has {}, {} of it free".format(SHARED_FOLDER, *sizes)
+    return f"{SHARED_FOLDER} has {_mib(found.f_blocks * found.f_frsize)}, {_mib(free_shared_bytes())} of it free"
+
+
+def free_shared_bytes() -> int:
+    """Of /dev/shm; 0 where there is none."""
+    try:
+        found = os.statvfs(SHARED_FOLDER)
+    except OSError:
+        return 0
+    return found.f_bavail * found.f_frsize
 
 
 def _mib(num_bytes: int) -> str:

@@ -11,6 +11,7 @@ import re
 import tarfile
 import zlib
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from mvptr_ds.data.schema import DataError
@@ -23,7 +24,8 @@ MAX_MEMBER_BYTES = 64 << 20  # of an image or of features
 MAX_RECORD_MEMBERS = 64
 MAX_RECORD_BYTES = 256 << 20  # of a record's span, other members included
 MAX_HEADER_BYTES = 64 << 10  # of a long name or of PAX settings
-MAX_TAIL_BYTES = 2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE  # end mark and padding, as every tar program writes them
+MAX_TAIL_BYTES = 2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE  # end mark and padding, as most tar programs write them
+MAX_BLOCKING = 2048  # blocks, of `tar --blocking-factor`: up to 1 MiB of zeros fill a tar to a multiple of them
 WHOLE_BYTES = 8 << 20  # a span up to this is read at once, a larger one member by member
 _BLOCK = tarfile.BLOCKSIZE
 _GLANCE_BYTES = 16 << 10  # read at once where not all is wanted: a json member and the next header, as a rule
@@ -52,16 +54,42 @@ class TarError(DataError):
         self.reason = reason
 
 
-def iter_members(file: BinaryIO, num_bytes: int, whole: bool) -> Iterator[Member]:
+def list_tars(folder: Path) -> list[Path]:
+    """The tars of a folder, in the order of their names.
+
+    Raises:
+        DataError: a path is not UTF-8: no manifest, configuration or message could name it.
+    """
+    tars = sorted(folder.glob("*.tar"))
+    for tar in tars:
+        try:
+            str(tar).encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"the name of the shard {str(tar)!r} is not UTF-8; rename it") from error
+    return tars
+
+
+def is_of_a_mac(name: str) -> bool:
+    """Whether a member is what macOS adds to a tar: attributes of the member behind it (`._KEY.jpg`), or a folder's.
+
+    webdataset's reader passes over both, too.
+    """
+    base = name.rpartition("/")[2]
+    return base.startswith("._") or base == ".DS_Store"
+
+
+def iter_members(file: BinaryIO, num_bytes: int, whole: bool, with_mac_files: bool = False) -> Iterator[Member]:
     """Members of a tar (`whole`: up to its end mark) or of a span of one, from the headers alone.
 
-    The walk is ours because tarfile's stops at a damaged header in mid-file as if the archive ended there.
+    The walk is ours because tarfile's stops at a damaged header in mid-file as if the archive ended there. What macOS
+    adds is passed over unless it is asked for.
 
     Raises:
         DataError: damaged header, cut content, missing end mark, content after it, a link, device or sparse file, a
             name that leads out of the folder or is not UTF-8, or a long name or PAX header over MAX_HEADER_BYTES.
     """
     offset, start = 0, 0
+    any_members = False
     long_name: str | None = None
     pax: dict[str, str] = {}
     while offset < num_bytes:
@@ -70,7 +98,7 @@ def iter_members(file: BinaryIO, num_bytes: int, whole: bool) -> Iterator[Member
         if not block.strip(b"\0") and len(block) == _BLOCK and whole:
             if start != offset:
                 raise TarError(start, "a long name or PAX header stands before the end mark, and no member behind it")
-            _check_tail(file, offset)
+            _check_tail(file, offset, num_bytes, any_members)
             return
         name, size, kind = _parse_header(block, offset)
         plain = kind in _PLAIN
@@ -94,7 +122,9 @@ def iter_members(file: BinaryIO, num_bytes: int, whole: bool) -> Iterator[Member
                 start, long_name, pax = member.end, None, {}
         elif plain:
             _check_name(member.name, offset)
-            yield member
+            any_members = True
+            if with_mac_files or not is_of_a_mac(member.name):
+                yield member
             start, long_name, pax = member.end, None, {}
         elif kind == tarfile.DIRTYPE:
             start, long_name, pax = member.end, None, {}
@@ -156,17 +186,27 @@ def _check_name(name: str, offset: int) -> None:
             raise TarError(offset, f"member name {name!r} is not UTF-8; rename it") from error
 
 
-def _check_tail(file: BinaryIO, offset: int) -> None:
+def _check_tail(file: BinaryIO, offset: int, num_bytes: int, any_members: bool) -> None:
+    """What stands behind the end mark: zeros, so many as a blocking factor explains. A lost tail leaves zeros, too."""
     file.seek(offset)
     num_zeros = 0
     while chunk := file.read(1 << 20):
         if chunk.strip(b"\0"):
             raise TarError(offset, "there is content after the tar's end mark (two tars joined?)")
         num_zeros += len(chunk)
-    if num_zeros > MAX_TAIL_BYTES:
+    if num_zeros > MAX_TAIL_BYTES and not (any_members and _fills_a_block(num_bytes, num_zeros)):
         raise TarError(
-            offset, f"{num_zeros} zero bytes end the tar, where at most {MAX_TAIL_BYTES} pad one: its tail was lost"
+            offset,
+            f"{num_zeros} zero bytes end the tar, where at most {MAX_TAIL_BYTES} pad one, or what fills it up to a "
+            f"blocking factor of at most {MAX_BLOCKING}: its tail was lost",
         )
+
+
+def _fills_a_block(num_bytes: int, num_zeros: int) -> bool:
+    """Whether zeros, the end mark among them, fill a file to a multiple of some blocking factor, or power of two."""
+    least = num_zeros // _BLOCK - 1
+    larger = [MAX_BLOCKING << shift for shift in range(1, 8) if MAX_BLOCKING << shift >= least]
+    return any(num_bytes % (factor * _BLOCK) == 0 for factor in (*range(least, MAX_BLOCKING + 1), *larger))
 
 
 def _parse_pax(content: bytes, offset: int, refused: tuple[str, ...]) -> dict[str, str]:

@@ -14,6 +14,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+import signal
 import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -24,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.schema import DataError, Record
@@ -32,6 +32,8 @@ from mvptr_ds.data.shards import write_shards
 from mvptr_ds.data.wordpiece import SPECIALS, WordPiece
 from mvptr_ds.demo.plan import Concept, SplitRule
 from mvptr_ds.demo.scene import SPLITS, Scene, Source, make_scene
+from mvptr_ds.progress import progress_bar
+from mvptr_ds.signals import blocked, end_with_parent
 from mvptr_ds.user_files import parse_json, read_text
 
 logger = logging.getLogger(__name__)
@@ -205,7 +207,7 @@ def word_subset(words: WordPiece, texts: Iterable[str]) -> list[str]:
 def _items(map_chunks: _Mapper, rule: SplitRule, num_scenes: int, usage: _Usage) -> Iterator[Item]:
     chunks = [(rule, first, min(first + CHUNK_SCENES, num_scenes)) for first in range(0, num_scenes, CHUNK_SCENES)]
     name = SPLITS[0] if rule.is_train else SPLITS[1]
-    with tqdm(total=num_scenes, desc=f"demo scenes, {name}", unit="scene", disable=None) as bar:
+    with progress_bar(total=num_scenes, desc=f"demo scenes, {name}", unit="scene") as bar:
         for items in map_chunks(_make_items, chunks):
             for item in items:
                 usage.add(item[1])
@@ -231,11 +233,21 @@ def _mapper(source: str, num_processes: int) -> Iterator[_Mapper]:
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_processes, context, initializer=_start_process, initargs=(source,)) as pool:
-        yield pool.map
+
+        def map_quietly(*arguments: Any) -> Iterator[Any]:
+            with blocked([signal.SIGINT]):  # which a terminal sends to all: the processes start here
+                return pool.map(*arguments)
+
+        try:
+            yield map_quietly
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _start_process(source: str) -> None:
     global _source
+    end_with_parent()
     _source = load_source(source)
 
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from mvptr_ds import reading
 from mvptr_ds.data.collate import Batch
@@ -24,6 +23,7 @@ from mvptr_ds.data.shards import SampleIndex
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.model.packed import Packed
 from mvptr_ds.packed_batch import PackedBatch
+from mvptr_ds.progress import progress_bar
 from mvptr_ds.streams import Stream, generator
 
 
@@ -40,6 +40,11 @@ class SplitInput:
     region_mask_IR: Tensor
     tag_ids_IG: Tensor
     tag_mask_IG: Tensor
+
+    @property
+    def num_tags(self) -> int:
+        """Their wordpieces over all images; each image has two more slots, [CLS] and [SEP]."""
+        return int(self.tag_mask_IG.sum()) - 2 * len(self.tag_mask_IG)
 
 
 @dataclass
@@ -107,7 +112,7 @@ def read_split(
     image_of: list[Tensor] = []
     seen = 0
     batches = eval_batches(index, samples, batch_size)
-    for batch in tqdm(batches, total=-(-len(index) // batch_size), desc="encode texts", disable=None, leave=False):
+    for batch in progress_bar(batches, total=-(-len(index) // batch_size), desc="encode texts", leave=False):
         new, seen = new_images(batch, seen), int(batch.image_index_B[-1]) + 1
         image_of.append(batch.image_index_B)
         batch = batch.to(device)
@@ -155,7 +160,7 @@ def encode_images(model: Mvptr, split: SplitInput, batch_size: int, device: torc
     """Runs the visual encoder over all images."""
     parts: list[list[Tensor]] = []
     numbers = torch.arange(len(split.embedded_IRD)).split(batch_size)
-    for images in tqdm(numbers, desc="encode images", disable=None, leave=False):
+    for images in progress_bar(numbers, desc="encode images", leave=False):
         tag_ids = _pack(split.tag_ids_IG[images], split.tag_mask_IG[images])
         embedded = _pack(split.embedded_IRD[images], split.region_mask_IR[images])
         tags, regions = model.encode_visual(tag_ids.to(device), embedded.to(device, model.dtype))
@@ -191,7 +196,7 @@ def cross_states(
         name: of the progress bar.
         firsts_alone: slot 0 of the texts is all that is wanted; the other states come back as zeros.
     """
-    for rows in tqdm(torch.arange(len(captions_M)).split(batch_size), desc=name, disable=None, leave=False):
+    for rows in progress_bar(torch.arange(len(captions_M)).split(batch_size), desc=name, leave=False):
         captions, images = captions_M[rows], images_M[rows]
         text = _pack(split.text_CTD[captions], split.text_mask_CT[captions])
         regions = _pack(split.regions_IRD[images], split.region_mask_IR[images])

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvptr_ds.data.caption_phrases import choose_phrases
+from mvptr_ds.data.caption_phrases import phrases_with_slots
 from mvptr_ds.data.loader import read_sample_record
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.schema import Numbers, Phrase, Record
@@ -61,7 +61,7 @@ def list_phrases(split: EncodedSplit, index: SampleIndex, vocab: PhraseVocab) ->
         slots = torch.nonzero(split.phrase_mask_CT[caption]).flatten().tolist()
         record, number = read_sample_record(index, caption)
         own = record.captions[number]
-        chosen = choose_phrases(own, vocab, most=len(slots))
+        chosen = phrases_with_slots(own, vocab, most=len(slots))
         for phrase, place in zip(own.phrases, chosen.slots, strict=True):
             slot = None if place is None else slots[place]
             if not record.regions or len(phrase.tuple) > 2:

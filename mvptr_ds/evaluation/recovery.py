@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mvptr_ds.data.collate import IGNORE
 from mvptr_ds.data.features import SampleBuilder
@@ -19,6 +18,7 @@ from mvptr_ds.evaluation.encode import SplitInput, new_images
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.model.packed import Packed
 from mvptr_ds.packed_batch import PackedBatch
+from mvptr_ds.progress import progress_bar
 
 
 @torch.inference_mode()
@@ -40,7 +40,7 @@ def recover_concepts(
     mask_id = samples.words.mask_id
     seen = 0
     batches = eval_batches(index, samples, batch_size)
-    for batch in tqdm(batches, total=-(-len(index) // batch_size), desc="recover", disable=None, leave=False):
+    for batch in progress_bar(batches, total=-(-len(index) // batch_size), desc="recover", leave=False):
         new, seen = new_images(batch, seen), int(batch.image_index_B[-1]) + 1
         images_B = batch.image_index_B[new]
         packed = PackedBatch.of(batch, device)

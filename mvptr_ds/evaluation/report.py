@@ -63,12 +63,12 @@ def evaluate_split(
     Shares are fractions of 1; what nothing was asked for is None. The model leaves in the mode it came in, and the
     global random state is not touched. The report:
 
-        num_scenes, num_captions, chance (of retrieval), wall_s
+        num_scenes, num_captions, num_tags, chance (of retrieval), wall_s
         retrieval, rerank      t2i_r1 ... i2t_r10
         grounding              of `uni` and `cross` states: accuracy, chance, n, noun, attribute, by_size,
                                attribute_among_one_noun; accuracy and chance of `uni` once more on top
         mcr, itm
-        without_tags           retrieval, rerank, grounding with all tags withheld
+        without_tags           retrieval, rerank, grounding with all tags withheld; the same as above without any
         permuted_regions       retrieval, grounding with all tags withheld and the regions shuffled: must be chance
 
     Args:
@@ -89,11 +89,13 @@ def evaluate_split(
         split = encode_images(model, given, size, device)
         asked, num_without_slot = list_phrases(split, index, vocabs.phrases)
         tagged = _Setting(model, split, asked, num_without_slot, config.eval, device)
-        untagged = tagged.on(encode_images(model, withheld, size, device))
+        num_tags = given.num_tags
+        untagged = tagged.on(encode_images(model, withheld, size, device)) if num_tags else tagged
         permuted = tagged.on(encode_images(model, permute_regions(withheld, seed), size, device))
         report: dict[str, Any] = {
             "num_scenes": index.num_records,
             "num_captions": len(index),
+            "num_tags": num_tags,
             "chance": chance_recalls(split.image_of_C, index.num_records),
             "retrieval": tagged.retrieval(),
             "rerank": tagged.rerank(),

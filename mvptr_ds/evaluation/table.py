@@ -14,7 +14,8 @@ _FIRST, _CELL = 34, 9  # widths of the columns
 def table(report: Mapping[str, Any]) -> str:
     """The report for a person: shares in percent with one decimal, a dash where nothing was asked."""
     parts = [_retrieval(report), _grounding(report), _masked_and_matched(report)]
-    lines = [f"held out: {report['num_scenes']} scenes, {report['num_captions']} captions; shares in %"]
+    tags = "" if report["num_tags"] else ", no tags"
+    lines = [f"held out: {report['num_scenes']} scenes, {report['num_captions']} captions{tags}; shares in %"]
     for part in parts:
         lines += ["", *part]
     lines += ["", "wall time: " + ", ".join(f"{k} {v:.0f} s" for k, v in report["wall_s"].items())]
@@ -33,14 +34,13 @@ def _cell(value: Any) -> str:
 
 def _retrieval(report: Mapping[str, Any]) -> list[str]:
     names = [f"{way}_r{k}" for way in ("t2i", "i2t") for k in RANKS]
-    rows = (
-        ("global states", report["retrieval"]),
-        ("re-ranked", report["rerank"]),
-        ("without tags: global states", report["without_tags"]["retrieval"]),
-        ("without tags: re-ranked", report["without_tags"]["rerank"]),
-        ("permuted regions: global states", report["permuted_regions"]["retrieval"]),
-        ("chance", report["chance"]),
-    )
+    rows = [("global states", report["retrieval"]), ("re-ranked", report["rerank"])]
+    if report["num_tags"]:
+        withheld = report["without_tags"]
+        rows.append(("without tags: global states", withheld["retrieval"]))
+        rows.append(("without tags: re-ranked", withheld["rerank"]))
+    rows.append(("permuted regions: global states", report["permuted_regions"]["retrieval"]))
+    rows.append(("chance", report["chance"]))
     half = _CELL * len(RANKS)
     head = [f"{'':{_FIRST}}{'text -> image':>{half}}{'image -> text':>{half}}"]
     head.append(_row("RETRIEVAL", [f"R@{k}" for k in RANKS] * 2))
@@ -48,11 +48,12 @@ def _retrieval(report: Mapping[str, Any]) -> list[str]:
 
 
 def _grounding(report: Mapping[str, Any]) -> list[str]:
-    settings = (report, report["without_tags"], report["permuted_regions"])
-    parts = [setting["grounding"][states] for setting in settings for states in ("uni", "cross")]
-    heads = "".join(f"{name:>{2 * _CELL}}" for name in ("with tags", "without tags", "permuted"))
+    settings = {"with tags": report} if report["num_tags"] else {}
+    settings |= {"without tags": report["without_tags"], "permuted": report["permuted_regions"]}
+    parts = [setting["grounding"][states] for setting in settings.values() for states in ("uni", "cross")]
+    heads = "".join(f"{name:>{2 * _CELL}}" for name in settings)
     lines = [f"{'':{_FIRST + 2 * _CELL}}{heads}"]
-    lines.append(_row("GROUNDING", ["phrases", "chance", *["uni", "cross"] * 3]))
+    lines.append(_row("GROUNDING", ["phrases", "chance", *["uni", "cross"] * len(settings)]))
     rows: list[tuple[str, list[Mapping[str, Any]]]] = [("all", parts)]
     rows.append(("nouns", [p["noun"] for p in parts]))
     rows.append(("nouns with attribute", [p["attribute"] for p in parts]))

@@ -10,18 +10,20 @@ from __future__ import annotations
 import functools
 import importlib.util
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mvptr_ds.model.installed import apex_lacks, flash_attn_lacks
+
 SDPA_EACH = "scaled_dot_product_attention, a call a sequence"
 SDPA_PADDED = "scaled_dot_product_attention on rows padded for it alone, with a mask"
 TORCH_FLASH = "torch.nn.attention.varlen.varlen_attn"
 FLASH_ATTN = "flash_attn.flash_attn_varlen_qkvpacked_func"
 APEX_NORM = "apex.normalization.fused_layer_norm"
+_APEX_NORMS = ("fused_layer_norm_affine", "mixed_dtype_fused_layer_norm_affine")
 TORCH_NORM = "torch.nn.functional.layer_norm"
 ONEDNN_LINEAR = "oneDNN's inner product"
 TORCH_LINEAR = "torch.nn.functional.linear"
@@ -72,13 +74,14 @@ def _attention(device_type: str, dtype: torch.dtype, drops: bool, head_size: int
         return Choice(name, SDPA_PADDED, "flash kernels take Ampere GPUs or newer")
     if head_size % 8 or head_size > 256:
         return Choice(name, SDPA_PADDED, f"flash kernels take heads of 8, 16, ... 256 numbers, these have {head_size}")
-    if importlib.util.find_spec("flash_attn") is not None:
+    missing = flash_attn_lacks(FLASH_ATTN.rpartition(".")[2])
+    if not missing:
         return Choice(name, FLASH_ATTN, "flash_attn is installed")
     if drops:
-        return Choice(name, SDPA_PADDED, "attention drops out, which varlen_attn cannot; flash_attn is not installed")
+        return Choice(name, SDPA_PADDED, f"attention drops out, which varlen_attn cannot; {missing}")
     if not _has_varlen():
-        return Choice(name, SDPA_PADDED, f"torch {torch.__version__} has no varlen_attn; flash_attn is not installed")
-    return Choice(name, TORCH_FLASH, "no dropout; flash_attn is not installed")
+        return Choice(name, SDPA_PADDED, f"torch {torch.__version__} has no varlen_attn; {missing}")
+    return Choice(name, TORCH_FLASH, f"no dropout; {missing}")
 
 
 def _has_varlen() -> bool:
@@ -99,8 +102,7 @@ class LayerNorm(nn.LayerNorm):
 
         # the plain function wants parameters of the input's dtype, the other one answers in theirs
         same = input.dtype == self.weight.dtype
-        name = "fused_layer_norm_affine" if same else "mixed_dtype_fused_layer_norm_affine"
-        normalise = getattr(fused_layer_norm, name)
+        normalise = getattr(fused_layer_norm, _APEX_NORMS[0 if same else 1])
         out: Tensor = normalise(input, self.weight, self.bias, torch.Size(self.normalized_shape), self.eps)
         return out.to(input.dtype)
 
@@ -110,25 +112,8 @@ def layer_norm(device: torch.device) -> Choice:
     name = "LayerNorm"
     if device.type != "cuda":
         return Choice(name, TORCH_NORM, f"the device is {device.type}")
-    missing = apex_lacks("normalization/fused_layer_norm.py", "fused_layer_norm_cuda")
+    missing = apex_lacks("normalization/fused_layer_norm.py", "fused_layer_norm_cuda", *_APEX_NORMS)
     return Choice(name, TORCH_NORM, missing) if missing else Choice(name, APEX_NORM, "apex is installed")
-
-
-@functools.lru_cache
-def apex_lacks(file: str, extension: str) -> str:
-    """What NVIDIA's apex lacks of a file and its built kernels; empty where all is there.
-
-    It is not imported for that: PyPI's `apex` is another project.
-    """
-    found = importlib.util.find_spec("apex")
-    if found is None:
-        return "apex is not installed"
-    folders = found.submodule_search_locations or []
-    if not any((Path(folder) / file).is_file() for folder in folders):
-        return "the apex that is installed is not NVIDIA's"
-    if importlib.util.find_spec(extension) is None:
-        return "apex was built without its CUDA extensions"
-    return ""
 
 
 # --- matrix products

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.embeddings import TAG_SEGMENT, TEXT_SEGMENT, SlotEmbeddings
@@ -27,6 +28,8 @@ from mvptr_ds.model.heads import Pooler, RowHead, global_state
 from mvptr_ds.model.kernels import ReadTable
 from mvptr_ds.model.packed import Packed, join, unjoin
 from mvptr_ds.model.vision import ImageBackbone, RegionEmbedding, backbone_structure, load_backbone_weights
+
+disable_progress_bar()  # each of `from_pretrained` draws one, on any output, for weights that load in a second
 
 PARTS: dict[str, tuple[str, ...]] = {  # what a stage may train -> prefixes of parameter names
     "embeddings": ("embeddings.",),

@@ -8,6 +8,7 @@ stays between them, since start-up is what takes the time.
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import json
 import os
@@ -19,12 +20,15 @@ import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Timer
 from typing import Any
 from unittest.mock import patch
 
 from mvptr_ds import parallel, train
+from mvptr_ds.data.features import SampleBuilder
 from mvptr_ds.data.loader import ShardDataset
 from mvptr_ds.data.schema import DataError
+from mvptr_ds.data.storage import LocalFiles
 from mvptr_ds.trainer import Trainer
 from tests.end_to_end.copies import forget
 
@@ -32,9 +36,10 @@ MAX_FILE_BYTES = 100_000  # above this program's log, below the smallest file of
 POISONED_STEPS = (1, 4, 5, 6)  # counted from 0, as the step that is being made
 HUNG_STEP = 2
 FULL_STEP, RANK1_STEP = 4, 6
+HELD_OUT_STEP = 2
 
 train_step, save, load, build_engine = Trainer._train_step, Trainer.save, ShardDataset._load, Trainer._build_engine
-close = Trainer.close
+loader, evaluate, close = Trainer._loader, Trainer._evaluate, Trainer.close
 left: list[int] = []
 
 
@@ -96,10 +101,32 @@ def load_with_dead_storage(dataset: ShardDataset, wanted: list[tuple[int, int, i
     return load(dataset, wanted)
 
 
-def build_and_get_signal(trainer: Trainer, filled: dict[str, Any]) -> None:
-    build_engine(trainer, filled)
+def get_signal_and_load(trainer: Trainer) -> Any:
     if parallel.rank() == 1:
         os.kill(os.getpid(), signal.SIGUSR1)
+        assert trainer.stop.wait(5.0)
+    return loader(trainer)
+
+
+def evaluate_without_storage(trainer: Trainer) -> None:
+    """Of the held-out shards, at one step."""
+    if trainer.step == HELD_OUT_STEP:
+        with patch.object(LocalFiles, "read", side_effect=OSError(errno.ESTALE, "Stale file handle")):
+            evaluate(trainer)
+    else:
+        evaluate(trainer)
+
+
+def evaluate_and_be_interrupted(trainer: Trainer) -> None:
+    """Rank 0 a little after it has begun."""
+    timer = Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    if parallel.is_main():
+        timer.start()
+        with patch.object(SampleBuilder, "begin", lambda *_: time.sleep(60.0)):
+            evaluate(trainer)
+        timer.join()
+    else:
+        evaluate(trainer)
 
 
 def hang(trainer: Trainer, micro_batches: list[Any]) -> None:
@@ -128,7 +155,9 @@ DISTURBANCES: dict[str, tuple[type, str, Callable[..., Any]]] = {
     "no room at the end": (Trainer, "save", save_the_end_without_room),
     "signal without room": (Trainer, "save", stop_without_room),
     "dead storage": (ShardDataset, "_load", load_with_dead_storage),
-    "signal": (Trainer, "_build_engine", build_and_get_signal),
+    "signal": (Trainer, "_loader", get_signal_and_load),
+    "stale held-out": (Trainer, "_evaluate", evaluate_without_storage),
+    "interrupted evaluation": (Trainer, "_evaluate", evaluate_and_be_interrupted),
     "hang": (Trainer, "_train_step", hang),
     "hang in the start-up": (Trainer, "_build_engine", lambda *_: sleep_for_ever()),
 }

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from mvptr_ds.checkpointing import verify
-from mvptr_ds.safeguards import EXIT_STOPPED
+from mvptr_ds.stopping import EXIT_STOPPED
 from tests.conftest import REPO
 from tests.distributed.launch import environment, free_port, run, run_ranks, started
 from tests.end_to_end.ranks_disturbed import FULL_STEP, HUNG_STEP, POISONED_STEPS, RANK1_STEP
@@ -180,8 +180,11 @@ def outcomes(small: list[str], shards: Path, disk: Path, tmp_path_factory: pytes
         "no data": ["stage1.max_steps=8"],
         "full disk": ["stage1.max_steps=8", "train.log_every_steps=1", "wandb.mode=online"],
         "signal": ["stage1.max_steps=8"],
+        "stale held-out": ["train.evaluate_every_steps=2"],
+        "interrupted evaluation": ["train.evaluate_every_steps=2", "train.checkpoint_every_steps=0"],
     }
-    disturb = {"nan": "poison", "no data": "dead storage", "full disk": "full disk", "signal": "signal"}
+    disturb = {"nan": "poison", "no data": "dead storage", "full disk": "full disk"}
+    disturb |= {name: name for name in ("signal", "stale held-out", "interrupted evaluation")}
     dirs = {name: folder / name for name in extra} | {"full disk": disk / "run"}
     common = ["--config", "demo", "--deepspeed", str(REPO / "ds_configs/z2.json"), *small, "run.stages=[1]"]
     scenarios = [
@@ -189,7 +192,7 @@ def outcomes(small: list[str], shards: Path, disk: Path, tmp_path_factory: pytes
         for name, more in extra.items()
     ]
     (folder / "scenarios.json").write_text(json.dumps(scenarios), encoding="utf-8")
-    run_ranks("tests.end_to_end.ranks_disturbed", 2, folder, LIMIT_S)
+    run_ranks("tests.end_to_end.ranks_disturbed", 2, folder, 2 * LIMIT_S)
     codes = [json.loads((folder / f"codes-rank{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
     outputs = [(folder / f"rank{rank}.log").read_text(encoding="utf-8").split("=== ")[1:] for rank in range(2)]
     return {
@@ -231,12 +234,15 @@ def test_bad_samples_are_replaced_counted_and_end_the_run_when_too_many(outcomes
     bad = sum(line["data/bad_samples"] for line in lines)
     assert bad > 5 >= bad - lines[-1]["data/bad_samples"]  # 0.005 of 1,000 are allowed
     assert all(line["loss/mlm"] is not None for line in lines)
-    said = [line for output in outcome["outputs"] for line in output.splitlines() if "bad sample" in line]
+    said = [line for output in outcome["outputs"] for line in output.splitlines() if "bad sample at" in line]
     assert len(said) >= bad and all("shard-000000.tar, key '" in line for line in said)  # more were read ahead
     assert {line.partition("key '")[2].partition("'")[0] for line in said} <= set(outcome["keys"])
     message = (
         f"error: {bad:.0f} samples could not be read among {8 * lines[-1]['step']}, more than data.max_bad_fraction"
     )
+    written = [json.loads(line) for line in (outcome["dir"].parent / "bad_samples.jsonl").open(encoding="utf-8")]
+    assert len(written) == bad and {line["key"] for line in written} <= set(outcome["keys"])
+    assert {line["position"] % 8 // 4 for line in written} == {0, 1}  # of both ranks
     assert message in outcome["outputs"][0]
     assert not any("Traceback" in output for output in outcome["outputs"])
 
@@ -273,6 +279,24 @@ def test_a_signal_before_the_first_step_stops_as_well(outcomes: Outcomes) -> Non
     outcome = outcomes["signal"]
     assert outcome["codes"] == [EXIT_STOPPED] * 2
     assert "stage1 stopped at step 0, as asked" in outcome["outputs"][0]
+
+
+def test_an_evaluation_that_cannot_read_is_passed_over(outcomes: Outcomes) -> None:
+    outcome = outcomes["stale held-out"]
+    assert outcome["codes"] == [0, 0], outcome["outputs"][0]
+    said = [line for line in outcome["outputs"][0].splitlines() if "not evaluated" in line]
+    assert len(said) == 1 and said[0].startswith("stage1 2 not evaluated, training goes on: ")
+    assert "Stale file handle" in said[0] and "shard-000000.tar, key '" in said[0]
+    assert [line["step"] for line in reports(outcome["dir"]) if "eval/retrieval/t2i_r1" in line] == [4]
+
+
+def test_an_interrupt_does_not_wait_for_an_evaluation(outcomes: Outcomes) -> None:
+    outcome = outcomes["interrupted evaluation"]
+    assert outcome["codes"] == [EXIT_STOPPED] * 2, outcome["outputs"][0]
+    said = outcome["outputs"][0]
+    assert "stage1 2 not evaluated: SIGINT" in said and "stage1 stopped at step 2, as asked (SIGINT)" in said
+    assert verify(outcome["dir"] / "checkpoints/step-00000002") is None
+    assert not any("Traceback" in output for output in outcome["outputs"])
 
 
 def test_a_rank_that_hangs_ends_the_run_with_everyones_stacks(small: list[str], tmp_path: Path) -> None:

@@ -204,7 +204,13 @@ def test_mistakes_are_named(cluster: Cluster, tmp_path: Path) -> None:
     script = str(REPO / "slurm/stage1.sh")
     lost = cluster.sbatch(script, cwd=tmp_path, MVPTR_DIR="")
     fewer = cluster.sbatch(script, cwd=tmp_path, NODES="2")
+    renamed = cluster.sbatch(
+        "--job-name=mvptr-evaluate", "--output=mvptr-stage1-%j.log", script, cwd=tmp_path, NODES="2"
+    )
+    without = cluster.sbatch("--gpus-per-node=0", script, cwd=tmp_path)
     for job, message in (
+        (renamed, "NODES is 2, but the job got 1"),
+        (without, "a node has no rank: SLURM gave the job no GPU, or RANKS_PER_NODE is 0; ask for GPUs"),
         (lost, f"no slurm/common.sh in {tmp_path}: submit from the checkout, or set MVPTR_DIR to it"),
         (fewer, "NODES is 2, but the job got 1: sbatch reads no such variable, write sbatch --nodes=2"),
     ):

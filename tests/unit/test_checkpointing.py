@@ -307,7 +307,7 @@ def test_what_a_run_that_begins_anew_finds_is_kept(tmp_path: Path, caplog: pytes
             save(tmp_path / stage / "checkpoints", number)
             (tmp_path / stage / "metrics.jsonl").write_text("{}", encoding="utf-8")
         before = contents(tmp_path / "stage1")
-        with caplog.at_level(logging.INFO):
+        with caplog.at_level(logging.INFO, logger="mvptr_ds"):
             set_aside(tmp_path, ["stage1"], tmp_path / "stage2/checkpoints" / f"step-0000000{number}" / "model")
         assert contents(tmp_path / f"before-{number}/stage1") == before and not (tmp_path / "stage1").exists()
         assert f"the earlier stage1 stays in {tmp_path}/before-{number}" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import typing
@@ -14,7 +15,7 @@ import yaml
 from mvptr_ds.config import Config, SourceConfig, load_config, save_config
 from mvptr_ds.config_reading import range_of
 from mvptr_ds.ds_config import load_ds_config
-from mvptr_ds.user_files import parse_json
+from mvptr_ds.user_files import parse_json, user_path
 from mvptr_ds.yaml_nodes import dump_yaml, number_of, parse_yaml, plain
 from tests.conftest import REPO
 
@@ -274,7 +275,11 @@ def test_a_tilde_is_a_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert "run.dir: ~nobody-here/x begins with the home folder of a user who" in message_of("run.dir=~nobody-here/x")
 
 
-def test_no_tool_takes_a_path_without_its_tilde() -> None:
+def test_no_tool_takes_a_path_without_its_tilde(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert [str(user_path(text)) for text in ("~/a", "~", "b~/c")] == [f"{tmp_path}/a", str(tmp_path), "b~/c"]
+    with pytest.raises(argparse.ArgumentTypeError, match="of a user who does not exist"):
+        user_path("~nobody-here/a")
     tools = [*(REPO / "tools").glob("*.py"), REPO / "mvptr_ds/eval.py"]
     assert [path.name for path in tools if "type=Path" in path.read_text(encoding="utf-8")] == []
 

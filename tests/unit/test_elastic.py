@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from mvptr_ds import checkpointing, elastic, hand_over
+from mvptr_ds.bad_samples import BadSamples
 from mvptr_ds.checkpointing import CheckpointError
 from mvptr_ds.config import Config, TrainConfig
 from mvptr_ds.engine import Engine
 from mvptr_ds.optim import PARAMETER_ORDER
-from mvptr_ds.safeguards import BadSamples, SkippedSteps
+from mvptr_ds.safeguards import SkippedSteps
 from mvptr_ds.trainer import Trainer
 from tests.unit.test_optim import APEX, apex, build, take
 
@@ -170,8 +171,8 @@ def test_steps_that_were_left_out_are_no_updates(tmp_path: Path, monkeypatch: py
     loaded: list[tuple[Path, int | None]] = []
     trainer = Trainer.__new__(Trainer)
     trainer.config, trainer.dir, trainer.zero_stage, trainer.seed = Config(), tmp_path, 2, 0
-    trainer.skipped, trainer.bad_samples, trainer.starting = SkippedSteps(9), BadSamples(1.0), lambda: None
-    trainer.task = SimpleNamespace(model=None)
+    trainer.skipped, trainer.bad_samples, trainer.starting = SkippedSteps(9), BadSamples(1.0, tmp_path), lambda: None
+    trainer.task, trainer.stage = SimpleNamespace(model=None), Config().stage1
     trainer.engine = SimpleNamespace(load=lambda path, universal_steps: loaded.append((path, universal_steps)))
     monkeypatch.setattr(trainer, "_build_engine", lambda filled: None)
     monkeypatch.setattr("mvptr_ds.model_folder.load_weights", lambda *_: None)

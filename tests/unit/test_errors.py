@@ -8,7 +8,9 @@ import io
 import json
 import logging
 import re
+import resource
 import shutil
+import socket
 import sys
 import tarfile
 from collections.abc import Callable
@@ -16,14 +18,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from mvptr_ds import parallel, train
+from mvptr_ds.bad_samples import BadSamples
 from mvptr_ds.config import load_config
 from mvptr_ds.data.schema import Caption, Extractor, Record
 from mvptr_ds.data.shards import write_shards
+from mvptr_ds.data.sharing import CollateAndSend
 from mvptr_ds.data.sidecars import sidecar_json
 from mvptr_ds.data.tar_writer import write_tar
 from mvptr_ds.demo.build import build_demo_shards
@@ -31,7 +36,8 @@ from mvptr_ds.ds_config import load_ds_config
 from mvptr_ds.engine import Engine
 from mvptr_ds.optim import build_optimizer
 from mvptr_ds.run_lock import RunLock
-from mvptr_ds.safeguards import BadSamples, LossScale, SkippedSteps, StopSignal
+from mvptr_ds.safeguards import LossScale, SkippedSteps
+from mvptr_ds.stopping import StopSignal
 from mvptr_ds.trainer import Trainer
 from tests.conftest import REPO
 
@@ -50,6 +56,7 @@ class Place:
     dir: Path
     patch: pytest.MonkeyPatch
     arguments: list[str] = field(default_factory=list)
+    at_end: list[socket.socket] = field(default_factory=list)  # held until then
 
     @property
     def shards(self) -> Path:
@@ -270,6 +277,13 @@ def sidecars_without_a_common_record(place: Place) -> None:
     shutil.move(place.dir / "sidecar", place.dir / "first")
     sidecar(place, ("train-000001", "1"))
     place.arguments[-1] = f"data.sidecars=[{place.dir / 'first'},{place.dir / 'sidecar'}]"
+
+
+@case
+def sidecar_without_regions(place: Place) -> None:
+    write_shards(place.dir / "text", [("train-000000", Record("a", 9, 9, (Caption("a red circle"),)), {})], 1)
+    sidecar(place, ("train-000000", "1"))
+    place.arguments.append(f"data.train={place.dir / 'text'}")
 
 
 @case
@@ -553,7 +567,66 @@ def samples_that_cannot_be_used(place: Place) -> None:
 
 @case
 def too_many_bad_samples(place: Place) -> None:
-    place.patch.setattr(Trainer, "_build_engine", lambda *_: BadSamples(0.01).count(31, 3000))
+    place.patch.setattr(Trainer, "_build_engine", lambda *_: BadSamples(0.01, Path("run")).count(31, 3000))
+
+
+@case
+def no_shared_memory(place: Place) -> None:
+    """A limit on the size of files, which the memory of a batch is one of."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def collate_in_little(trainer: Trainer, _: Any) -> None:
+        sample = trainer.dataset[0]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        try:
+            CollateAndSend(num_ready=4)([sample])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    place.patch.setattr(Trainer, "_build_engine", collate_in_little)
+
+
+INIT = parallel.init
+
+
+def environment(place: Place, **values: str) -> None:
+    """Of a rank that a launcher has started; it must be looked at before anything of torch's."""
+    place.patch.setattr(parallel, "init", INIT)
+    for name, value in values.items():
+        place.patch.setenv(name, value)
+
+
+RANK_0 = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="4", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+
+
+@case
+def world_size_without_rank(place: Place) -> None:
+    environment(place, WORLD_SIZE="4")
+
+
+@case
+def rank_without_address(place: Place) -> None:
+    environment(place, RANK="0", LOCAL_RANK="0", WORLD_SIZE="4")
+
+
+@case
+def place_value(place: Place) -> None:
+    environment(place, **RANK_0 | {"RANK": "4"})
+    place.patch.setattr(parallel, "launched_as_main", lambda: True)
+
+
+@case
+def address_unknown(place: Place) -> None:
+    environment(place, **RANK_0 | {"MASTER_ADDR": "nowhere.invalid"})
+    error = socket.gaierror(socket.EAI_NONAME, "Name or service not known")  # whatever the name server here says
+    place.patch.setattr(socket, "getaddrinfo", Mock(side_effect=error))
+
+
+@case
+def port_taken(place: Place) -> None:
+    taken = socket.create_server(("", 0))
+    place.at_end.append(taken)
+    environment(place, **RANK_0 | {"MASTER_PORT": str(taken.getsockname()[1])})
 
 
 @case

@@ -290,6 +290,28 @@ def test_a_model_and_a_split_without_phrases(tmp_path: Path, planted: tuple[Inde
     assert "NaN" not in json.dumps(report)
 
 
+def test_a_split_without_tags_is_not_shown_twice(tmp_path: Path, planted: tuple[Index, Vocabs, Config]) -> None:
+    _, vocabs, config = planted
+    rng, records = np.random.default_rng(5), []
+    for number in range(4):
+        record, features_RD = scene(rng, 2, [(NOUNS[1 + number], "blue"), (NOUNS[5 + number % 4], "small")])
+        regions = tuple(Region(region.box, "") for region in record.regions)
+        npy = io.BytesIO()
+        np.save(npy, features_RD)
+        records.append((f"t{number}", replace(record, image_id=f"t{number}", regions=regions), {"npy": npy.getvalue()}))
+    write_shards(tmp_path / "shards", records, 9)
+    report = evaluate_model(untrained(vocabs), vocabs, config, ensure_index(tmp_path / "shards"), CPU)
+    assert report["num_tags"] == 0 and report["mcr"]["n"] == 0
+    for name, part in report["without_tags"].items():
+        assert part == report[name]
+    lines = table(report).splitlines()
+    assert lines[0] == "held out: 4 scenes, 12 captions, no tags; shares in %"
+    assert not any(line.startswith("without tags") for line in lines)
+    (heads,) = [line.split() for line in lines if "permuted" in line and "regions" not in line]
+    assert heads == ["without", "tags", "permuted"]
+    assert next(line for line in lines if line.startswith("GROUNDING")).split()[3:] == ["uni", "cross"] * 2
+
+
 def test_flat_scores_are_the_shares_of_the_report(evaluation: Evaluation) -> None:
     flat = flatten_scores(evaluation.report)
     assert flat["eval/retrieval/t2i_r1"] == 1.0

@@ -25,6 +25,7 @@ from mvptr_ds.data.shards import build_index
 from mvptr_ds.data.tars import MAX_JSON_BYTES
 from tests.hostile import content, encoded, features, key, member_starts, named_members, npy, picture, write_tar
 from tests.limited import Limited
+from tests.odd_pictures import png
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +182,22 @@ def test_the_largest_jpeg_that_is_decoded_stays_within_the_limit(limited: Limite
     assert limited("index", folder=folder)["result"] == 3
     found = limited("load", folder=folder, number=2, source="image")
     assert found["result"]["num_bad"] == 0
+
+
+def test_a_line_of_millions_of_pixels(limited: Limited, folder: Path) -> None:
+    """Pillow's weights of a side of 40 million pixels are 1.2 GiB."""
+    write_tar(folder / "s.tar", _three(jpg=None, png=png(40_000_000, 1, 0, bytes(5_000_000))))
+    assert limited("index", folder=folder)["result"] == 3
+    assert limited("load", folder=folder, number=2, source="image")["result"]["num_bad"] == 0
+
+
+def test_the_largest_picture_with_alpha_stays_within_the_limit(limited: Limited, folder: Path) -> None:
+    side = int(MAX_IMAGE_PIXELS**0.5)
+    stream = io.BytesIO()
+    Image.new("RGBA", (side, side), (200, 100, 50, 99)).save(stream, "PNG", compress_level=1)
+    write_tar(folder / "s.tar", _three(jpg=None, png=stream.getvalue()))
+    assert limited("index", folder=folder)["result"] == 3
+    assert limited("load", folder=folder, number=2, source="image")["result"]["num_bad"] == 0
 
 
 def test_a_jpeg_over_the_cap_is_refused(limited: Limited, folder: Path) -> None:

@@ -19,18 +19,21 @@ from tests.tiny import TEXT_SLOTS, tiny_model, whole_batch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HALF, FULL = torch.bfloat16, torch.float32
+STAND_INS = ("apex", "flash_attn", "amp_C", "fused_layer_norm_cuda")
+FLASH_ATTN = "def flash_attn_varlen_qkvpacked_func(): ..."
+UNDEFINED = "raise ImportError('amp_C.so: undefined symbol: _ZN3c10\\nand more')"  # as built for another torch
 
 
 @pytest.fixture(autouse=True)
 def _fresh_choices() -> Any:
     """What is installed is looked up once a process; these tests change it."""
-    caches = kernels._attention, kernels.apex_lacks
+    caches = kernels._attention, kernels.apex_lacks, kernels.flash_attn_lacks
     for cache in caches:
         cache.cache_clear()
     yield
     for cache in caches:
         cache.cache_clear()
-    for name in [name for name in sys.modules if name.split(".")[0] in ("apex", "flash_attn")]:
+    for name in [name for name in sys.modules if name.split(".")[0] in STAND_INS]:
         del sys.modules[name]
 
 
@@ -67,23 +70,48 @@ def test_attention_by_device_dtype_and_dropout(
 
 @pytest.mark.parametrize("head_size", [4, 100, 264])
 def test_heads_that_flash_kernels_do_not_take(head_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    installed(tmp_path, monkeypatch, flash_attn="")
+    installed(tmp_path, monkeypatch, flash_attn=FLASH_ATTN)
     choice = kernels.attention(CUDA, HALF, 0.0, head_size)
     assert choice.implementation == kernels.SDPA_PADDED and f"these have {head_size}" in choice.reason
 
 
 def test_gpus_before_ampere_get_no_flash_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    installed(tmp_path, monkeypatch, flash_attn="")
+    installed(tmp_path, monkeypatch, flash_attn=FLASH_ATTN)
     monkeypatch.setattr(kernels, "_before_ampere", lambda device: True)  # as on a V100, where "auto" takes fp16
     choice = kernels.attention(CUDA, torch.float16, 0.0, 64)
     assert choice.implementation == kernels.SDPA_PADDED and "Ampere" in choice.reason
 
 
 def test_flash_attn_serves_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    installed(tmp_path, monkeypatch, flash_attn="")
+    installed(tmp_path, monkeypatch, flash_attn=FLASH_ATTN)
     assert kernels.attention(CUDA, HALF, 0.1, 64).implementation == kernels.FLASH_ATTN
     assert kernels.attention(CUDA, FULL, 0.1, 64).implementation == kernels.SDPA_PADDED
     assert kernels.attention(CPU, HALF, 0.1, 64).implementation == kernels.SDPA_EACH
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ({}, "flash_attn is not installed"),
+        # what flash-attn-4 leaves: a folder without a module in it
+        ({"flash_attn/cute/interface.py": ""}, "the flash_attn that is installed has no flash_attn_varlen_qkvpacked_f"),
+        # version 1 named it otherwise
+        ({"flash_attn.py": "def flash_attn_unpadded_qkvpacked_func(): ..."}, "has no flash_attn_varlen_qkvpacked_func"),
+        ({"flash_attn.py": UNDEFINED}, "(ImportError: amp_C.so: undefined symbol: _ZN3c10)"),
+        ({"flash_attn/__init__.py": "from .flash_attn_interface import x"}, "(ModuleNotFoundError: No module named"),
+        ({"flash_attn.py": "import torch; torch.no_such"}, "(AttributeError: module 'torch' has no attribute"),
+    ],
+)
+@pytest.mark.parametrize(("dropout", "wanted"), [(0.0, kernels.TORCH_FLASH), (0.1, kernels.SDPA_PADDED)])
+def test_a_flash_attn_that_does_not_serve_is_passed_over(
+    files: dict[str, str], reason: str, dropout: float, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    choice = kernels.attention(CUDA, HALF, dropout, 64)
+    assert choice.implementation == wanted and reason in choice.reason, choice
 
 
 # --- layer norm: a stand-in with the signatures of NVIDIA's apex (apex/normalization/fused_layer_norm.py)
@@ -133,6 +161,23 @@ def test_what_is_no_apex(files: dict[str, str], reason: str, tmp_path: Path, mon
     choice = kernels.layer_norm(CUDA)
     assert (choice.implementation, choice.reason) == (kernels.TORCH_NORM, reason)
     assert "apex" not in sys.modules  # PyPI's apex is another project: nothing runs it
+
+
+@pytest.mark.parametrize(
+    ("extension", "module", "reason"),
+    [
+        (UNDEFINED, APEX, "apex is installed, but fused_layer_norm_cuda cannot be imported beside torch"),
+        ("", "import torch; torch.no_such", "apex is installed, but apex.normalization.fused_layer_norm cannot be"),
+        ("", "def fused_layer_norm_affine(): ...", "has no mixed_dtype_fused_layer_norm_affine"),
+    ],
+)
+def test_an_apex_that_does_not_serve_is_passed_over(
+    extension: str, module: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {"apex__normalization__fused_layer_norm": module, "fused_layer_norm_cuda": extension}
+    installed(tmp_path, monkeypatch, **files)
+    choice = kernels.layer_norm(CUDA)
+    assert choice.implementation == kernels.TORCH_NORM and reason in choice.reason, choice
 
 
 def test_layer_norm_is_torchs_in_state_and_values() -> None:

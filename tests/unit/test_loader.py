@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import logging
+import os
 import pickle
 import re
 import resource
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +23,10 @@ from mvptr_ds.data.features import SampleBuilder, SampleOptions
 from mvptr_ds.data.loader import ShardDataset, eval_batches, load_samples, make_loader
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.plan import Plan
-from mvptr_ds.data.schema import Caption, DataError, Phrase, Record, Region
+from mvptr_ds.data.schema import Caption, DataError, PassingError, Phrase, Record, Region
 from mvptr_ds.data.shards import Index, write_shards
 from mvptr_ds.data.sharing import SentBatch
+from mvptr_ds.data.storage import LocalFiles
 from mvptr_ds.data.wordpiece import WordPiece
 from tests.conftest import REPO
 from tests.same import assert_equal_batches
@@ -272,6 +276,14 @@ def test_a_bad_sample_is_replaced_in_the_same_way_every_time(folder: Path, caplo
     assert num_replaced == len(dataset.index.samples_of(5)) == 3
     assert path in caplog.text and "'k5'" in caplog.text and "npy member cannot be read" in caplog.text
     assert sum(sample.num_bad > 0 for sample in first) == 3
+    place = dataset.index.locate(dataset.index.samples_of(5)[0])
+    for sample in first:
+        for bad in sample.bad:
+            assert (bad.position, bad.shard, bad.key, bad.byte) == (sample.position, path, "k5", place.offset)
+            assert "npy member cannot be read" in bad.reason and not bad.passes
+    assert sorted(bad.caption for sample in first for bad in sample.bad[:1]) == [0, 1, 2]
+    (batch,) = make_loader(dataset, Batches(42), 0, 1, num_workers=1)
+    assert batch.bad == tuple(bad for sample in first for bad in sample.bad)
     assert int(collate(first).num_bad_B.sum()) == sum(sample.num_bad for sample in first) >= 3
 
 
@@ -285,8 +297,27 @@ def test_substitutes_are_drawn_apart_from_the_masking(folder: Path) -> None:
         num_bad = next(i for i, number in enumerate(tried) if number not in bad) + 1
         wanted = _built(dataset, tried[num_bad - 1], position, [11, SEED, 3, position])
         found = dataset.load(position, 3, bad[0])
-        assert found.num_bad == num_bad
-        assert_equal_batches(collate([dataclasses.replace(found, num_bad=0)]), wanted)
+        assert len(found.bad) == num_bad
+        assert_equal_batches(collate([dataclasses.replace(found, bad=())]), wanted)
+
+
+def test_a_read_that_fails_names_the_key_and_may_pass(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every second read of a place fails: that of a record, and not the look at its key."""
+    read, times = LocalFiles.read, Counter[tuple[str, int]]()
+
+    def fail(files: LocalFiles, path: str, offset: int, num_bytes: int) -> bytes:
+        times[path, offset] += 1
+        if times[path, offset] % 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return read(files, path, offset, num_bytes)
+
+    monkeypatch.setattr(LocalFiles, "read", fail)
+    with pytest.raises(PassingError, match=r"9 samples in a row .* key 'k\d+', byte \d+, caption \d: .Errno 5. Input"):
+        _dataset(folder)[0]
+    with pytest.raises(PassingError, match="9 samples in a row"):  # it stays what it is on the way from a process
+        next(iter(make_loader(_dataset(folder), Batches(BATCH), 0, 1, num_workers=1)))
+    with pytest.raises(PassingError, match="key 'k0'"):
+        next(eval_batches(Index.open(folder), SampleBuilder(WORDS, VOCAB, SampleOptions(feature_dim=4)), 10))
 
 
 def test_nothing_but_bad_samples_ends_with_the_reason(folder: Path) -> None:

@@ -132,7 +132,7 @@ def apex(monkeypatch: pytest.MonkeyPatch) -> type[FusedAdam]:
     module.FusedAdam = FusedAdam  # type: ignore[attr-defined]
     for name, stand_in in (("apex", ModuleType("apex")), ("apex.optimizers", module)):
         monkeypatch.setitem(sys.modules, name, stand_in)
-    needed = ("optimizers/fused_adam.py", "amp_C")
+    needed = ("optimizers/fused_adam.py", "amp_C", "FusedAdam")
     monkeypatch.setattr(optim, "apex_lacks", lambda *asked: "" if asked == needed else "that is not what it needs")
     FusedAdam.made.clear()
     return FusedAdam

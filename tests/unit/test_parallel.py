@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Mapping
+from unittest.mock import Mock
+
 import pytest
 
+from mvptr_ds import meeting
+from mvptr_ds.meeting import check_place, meet
 from mvptr_ds.parallel import first_host, take_place_from_slurm
 
 JOB = {
@@ -58,3 +64,60 @@ def test_a_site_may_choose_address_and_port() -> None:
 )
 def test_the_first_host_of_a_list(nodelist: str, first: str) -> None:
     assert first_host(nodelist) == first
+
+
+RANK_1 = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize("environment", [{}, {"WORLD_SIZE": "1"}, RANK_1, {"MASTER_PORT": "left over"}])
+def test_a_place_that_is_well_described(environment: dict[str, str]) -> None:
+    check_place(environment)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"RANK": "2"}, "RANK is '2' in the environment, must be one of the numbers 0 to 1"),
+        ({"RANK": "-1"}, "RANK is '-1'"),
+        ({"RANK": "one"}, "RANK is 'one'"),
+        ({"RANK": "²"}, "RANK is '²'"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0' in the environment, must be a whole number of at least 1"),
+        ({"WORLD_SIZE": "2.0"}, "WORLD_SIZE is '2.0'"),
+        ({"LOCAL_RANK": "gpu0"}, "LOCAL_RANK is 'gpu0'"),
+        ({"MASTER_PORT": "tcp://10.0.0.1:29500"}, "MASTER_PORT is 'tcp://10.0.0.1:29500'"),  # as Kubernetes sets it
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT is '65536' in the environment, must be one of the numbers 1 to 65535"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT is '0'"),
+        ({"MASTER_ADDR": ""}, "RANK is set, but not MASTER_ADDR: start the ranks by deepspeed, torchrun or srun"),
+    ],
+)
+def test_a_place_that_makes_no_sense(changes: dict[str, str], said: str) -> None:
+    with pytest.raises(ValueError) as error:
+        check_place({**RANK_1, **changes})
+    assert said in str(error.value)
+
+
+def set_place(monkeypatch: pytest.MonkeyPatch, place: Mapping[str, str]) -> None:
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.timeout(60)
+def test_rank_0_that_cannot_be_reached_at_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a network for documents, which leads nowhere."""
+    with socket.create_server(("", 0)) as free:
+        port = str(free.getsockname()[1])
+    set_place(monkeypatch, {**RANK_1, "RANK": "0", "MASTER_ADDR": "192.0.2.1", "MASTER_PORT": port})
+    monkeypatch.setattr(meeting, "OWN_LIMIT_S", 1.0)
+    with pytest.raises(ValueError, match=r"does not reach what it serves itself at MASTER_ADDR=192.0.2.1, port"):
+        meet(600.0)
+
+
+@pytest.mark.timeout(60)
+def test_name_servers_that_do_not_answer_are_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_place(monkeypatch, RANK_1)
+    silent = Mock(side_effect=socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"))
+    monkeypatch.setattr(socket, "getaddrinfo", silent)
+    monkeypatch.setattr(meeting, "NAME_LIMIT_S", 3.0)
+    with pytest.raises(ConnectionError, match=r"MASTER_ADDR=localhost cannot be resolved on .* no name server answers"):
+        meet(600.0)
+    assert silent.call_count > 1

@@ -235,6 +235,15 @@ def test_phrases_below_the_count_are_dropped_by_kind() -> None:
     }  # fmt: skip
 
 
+def test_phrases_with_a_word_that_is_none_are_dropped_however_frequent() -> None:
+    good = [("t-shirt",), ("o'clock",), ("dog", "2"), ("café",), ("狗",), ("man", "have", "747s"), ("mp3", "1950s")]
+    bad = [("//aiga",), ("gmail", "@"), ("my_house_01",), ("clock12",), ("2",), ("-", "mid"), ("dog", "12.50"), ("🐕",)]
+    summary = Summary()
+    kept = choose_phrases([(phrase, 100) for phrase in [*good, *bad]], 1, None, summary)
+    assert list(kept) == good
+    assert summary.dropped == {"objects with a word that is none": 5, "attributes with a word that is none": 3}
+
+
 def test_the_cap_keeps_the_most_frequent_and_does_not_depend_on_the_order() -> None:
     summary = Summary()
     kept = choose_phrases(COUNTS.items(), 2, 3, summary)

@@ -175,7 +175,7 @@ def test_the_command_prints_a_table_and_json() -> None:
         (["--nodes", "one"], 2, "--nodes is 'one', must be numbers such as 1 or 1,4,16"),
         (["--nodes", "0"], 2, "--nodes is 0, must be at least 1"),
         (["train.batch_size=100"], 1, "train.batch_size=100 cannot be shared by 8 ranks"),
-        (["--measure", "10", "data.train=nowhere"], 1, "nowhere holds no .tar file"),
+        (["--measure", "10", "data.train=nowhere"], 1, "nowhere (data.train) holds no .tar file"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(arguments: list[str], code: int, message: str) -> None:

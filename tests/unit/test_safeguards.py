@@ -1,4 +1,4 @@
-"""Signals, the guard against hanging, skipped steps, bad samples."""
+"""Signals to loader processes, the guard against hanging, skipped steps, bad samples."""
 
 from __future__ import annotations
 
@@ -14,32 +14,20 @@ import numpy as np
 import pytest
 import torch
 
+from mvptr_ds.bad_samples import BadSamples
 from mvptr_ds.data.batches import Batches
 from mvptr_ds.data.loader import ShardDataset, make_loader
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.safeguards import (
-    BadSamples,
     HangGuard,
     LossScale,
     SkippedSteps,
-    StopSignal,
     TrainingError,
     agree,
     collectives_timeout_s,
 )
 from tests.conftest import REPO
 from tests.tiny import sample
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_is_noted_and_a_second_changes_nothing(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
-    with StopSignal() as stop:
-        assert stop.received is None and not stop.wait(0.0)
-        os.kill(os.getpid(), number)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.wait(5.0) and stop.received in (number.name, "SIGTERM")
-    assert signal.getsignal(number) == before
 
 
 def test_agreeing_is_any(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +139,7 @@ def test_skipped_steps(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_bad_samples_are_compared_with_what_was_read() -> None:
-    bad = BadSamples(max_fraction=0.01)
+    bad = BadSamples(0.01, Path("run"))
     bad.count(10, 20)  # what 1,000 samples may have: too early to say more
     bad.count(10, 1980)  # 20 of 2,000
     with pytest.raises(DataError, match=r"21 samples could not be read among 2000, .*data.max_bad_fraction=0.01"):
@@ -160,11 +148,11 @@ def test_bad_samples_are_compared_with_what_was_read() -> None:
 
 def test_a_few_samples_can_have_too_many_bad_ones() -> None:
     """A run that is shorter than the samples that the fraction is taken of ends, too."""
-    bad = BadSamples(max_fraction=0.01)
+    bad = BadSamples(0.01, Path("run"))
     with pytest.raises(DataError, match="11 samples could not be read among 64"):
         bad.count(11, 64)
     with pytest.raises(DataError, match="1 samples could not be read among 8"):
-        BadSamples(max_fraction=0.0).count(1, 8)
+        BadSamples(0.0, Path("run")).count(1, 8)
 
 
 class SlowDataset(ShardDataset):
@@ -206,7 +194,7 @@ def test_a_signal_to_the_loader_processes_does_not_end_them() -> None:
         masks = [blocked_signals(task / "status") for task in Path(f"/proc/{worker}/task").iterdir()]
         waits = {signal.SIGUSR1, signal.SIGINT}  # for SIGTERM, which the system takes out of its mask meanwhile
         open_to_some = [mask for mask in masks if not set(left_alone) <= mask]
-        assert len(masks) >= 3 and len(open_to_some) <= 1 and all(waits <= mask for mask in open_to_some), masks
+        assert len(masks) >= 2 and len(open_to_some) <= 1 and all(waits <= mask for mask in open_to_some), masks
     for _ in range(5):
         send()
     seen += [batch.position_B.tolist() for batch in batches]

@@ -84,10 +84,12 @@ def test_a_folder_of_folders_of_shards_names_them(folder: Path, tmp_path: Path) 
     shutil.copy(folder / "shard-000000.tar", tmp_path / "clip/held_out")
     clip = tmp_path / "clip"
     for look in (build_index, ensure_index, validate):
-        with pytest.raises(DataError, match=rf"clip holds no \.tar file; held_out below it do: .* {clip}/held_out$"):
+        with pytest.raises(
+            DataError, match=rf"clip holds no \.tar file; there are some below it, in held_out: .* {clip}/held_out$"
+        ):
             look(clip)
     shutil.copy(folder / "shard-000000.tar", clip / "train")
-    with pytest.raises(DataError, match=rf"held_out, train below it do: name one of them, such as {clip}/train$"):
+    with pytest.raises(DataError, match=rf"in held_out, train: name one of these, such as {clip}/train$"):
         list_inputs([clip])
     with pytest.raises(DataError, match=r"nowhere holds no \.tar file; name a folder of shards$"):
         build_index("nowhere")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import pickle
@@ -13,14 +14,16 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from PIL import Image
 
 from mvptr_ds import assembly
 from mvptr_ds.config import Config, DataConfig, TaskConfig
 from mvptr_ds.data.batches import Batches
+from mvptr_ds.data.collate import Sample
 from mvptr_ds.data.features import SampleBuilder, SampleOptions
 from mvptr_ds.data.index import Index
 from mvptr_ds.data.joined import JoinedIndex, ensure_join, join_path
-from mvptr_ds.data.loader import ShardDataset, make_loader, read_sample_record
+from mvptr_ds.data.loader import ShardDataset, load_samples, make_loader, read_sample_record
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.plan import Plan
 from mvptr_ds.data.schema import Caption, DataError, Extractor, Phrase, Record, Region, SidecarEntry, parse_entry
@@ -366,6 +369,67 @@ def test_stages_that_align_refuse_what_is_no_pair(tmp_path: Path) -> None:
     assert (len(index), index.num_text_only_samples, index.num_image_only_samples) == (3, 0, 0)
     with pytest.raises(DataError, match="0 text-only and 1 image-only samples among 4"):
         opened(tmp_path, config(tmp_path / "all", beside, missing_partners="keep"), "stage2")
+
+
+def seen_records(tmp_path: Path, members: Callable[[int], dict[str, bytes]]) -> Path:
+    """Six records with regions of their own."""
+    items = [(key(n), Record(str(n), 9, 9, (Caption(text(n)),), regions(n)), members(n)) for n in range(6)]
+    write_shards(tmp_path / "seen", items, 4)
+    return tmp_path / "seen"
+
+
+def emptied(tmp_path: Path, name: str, numbers: list[int]) -> Path:
+    """Entries of no regions for some records, and of other regions for the rest."""
+    nothing = {"json": sidecar_json(DETR, width=9, height=9, regions=())}
+    items = [*((key(n), nothing) for n in numbers), *boxes_of([n for n in range(6) if n not in numbers])]
+    return write(tmp_path / name, items)
+
+
+def test_records_whose_regions_a_sidecar_takes_away_are_left_out_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shards = seen_records(tmp_path, lambda n: {"npy": npy_bytes(features(n))})
+    beside, phrased = emptied(tmp_path, "beside", [1, 4]), write(tmp_path / "p", phrases_of([0, 2, 4]))
+    with caplog.at_level("WARNING"):
+        index = opened(tmp_path, config(shards, beside, allow_mixed_extractors=True))
+    assert "2 records have nothing to see, for the sidecars say that they have no regions: they are left" in caplog.text
+    assert [index.read(index.locate(n))[0].image_id for n in range(len(index))] == ["0", "2", "3", "5"]
+    for joined, num in (([beside, phrased], 2), ([beside, write(tmp_path / "all", boxes_of([*range(6)]))], 6)):
+        data = config(shards, *joined, allow_mixed_extractors=True)
+        assert (len(opened(tmp_path, data)), opened(tmp_path, data).num_text_only_samples) == (num, 0)
+    data = config(shards, beside, allow_mixed_extractors=True, missing_partners="keep")
+    assert opened(tmp_path, data, "stage1").num_text_only_samples == 2
+    with pytest.raises(DataError, match="2 text-only and 0 image-only samples among 6"):
+        opened(tmp_path, data)
+    with pytest.raises(DataError, match=r"the sidecars give no record of .* a region, and there is no picture"):
+        opened(tmp_path, config(shards, emptied(tmp_path, "none", [*range(6)]), allow_mixed_extractors=True))
+
+
+@pytest.mark.parametrize("empty", ["no features", "features of no rows"])
+def test_what_the_join_cannot_know_is_replaced_when_it_is_read(tmp_path: Path, empty: str) -> None:
+    """One record has a picture, so an entry of no regions need not leave the others blind."""
+    shards = seen_records(
+        tmp_path, lambda n: {"npy": npy_bytes(features(n)), **({"jpg": b"picture"} if n == 5 else {})}
+    )
+    nothing = {"json": sidecar_json(DETR, width=9, height=9, regions=())}
+    if empty != "no features":
+        nothing["npy"] = npy_bytes(features(0)[:0])
+    beside = write(tmp_path / "beside", [(key(1), nothing), *boxes_of([0, 2, 3, 4, 5])])
+    index = opened(tmp_path, config(shards, beside, allow_mixed_extractors=True))
+    assert len(index) == 6
+    dataset = dataset_of(index, needs_regions=True)
+    samples = [dataset[position] for position in range(6)]
+    assert sum(sample.num_bad > 0 for sample in samples) == 1 and all(len(s.region_geometry_R6) for s in samples)
+
+
+def test_pictures_without_boxes_get_their_grid(tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (9, 9)).save(stream, "PNG")
+    shards = seen_records(tmp_path, lambda n: {"png": stream.getvalue()})
+    index = opened(tmp_path, config(shards, emptied(tmp_path, "beside", [1, 4]), allow_mixed_extractors=True))
+    builder = SampleBuilder(WORDS, VOCAB, SampleOptions(visual_source="image", image_size=8, needs_regions=True))
+    found = load_samples(index, builder, [(n, n, np.random.default_rng(0)) for n in range(6)])
+    assert [len(s.region_geometry_R6) for s in found if isinstance(s, Sample)] == [1, 16, 3, 1, 16, 3]
 
 
 def test_held_out_shards_may_have_sidecars_of_their_own(tmp_path: Path, images: Path, boxes: Path) -> None:

@@ -24,6 +24,7 @@ ELSEWHERE = {
     "corpus/preview/measures.py": "the records of a page",
     "demo/scene.py": "the scenes of the demo, which stay as they are",
     "planning/lengths.py": "lengths to plan with, always the same",
+    "preflight_records.py": "a masking that nobody trains on",
     "streams.py": "here",
     "timing.py": "numbers to measure a device with",
 }

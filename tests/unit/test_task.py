@@ -35,6 +35,11 @@ BATCHES: dict[str, Callable[[], Batch]] = {
     "one image of one region": lambda: collate([sample(0, 0, regions=1), sample(1, 1, regions=5)]),
     "the same image throughout": lambda: collate([sample(i, 0) for i in range(3)]),
     "no tag": lambda: collate([sample(i, i, tags=0) for i in range(3)]),
+    "no region": lambda: collate([sample(i, i, regions=0) for i in range(3)]),
+    "one image of no region": lambda: collate([sample(i, i, regions=3 * (i != 1)) for i in range(3)]),
+    "neither tag nor region": lambda: collate([sample(i, i, tags=i, regions=0) for i in range(3)]),
+    "neither phrase nor region": lambda: collate([sample(i, i, phrases=i, regions=2 - i) for i in range(3)]),
+    "no token either": lambda: collate([sample(i, i, tokens=0, phrases=0, tags=0, regions=0) for i in range(2)]),
     "nothing at all": lambda: collate([sample(0, 0, tokens=1, phrases=0, tags=0, regions=1, masked=False)]),
 }
 
@@ -122,6 +127,12 @@ def test_counts_say_what_was_predicted() -> None:
     out = build("stage2")(whole_batch(), 0)
     counts = {name: float(part.count) for name, part in out.parts.items()}
     assert counts == {"mcr_tags": 12, "mcr_regions": 12, "vsc": 4, "mlm": 4, "itm": 8, "wpg_cross": 4, "wpg": 4}
+    blind = build("stage2")(BATCHES["one image of no region"](), 0)
+    counts = {name: float(part.count) for name, part in blind.parts.items()}
+    # one of three has no region: it does not count, nor does who is compared with it
+    assert counts["wpg"] <= 2 and counts["wpg_cross"] <= 2 and counts["mcr_regions"] == 6
+    counts = {n: float(part.count) for n, part in build("stage2")(BATCHES["no region"](), 0).parts.items()}
+    assert counts["wpg"] == counts["wpg_cross"] == counts["mcr_regions"] == 0 and counts["mlm"] == 3
     none = build("stage2")(BATCHES["the same image throughout"](), 0)
     counts = {name: float(part.count) for name, part in none.parts.items()}
     assert counts["itm"] == 3  # matches still count, mismatches do not exist

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import tarfile
 from collections.abc import Callable
@@ -16,10 +17,11 @@ import webdataset
 
 from mvptr_ds.corpus import validation
 from mvptr_ds.corpus.jobs import PROGRESS_NAME
+from mvptr_ds.corpus.sources.img2dataset import list_tars
 from mvptr_ds.corpus.validation import Result, validate
 from mvptr_ds.data.pixels import TRANSPARENT, WIDE_GREY
 from mvptr_ds.data.schema import DataError
-from mvptr_ds.data.shards import build_index
+from mvptr_ds.data.shards import Index, build_index
 from mvptr_ds.data.tars import MAX_JSON_BYTES, MAX_MEMBER_BYTES, MAX_RECORD_MEMBERS
 from tests.hostile import (
     HEIGHT,
@@ -493,6 +495,75 @@ def test_a_zeroed_tail(folder: Path) -> None:
     assert len(read_by_webdataset(tar)) == num_before
     result = refused(folder)
     assert any("its tail was lost" in case for cases in result.examples.values() for case in cases)
+
+
+@pytest.mark.parametrize("blocks", [1, 20, 100, 1000, 2048, 8192])
+def test_any_blocking_factor_of_tar_is_padding(tmp_path: Path, blocks: int) -> None:
+    """The last member ends in zeros, as a lost tail's would."""
+    tar = write_tar(tmp_path / "whole.tar", named_members([0, 1], npy=npy(np.zeros((2, 4), dtype=np.float16))))
+    with tarfile.open(tar) as opened:
+        end = 512 * (-(-max(m.offset_data + m.size for m in opened) // 512) + 2)
+    size = -(-end // (512 * blocks)) * 512 * blocks
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    (folder / "s.tar").write_bytes(tar.read_bytes()[:end].ljust(size, b"\0"))
+    assert validate(folder).is_clean and build_index(folder).num_records == 2
+
+
+def test_zeros_alone_are_no_tar_but_for_the_usual_padding(tmp_path: Path) -> None:
+    (tmp_path / "s.tar").write_bytes(bytes(1 << 20))
+    assert "its tail was lost" in str(refused(tmp_path).examples)
+
+
+def as_macos_writes_it(tar: Path, named: list[tuple[str, bytes]]) -> Path:
+    """Before each member its attributes, in a file of its own and in PAX headers; folders and their settings."""
+    with tarfile.open(tar, "w", format=tarfile.PAX_FORMAT) as opened:
+        folder = tarfile.TarInfo("./")
+        folder.type = tarfile.DIRTYPE
+        opened.addfile(folder)
+        attributes = b"\0\5\x16\7\0\2\0\0Mac OS X".ljust(163, b"\0")
+        for name, data in [("._.", attributes), (".DS_Store", b"\0\0\0\1Bud1"), *named, ("__MACOSX/._x", attributes)]:
+            for path, content in ((f"./._{name}", attributes), (f"./{name}", data)):
+                info = tarfile.TarInfo(path)
+                info.size = len(content)
+                info.pax_headers = {
+                    "LIBARCHIVE.xattr.com.apple.quarantine": "MDA=",
+                    "SCHILY.xattr.com.apple.x": "\0=\n",
+                }
+                opened.addfile(info, io.BytesIO(content))
+    return tar
+
+
+def test_a_tar_as_macos_writes_it_is_sound(tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    tar = as_macos_writes_it(folder / "s.tar", named_members([0, 1, 2]))
+    result = validate(folder)
+    assert result.is_clean and result.summary.counts["files that a Mac added (._NAME, .DS_Store), passed over"] == 13
+    index = build_index(folder)
+    assert (index.num_records, [index.key_of(index.place(n)) for n in range(3)]) == (3, ALL[:3])
+    assert [index.read(index.place(n))[1] for n in range(3)] == [members(n) for n in range(3)]
+    assert sum(map(is_whole, read_by_webdataset(tar))) == 3
+    assert repaired(folder)[1] == ALL[:3]
+
+
+def test_a_damaged_tar_of_a_mac_keeps_what_is_sound(tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    tar = as_macos_writes_it(folder / "s.tar", named_members([0, 1, 2]))
+    tar.write_bytes(tar.read_bytes()[: member_starts(tar)["./._k0002.npy"] + 700])
+    refused(folder)
+    assert repaired(folder)[1] == ALL[:2]
+
+
+def test_a_shard_whose_name_is_not_utf_8_is_named(folder: Path) -> None:
+    named = os.fsencode(folder) + b"/caf\xe9.tar"
+    os.rename(folder / "shard-000000.tar", named)
+    with pytest.raises(DataError, match=r"such as caf.udce9.tar; rebuild the index|shard .* is missing"):
+        Index.open(folder)
+    for look in (build_index, validate, lambda path: list_tars([path])):
+        with pytest.raises(DataError, match=r"the name of the shard '.*caf\\udce9.tar' is not UTF-8; rename it"):
+            look(folder)
 
 
 def test_a_picture_that_is_missing_among_others(tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from nltk.tag.perceptron import PerceptronTagger
-from tqdm import tqdm
 
 from mvptr_ds.corpus.concepts.backends import DEPENDENCIES_NAME, LEMMAS_NAME, TAGGER_NAME, SpacyBackend, normalised
 from mvptr_ds.corpus.concepts.dependency import DependencyParser, Model
@@ -28,6 +27,7 @@ from mvptr_ds.corpus.concepts.lemmas import CLASS_OF_TAG, PLURAL, by_rule
 from mvptr_ds.corpus.concepts.tokens import token_spans
 from mvptr_ds.corpus.concepts.training import ParserTrainer, Silver, quantised
 from mvptr_ds.data.schema import DataError
+from mvptr_ds.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def annotate(captions: Sequence[str]) -> list[Silver]:
     """spaCy's tags and trees; captions in capitals throughout are left out, spaCy reads them badly."""
     backend = SpacyBackend()
     out = []
-    for start in tqdm(range(0, len(captions), _CHUNK), desc="annotate", disable=None):
+    for start in progress_bar(range(0, len(captions), _CHUNK), desc="annotate"):
         texts = captions[start : start + _CHUNK]
         spans = [token_spans(text) for text in texts]
         for text, found, annotation in zip(texts, spans, backend.annotate(texts, spans), strict=True):

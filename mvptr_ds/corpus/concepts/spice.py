@@ -17,6 +17,7 @@ from mvptr_ds.corpus.concepts.lemmas import Lemmatiser
 from mvptr_ds.corpus.concepts.spans import is_said_by, to_spans
 from mvptr_ds.corpus.concepts.text_files import count_phrases, phrases_json
 from mvptr_ds.corpus.concepts.tokens import Span, token_spans
+from mvptr_ds.corpus.concepts.web import are_words
 from mvptr_ds.corpus.jobs import Summary, put_in_place
 from mvptr_ds.data.schema import Caption, DataError, Phrase, Words
 
@@ -44,7 +45,9 @@ def read_spice(source: Path, tuples: Path, lemmatiser: Lemmatiser) -> tuple[list
         for words in all_words:
             ordered = (words[0], words[2], words[1]) if swap and len(words) == 3 else words
             phrase = find_phrase(text, ordered, lemmatiser)
-            if phrase is None:
+            if not are_words(ordered):
+                summary.drop("tuple with a word that is none", f"{text[:60]!r}: {words}")
+            elif phrase is None:
                 summary.drop("tuple whose words the caption does not say", f"{text[:60]!r}: {words}")
             else:
                 phrases.append(phrase)

@@ -44,14 +44,13 @@ class Work:
         path = part_path(self.parts, number)
         partial = path.with_name(path.name + ".partial")
         parser = get_parser(self.backend)
-        before = parser.num_dropped
+        parser.left_out.clear()
         with partial.open("w", encoding="utf-8") as out:
             for batch in _batches(_read_lines(self.source, start, end)):
                 for line in _parse(batch, parser, self.source, summary):
                     out.write(line + "\n")
         os.replace(partial, path)
-        if parser.num_dropped > before:
-            summary.drop("phrase whose words the text does not say", str(self.source), parser.num_dropped - before)
+        count_left_out(summary, parser, str(self.source))
         return summary
 
 
@@ -98,6 +97,12 @@ def part_path(parts: Path, number: int) -> Path:
 def phrases_json(phrases: Sequence[Phrase]) -> list[dict[str, Any]]:
     """As the phrases of a caption stand in a record."""
     return [{"tuple": list(phrase.tuple), "spans": [list(span) for span in phrase.spans]} for phrase in phrases]
+
+
+def count_left_out(summary: Summary, parser: PhraseParser, where: str) -> None:
+    """What the parser left out since its counts were cleared."""
+    for reason, number in sorted(parser.left_out.items()):
+        summary.drop(reason, where, number)
 
 
 def count_phrases(summary: Summary, phrases: Sequence[Phrase]) -> None:

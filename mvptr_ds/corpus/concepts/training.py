@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from mvptr_ds.corpus.concepts.dependency import LEFT, RIGHT, SHIFT, DependencyParser, Model, States, batches
 from mvptr_ds.corpus.concepts.templates import feature_rows, make_multipliers
+from mvptr_ds.progress import progress_bar
 
 MAX_PRUNED = 3  # of 127
 RARE = 20  # a label seen less often is "dep"
@@ -91,7 +91,7 @@ class ParserTrainer:
     def epoch(self, silver: Sequence[Silver], tags: Sequence[Sequence[str]], explore: float, desc: str) -> float:
         """One pass; returns the share of transitions that cost nothing."""
         num_right = num_all = 0
-        for chosen in tqdm(list(self._batches(silver)), desc=desc, disable=None):
+        for chosen in progress_bar(list(self._batches(silver)), desc=desc):
             right, made = self._learn([silver[i] for i in chosen], [tags[i] for i in chosen], explore)
             num_right, num_all = num_right + right, num_all + made
         return num_right / max(1, num_all)

@@ -9,12 +9,12 @@ import contextlib
 import functools
 import math
 import multiprocessing
+import signal
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from tqdm import tqdm
 
 from mvptr_ds.data.features import SampleOptions
 from mvptr_ds.data.layout import layout_tags, layout_text
@@ -22,6 +22,8 @@ from mvptr_ds.data.schema import DataError, Record
 from mvptr_ds.data.shards import SampleIndex
 from mvptr_ds.data.tars import IMAGE_EXTENSIONS, record_key
 from mvptr_ds.data.wordpiece import WordPiece
+from mvptr_ds.progress import progress_bar
+from mvptr_ds.signals import blocked
 
 PARTS = ("text slots", "tag slots", "regions")
 _CHUNK_RECORDS = 250
@@ -96,10 +98,11 @@ def measure_folder(
     work = functools.partial(measure, index, words, grid_size=grid_size)
     total = Measures()
     with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=len(numbers), unit="record", desc="statistics", delay=1.0))
+        bar = stack.enter_context(progress_bar(total=len(numbers), unit="record", desc="statistics", delay=1.0))
         parts: Iterable[Measures] = map(work, chunks)
         if num_processes > 1:  # a pool of this kind ends with this process, however that ends
-            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(num_processes))
+            with blocked([signal.SIGINT]):  # which a terminal sends to all
+                pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(num_processes))
             parts = pool.imap(work, chunks)
         for part, chunk in zip(parts, chunks, strict=True):
             total.add(part)

@@ -16,8 +16,6 @@ from pathlib import Path
 from string import Template
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from mvptr_ds.corpus.preview.card import card
 from mvptr_ds.corpus.preview.charts import bars, histogram
 from mvptr_ds.corpus.preview.markup import Html, element, escaped, joined, shortened
@@ -35,6 +33,7 @@ from mvptr_ds.data.features import SampleOptions
 from mvptr_ds.data.joined import DROP, JoinedIndex, check_kinds, ensure_join, join_path
 from mvptr_ds.data.shards import Index, SampleIndex, ensure_index
 from mvptr_ds.data.wordpiece import WordPiece
+from mvptr_ds.progress import progress_bar
 
 BATCH_SIZE = 32  # of the padding that is foretold
 _NUM_TOP = 30
@@ -82,8 +81,8 @@ def write_preview(
         numbers = draw_records(index, num_measured, seed, _STATISTICS)
         measures = measure_folder(index, WordPiece(), numbers, options.grid_size, num_processes)
         shown = draw_records(index, num_records, seed, _CARDS)
-        progress = tqdm(shown, unit="record", desc="page", delay=1.0)
-        cards = [card(index, number, options.grid_size) for number in progress]
+        bar = progress_bar(shown, unit="record", desc="page", delay=1.0)
+        cards = [card(index, number, options.grid_size) for number in bar]
     title = str(folder)
     body = joined(
         element("header", element("h1", title), _tiles(index, folders[0], measures), *_sources(folders, partners)),

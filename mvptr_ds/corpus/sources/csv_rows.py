@@ -27,6 +27,8 @@ _SPACE, _DIGIT = re.compile(r"\s"), re.compile(r"\d")
 class CsvRows:
     """The heading of a table, and by iteration (number of the first line from 1, cells) of every other row.
 
+    A row has as many cells as the heading: those that it lacks are empty.
+
     A `.tsv` file is separated by tabs and has no multi-line cells: a quote there is a character like others, unless it
     encloses a whole cell. What cannot be read is counted in `summary`, by lines.
 
@@ -62,26 +64,33 @@ class CsvRows:
             except csv.Error as error:
                 problem = str(error)
             taken = list(self._lines.taken)
+            number, line = taken[0]
             if cells is None or len(taken) > 1:
-                cells = self._read_again(cells, taken, problem)
-            if cells:
-                yield taken[0][0], self._cleaned(cells)
+                own = self._alone(line)
+                end = self._end_of_row([other for _, other in taken], own)
+                if end < len(taken):
+                    self._lines.give_back(taken[end:])
+                    cells = None
+                if cells is None and end == 1 and len(own) == len(self.heading):
+                    cells = own
+                taken = taken[:end]
+            where = f"{self._source.name}, line {number}"
+            if cells is None:
+                self._summary.drop(UNREADABLE, f"{where}: {problem}", len(taken))
+            elif len(cells) > len(self.heading):
+                self._summary.drop("row: more cells than the heading", where, len(taken))
+            elif cells:
+                yield number, self._cleaned(cells) + [""] * (len(self.heading) - len(cells))
 
-    def _read_again(self, cells: list[str] | None, taken: list[tuple[int, str]], problem: str) -> list[str] | None:
-        """Cells of the row that begins with `taken`'s first line; what does not belong to it is given back."""
-        number, line = taken[0]
-        own = self._alone(line)
-        at = next((at for at, (_, other) in enumerate(taken) if at and self._is_row(other, own)), None)
-        if at is not None:
-            self._lines.give_back(taken[at:])
-            num_lost, cells = at, None
-        else:
-            num_lost = len(taken)
-        if cells is None and num_lost == 1:
-            cells = own if len(own) == len(self.heading) else None
-        if cells is None:
-            self._summary.drop(UNREADABLE, f"{self._source.name}, line {number}: {problem}", num_lost)
-        return cells
+    def _end_of_row(self, lines: list[str], own: list[str]) -> int:
+        """How many of the lines that a row has taken are its own; `own` are the cells of the first line."""
+        swallowed = lines[1:]
+        for number, line in enumerate(swallowed, start=1):
+            if self._is_row(line, own):
+                return number
+        if len(swallowed) > 1 and all(self._could_be_row(line, own) for line in swallowed):
+            return 1  # the pictures' names look like nothing, but a caption is not made of such lines alone
+        return len(lines)
 
     def _alone(self, line: str) -> list[str]:
         """Cells of a line whose quotes are characters like others; none where it cannot be read."""
@@ -90,19 +99,23 @@ class CsvRows:
         except csv.Error:
             return []
 
-    def _is_row(self, line: str, other: list[str]) -> bool:
-        """Whether a line is a row by itself, of a picture named in the manner of the one in the row `other`."""
+    def _is_row(self, line: str, own: list[str]) -> bool:
+        """Whether a line is a row by itself, of a picture named in the manner of the one in the row `own`."""
+        if not (image := self._could_be_row(line, own)):
+            return False
+        suffix, own_suffix = (PurePath(name).suffix.lower() for name in (image, own[self.image_at].strip('"')))
+        return suffix in PICTURE_SUFFIXES or bool(suffix == own_suffix and _DIGIT.search(image))
+
+    def _could_be_row(self, line: str, own: list[str]) -> str:
+        """The name of the picture in a line that has as many cells as the heading; "" where it has none."""
         try:
             cells = next(csv.reader([line], delimiter=self._delimiter), [])
         except csv.Error:
-            return False
-        if len(cells) != len(self.heading) or len(other) <= self.image_at:
-            return False
-        image, known = cells[self.image_at], other[self.image_at].strip('"')
-        if _SPACE.search(image) and not _SPACE.search(known):
-            return False
-        suffix = PurePath(image).suffix.lower()
-        return suffix in PICTURE_SUFFIXES or bool(suffix == PurePath(known).suffix.lower() and _DIGIT.search(image))
+            return ""
+        if len(cells) != len(self.heading) or len(own) <= self.image_at:
+            return ""
+        image = cells[self.image_at]
+        return "" if _SPACE.search(image) and not _SPACE.search(own[self.image_at]) else image
 
     def _cleaned(self, cells: list[str]) -> list[str]:
         return [_unquoted(cell) for cell in cells] if self._is_tsv else cells

@@ -11,6 +11,7 @@ from typing import BinaryIO
 from mvptr_ds.corpus.jobs import Summary
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.data.tars import IMAGE_EXTENSIONS, Member, iter_members, split_name
+from mvptr_ds.data.tars import list_tars as tars_of_folder
 
 _READ = frozenset(("txt", "json", *IMAGE_EXTENSIONS))
 _MAX_TEXT_BYTES = 1 << 20
@@ -21,11 +22,11 @@ def list_tars(sources: Iterable[Path]) -> list[Path]:
     """The tars named, and those in the folders named, in the order of their names.
 
     Raises:
-        DataError: none there, or two of one name.
+        DataError: none there, two of one name, or a name that is not UTF-8.
     """
     tars: list[Path] = []
     for source in sources:
-        found = sorted(source.glob("*.tar")) if source.is_dir() else [source]
+        found = tars_of_folder(source) if source.is_dir() else [source]
         if not found or not all(tar.is_file() for tar in found):
             raise DataError(f"{source} holds no .tar file; give img2dataset's output folder (output_format webdataset)")
         tars += found

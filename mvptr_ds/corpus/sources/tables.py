@@ -55,13 +55,8 @@ def read_csv(source: Path, image_column: str, caption_column: str, summary: Summ
     columns = _find_columns(source, rows.heading, (image_column, caption_column))
     rows.image_at, caption_at = (rows.heading.index(column) for column in columns)
     for number, cells in rows:
-        where = f"{source.name}, line {number}"
-        if len(cells) > len(rows.heading):
-            summary.drop("row: more cells than the heading", where)
-            continue
-        cells += [""] * (len(rows.heading) - len(cells))
         entry = {image_column: cells[rows.image_at], caption_column: _list_in(cells[caption_at])}
-        yield from _row(entry, image_column, caption_column, where, summary)
+        yield from _row(entry, image_column, caption_column, f"{source.name}, line {number}", summary)
 
 
 def _list_in(cell: str) -> Any:

@@ -32,8 +32,8 @@ test: install
 # kills, hangs and poisons ranks at random instants and compares what runs come to with undisturbed ones; then, as root with
 # Debian's SLURM, a node that dies, a preemption and a resume on fewer nodes. The limit: four ranks on two cores are slow
 faults: install
-	$(BIN)/python tools/faults.py --tries $(TRIES) --ranks 2 --out runs/faults
-	$(BIN)/python tools/faults.py --tries $$(( ($(TRIES) + 1) / 2 )) --ranks 4 --limit 60 --out runs/faults-of-4
+	$(BIN)/python tools/dev/faults.py --tries $(TRIES) --ranks 2 --out runs/faults
+	$(BIN)/python tools/dev/faults.py --tries $$(( ($(TRIES) + 1) / 2 )) --ranks 4 --limit 60 --out runs/faults-of-4
 	$(BIN)/python -m pytest tests/slurm -m faults
 
 # 100,000 damaged tars, records, features and pictures: each is read or refused, nothing else

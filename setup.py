@@ -13,7 +13,7 @@ REQUIRES = [
     "msgspec>=0.20",  # the JSON of a record, parsed into checked fields in a third of the time
     "numpy>=1.26",  # the index, masking, keyed randomness
     "pillow>=10.1",  # image decoding
-    # the same for JPEG, 1.5 times as fast (tools/bench_loader.py); Pillow does it where there is no wheel
+    # the same for JPEG, 1.5 times as fast (tools/bench/bench_loader.py); Pillow does it where there is no wheel
     'simplejpeg>=1.8; platform_machine in "x86_64 AMD64 aarch64 arm64"',
     "pyyaml>=6",  # configuration
     "safetensors>=0.5",  # weights without pickle

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from mvptr_ds.config_reading import PATH, Overlay, Range, conclude, out_of_range
-from mvptr_ds.user_files import expanded, read_text
-from mvptr_ds.yaml_nodes import Node, dump_yaml, parse_yaml, plain
+from mvptr_ds.user_io.user_files import expanded, read_text
+from mvptr_ds.user_io.yaml_nodes import Node, dump_yaml, parse_yaml, plain
 
 STAGES = ("stage1", "stage2", "joint")
 CONFIGS_DIR = Path(__file__).resolve().parent / "configs"

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mvptr_ds.user_files import expanded
-from mvptr_ds.yaml_nodes import BOOLEANS, Node, number_of, parse_argument, plain
+from mvptr_ds.user_io.user_files import expanded
+from mvptr_ds.user_io.yaml_nodes import BOOLEANS, Node, number_of, parse_argument, plain
 
 PATH = "path"  # a text that names a file, a folder or a URL: its `~` is expanded
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from mvptr_ds.config import OptimConfig, TrainConfig
-from mvptr_ds.user_files import expanded, parse_json, read_text
+from mvptr_ds.user_io.user_files import expanded, parse_json, read_text
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

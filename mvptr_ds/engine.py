@@ -16,15 +16,17 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from mvptr_ds import ds_config, model_folder, parallel
+from mvptr_ds import ds_config
+from mvptr_ds.checkpoints import model_folder
 from mvptr_ds.config import OptimConfig
 from mvptr_ds.data.collate import Batch
-from mvptr_ds.grad_norm import spare_kernels
-from mvptr_ds.lamb import Lamb
+from mvptr_ds.distributed import collectives
+from mvptr_ds.guards import LossScale
 from mvptr_ds.model.mvptr import Mvptr
-from mvptr_ds.optim import build_optimizer, parameter_groups
-from mvptr_ds.safeguards import LossScale
-from mvptr_ds.task import Task, TaskOutput
+from mvptr_ds.objectives.task import Task, TaskOutput
+from mvptr_ds.optim.lamb import Lamb
+from mvptr_ds.optim.optimizer import build_optimizer, parameter_groups
+from mvptr_ds.optim.zero_grad_norm import patch_zero_grad_norm
 
 UNIVERSAL = {"checkpoint": {"load_universal": True}}  # what the JSON of an engine that loads such a checkpoint says
 
@@ -51,7 +53,7 @@ class Engine:
         groups = parameter_groups(trained, optim.weight_decay)
         self._optimizer = build_optimizer(groups, optim, learning_rate, ds_config.optimizer_device(filled, device))
         self._deepspeed, *_ = deepspeed.initialize(model=task, optimizer=self._optimizer, config=filled)
-        spare_kernels(self._deepspeed.optimizer)
+        patch_zero_grad_norm(self._deepspeed.optimizer)
         if isinstance(self._optimizer, Lamb):
             self._optimizer.follow_zero(self._sum_over_ranks)
         if self.zero_stage == 3:
@@ -106,14 +108,14 @@ class Engine:
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 whole = deepspeed.utils.safe_get_full_fp32_param(parameter)
-                if parallel.is_main():
+                if collectives.is_main():
                     weights[name] = (parameter if whole is None else whole).detach().cpu().clone()
         return weights
 
     def whole_model(self) -> Mvptr:
         """The model as rank 0 can run it alone: with stage 3, which gathers partitions from all ranks, a copy."""
         weights = self.weights() if self.zero_stage == 3 else None
-        if weights is None or not parallel.is_main():
+        if weights is None or not collectives.is_main():
             return self.model
         return model_folder.copy_of(self.model, weights, self.device)
 
@@ -135,7 +137,7 @@ class Engine:
         """Puts back weights and optimiser; the optimiser's settings stay those of the configuration.
 
         Args:
-            universal_steps: None for what `save` wrote on as many ranks; of a universal checkpoint (elastic.py), for
+            universal_steps: None for what `save` wrote on as many ranks; of a universal checkpoint (reshard.py), for
                 which the engine was built with UNIVERSAL, the number of updates that it holds.
         """
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
@@ -170,12 +172,12 @@ class Engine:
 
     def _sum_over_ranks(self, small: Tensor) -> Tensor:
         """By way of the engine's device, since an optimiser may step on the host."""
-        return parallel.all_reduce_sum(small.to(self.device)).to(small.device)
+        return collectives.all_reduce_sum(small.to(self.device)).to(small.device)
 
     def _copy_untrained(self) -> dict[str, Tensor]:
         """Keeps on rank 0 what is not trained as it is, before DeepSpeed rounds or partitions it."""
         trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        state = self.model.state_dict() if parallel.is_main() else {}
+        state = self.model.state_dict() if collectives.is_main() else {}
         return {name: tensor.detach().clone() for name, tensor in state.items() if name not in trained}
 
     def _mend_optimizer(self, num_steps: int) -> None:

@@ -15,25 +15,25 @@ from typing import Any
 
 if __name__ == "__main__":  # see train.py
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from mvptr_ds.signals import end_on_interrupt
+    from mvptr_ds.user_io.signals import end_on_interrupt
 
     end_on_interrupt()
 
 import torch
 
-from mvptr_ds.assembly import open_held_out
-from mvptr_ds.checkpointing import CheckpointError
+from mvptr_ds.builders import open_held_out
+from mvptr_ds.checkpoints.checkpoint import CheckpointError
+from mvptr_ds.checkpoints.hand_over import find_model
+from mvptr_ds.checkpoints.model_folder import load_model_folder
 from mvptr_ds.config import STAGES, override_config
 from mvptr_ds.data.schema import DataError
-from mvptr_ds.data.storage import may_pass
+from mvptr_ds.data.shards.storage import may_pass
 from mvptr_ds.evaluation.curves import draw_curves, draw_scores, read_metrics, wall_s
 from mvptr_ds.evaluation.pictures import draw_grounding
 from mvptr_ds.evaluation.report import evaluate_split
 from mvptr_ds.evaluation.table import table
-from mvptr_ds.hand_over import find_model
-from mvptr_ds.model_folder import load_model_folder
-from mvptr_ds.terminal import accept_any_text
-from mvptr_ds.user_files import user_path
+from mvptr_ds.user_io.terminal import accept_any_text
+from mvptr_ds.user_io.user_files import user_path
 
 logger = logging.getLogger("mvptr_ds.eval")
 

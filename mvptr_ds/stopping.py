@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from mvptr_ds.parallel import launched_as_main
-from mvptr_ds.signals import EXIT_INTERRUPTED
+from mvptr_ds.distributed.collectives import launched_as_main
+from mvptr_ds.user_io.signals import EXIT_INTERRUPTED
 
 logger = logging.getLogger(__name__)
 

@@ -13,28 +13,29 @@ from typing import Any
 
 if __name__ == "__main__":  # a script's own folder comes first on the path, where our modules could shadow others
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from mvptr_ds.signals import end_on_interrupt
+    from mvptr_ds.user_io.signals import end_on_interrupt
 
     end_on_interrupt()
 
 import torch
 
-from mvptr_ds import parallel, preflight
-from mvptr_ds.assembly import prepare_shards
-from mvptr_ds.checkpointing import CheckpointError
+from mvptr_ds.builders import prepare_shards
+from mvptr_ds.checkpoints.checkpoint import CheckpointError
+from mvptr_ds.checkpoints.hand_over import finished_model, first_model, newest_state, set_aside
+from mvptr_ds.checkpoints.reshard import fit_batch_to_ranks
+from mvptr_ds.checkpoints.run_lock import only_start
 from mvptr_ds.config import Config, load_config, save_config
 from mvptr_ds.data.schema import DataError
-from mvptr_ds.data.storage import may_pass
+from mvptr_ds.data.shards.storage import may_pass
+from mvptr_ds.distributed import collectives
+from mvptr_ds.distributed.rendezvous import deadline
 from mvptr_ds.ds_config import load_ds_config
-from mvptr_ds.elastic import share_batch
-from mvptr_ds.hand_over import finished_model, first_model, newest_state, set_aside
-from mvptr_ds.meeting import deadline
-from mvptr_ds.run_lock import only_start
-from mvptr_ds.safeguards import HangGuard, TrainingError, collectives_timeout_s
+from mvptr_ds.guards import TrainingError, Watchdog, collectives_timeout_s
+from mvptr_ds.monitoring.wandb_run import check_mode
+from mvptr_ds.preflight import checks
 from mvptr_ds.stopping import EXIT_STOPPED, StopSignal
-from mvptr_ds.terminal import accept_any_text
 from mvptr_ds.trainer import Trainer
-from mvptr_ds.wandb_run import check_mode
+from mvptr_ds.user_io.terminal import accept_any_text
 
 logger = logging.getLogger("mvptr_ds.train")
 REPO = Path(__file__).resolve().parents[1]
@@ -63,8 +64,8 @@ def run(arguments: argparse.Namespace, stop: StopSignal) -> int:
     ds_content = load_ds_config(arguments.deepspeed)
     hang_s, start_s = config.train.hang_timeout_s, config.train.start_timeout_s
     looks = config.train.preflight or config.train.preflight_only
-    connect_s = preflight.CONNECT_LIMIT_S if looks else 0.0
-    device = parallel.init(collectives_timeout_s(hang_s, start_s), start_s, connect_s)
+    connect_s = checks.CONNECT_LIMIT_S if looks else 0.0
+    device = collectives.init(collectives_timeout_s(hang_s, start_s), start_s, connect_s)
     if arguments.config is None:
         logger.info("no --config given: this is the demo configuration (%s)", " then ".join(config.stage_names))
     only = nullcontext(lambda: None) if config.train.preflight_only else only_start(Path(config.run.dir))
@@ -78,33 +79,33 @@ def _run(
     """`run` in a folder where no other start trains."""
     hang_s, start_s = config.train.hang_timeout_s, config.train.start_timeout_s
     looks = config.train.preflight or config.train.preflight_only
-    limit_s = preflight.LIMIT_S if looks else 0.0
+    limit_s = checks.LIMIT_S if looks else 0.0
     resumes = config.train.resume == "auto"
     with deadline(limit_s, f"looking for a checkpoint in {config.run.dir}"):
         saved = newest_state(Path(config.run.dir), config.stage_names) if resumes else None
-    share_batch(config.train, saved, parallel.num_ranks())
+    fit_batch_to_ranks(config.train, saved, collectives.num_ranks())
     if looks:
         only = config.train.preflight_only
-        preflight.conclude(preflight.examine(config, ds_content, device, prepare=not only), show_all=only)
+        checks.conclude(checks.examine(config, ds_content, device, prepare=not only), show_all=only)
         if only:
             return 0
     else:
         check_mode(config.wandb.mode)
-        prepare_shards(config.data, config.run.seed, parallel.num_ranks())
-    parallel.on_main(lambda: save_config(config, Path(config.run.dir) / "config.yaml"))
+        prepare_shards(config.data, config.run.seed, collectives.num_ranks())
+    collectives.run_on_rank_zero(lambda: save_config(config, Path(config.run.dir) / "config.yaml"))
     init_from = first_model(config)
     if not resumes:
         set_aside(Path(config.run.dir), config.stage_names, init_from)
     for stage in config.stage_names:
         stop.start()
-        stacks = Path(config.run.dir) / stage / f"stacks-rank{parallel.rank()}.txt"
-        with HangGuard(stacks, hang_s, start_s) as guard:
+        stacks = Path(config.run.dir) / stage / f"stacks-rank{collectives.rank()}.txt"
+        with Watchdog(stacks, hang_s, start_s) as guard:
             alive, starting = guard.alive, guard.starting
             trainer = Trainer(config, stage, ds_content, device, init_from, stop, alive, starting, check_alone)
             done = trainer.train()
             trainer.close()
             if not done:
-                parallel.barrier()  # the first rank that ends makes the launcher end the others
+                collectives.barrier()  # the first rank that ends makes the launcher end the others
                 return EXIT_STOPPED
             init_from = finished_model(trainer.dir, trainer.step)
     return 0
@@ -113,9 +114,9 @@ def _run(
 def main() -> int:
     accept_any_text()
     arguments = parse_arguments()
-    parallel.take_place_from_slurm(os.environ)
+    collectives.take_place_from_slurm(os.environ)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("mvptr_ds").setLevel(logging.INFO if parallel.launched_as_main() else logging.WARNING)
+    logging.getLogger("mvptr_ds").setLevel(logging.INFO if collectives.launched_as_main() else logging.WARNING)
     with StopSignal() as stop:
         try:
             code = run(arguments, stop)
@@ -125,13 +126,13 @@ def main() -> int:
             _say(error, stop)
             code = EXIT_AGAIN if may_pass(error) else 2
         # not after any other error: with NCCL it would wait for ranks that may never come, before the error is printed
-        parallel.shut_down()
+        collectives.shut_down()
         return code
 
 
 def _say(error: Exception, stop: StopSignal) -> None:
     """One message, though most errors are raised on every rank: the others wait until the launcher ends them."""
-    if parallel.launched_as_main():
+    if collectives.launched_as_main():
         logger.error("error: %s", error)
     elif not stop.wait(OTHERS_WAIT_S):  # rank 0 has not failed, or nobody looks after the ranks
         logger.error("error of rank %s: %s", os.environ["RANK"], error)

@@ -13,21 +13,24 @@ from typing import Any
 
 import torch
 
-from mvptr_ds import assembly, checkpointing, ds_config, elastic, model_folder, parallel
-from mvptr_ds.bad_samples import BadSamples
+from mvptr_ds import builders, ds_config
+from mvptr_ds.checkpoints import checkpoint as checkpointing
+from mvptr_ds.checkpoints import model_folder, reshard
+from mvptr_ds.checkpoints.resume import find_checkpoint
 from mvptr_ds.config import STAGES, Config
 from mvptr_ds.data.collate import Batch
 from mvptr_ds.data.loader import make_loader
 from mvptr_ds.data.schema import DataError
+from mvptr_ds.distributed import collectives
 from mvptr_ds.engine import UNIVERSAL, Engine
-from mvptr_ds.flops import StepFlops
-from mvptr_ds.metrics import Meters, MetricsLog
-from mvptr_ds.optim import PARAMETER_ORDER, learning_rate_at
-from mvptr_ds.resume import find_checkpoint
-from mvptr_ds.safeguards import SkippedSteps, agree
+from mvptr_ds.guards import SkippedSteps, any_rank
+from mvptr_ds.monitoring.bad_samples import BadSamples
+from mvptr_ds.monitoring.flops import StepFlops
+from mvptr_ds.monitoring.metrics import Meters, MetricsLog
+from mvptr_ds.monitoring.timing import ProfileWindow, device_peak
+from mvptr_ds.monitoring.versions import versions
+from mvptr_ds.optim.optimizer import PARAMETER_ORDER, learning_rate_at
 from mvptr_ds.stopping import Interrupted, StopSignal
-from mvptr_ds.timing import ProfileWindow, device_peak
-from mvptr_ds.versions import versions
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +70,8 @@ class Trainer:
         self.skipped = SkippedSteps(config.train.max_skipped_in_row)
         self.bad_samples = BadSamples(config.data.max_bad_fraction, Path(config.run.dir))
         self.stop = stop
-        self.vocabs = assembly.build_vocabs(config.data)
-        filled = assembly.filled_ds_config(config, ds_content)
+        self.vocabs = builders.build_vocabs(config.data)
+        filled = builders.filled_ds_config(config, ds_content)
         self.precision, self.zero_stage = ds_config.precision_of(filled), ds_config.zero_stage_of(filled)
         if self.stage.max_steps < 1:
             raise ValueError(f"{stage}.max_steps is {self.stage.max_steps}, must be at least 1")
@@ -78,7 +81,7 @@ class Trainer:
         self.meters = self._build_meters()
         self.log = MetricsLog(self.dir, self.step, config.wandb, asdict(config))
         content = json.dumps(filled, indent=1) + "\n"
-        parallel.on_main(lambda: (self.dir / "ds_config.json").write_text(content, encoding="utf-8"))
+        collectives.run_on_rank_zero(lambda: (self.dir / "ds_config.json").write_text(content, encoding="utf-8"))
 
     def train(self) -> bool:
         """Trains to `max_steps`, or to the step at which a signal asks to stop; both are saved. True at the end.
@@ -144,11 +147,11 @@ class Trainer:
         Raises:
             DataError: on all ranks, where one of them had a problem with its data.
         """
-        stop, failed = agree([self.stop.received is not None, problem is not None], self.device)
+        stop, failed = any_rank([self.stop.received is not None, problem is not None], self.device)
         if failed or stop:
             self._write_bad_samples()
         if failed:
-            raise next(p for p in parallel.gather_objects(problem) if p is not None)
+            raise next(p for p in collectives.gather_objects(problem) if p is not None)
         if stop:
             if self.saved_step != self.step:
                 self.save(must=True)
@@ -193,7 +196,7 @@ class Trainer:
         if self.held_out is None:
             return
         model = self.engine.whole_model()
-        if not parallel.is_main():
+        if not collectives.is_main():
             return
         from mvptr_ds.evaluation.report import evaluate_model, flatten_scores
 
@@ -214,7 +217,7 @@ class Trainer:
         Raises:
             CheckpointError, StorageError: it cannot be written and `must`, since the run ends with it.
         """
-        parallel.of_main(self.check_alone)
+        collectives.of_main(self.check_alone)
         state = {
             "stage": self.dir.name,
             **self._must_match(),
@@ -244,7 +247,7 @@ class Trainer:
     def close(self) -> None:
         """Frees the engine, so that the next stage has the memory."""
         self.log.close()
-        parallel.time_collectives()
+        collectives.time_collectives()
         del self.task
         self.engine.destroy()
         del self.engine
@@ -257,13 +260,13 @@ class Trainer:
         data = self.config.data
         joins = Path(self.config.run.dir) / "joins"
         evaluates = data.held_out is not None and self.config.train.evaluate_every_steps > 0
-        self.held_out = assembly.open_held_out(data, joins) if evaluates else None
-        self.dataset = assembly.build_dataset(self.config, self.vocabs, self.dir.name, self.seed, joins)
-        self.batches = assembly.build_batches(self.config, self.dataset, self.seed, joins, self.starting)
+        self.held_out = builders.open_held_out(data, joins) if evaluates else None
+        self.dataset = builders.build_dataset(self.config, self.vocabs, self.dir.name, self.seed, joins)
+        self.batches = builders.build_batches(self.config, self.dataset, self.seed, joins, self.starting)
 
     def _build_task(self) -> None:
-        model = assembly.build_model(self.config, self.vocabs)
-        self.task = assembly.build_task(self.config, self.dir.name, model, self.seed, bool(self.dataset.names))
+        model = builders.build_model(self.config, self.vocabs)
+        self.task = builders.build_task(self.config, self.dir.name, model, self.seed, bool(self.dataset.names))
         trained = set(model.parameters_of(self.task.trained_parts()))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
@@ -295,20 +298,20 @@ class Trainer:
         self.engine = Engine(self.task, filled, config.optim, self.stage.learning_rate, self.device)
         checkpointing.begin_rng(self.seed)
         steps_on = ds_config.optimizer_device(filled, self.device)
-        for line in assembly.kernel_report(config, self.device, ds_config.DTYPES[self.precision], steps_on):
+        for line in builders.kernel_report(config, self.device, ds_config.DTYPES[self.precision], steps_on):
             logger.info("%s", line)
         logger.info(
             "%s: %.1f M parameters trained on %d ranks (%s), %d samples a step, %d samples in %s",
-            self.dir.name, self.engine.num_trained / 1e6, parallel.num_ranks(), self.precision,
+            self.dir.name, self.engine.num_trained / 1e6, collectives.num_ranks(), self.precision,
             config.train.batch_size, self.dataset.num_samples, config.data.train or ", ".join(config.data.sources),
         )  # fmt: skip
 
     def _resume(self, path: Path, filled: dict[str, Any]) -> None:
         """Builds the engine as it was at a checkpoint."""
-        state, num_ranks = checkpointing.read_state(path), parallel.num_ranks()
+        state, num_ranks = checkpointing.read_state(path), collectives.num_ranks()
         model_folder.load_weights(self.task.model, path / "model")  # what is not trained is in no file of the engine's
-        if elastic.must_convert(path, state, num_ranks, self.zero_stage):
-            universal = elastic.convert(path, self.dir / elastic.FOLDER, self.starting)
+        if reshard.needs_conversion(path, state, num_ranks, self.zero_stage):
+            universal = reshard.convert(path, self.dir / reshard.FOLDER, self.starting)
             self._build_engine(filled | UNIVERSAL)
             self.engine.load(universal / "engine", universal_steps=state["step"] - state["skipped_steps"])
         else:
@@ -322,8 +325,8 @@ class Trainer:
             checkpointing.restore_rng(path)
         else:
             checkpointing.seed_rng(self.seed, self.step)
-        parallel.barrier()
-        parallel.on_main(lambda: shutil.rmtree(self.dir / elastic.FOLDER, ignore_errors=True))
+        collectives.barrier()
+        collectives.run_on_rank_zero(lambda: shutil.rmtree(self.dir / reshard.FOLDER, ignore_errors=True))
         self.skipped.total = state["skipped_steps"]
         self.bad_samples.count(state["samples"]["bad"], state["samples"]["read"])
         if self.step < self.stage.max_steps:
@@ -336,8 +339,8 @@ class Trainer:
         peak = device_peak(self.device, ds_config.DTYPES[self.precision])
         if peak is not None:
             logger.info("MFU is a share of %.3g TFLOPS: %s", peak.tflops, peak.source)
-        meters = Meters(self.device, self.dataset.names, StepFlops(self.task, parallel.num_ranks()), peak)
-        parallel.time_collectives(lambda: meters.clock("communication"))
+        meters = Meters(self.device, self.dataset.names, StepFlops(self.task, collectives.num_ranks()), peak)
+        collectives.time_collectives(lambda: meters.clock("communication"))
         return meters
 
     def _loader(self) -> Any:
@@ -347,8 +350,8 @@ class Trainer:
             self.batches,
             self.step,
             self.stage.max_steps,
-            parallel.rank(),
-            parallel.num_ranks(),
+            collectives.rank(),
+            collectives.num_ranks(),
             self.config.train.accumulation_steps,
             num_workers=data.num_workers,
             prefetch_batches=data.prefetch_batches,

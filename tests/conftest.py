@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two ranks and pytest itself sha
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))  # bare `pytest` does not put it there: `tests.tiny` and its like are found
+sys.path.insert(0, str(REPO))  # bare `pytest` does not put it there: `tests.support.tiny_models` and its like are found
 PARITY = REPO.parent / "shared" / "parity"
 
 

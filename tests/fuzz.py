@@ -35,19 +35,19 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from webdataset import tariterators
 
-from mvptr_ds.corpus.pictures import PictureError, PictureOptions, check_picture
-from mvptr_ds.corpus.record_checks import check_content
-from mvptr_ds.corpus.salvage import Break, Piece, pieces
+from mvptr_ds.corpus.building.pictures import PictureError, PictureOptions, check_picture
+from mvptr_ds.corpus.validating.record_checks import check_content
+from mvptr_ds.corpus.validating.repair import Break, Piece, pieces
 from mvptr_ds.data import schema
 from mvptr_ds.data.features import SampleBuilder, SampleOptions, read_features
 from mvptr_ds.data.images import decode_image
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.schema import DataError, Record, SidecarEntry, parse_entry, parse_record
-from mvptr_ds.data.shards import build_index, read_record
-from mvptr_ds.data.sidecars import merge_sidecar
-from mvptr_ds.data.tars import iter_members
+from mvptr_ds.data.shards.index_builder import build_index
+from mvptr_ds.data.shards.sidecars import merge_sidecar
+from mvptr_ds.data.shards.tar_reader import iter_members, read_record
 from mvptr_ds.data.wordpiece import WordPiece
-from tests.hostile import (
+from tests.support.hostile import (
     CONTENT,
     FEATURE_DIM,
     NUM_REGIONS,
@@ -60,7 +60,7 @@ from tests.hostile import (
     picture,
     write_tar,
 )
-from tests.odd_pictures import BUILT, MEANINGLESS, STORED, png, tiff
+from tests.support.odd_pictures import BUILT, MEANINGLESS, STORED, png, tiff
 
 LIMIT_S = 5.0  # of one input
 BATCH = 500  # inputs that hypothesis remembers at a time

@@ -15,21 +15,21 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if __name__ == "__main__":
-    from mvptr_ds.signals import end_on_interrupt
+    from mvptr_ds.user_io.signals import end_on_interrupt
 
     end_on_interrupt("interrupted; the same command goes on from here")
 
-from mvptr_ds.corpus.build import BuildOptions, build_listed, build_streamed, finish, parse_shares
-from mvptr_ds.corpus.jobs import Summary
-from mvptr_ds.corpus.pictures import PictureOptions
+from mvptr_ds.corpus.building.build import BuildOptions, build_listed, build_streamed, finish, parse_shares
+from mvptr_ds.corpus.building.pictures import PictureOptions
 from mvptr_ds.corpus.record_keys import KEY_SCHEMES
+from mvptr_ds.corpus.resumable_jobs import Summary
 from mvptr_ds.corpus.sources.annotations import read_coco, read_flickr30k, read_karpathy, read_visual_genome
 from mvptr_ds.corpus.sources.plain import read_image_folder, read_text
 from mvptr_ds.corpus.sources.rows import Row
 from mvptr_ds.corpus.sources.tables import read_csv, read_jsonl, read_parquet
 from mvptr_ds.data.schema import DataError
-from mvptr_ds.terminal import accept_any_text
-from mvptr_ds.user_files import user_path
+from mvptr_ds.user_io.terminal import accept_any_text
+from mvptr_ds.user_io.user_files import user_path
 
 FORMATS = {
     "coco": "captions JSON of COCO: captions_train2014.json and its like; keys are the image ids in twelve digits",

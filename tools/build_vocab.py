@@ -16,19 +16,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if __name__ == "__main__":
-    from mvptr_ds.signals import end_on_interrupt
+    from mvptr_ds.user_io.signals import end_on_interrupt
 
     end_on_interrupt()
 
-from mvptr_ds.corpus.id2phrase import read_id2phrase, write_id2phrase
-from mvptr_ds.corpus.jobs import put_in_place
-from mvptr_ds.corpus.phrase_counts import count_corpus
-from mvptr_ds.corpus.phrase_coverage import coverage_lines, measure_coverage, most_frequent_lines
+from mvptr_ds.corpus.phrases.id2phrase import read_id2phrase, write_id2phrase
+from mvptr_ds.corpus.phrases.phrase_counts import count_corpus
+from mvptr_ds.corpus.phrases.phrase_coverage import coverage_lines, measure_coverage, most_frequent_lines
+from mvptr_ds.corpus.resumable_jobs import put_in_place
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.data.wordpiece import WordPiece
-from mvptr_ds.terminal import accept_any_text
-from mvptr_ds.user_files import user_path
+from mvptr_ds.user_io.terminal import accept_any_text
+from mvptr_ds.user_io.user_files import user_path
 
 EPILOG = """\
 INPUT: a folder of shards whose captions have phrases, a sidecar folder, or a .jsonl file, as extract_phrases.py writes

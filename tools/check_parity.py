@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    from mvptr_ds.signals import end_on_interrupt
+    from mvptr_ds.user_io.signals import end_on_interrupt
 
     end_on_interrupt()
 
@@ -25,20 +25,20 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mvptr_ds import hard_negatives
 from mvptr_ds.config import TaskConfig, WeightsConfig
 from mvptr_ds.data.collate import IGNORE, Batch
-from mvptr_ds.hard_negatives import Draws
 from mvptr_ds.model import convert
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.embeddings import TAG_SEGMENT, TEXT_SEGMENT
 from mvptr_ds.model.encoder import EXECUTIONS
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.model.packed import Packed
-from mvptr_ds.packed_batch import PackedBatch
-from mvptr_ds.task import Pairs, Task
-from mvptr_ds.terminal import accept_any_text
-from mvptr_ds.user_files import user_path
+from mvptr_ds.objectives import hard_negatives
+from mvptr_ds.objectives.hard_negatives import RandomDraws
+from mvptr_ds.objectives.packed_batch import PackedBatch
+from mvptr_ds.objectives.task import Pairs, Task
+from mvptr_ds.user_io.terminal import accept_any_text
+from mvptr_ds.user_io.user_files import user_path
 
 LOSSES = {"vis_mlm": "mcr_tags", "retrieval": "vsc", "masked_lm": "mlm", "itm": "itm", "wra": "wpg"}  # theirs: ours
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}  # absolute; the reference's own dtypes differ by under 2e-6
@@ -86,10 +86,10 @@ def make_batch(inputs: dict[str, Tensor], feature_dim: int, dtype: torch.dtype) 
     )
 
 
-def recorded_draws(random: dict[str, Any], batch: Batch, top_k: int) -> Draws:
+def recorded_draws(random: dict[str, Any], batch: Batch, top_k: int) -> RandomDraws:
     """The recorded choices as the uniform numbers that lead to them (the middle of each choice's interval)."""
     num, num_slots = batch.text_ids_BT.shape
-    draws = Draws.keyed(0, 0, 0, num, num_slots)
+    draws = RandomDraws.keyed(0, 0, 0, num, num_slots)
     draws.itm_takes_image_N[:] = False
     draws.itm_takes_image_N[random["dice_index"][: num // 2]] = True
     num_choices_B = batch.region_mask_BR.sum(1).clamp(max=top_k).tolist()
@@ -106,7 +106,7 @@ def recorded_draws(random: dict[str, Any], batch: Batch, top_k: int) -> Draws:
     return draws
 
 
-def compute(model: Mvptr, task: Task, batch: Batch, draws: Draws, dice: Tensor) -> dict[str, Tensor]:
+def compute(model: Mvptr, task: Task, batch: Batch, draws: RandomDraws, dice: Tensor) -> dict[str, Tensor]:
     """Every recorded tensor of the forward pass, by the reference's name."""
     packed = PackedBatch.of(batch)
     embedded = model.embed_regions(packed.features, None, packed.geometry)
@@ -137,8 +137,10 @@ def compute(model: Mvptr, task: Task, batch: Batch, draws: Draws, dice: Tensor) 
     pooled_BD, hard_pooled_BD = model.pool(cross_text), model.pool(hard_text)
     phrases_PD = F.normalize(cross_text.rows[packed.phrase_mask.rows], dim=-1)
     picked_text, picked_tags = packed.masked_tokens.rows_K, packed.masked_tags.rows_K
-    others_B = hard_negatives.choose("random", sim_BB, same_BB, draws.wpg_image_N)
-    pos_B, neg_B, _ = task.grounding_scores(Pairs(cross_text, packed.phrase_mask, cross_regions), others_B, draws)
+    negative_index_B = hard_negatives.choose("random", sim_BB, same_BB, draws.wpg_image_N)
+    pos_B, neg_B, _ = task.grounding_scores(
+        Pairs(cross_text, packed.phrase_mask, cross_regions), negative_index_B, draws
+    )
     return {
         "embeddings_text": text_slots(model.embeddings(packed.text_ids, TEXT_SEGMENT)),
         "embeddings_tags": slots(model.embeddings(packed.tag_ids, TAG_SEGMENT), batch.tag_ids_BG.shape[1]),

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if __name__ == "__main__":
-    from mvptr_ds.signals import end_on_interrupt
+    from mvptr_ds.user_io.signals import end_on_interrupt
 
     end_on_interrupt()
 
@@ -24,11 +24,11 @@ from mvptr_ds.corpus.concepts.parser import PhraseParser
 from mvptr_ds.corpus.concepts.scoring import read_known, score
 from mvptr_ds.corpus.concepts.spice import import_spice
 from mvptr_ds.corpus.concepts.text_files import extract_file
-from mvptr_ds.corpus.phrase_sidecar import extract_phrases
+from mvptr_ds.corpus.phrases.phrase_sidecar import extract_phrases
 from mvptr_ds.data.schema import DataError, Phrase
-from mvptr_ds.progress import progress_bar
-from mvptr_ds.terminal import accept_any_text
-from mvptr_ds.user_files import user_path
+from mvptr_ds.user_io.progress import progress_bar
+from mvptr_ds.user_io.terminal import accept_any_text
+from mvptr_ds.user_io.user_files import user_path
 
 EPILOG = """examples:
   python tools/extract_phrases.py shards/train sidecars/phrases/train

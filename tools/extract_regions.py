@@ -10,14 +10,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if __name__ == "__main__":
-    from mvptr_ds.signals import end_on_interrupt
+    from mvptr_ds.user_io.signals import end_on_interrupt
 
     end_on_interrupt()
 
-from mvptr_ds.corpus.detection import RegionChoice
+from mvptr_ds.corpus.regions.detection import RegionChoice
 from mvptr_ds.data.schema import DataError
-from mvptr_ds.terminal import accept_any_text
-from mvptr_ds.user_files import expanded, user_path
+from mvptr_ds.user_io.terminal import accept_any_text
+from mvptr_ds.user_io.user_files import expanded, user_path
 
 EPILOG = """\
 MODEL is a local folder (config.json, preprocessor_config.json, weights), for which the network is never asked, or a
@@ -43,7 +43,7 @@ def main() -> int:
     except ValueError as error:
         parser.error(str(error))
     # torch and transformers take seconds to import, which --help and wrong usage need not wait for
-    from mvptr_ds.corpus.extraction import extract_regions
+    from mvptr_ds.corpus.regions.extraction import extract_regions
 
     try:
         summary = extract_regions(

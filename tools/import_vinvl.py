@@ -10,14 +10,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if __name__ == "__main__":
-    from mvptr_ds.signals import end_on_interrupt
+    from mvptr_ds.user_io.signals import end_on_interrupt
 
     end_on_interrupt()
 
-from mvptr_ds.corpus.vinvl import FEATURE_DIM, KeyRule, import_vinvl
+from mvptr_ds.corpus.regions.vinvl import FEATURE_DIM, KeyRule, import_vinvl
 from mvptr_ds.data.schema import DataError
-from mvptr_ds.terminal import accept_any_text
-from mvptr_ds.user_files import user_path
+from mvptr_ds.user_io.terminal import accept_any_text
+from mvptr_ds.user_io.user_files import user_path
 
 EPILOG = """\
 The sidecar is joined to image shards by key (data.sidecars), so --keys must be what build_shards.py was given. COCO's

@@ -12,14 +12,14 @@ import sys
 import time
 
 if __name__ == "__main__":
-    from mvptr_ds.signals import end_on_interrupt
+    from mvptr_ds.user_io.signals import end_on_interrupt
 
     end_on_interrupt()
 
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.demo.build import SOURCES, FolderTakenError, build_demo_shards
-from mvptr_ds.terminal import accept_any_text
-from mvptr_ds.user_files import user_path
+from mvptr_ds.user_io.terminal import accept_any_text
+from mvptr_ds.user_io.user_files import user_path
 
 
 def parse_arguments() -> argparse.Namespace:

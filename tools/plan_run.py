@@ -12,10 +12,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if __name__ == "__main__":
-    from mvptr_ds.signals import end_on_interrupt
+    from mvptr_ds.user_io.signals import end_on_interrupt
 
     end_on_interrupt()
-from mvptr_ds.terminal import accept_any_text
+from mvptr_ds.user_io.terminal import accept_any_text
 
 REPO = Path(__file__).resolve().parent.parent
 

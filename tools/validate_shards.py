@@ -16,16 +16,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if __name__ == "__main__":
-    from mvptr_ds.signals import end_on_interrupt
+    from mvptr_ds.user_io.signals import end_on_interrupt
 
     end_on_interrupt()
 
-from mvptr_ds.corpus.record_checks import IMG2DATASET
-from mvptr_ds.corpus.validation import Result, validate
-from mvptr_ds.data.scan import use_build_shards
+from mvptr_ds.corpus.validating.record_checks import IMG2DATASET
+from mvptr_ds.corpus.validating.validation import Result, validate
 from mvptr_ds.data.schema import DataError
-from mvptr_ds.terminal import accept_any_text
-from mvptr_ds.user_files import user_path
+from mvptr_ds.data.shards.index_builder import use_build_shards
+from mvptr_ds.user_io.terminal import accept_any_text
+from mvptr_ds.user_io.user_files import user_path
 
 EPILOG = """examples:
   python tools/validate_shards.py shards/train                         index it, if nothing is wrong

@@ -19,11 +19,11 @@ import numpy as np
 from mvptr_ds.data.caption_phrases import phrases_with_slots
 from mvptr_ds.data.collate import Sample
 from mvptr_ds.data.images import decode_image
-from mvptr_ds.data.layout import layout_tags, layout_text, num_phrases_that_fit
 from mvptr_ds.data.masking import TextMasking, mask_text, mask_words
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.schema import Caption, DataError, Record, Spans, check_size, parse_record
-from mvptr_ds.data.tars import IMAGE_EXTENSIONS
+from mvptr_ds.data.sequence_layout import layout_tags, layout_text, num_phrases_that_fit
+from mvptr_ds.data.shards.tar_reader import IMAGE_EXTENSIONS
 from mvptr_ds.data.wordpiece import WordPiece
 
 VISUAL_SOURCES = ("features", "image")

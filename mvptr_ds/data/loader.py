@@ -21,16 +21,16 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from mvptr_ds.data.batches import Batches
 from mvptr_ds.data.collate import BadSample, Batch, Sample, collate
 from mvptr_ds.data.features import SampleBuilder
-from mvptr_ds.data.index import Extent, SampleIndex
-from mvptr_ds.data.plan import Plan
+from mvptr_ds.data.sampling.batches import Batches
+from mvptr_ds.data.sampling.plan import Plan
 from mvptr_ds.data.schema import DataError, PassingError, Record
+from mvptr_ds.data.shards.index import ByteRange, SampleIndex
+from mvptr_ds.data.shards.storage import may_pass
 from mvptr_ds.data.sharing import MAKE_ROOM, CollateAndSend, shared_folder
-from mvptr_ds.data.storage import may_pass
-from mvptr_ds.signals import blocked
 from mvptr_ds.streams import Stream, generator
+from mvptr_ds.user_io.signals import blocked
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class SampleDataset(Dataset[Sample]):
         """What a process may hold of what it is about to read; 0 where all is on this machine."""
 
     @abstractmethod
-    def remote_extents(self, positions: list[int]) -> list[Extent]:
+    def remote_extents(self, positions: list[int]) -> list[ByteRange]:
         """What of the samples at these positions is not on this machine, in the order in which it is read."""
 
 
@@ -118,7 +118,7 @@ class ShardDataset(SampleDataset):
     def read_ahead_bytes(self) -> int:
         return self.index.read_ahead_bytes
 
-    def remote_extents(self, positions: list[int]) -> list[Extent]:
+    def remote_extents(self, positions: list[int]) -> list[ByteRange]:
         numbers = self.plan.samples_at(np.array(positions, dtype=np.int64))[1]
         return [extent for number in numbers.tolist() for extent in self.index.remote_extents(number)]
 
@@ -341,7 +341,7 @@ def eval_batches(
     if index.read_ahead_bytes:
         from mvptr_ds.data.read_ahead import ReadAhead
 
-        def extents_at(batch: int) -> list[Extent] | None:
+        def extents_at(batch: int) -> list[ByteRange] | None:
             return [extent for number in chunk_at(batch) for extent in index.remote_extents(number)] or None
 
         ahead = ReadAhead(extents_at, index.read_ahead_bytes)

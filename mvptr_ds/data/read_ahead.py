@@ -23,10 +23,10 @@ from typing import Any, Protocol
 from torch.utils.data import Dataset, get_worker_info
 
 from mvptr_ds.data.collate import Sample
-from mvptr_ds.data.index import Extent
 from mvptr_ds.data.loader import SampleDataset
-from mvptr_ds.data.remote import RemoteFiles
-from mvptr_ds.data.tars import WHOLE_BYTES
+from mvptr_ds.data.shards.index import ByteRange
+from mvptr_ds.data.shards.remote import RemoteFiles
+from mvptr_ds.data.shards.tar_reader import WHOLE_BYTES
 
 NUM_THREADS = 8  # requests of a process at once
 MAX_GAP_BYTES = 64 << 10  # between neighbours of one run, read along because a request costs more; see `_gap`
@@ -43,7 +43,7 @@ class _Run:
     offsets: list[int]  # of its records
     first_needed: int
 
-    def join(self, extent: Extent) -> bool:
+    def join(self, extent: ByteRange) -> bool:
         """Takes the extent in, if it lies right behind what is there."""
         end = extent.offset + extent.num_bytes
         is_near = (extent.files, extent.path) == (self.files, self.path) and extent.offset - self.end <= _gap(extent)
@@ -54,14 +54,14 @@ class _Run:
         return True
 
 
-def _gap(extent: Extent) -> int:
+def _gap(extent: ByteRange) -> int:
     """What may lie unused before it in a run: no more than it has itself, so that half of what is read is used."""
     return min(MAX_GAP_BYTES, extent.num_bytes)
 
 
-def runs_of(extents: Sequence[Extent]) -> list[_Run]:
+def runs_of(extents: Sequence[ByteRange]) -> list[_Run]:
     """The extents, given in the order in which they are needed, as runs of neighbours in the order of the first."""
-    needed: dict[Extent, int] = {}
+    needed: dict[ByteRange, int] = {}
     for number, extent in enumerate(extents):
         needed.setdefault(extent, number)
     runs: list[_Run] = []
@@ -121,7 +121,7 @@ class ReadAhead:
         max_bytes: of what is held, at most.
     """
 
-    def __init__(self, extents_at: Callable[[int], list[Extent] | None], max_bytes: int) -> None:
+    def __init__(self, extents_at: Callable[[int], list[ByteRange] | None], max_bytes: int) -> None:
         self._extents_at = extents_at
         self._half_bytes = max_bytes // 2
         self._halves: deque[_Half] = deque()
@@ -138,7 +138,7 @@ class ReadAhead:
             self._halves.append(half)
 
     def _take(self, first: int) -> _Half | None:
-        extents: list[Extent] = []
+        extents: list[ByteRange] = []
         num_bytes, number = 0, first
         while num_bytes < self._half_bytes and number - first < _MAX_BATCHES:
             more = self._extents_at(number)
@@ -214,7 +214,7 @@ class ReadAheadDataset(Dataset[Sample]):
         return self.dataset.__getitems__(positions)
 
     def _begin(self, first: int, step: int) -> None:
-        def extents_at(number: int) -> list[Extent] | None:
+        def extents_at(number: int) -> list[ByteRange] | None:
             own = first + number * step  # DataLoader hands the micro-batches round
             return self.dataset.remote_extents(self.micro_batches[own]) if own < len(self.micro_batches) else None
 

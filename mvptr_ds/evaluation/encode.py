@@ -15,16 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvptr_ds import reading
 from mvptr_ds.data.collate import Batch
 from mvptr_ds.data.features import SampleBuilder
 from mvptr_ds.data.loader import eval_batches
-from mvptr_ds.data.shards import SampleIndex
+from mvptr_ds.data.shards.index import SampleIndex
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.model.packed import Packed
-from mvptr_ds.packed_batch import PackedBatch
-from mvptr_ds.progress import progress_bar
+from mvptr_ds.objectives import output_rows
+from mvptr_ds.objectives.packed_batch import PackedBatch
 from mvptr_ds.streams import Stream, generator
+from mvptr_ds.user_io.progress import progress_bar
 
 
 @dataclass
@@ -200,7 +200,7 @@ def cross_states(
         captions, images = captions_M[rows], images_M[rows]
         text = _pack(split.text_CTD[captions], split.text_mask_CT[captions])
         regions = _pack(split.regions_IRD[images], split.region_mask_IR[images])
-        read = reading.of_pairs(reading.FIRST, text.lengths, regions.lengths) if firsts_alone else None
+        read = output_rows.of_pairs(output_rows.FIRST, text.lengths, regions.lengths) if firsts_alone else None
         text, regions = text.to(device, model.dtype), regions.to(device, model.dtype)
         yield CrossStates(rows, *model.encode_cross(text, regions, read=read))
 

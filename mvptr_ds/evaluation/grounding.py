@@ -17,7 +17,7 @@ from mvptr_ds.data.caption_phrases import phrases_with_slots
 from mvptr_ds.data.loader import read_sample_record
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.schema import Numbers, Phrase, Record
-from mvptr_ds.data.shards import SampleIndex
+from mvptr_ds.data.shards.index import SampleIndex
 from mvptr_ds.evaluation.encode import EncodedSplit
 
 SIZES = ("small", "medium", "large")  # thirds of the asked phrases by the area of the box they name

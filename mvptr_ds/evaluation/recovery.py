@@ -13,12 +13,12 @@ from torch import Tensor
 from mvptr_ds.data.collate import IGNORE
 from mvptr_ds.data.features import SampleBuilder
 from mvptr_ds.data.loader import eval_batches
-from mvptr_ds.data.shards import SampleIndex
+from mvptr_ds.data.shards.index import SampleIndex
 from mvptr_ds.evaluation.encode import SplitInput, new_images
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.model.packed import Packed
-from mvptr_ds.packed_batch import PackedBatch
-from mvptr_ds.progress import progress_bar
+from mvptr_ds.objectives.packed_batch import PackedBatch
+from mvptr_ds.user_io.progress import progress_bar
 
 
 @torch.inference_mode()

@@ -55,7 +55,7 @@ class SegmentAttention:
         return _KERNELS[choice.implementation](self, qkv_N3HK, dropout)
 
     def each(self, qkv_N3HK: Tensor, dropout: float) -> Tensor:
-        """One call a sequence. On CPU faster than one call on a nested or padded tensor (tools/bench_attention.py)."""
+        """One call a sequence. On a CPU faster than a nested or padded tensor (tools/bench/bench_attention.py)."""
         out = []
         for qkv_L3HK in qkv_N3HK.split(self.lengths):
             query, key, value = qkv_L3HK.permute(1, 2, 0, 3).unsqueeze(1).unbind(0)

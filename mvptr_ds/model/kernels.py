@@ -52,7 +52,7 @@ def attention(device: torch.device, dtype: torch.dtype, dropout: float, head_siz
     """The kernel of `SegmentAttention` (attention.py bears the calls themselves).
 
     Where no kernel for sequences of different lengths serves, attention alone is padded: on an H200 one call on a
-    nested jagged tensor took 8 times as long (tools/bench_attention.py).
+    nested jagged tensor took 8 times as long (tools/bench/bench_attention.py).
     """
     is_old = device.type == "cuda" and _before_ampere(device)
     return _attention(device.type, dtype, dropout > 0.0, head_size, is_old)

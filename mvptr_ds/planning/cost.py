@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mvptr_ds.flops import Lengths
+from mvptr_ds.monitoring.flops import Lengths
 from mvptr_ds.planning.memory import FLOAT32, Zero
 
 

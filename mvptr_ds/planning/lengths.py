@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mvptr_ds import assembly
+from mvptr_ds import builders
 from mvptr_ds.config import Config, DataConfig, MaskingConfig
 from mvptr_ds.data.collate import collate
-from mvptr_ds.flops import Lengths
+from mvptr_ds.monitoring.flops import Lengths
 
 NUM_DRAWN = 20_000
 MEASURED_AT_ONCE = 64
@@ -66,10 +66,10 @@ def measured(config: Config, stage: str, num_samples: int) -> tuple[Lengths, flo
     """
     torch.set_num_threads(1)
     config.data.demo_source = config.data.held_out = None  # plans with what is there to train on
-    assembly.prepare_shards(config.data, config.run.seed, 1)
+    builders.prepare_shards(config.data, config.run.seed, 1)
     with tempfile.TemporaryDirectory() as joins:
-        dataset = assembly.build_dataset(
-            config, assembly.build_vocabs(config.data), stage, config.run.seed, Path(joins)
+        dataset = builders.build_dataset(
+            config, builders.build_vocabs(config.data), stage, config.run.seed, Path(joins)
         )
         dataset[0]  # opens files
         started_s = time.process_time()

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mvptr_ds.ds_config import zero_stage_of
-from mvptr_ds.flops import Lengths
 from mvptr_ds.model.config import MvptrConfig
+from mvptr_ds.monitoring.flops import Lengths
 
 FLOAT32 = 4
 MASTER_AND_MOMENTS = 3 * FLOAT32

@@ -8,19 +8,19 @@ from typing import Any
 
 import torch
 
-from mvptr_ds import assembly
+from mvptr_ds import builders
 from mvptr_ds.config import Config
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.ds_config import fill_ds_config, micro_batch_size, precision_of
-from mvptr_ds.flops import Lengths, StepFlops, num_cross_passes, rows_read
 from mvptr_ds.model.mvptr import Mvptr
-from mvptr_ds.optim import parameter_groups
+from mvptr_ds.monitoring.flops import Lengths, StepFlops, num_cross_passes, rows_read
+from mvptr_ds.monitoring.timing import vendor_tflops
+from mvptr_ds.objectives.task import Task
+from mvptr_ds.optim.optimizer import parameter_groups
 from mvptr_ds.planning.cost import Assumptions, Gpu, contrast_bytes, step_time, traffic
 from mvptr_ds.planning.lengths import times
 from mvptr_ds.planning.memory import FLOAT32, Zero, activation_bytes, largest_state_bytes
-from mvptr_ds.task import Task
-from mvptr_ds.timing import vendor_tflops
 
 GIB, MIB = 2**30, 2**20
 PUBLISHED_ROWS, PUBLISHED_PHRASES = 86_051, 73_599
@@ -53,11 +53,11 @@ def task_without_memory(config: Config, stage: str, vocab: tuple[int, int] | Non
         phrases = PhraseVocab.load(config.data.phrase_vocab, words)
     else:
         phrases = PhraseVocab.empty(words)
-    model_config = assembly.model_config(config, assembly.Vocabs(words, phrases))
+    model_config = builders.model_config(config, builders.Vocabs(words, phrases))
     if vocab is not None:
         model_config.num_rows, model_config.num_phrases = vocab
     with torch.device("meta"):
-        return assembly.build_task(config, stage, Mvptr(model_config), seed=0)
+        return builders.build_task(config, stage, Mvptr(model_config), seed=0)
 
 
 def groups_of(task: Task, weight_decay: float) -> tuple[list[list[int]], int]:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from mvptr_ds.config import Config, ItmConfig, TaskConfig, VscConfig, WeightsConfig, WpgConfig
 from mvptr_ds.data.collate import Batch, collate
-from mvptr_ds.task import Task
-from tests.tiny import TEXT_SLOTS, sample, tiny_model
+from mvptr_ds.objectives.task import Task
+from tests.support.tiny_models import TEXT_SLOTS, sample, tiny_model
 
 NUM_SAMPLES = 8  # of all ranks
 NUM_BATCHES = 4

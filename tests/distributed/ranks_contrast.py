@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mvptr_ds import parallel
-from mvptr_ds.exchange import Route
+from mvptr_ds.distributed import collectives
+from mvptr_ds.objectives.gather_rows import RowExchange
 from tests.distributed.contrast_cases import CASES, LOCAL, NUM_BATCHES, build, part
 
 PER_RANK = 3
@@ -19,7 +19,7 @@ PER_RANK = 3
 
 def check_route(wanted_RB: Tensor, dtype: torch.dtype) -> None:
     """The rows that arrive are those of the wanted samples, and their gradients come back to the owner, summed."""
-    rank, num = parallel.rank(), parallel.num_ranks()
+    rank, num = collectives.rank(), collectives.num_ranks()
     generator = torch.Generator().manual_seed(2)
     lengths_S = torch.randint(0, 4, (num * PER_RANK,), generator=generator)
     lengths_S[:2] = torch.tensor([0, 5])  # a sample without rows, and the longest
@@ -31,7 +31,7 @@ def check_route(wanted_RB: Tensor, dtype: torch.dtype) -> None:
     own = slice(rank * PER_RANK, (rank + 1) * PER_RANK)
     local = torch.cat(samples[own]).detach().requires_grad_(dtype.is_floating_point)
 
-    route = Route(lengths_S[own], wanted_RB[rank])
+    route = RowExchange(lengths_S[own], wanted_RB[rank])
     found = route.fetch(local)
     assert found.dtype == dtype and torch.equal(found, torch.cat([samples[i] for i in wanted_RB[rank]]))
     assert route.lengths == lengths_S[wanted_RB[rank]].tolist()
@@ -49,7 +49,7 @@ def check_route(wanted_RB: Tensor, dtype: torch.dtype) -> None:
 
 
 def check_routes() -> None:
-    num = parallel.num_ranks()
+    num = collectives.num_ranks()
     shape = (num, PER_RANK)
     generator = torch.Generator().manual_seed(1)
     own = torch.arange(num * PER_RANK).reshape(shape)
@@ -57,20 +57,20 @@ def check_routes() -> None:
     for wanted_RB in (*some, own, own.flip(0), torch.ones_like(own), torch.zeros_like(own)):
         for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.bool, torch.int64):
             check_route(wanted_RB, dtype)
-    local = Route(torch.tensor([1, 2]), torch.tensor([1, 1]), across=False)
+    local = RowExchange(torch.tensor([1, 2]), torch.tensor([1, 1]), across=False)
     assert local.fetch(torch.tensor([5, 6, 7])).tolist() == [6, 7, 6, 7]
 
 
 def run(name: str) -> list[dict[str, Any]]:
     """Loss and gradients of each global batch, of all ranks together."""
-    num, results = parallel.num_ranks(), []
+    num, results = collectives.num_ranks(), []
     task = build({**CASES, **LOCAL}[name])
     for number in range(NUM_BATCHES):
         task.zero_grad()
-        output = task(part(number, parallel.rank(), num), step=number)
+        output = task(part(number, collectives.rank(), num), step=number)
         output.loss.backward()
-        grads = {n: parallel.all_reduce_sum(p.grad) / num for n, p in task.named_parameters() if p.grad is not None}
-        results.append({"loss": parallel.all_reduce_sum(output.loss) / num, "grads": grads})
+        grads = {n: collectives.all_reduce_sum(p.grad) / num for n, p in task.named_parameters() if p.grad is not None}
+        results.append({"loss": collectives.all_reduce_sum(output.loss) / num, "grads": grads})
     return results
 
 
@@ -78,10 +78,10 @@ def main() -> None:
     dist.init_process_group("gloo")
     check_routes()
     results = {name: run(name) for name in (*CASES, *LOCAL)}
-    if parallel.is_main():
+    if collectives.is_main():
         torch.save(results, Path(sys.argv[1]) / "ranks.pt")
-    parallel.barrier()
-    parallel.shut_down()
+    collectives.barrier()
+    collectives.shut_down()
 
 
 if __name__ == "__main__":

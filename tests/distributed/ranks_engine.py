@@ -15,10 +15,10 @@ from typing import Any
 import deepspeed
 import torch
 
-from mvptr_ds import parallel
+from mvptr_ds.distributed import collectives
 from mvptr_ds.ds_config import fill_ds_config, load_ds_config
 from mvptr_ds.engine import Engine
-from mvptr_ds.task import Task, TaskOutput
+from mvptr_ds.objectives.task import Task, TaskOutput
 from tests.conftest import REPO
 from tests.distributed.steps import OPTIM, TRAIN, batch_of, build_task
 
@@ -51,7 +51,7 @@ def build(name: str) -> Engine:
     file, changes, zero_changes = CASES[name]
     content = {"fp16": {}, "bf16": {}} | load_ds_config(REPO / "ds_configs" / file) | changes
     content["zero_optimization"] = content["zero_optimization"] | zero_changes
-    filled = fill_ds_config(content, TRAIN, OPTIM, parallel.num_ranks(), bf16_supported=False, fp16_supported=False)
+    filled = fill_ds_config(content, TRAIN, OPTIM, collectives.num_ranks(), bf16_supported=False, fp16_supported=False)
     task = build_task("stage2")
     task.config.vsc.max_scale = MAX_SCALE
     task.model.logit_scale.data.fill_(BELOW)
@@ -62,7 +62,7 @@ def build(name: str) -> Engine:
 
 def step(engine: Engine, number: int, spoilt: bool = False) -> bool:
     """Whether it was applied."""
-    rank, num = parallel.rank(), parallel.num_ranks()
+    rank, num = collectives.rank(), collectives.num_ranks()
     for accumulation in range(TRAIN.accumulation_steps):
         output = engine.forward(batch_of("stage2", number, accumulation, rank, num), number, accumulation)
         engine.backward(output.loss * (float("nan") if spoilt and rank == num - 1 and accumulation == 0 else 1.0))
@@ -93,7 +93,7 @@ def run(folder: Path, name: str) -> dict[str, Any]:
         engine.task.push = push
         if number == LAST:
             engine.save(folder / name / "engine")
-            parallel.barrier()
+            collectives.barrier()
         applied.append(step(engine, number))
         scales.append(log_scales(engine))
     weights = engine.weights()
@@ -123,17 +123,17 @@ def live_bytes() -> int:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    parallel.init()
+    collectives.init()
     gc.freeze()  # what was imported needs no look, which takes half of the time
     found: dict[str, Any] = {}
     for name in CASES:
         before = live_bytes()
         found[name] = run(folder, name)
         found[name]["left_bytes"] = live_bytes() - before
-    path = folder / f"found-rank{parallel.rank()}.json"
+    path = folder / f"found-rank{collectives.rank()}.json"
     path.write_text(json.dumps(found), encoding="utf-8")
-    parallel.barrier()
-    parallel.shut_down()
+    collectives.barrier()
+    collectives.shut_down()
 
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch import Tensor, nn
 
-from mvptr_ds import parallel
 from mvptr_ds.config import OptimConfig, TrainConfig
+from mvptr_ds.distributed import collectives
 from mvptr_ds.ds_config import fill_ds_config, load_ds_config
-from mvptr_ds.lamb import Lamb
-from mvptr_ds.optim import build_optimizer, parameter_groups
+from mvptr_ds.optim.lamb import Lamb
+from mvptr_ds.optim.optimizer import build_optimizer, parameter_groups
 from tests.conftest import REPO
-from tests.lamb_reference import BETA1, BETA2, DECAY, EPS
+from tests.support.lamb_reference import BETA1, BETA2, DECAY, EPS
 
 NUM_STEPS, BATCH, CLIP_NORM, RATE = 5, 8, 0.5, 0.02
 OPTIM = OptimConfig(name="lamb", beta1=BETA1, beta2=BETA2, eps=EPS, weight_decay=DECAY, clip_norm=CLIP_NORM)
@@ -60,7 +60,7 @@ def train(case: str) -> dict[str, Any]:
     content = load_ds_config(REPO / "ds_configs" / file)
     for key, value in changes.items():
         content[key] = content.get(key, {}) | value
-    rank, num = parallel.rank(), parallel.num_ranks()
+    rank, num = collectives.rank(), collectives.num_ranks()
     filled = fill_ds_config(
         content, TrainConfig(batch_size=BATCH), OPTIM, num, bf16_supported=False, fp16_supported=False
     )
@@ -70,7 +70,7 @@ def train(case: str) -> dict[str, Any]:
     optimizer = build_optimizer(parameter_groups(named, DECAY), OPTIM, RATE)
     assert isinstance(optimizer, Lamb)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=filled)
-    optimizer.follow_zero(parallel.all_reduce_sum)
+    optimizer.follow_zero(collectives.all_reduce_sum)
     share = slice(rank * BATCH // num, (rank + 1) * BATCH // num)
     gradients, weights = [], []
     for step in range(NUM_STEPS):
@@ -81,16 +81,16 @@ def train(case: str) -> dict[str, Any]:
         weights.append({name: safe_get_full_fp32_param(p).detach().clone() for name, p in named})
     held = sorted(piece.number for pieces in optimizer._pieces.values() for piece in pieces)
     engine.destroy()
-    return {"begun": begun, "gradients": gradients, "weights": weights, "held": parallel.gather_objects(held)}
+    return {"begun": begun, "gradients": gradients, "weights": weights, "held": collectives.gather_objects(held)}
 
 
 def main() -> None:
-    parallel.init()
+    collectives.init()
     results = {case: train(case) for case in CASES}
-    if parallel.is_main():
+    if collectives.is_main():
         torch.save(results, Path(sys.argv[1]) / "ranks.pt")
-    parallel.barrier()
-    parallel.shut_down()
+    collectives.barrier()
+    collectives.shut_down()
 
 
 if __name__ == "__main__":

@@ -11,16 +11,16 @@ from typing import Any
 import deepspeed
 import torch
 
-from mvptr_ds import parallel
 from mvptr_ds.config import Config, OptimConfig, TrainConfig
 from mvptr_ds.data.collate import collate
+from mvptr_ds.distributed import collectives
 from mvptr_ds.ds_config import fill_ds_config, load_ds_config
-from mvptr_ds.optim import build_optimizer, parameter_groups
+from mvptr_ds.objectives.task import Task
+from mvptr_ds.optim.optimizer import build_optimizer, parameter_groups
 from mvptr_ds.planning.memory import Zero, state_bytes
 from mvptr_ds.planning.plan import groups_of
-from mvptr_ds.task import Task
 from tests.conftest import REPO
-from tests.tiny import NUM_PHRASES, TEXT_SLOTS, sample, tiny_model
+from tests.support.tiny_models import NUM_PHRASES, TEXT_SLOTS, sample, tiny_model
 
 NUM_WORDS = 2000  # the embedding table is a third of the model, as in the base model
 CASES = {
@@ -51,7 +51,7 @@ def unique_bytes(tensors: Iterable[torch.Tensor | None]) -> int:
 def measure(name: str) -> dict[str, Any]:
     """Before the second optimiser step: Adam's moments exist, and so do the gradients."""
     file, bf16 = CASES[name]
-    rank, num = parallel.rank(), parallel.num_ranks()
+    rank, num = collectives.rank(), collectives.num_ranks()
     task, optim = build_task(), OptimConfig()
     groups, frozen = groups_of(task, optim.weight_decay)
     named = [(n, p) for n, p in task.model.named_parameters() if p.requires_grad]
@@ -80,12 +80,12 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parallel.init()
+    collectives.init()
     every = {name: measure(name) for name in CASES if (REPO / "ds_configs" / CASES[name][0]).is_file()}
-    path = Path(sys.argv[1]) / f"bytes-rank{parallel.rank()}.json"
+    path = Path(sys.argv[1]) / f"bytes-rank{collectives.rank()}.json"
     path.write_text(json.dumps(every), encoding="utf-8")
-    parallel.barrier()
-    parallel.shut_down()
+    collectives.barrier()
+    collectives.shut_down()
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ from typing import Any
 import deepspeed
 import torch
 
-from mvptr_ds import parallel
+from mvptr_ds.distributed import collectives
 from mvptr_ds.ds_config import fill_ds_config, load_ds_config
-from mvptr_ds.grad_norm import spare_kernels
-from mvptr_ds.optim import build_optimizer, parameter_groups
-from mvptr_ds.safeguards import LossScale, SkippedSteps
+from mvptr_ds.guards import LossScale, SkippedSteps
+from mvptr_ds.optim.optimizer import build_optimizer, parameter_groups
+from mvptr_ds.optim.zero_grad_norm import patch_zero_grad_norm
 from tests.conftest import REPO
 from tests.distributed.steps import OPTIM, TRAIN, batch_of, build_task
 
@@ -30,7 +30,7 @@ def train(
     stage: str, precision: dict[str, Any], device: torch.device, num_steps: int, spoilt: int = -1, spare: bool = True
 ) -> dict[str, Any]:
     """Losses, and what tells of the precision. The gradient of step `spoilt` is made NaN on the last rank."""
-    rank, num = parallel.rank(), parallel.num_ranks()
+    rank, num = collectives.rank(), collectives.num_ranks()
     task = build_task(stage)
     trained = [(n, p) for n, p in task.model.named_parameters() if p.requires_grad]
     optimizer = build_optimizer(parameter_groups(trained, OPTIM.weight_decay), OPTIM, LEARNING_RATE)
@@ -38,7 +38,7 @@ def train(
     filled = fill_ds_config(content, TRAIN, OPTIM, num, bf16_supported=True, fp16_supported=device.type == "cuda")
     engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=filled)
     if spare:
-        spare_kernels(engine.optimizer)
+        patch_zero_grad_norm(engine.optimizer)
     losses, applied, norms, skipped = [], [], [], SkippedSteps(max_in_row=3)
     kinds: set[str] = set()
     for step in range(num_steps):
@@ -47,7 +47,7 @@ def train(
             engine.backward(output.loss * (float("nan") if step == spoilt and rank == num - 1 else 1.0))
             engine.step()
             kinds |= {str(part.sum.dtype) for part in output.parts.values()} | {str(output.loss.dtype)}
-            losses.append(parallel.all_reduce_sum(output.loss).item() / num)
+            losses.append(collectives.all_reduce_sum(output.loss).item() / num)
         applied.append(engine.was_step_applied())
         norms.append(float(engine.get_global_grad_norm()))
         scaler = engine.optimizer.loss_scaler
@@ -71,7 +71,7 @@ def train(
 
 
 def main() -> None:
-    device = parallel.init()
+    device = collectives.init()
     runs: dict[str, Any] = {}
     for stage in ("stage1", "stage2"):
         runs[f"{stage}/float32"] = train(stage, {}, device, NUM_STEPS)
@@ -81,10 +81,10 @@ def main() -> None:
         runs[f"norm of deepspeed/{name}"] = train("stage2", precision, device, 3, spare=False)
     if device.type == "cuda":
         runs["stage2/fp16"] = train("stage2", HALF["fp16"], device, 3 * NUM_STEPS)
-    if parallel.is_main():
+    if collectives.is_main():
         (Path(sys.argv[1]) / "runs.json").write_text(json.dumps(runs), encoding="utf-8")
-    parallel.barrier()
-    parallel.shut_down()
+    collectives.barrier()
+    collectives.shut_down()
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from mvptr_ds import parallel, preflight, preflight_ranks
 from mvptr_ds.config import load_config
+from mvptr_ds.distributed import collectives
 from mvptr_ds.ds_config import load_ds_config
+from mvptr_ds.preflight import checks, rank_checks
 from tests.conftest import REPO
 
 LATE_S = 5.0
@@ -40,7 +41,7 @@ def examine(*overrides: str) -> list[dict[str, str]]:
     overrides_all = json.loads(Path("overrides.json").read_text(encoding="utf-8"))
     config = load_config("demo", [*overrides_all, *overrides])
     content = load_ds_config(REPO / "ds_configs/z2.json")
-    found = preflight.examine(config, content, torch.device("cpu"), prepare=False)
+    found = checks.examine(config, content, torch.device("cpu"), prepare=False)
     return [vars(finding) for finding in found]
 
 
@@ -50,20 +51,20 @@ def sleep(**_: Any) -> None:
 
 def wrong_sum(values: torch.Tensor) -> None:
     real_all_reduce(values)
-    values[-1] += parallel.rank()
+    values[-1] += collectives.rank()
 
 
-real_all_reduce, real_time, real_versions = dist.all_reduce, time.time, preflight.versions
+real_all_reduce, real_time, real_versions = dist.all_reduce, time.time, checks.versions
 
 
 def scenarios(folder: Path) -> Iterator[tuple[str, Callable[[], list[dict[str, str]]]]]:
-    second = parallel.rank() == 1
+    second = collectives.rank() == 1
     yield "well", examine
-    with replaced(preflight, "versions", lambda: real_versions() | ({"torch": "1.0"} if second else {})):
+    with replaced(checks, "versions", lambda: real_versions() | ({"torch": "1.0"} if second else {})):
         yield "versions", examine
     with replaced(time, "time", lambda: real_time() - second * LATE_S):
         yield "clocks", examine
-    with replaced(preflight_ranks.dist, "all_reduce", wrong_sum):
+    with replaced(rank_checks.dist, "all_reduce", wrong_sum):
         yield "all-reduce", examine
     yield "arguments", lambda: examine(f"train.batch_size={8 + 8 * second}")
     yield "run folder", lambda: examine("run.dir=own")  # relative: each rank stands in another folder
@@ -77,19 +78,19 @@ def main() -> None:
     second = os.environ["RANK"] == "1"
     if (folder / "one-does-not-connect").exists():
         with replaced(deepspeed, "init_distributed", sleep) if second else nullcontext():
-            parallel.init(connect_within_s=0.0 if second else 2.0)
+            collectives.init(connect_within_s=0.0 if second else 2.0)
     time.sleep(SLOW_START_S if second else 0.0)
-    parallel.init(connect_within_s=CONNECT_WITHIN_S)
-    os.chdir(folder / f"node{parallel.rank()}")
+    collectives.init(connect_within_s=CONNECT_WITHIN_S)
+    os.chdir(folder / f"node{collectives.rank()}")
     if (folder / "one-is-gone").exists():
         if second:
             sleep()
-        with replaced(preflight, "LIMIT_S", 2.0):
+        with replaced(checks, "LIMIT_S", 2.0):
             examine()
     told = {name: scenario() for name, scenario in scenarios(folder)}
-    (folder / f"told-rank{parallel.rank()}.json").write_text(json.dumps(told), encoding="utf-8")
-    parallel.barrier()
-    parallel.shut_down()
+    (folder / f"told-rank{collectives.rank()}.json").write_text(json.dumps(told), encoding="utf-8")
+    collectives.barrier()
+    collectives.shut_down()
 
 
 if __name__ == "__main__":

@@ -14,30 +14,30 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from mvptr_ds import parallel
 from mvptr_ds.data.schema import DataError
+from mvptr_ds.distributed import collectives
 from mvptr_ds.ds_config import fill_ds_config, load_ds_config
-from mvptr_ds.metrics import Meters
-from mvptr_ds.optim import build_optimizer, parameter_groups
+from mvptr_ds.monitoring.metrics import Meters
+from mvptr_ds.optim.optimizer import build_optimizer, parameter_groups
 from tests.conftest import REPO
 from tests.distributed.steps import CASES, NUM_STEPS, OPTIM, TRAIN, batch_of, build_task, learning_rate
 
 
 def check_gather() -> None:
     """The gradient of a rank's part is the sum over ranks of what reached it."""
-    rank, num = parallel.rank(), parallel.num_ranks()
+    rank, num = collectives.rank(), collectives.num_ranks()
     local = torch.full((2, 3), float(rank + 1), requires_grad=True)
-    joined = parallel.gather(local)
+    joined = collectives.gather(local)
     assert joined[:, 0].tolist() == [float(r + 1) for r in range(num) for _ in range(2)]
     coefficients = torch.arange(6.0 * num).reshape(2 * num, 3)
     (joined * coefficients * (rank + 1)).sum().backward()
     assert local.grad is not None
     assert torch.equal(local.grad, coefficients[2 * rank : 2 * rank + 2] * sum(range(1, num + 1)))
-    assert parallel.gather(torch.tensor([rank == 0])).tolist() == [r == 0 for r in range(num)]
-    assert parallel.gather(torch.tensor([rank])).tolist() == list(range(num))
-    assert not parallel.gather(local.detach()).requires_grad
+    assert collectives.gather(torch.tensor([rank == 0])).tolist() == [r == 0 for r in range(num)]
+    assert collectives.gather(torch.tensor([rank])).tolist() == list(range(num))
+    assert not collectives.gather(local.detach()).requires_grad
     total = torch.tensor([1.0 + rank])
-    assert parallel.all_reduce_sum(total).item() == num * (num + 1) / 2 and total.item() == 1.0 + rank
+    assert collectives.all_reduce_sum(total).item() == num * (num + 1) / 2 and total.item() == 1.0 + rank
 
 
 def check_errors_of_rank_0() -> None:
@@ -53,23 +53,23 @@ def check_errors_of_rank_0() -> None:
 
     for function, kind, text in ((fail_as_user, DataError, "shard 7 is cut"), (fail_oddly, Exception, "odd failure")):
         try:
-            parallel.on_main(function)
+            collectives.run_on_rank_zero(function)
         except kind as error:
             assert text in str(error), error
         else:
-            raise AssertionError(f"rank {parallel.rank()} heard nothing of {text!r}")
+            raise AssertionError(f"rank {collectives.rank()} heard nothing of {text!r}")
     ran: list[int] = []
-    parallel.on_main(lambda: ran.append(1))
-    assert len(ran) == (1 if parallel.is_main() else 0)
+    collectives.run_on_rank_zero(lambda: ran.append(1))
+    assert len(ran) == (1 if collectives.is_main() else 0)
 
 
 def check_long_work() -> None:
     """That of one rank may take longer than any collective; all the while every rank shows that it lives."""
     alive_s = [time.monotonic()]
-    parallel.POLL_S = 0.2
+    collectives.POLL_S = 0.2
     _set_pg_timeout(timedelta(seconds=4))
     try:
-        parallel.on_main(lambda: time.sleep(9), lambda: alive_s.append(time.monotonic()))
+        collectives.run_on_rank_zero(lambda: time.sleep(9), lambda: alive_s.append(time.monotonic()))
     finally:
         _set_pg_timeout(timedelta(minutes=30))
     assert alive_s[-1] - alive_s[0] >= 9.0 and len(alive_s) > 9, alive_s
@@ -79,15 +79,15 @@ def check_work_of_each_rank() -> None:
     """All wait for the last; work that fails is ended, too."""
     started_s = time.monotonic()
     with ThreadPoolExecutor(1) as pool:
-        work = pool.submit(int, "one") if parallel.is_main() else pool.submit(time.sleep, 1.0)
-        parallel.wait_for_all(work)
+        work = pool.submit(int, "one") if collectives.is_main() else pool.submit(time.sleep, 1.0)
+        collectives.wait_for_all(work)
         assert work.done() and time.monotonic() - started_s >= 1.0
-        parallel.wait_for_all(work if parallel.is_main() else None)
-        assert not parallel.is_main() or isinstance(work.exception(), ValueError)
+        collectives.wait_for_all(work if collectives.is_main() else None)
+        assert not collectives.is_main() or isinstance(work.exception(), ValueError)
 
 
 def train(case: str) -> dict[str, Any]:
-    rank, num = parallel.rank(), parallel.num_ranks()
+    rank, num = collectives.rank(), collectives.num_ranks()
     task = build_task(case)
     model = task.model
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -103,13 +103,13 @@ def train(case: str) -> dict[str, Any]:
             group["lr"] = learning_rate(case, step)
         for accumulation in range(TRAIN.accumulation_steps):
             batch = batch_of(case, step, accumulation, rank, num)
-            positions.append(parallel.gather(batch.position_B).tolist())
+            positions.append(collectives.gather(batch.position_B).tolist())
             output = engine(batch, step, accumulation)
             engine.backward(output.loss)
             if step == 0 and engine.is_gradient_accumulation_boundary():
                 grads = {name: safe_get_full_grad(p).clone() for name, p in trained}
             engine.step()
-            losses.append(parallel.all_reduce_sum(output.loss).item() / num)
+            losses.append(collectives.all_reduce_sum(output.loss).item() / num)
             meters.add_parts(output.parts)
             meters.add_batch(batch, 0.0)
         assert engine.was_step_applied()
@@ -117,23 +117,23 @@ def train(case: str) -> dict[str, Any]:
         reports.append(meters.report())
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     checksum = torch.stack([p.double().sum() for p in weights.values()]).sum()
-    assert len(set(parallel.gather(checksum[None]).tolist())) == 1  # all ranks hold the same weights
+    assert len(set(collectives.gather(checksum[None]).tolist())) == 1  # all ranks hold the same weights
     engine.destroy()
     results = {"positions": positions, "losses": losses, "norms": norms, "reports": reports, "weights": weights}
     return results | {"first_grads": grads}
 
 
 def main() -> None:
-    parallel.init()
+    collectives.init()
     check_gather()
     check_errors_of_rank_0()
     check_long_work()
     check_work_of_each_rank()
     results = {case: train(case) for case in CASES}
-    if parallel.is_main():
+    if collectives.is_main():
         torch.save(results, Path(sys.argv[1]) / "ranks.pt")
-    parallel.barrier()
-    parallel.shut_down()
+    collectives.barrier()
+    collectives.shut_down()
 
 
 if __name__ == "__main__":

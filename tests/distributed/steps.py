@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from mvptr_ds.config import Config, OptimConfig, StageConfig, TrainConfig
-from mvptr_ds.data.batches import Batches
 from mvptr_ds.data.collate import Batch, Sample, collate
-from mvptr_ds.optim import learning_rate_at
-from mvptr_ds.task import Task
-from tests.tiny import TEXT_SLOTS, sample, tiny_model
+from mvptr_ds.data.sampling.batches import Batches
+from mvptr_ds.objectives.task import Task
+from mvptr_ds.optim.optimizer import learning_rate_at
+from tests.support.tiny_models import TEXT_SLOTS, sample, tiny_model
 
 NUM_STEPS = 5
 STAGES = ("stage1", "stage2", "joint")

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mvptr_ds.hard_negatives import Draws
-from mvptr_ds.losses import LossSum
+from mvptr_ds.objectives.hard_negatives import RandomDraws
+from mvptr_ds.objectives.losses import LossSum
 from tests.distributed.contrast_cases import CASES, LOCAL, NUM_BATCHES, NUM_SAMPLES, build, part
 from tests.distributed.launch import run_ranks
-from tests.tiny import TEXT_SLOTS
+from tests.support.tiny_models import TEXT_SLOTS
 
 EXACT: dict[str, float] = {"rtol": 0, "atol": 1e-9}  # float64 in another order of sums; gradients are below 100
 RANKS = (1, 2, 4)
@@ -35,7 +35,7 @@ def alone(name: str, parts: int) -> list[dict[str, Any]]:
     results = []
     for number in range(NUM_BATCHES):
         task.zero_grad()
-        draws = Draws.keyed(task.seed, number, 0, NUM_SAMPLES, TEXT_SLOTS)
+        draws = RandomDraws.keyed(task.seed, number, 0, NUM_SAMPLES, TEXT_SLOTS)
         share = NUM_SAMPLES // parts
         found = [task.objectives(part(number, i, parts), draws.rows(i * share, share), number) for i in range(parts)]
         loss = torch.stack([weight * mean([f[on] for f in found]) for on, weight in task.weights.items()]).sum()

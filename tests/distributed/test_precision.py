@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from mvptr_ds.config import Config
-from mvptr_ds.hard_negatives import Draws
 from mvptr_ds.model.packed import Packed
-from mvptr_ds.task import Task
+from mvptr_ds.objectives.hard_negatives import RandomDraws
+from mvptr_ds.objectives.task import Task
 from tests.distributed.launch import run, run_ranks
-from tests.tiny import tiny_model, whole_batch
+from tests.support.tiny_models import tiny_model, whole_batch
 
 # bf16 keeps 8 bits: states of order 1 are off by 0.4 %. Over 24 micro-batches the runs part a little further, and a
 # choice (the hardest negative, the highest similarity) may fall otherwise: 1.6 % was the most seen on a CPU
@@ -70,7 +70,7 @@ def test_each_objective_in_bf16_is_near_its_float32_value(stage: str) -> None:
         model = tiny_model().to(dtype)  # type: ignore[arg-type]
         weights = Config().stage(stage).weights
         task = Task(model, stage, weights, Config().task, max_text_slots=12, max_steps=9, seed=0)
-        parts[dtype] = task.objectives(whole_batch(), Draws.keyed(0, 0, 0, 4, 12))
+        parts[dtype] = task.objectives(whole_batch(), RandomDraws.keyed(0, 0, 0, 4, 12))
         states = Packed(torch.randn(6, 16, dtype=dtype), (2, 4))
         for states_BD in (model.text_global(states), model.visual_global(states)):
             assert states_BD.dtype == torch.float32

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from mvptr_ds.metrics import Meters
-from mvptr_ds.optim import parameter_groups
+from mvptr_ds.monitoring.metrics import Meters
+from mvptr_ds.optim.optimizer import parameter_groups
 from tests.distributed.launch import run_ranks
 from tests.distributed.steps import CASES, NUM_STEPS, ONE_MODALITY, OPTIM, TRAIN, batch_of, build_task, learning_rate
 

@@ -24,11 +24,12 @@ from threading import Timer
 from typing import Any
 from unittest.mock import patch
 
-from mvptr_ds import parallel, train
+from mvptr_ds import train
 from mvptr_ds.data.features import SampleBuilder
 from mvptr_ds.data.loader import ShardDataset
 from mvptr_ds.data.schema import DataError
-from mvptr_ds.data.storage import LocalFiles
+from mvptr_ds.data.shards.storage import LocalFiles
+from mvptr_ds.distributed import collectives
 from mvptr_ds.trainer import Trainer
 from tests.end_to_end.copies import forget
 
@@ -45,7 +46,7 @@ left: list[int] = []
 
 def poison(trainer: Trainer, micro_batches: list[Any]) -> None:
     """Two boxes of rank 1 are infinite in some steps."""
-    if parallel.rank() == 1 and trainer.step in POISONED_STEPS:
+    if collectives.rank() == 1 and trainer.step in POISONED_STEPS:
         micro_batches[-1].region_geometry_BR6[-2:] = float("inf")
     train_step(trainer, micro_batches)
 
@@ -59,7 +60,7 @@ def save_with_full_disk(trainer: Trainer, must: bool = False) -> None:
         save(trainer, must)
         return
     ballast.unlink(missing_ok=True)
-    save_limited(trainer, must, parallel.rank() == {FULL_STEP: 0, RANK1_STEP: 1}.get(trainer.step))
+    save_limited(trainer, must, collectives.rank() == {FULL_STEP: 0, RANK1_STEP: 1}.get(trainer.step))
 
 
 def save_limited(trainer: Trainer, must: bool, limited: bool) -> None:
@@ -73,14 +74,14 @@ def save_limited(trainer: Trainer, must: bool, limited: bool) -> None:
 
 
 def save_the_end_without_room(trainer: Trainer, must: bool = False) -> None:
-    save_limited(trainer, must, must and parallel.rank() == 1)
+    save_limited(trainer, must, must and collectives.rank() == 1)
 
 
 def stop_without_room(trainer: Trainer, must: bool = False) -> None:
     """A signal while the first checkpoint fails; then that of the signal fails."""
     if not must:
         os.kill(os.getpid(), signal.SIGTERM)
-    save_limited(trainer, must, parallel.rank() == 1)
+    save_limited(trainer, must, collectives.rank() == 1)
 
 
 def fill(path: Path) -> None:
@@ -91,18 +92,18 @@ def fill(path: Path) -> None:
                     file.write(b"\0" * num_bytes)
             except OSError:
                 continue
-    parallel.barrier()
+    collectives.barrier()
 
 
 def load_with_dead_storage(dataset: ShardDataset, wanted: list[tuple[int, int, int]]) -> Any:
     gone = [position for position, _, _ in wanted if position >= 20]
-    if parallel.rank() == 1 and gone:
+    if collectives.rank() == 1 and gone:
         raise DataError(f"position {gone[0]}: the storage of rank 1 is gone; look after it")
     return load(dataset, wanted)
 
 
 def get_signal_and_load(trainer: Trainer) -> Any:
-    if parallel.rank() == 1:
+    if collectives.rank() == 1:
         os.kill(os.getpid(), signal.SIGUSR1)
         assert trainer.stop.wait(5.0)
     return loader(trainer)
@@ -120,7 +121,7 @@ def evaluate_without_storage(trainer: Trainer) -> None:
 def evaluate_and_be_interrupted(trainer: Trainer) -> None:
     """Rank 0 a little after it has begun."""
     timer = Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
-    if parallel.is_main():
+    if collectives.is_main():
         timer.start()
         with patch.object(SampleBuilder, "begin", lambda *_: time.sleep(60.0)):
             evaluate(trainer)
@@ -130,7 +131,7 @@ def evaluate_and_be_interrupted(trainer: Trainer) -> None:
 
 
 def hang(trainer: Trainer, micro_batches: list[Any]) -> None:
-    if parallel.rank() == 1 and trainer.step == HUNG_STEP:
+    if collectives.rank() == 1 and trainer.step == HUNG_STEP:
         sleep_for_ever()
     if trainer.step == HUNG_STEP:  # rank 1's time is up first: the collective of rank 0 fails
         faulthandler.cancel_dump_traceback_later()
@@ -168,21 +169,21 @@ def copy_run(scenario: dict[str, Any]) -> None:
     if "copy" not in scenario:
         return
     source, stage, step = scenario["copy"]
-    parallel.barrier()  # the others may still be closing the run before
-    if parallel.is_main():
+    collectives.barrier()  # the others may still be closing the run before
+    if collectives.is_main():
         run_dir = next(a for a in scenario["arguments"] if a.startswith("run.dir=")).partition("=")[2]
         forget(Path(source), Path(run_dir), stage, step)
         for weights in (
             Path(run_dir).glob("*/checkpoints/step-*/model/model.safetensors") if "damage" in scenario else ()
         ):
             weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
-    parallel.barrier()
+    collectives.barrier()
 
 
 def main() -> None:
     folder = Path(next(argument for argument in sys.argv[1:] if not argument.startswith("--")))
     codes = {}
-    with patch.object(parallel, "shut_down", lambda: None):
+    with patch.object(collectives, "shut_down", lambda: None):
         for scenario in json.loads((folder / "scenarios.json").read_text(encoding="utf-8")):
             print(f"=== {scenario['name']}", file=sys.stderr, flush=True)
             copy_run(scenario)
@@ -194,9 +195,9 @@ def main() -> None:
                     stack.enter_context(patch.object(*DISTURBANCES[scenario["disturb"]]))
                 codes[scenario["name"]] = train.main()
     for name, content in (("codes", codes), ("left", left)):
-        (folder / f"{name}-rank{parallel.rank()}.json").write_text(json.dumps(content), encoding="utf-8")
-    parallel.barrier()
-    parallel.shut_down()
+        (folder / f"{name}-rank{collectives.rank()}.json").write_text(json.dumps(content), encoding="utf-8")
+    collectives.barrier()
+    collectives.shut_down()
 
 
 if __name__ == "__main__":

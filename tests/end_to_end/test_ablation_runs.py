@@ -1,4 +1,4 @@
-"""tools/ablate.py for real, at the smallest size: two arms, then the same command again."""
+"""tools/dev/ablate.py for real, at the smallest size: two arms, then the same command again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.end_to_end.conftest import SMALL
 @pytest.mark.timeout(600)
 def test_arms_are_trained_once_and_their_table_is_printed(tmp_path: Path) -> None:
     out = tmp_path / "ablation"
-    tool = [sys.executable, str(REPO / "tools/ablate.py"), "--out", str(out), "--config", "demo", "--ranks", "1"]
+    tool = [sys.executable, str(REPO / "tools/dev/ablate.py"), "--out", str(out), "--config", "demo", "--ranks", "1"]
     settings = [*SMALL, "data.demo_train_scenes=32", "data.demo_held_out_scenes=8"]
     command = [*tool, "--arms", "full", "stage2_alone", "--set", *settings]
     code, output = run(command, tmp_path / "first.log", 500.0)
@@ -44,7 +44,7 @@ def test_arms_are_trained_once_and_their_table_is_printed(tmp_path: Path) -> Non
 @pytest.mark.timeout(300)
 def test_a_stopped_ablation_leaves_no_rank_behind(tmp_path: Path) -> None:
     out, log = tmp_path / "ablation", tmp_path / "log"
-    tool = [sys.executable, str(REPO / "tools/ablate.py"), "--out", str(out), "--config", "demo", "--ranks", "1"]
+    tool = [sys.executable, str(REPO / "tools/dev/ablate.py"), "--out", str(out), "--config", "demo", "--ranks", "1"]
     settings = [*SMALL, "data.demo_train_scenes=32", "data.demo_held_out_scenes=8", "stage1.max_steps=100000"]
     with started([*tool, "--arms", "full", "--set", *settings], log, environment()) as process:
         metrics = out / "full/seed-0/stage1/metrics.jsonl"

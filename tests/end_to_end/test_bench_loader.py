@@ -1,4 +1,4 @@
-"""tools/bench_loader.py at a small size: every contender runs, and the last line holds the figures that it promises."""
+"""tools/bench/bench_loader.py at a small size: every contender runs, and the last line holds the promised figures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,16 @@ FIGURES = [
 
 
 def test_the_benchmark_measures_what_it_says(tmp_path: Path) -> None:
-    command = [sys.executable, "tools/bench_loader.py", "--records", "40", "--rounds", "1", "--folder", str(tmp_path)]
+    command = [
+        sys.executable,
+        "tools/bench/bench_loader.py",
+        "--records",
+        "40",
+        "--rounds",
+        "1",
+        "--folder",
+        str(tmp_path),
+    ]
     small = ["--index-samples", "2000", "--worker-samples", "640"]
     done = subprocess.run([*command, *small], cwd=REPO, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr

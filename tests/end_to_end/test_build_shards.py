@@ -24,7 +24,8 @@ from PIL import Image
 
 from mvptr_ds.data.images import decode_image
 from mvptr_ds.data.schema import parse_record
-from mvptr_ds.data.shards import Index, read_record
+from mvptr_ds.data.shards.index import Index
+from mvptr_ds.data.shards.tar_reader import read_record
 from tests.conftest import REPO
 from tools import build_shards
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from mvptr_ds.corpus.concepts.parser import PhraseParser
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.schema import Caption, Record
-from mvptr_ds.data.shards import write_shards
+from mvptr_ds.data.shards.writer import write_shards
 from mvptr_ds.data.wordpiece import WordPiece
 from tests.conftest import REPO
 

@@ -14,7 +14,7 @@ from mvptr_ds.demo.scene import make_scene
 from mvptr_ds.demo.shapes import ShapesSource
 from tests.conftest import REPO
 from tests.distributed.launch import free_port, run
-from tests.tiny_detector import save_detector
+from tests.support.tiny_detector import save_detector
 
 DOC = REPO / "docs/corpus.md"
 NUM_IMAGES = 60

@@ -19,17 +19,17 @@ import pytest
 import webdataset
 from PIL import Image
 
-from mvptr_ds.corpus.detection import RegionChoice, choose_regions
-from mvptr_ds.corpus.detector import Detector, DetectorSource
-from mvptr_ds.corpus.extraction import extract_regions
-from mvptr_ds.corpus.jobs import Summary
+from mvptr_ds.corpus.regions.detection import RegionChoice, choose_regions
+from mvptr_ds.corpus.regions.detector import Detector, DetectorSource
+from mvptr_ds.corpus.regions.extraction import extract_regions
+from mvptr_ds.corpus.resumable_jobs import Summary
 from mvptr_ds.data.features import read_features, region_geometry
 from mvptr_ds.data.schema import Caption, DataError, Record, SidecarEntry, parse_entry
-from mvptr_ds.data.shards import write_shards
-from mvptr_ds.data.sidecars import merge_sidecar
-from mvptr_ds.data.tar_writer import npy_bytes
+from mvptr_ds.data.shards.sidecars import merge_sidecar
+from mvptr_ds.data.shards.tar_writer import npy_bytes
+from mvptr_ds.data.shards.writer import write_shards
 from tests.conftest import REPO
-from tests.tiny_detector import HIDDEN, save_detector
+from tests.support.tiny_detector import HIDDEN, save_detector
 
 CHOICE = RegionChoice(score_threshold=0.2)
 SIZES = ((100, 80), (60, 90), (200, 50), (33, 90), (80, 80))  # width, height

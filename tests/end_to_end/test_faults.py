@@ -10,15 +10,15 @@ import pytest
 
 from tests.conftest import REPO
 from tests.distributed.launch import run
-from tools import small_runs
-from tools.faults import FAULTS
+from tools.dev import small_runs
+from tools.dev.faults import FAULTS
 
 TRIES = len(FAULTS)
 
 
 @pytest.mark.timeout(900)
 def test_disturbed_runs_end_like_undisturbed_ones(tmp_path: Path) -> None:
-    command = [sys.executable, str(REPO / "tools/faults.py"), "--tries", str(TRIES), "--out", str(tmp_path / "out")]
+    command = [sys.executable, str(REPO / "tools/dev/faults.py"), "--tries", str(TRIES), "--out", str(tmp_path / "out")]
     code, output = run([*command, "--seed", "1"], tmp_path / "log", 850.0)
     assert code == 0, output
     content = json.loads(output.splitlines()[-1])

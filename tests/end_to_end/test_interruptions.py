@@ -18,12 +18,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mvptr_ds.checkpointing import verify
+from mvptr_ds.checkpoints.checkpoint import verify
 from mvptr_ds.stopping import EXIT_STOPPED
 from tests.conftest import REPO
 from tests.distributed.launch import environment, free_port, run, run_ranks, started
 from tests.end_to_end.ranks_disturbed import FULL_STEP, HUNG_STEP, POISONED_STEPS, RANK1_STEP
-from tools import small_runs
+from tools.dev import small_runs
 
 pytestmark = pytest.mark.timeout(600)
 LIMIT_S = 200.0

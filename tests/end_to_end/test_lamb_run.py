@@ -79,7 +79,7 @@ def test_adamws_state_is_taken_over_and_the_log_says_so(runs: Path) -> None:
     for said in ("two", "one"):
         log = (runs / said / "rank0.log").read_text(encoding="utf-8")
         assert log.count("optim.name=lamb instead of adamw goes on with its moments; mind learning_rate") == 1
-        assert "optimiser: mvptr_ds.lamb.Lamb (optim.name=lamb;" in log
+        assert "optimiser: mvptr_ds.optim.lamb.Lamb (optim.name=lamb;" in log
 
 
 def test_each_matrix_moves_by_its_norm_times_the_learning_rate(runs: Path) -> None:

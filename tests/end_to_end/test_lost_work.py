@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mvptr_ds.checkpointing import verify
+from mvptr_ds.checkpoints.checkpoint import verify
 from tests.conftest import REPO
 from tests.distributed.launch import run_ranks
 

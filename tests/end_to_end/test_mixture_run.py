@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from mvptr_ds.data.schema import Caption, Record
-from mvptr_ds.data.shards import Index, write_shards
-from mvptr_ds.data.tars import record_key
+from mvptr_ds.data.shards.index import Index
+from mvptr_ds.data.shards.tar_reader import record_key
+from mvptr_ds.data.shards.writer import write_shards
 from tests.end_to_end.conftest import Launch
 
 pytestmark = pytest.mark.timeout(600)

@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mvptr_ds import elastic
-from mvptr_ds.checkpointing import CheckpointError, verify
+from mvptr_ds.checkpoints import reshard
+from mvptr_ds.checkpoints.checkpoint import CheckpointError, verify
 from tests.conftest import REPO
 from tests.end_to_end.copies import forget
-from tools.small_runs import build_shards, kill, launch
+from tools.dev.small_runs import build_shards, kill, launch
 
 pytestmark = pytest.mark.timeout(600)
 LIMIT_S = 200.0
@@ -35,8 +35,8 @@ SETTINGS = (
 IN_THE_MODELS_ORDER = """
 import sys
 sys.path[0] = {repo!r}
-import mvptr_ds.optim, mvptr_ds.trainer
-mvptr_ds.optim.ALIGNED_NUMBERS = 1
+import mvptr_ds.optim.optimizer, mvptr_ds.trainer
+mvptr_ds.optim.optimizer.ALIGNED_NUMBERS = 1
 mvptr_ds.trainer.PARAMETER_ORDER = None
 from mvptr_ds.train import main
 sys.exit(main())
@@ -71,7 +71,7 @@ def check(run_dir: Path, reference: Path) -> None:
     weights, wanted = load_file(run_dir / last), load_file(reference / last)
     for name, weight in wanted.items():
         assert float((weights[name] - weight).abs().max()) < TOLERANCE, name
-    assert not (run_dir / "stage2" / elastic.FOLDER).exists()
+    assert not (run_dir / "stage2" / reshard.FOLDER).exists()
 
 
 @pytest.fixture(scope="module")
@@ -143,5 +143,5 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_is_said_and_the_checkpoint_stays(undisturbed: Path, small_disk: Path) -> None:
     checkpoint = undisturbed / f"stage2/checkpoints/step-{CUT:08d}"
     with pytest.raises(CheckpointError, match=r"could not be converted .*(No space left|unexpected pos|enough space)"):
-        elastic.convert(checkpoint, small_disk / "universal")
+        reshard.convert(checkpoint, small_disk / "universal")
     assert verify(checkpoint) is None and list((small_disk / "universal").iterdir()) == []

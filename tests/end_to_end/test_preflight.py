@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mvptr_ds import preflight
-from mvptr_ds.assembly import build_vocabs
+from mvptr_ds.builders import build_vocabs
 from mvptr_ds.config import load_config
 from mvptr_ds.ds_config import load_ds_config
-from mvptr_ds.preflight import Finding, PreflightError, conclude
+from mvptr_ds.preflight import checks
+from mvptr_ds.preflight.checks import Finding, PreflightError, conclude
 from tests.conftest import REPO
 from tests.distributed.launch import free_port, run, run_ranks
 from tests.end_to_end.conftest import Launch, Run
@@ -135,13 +135,13 @@ def test_preflight_only_trains_nothing_and_says_all(train: Launch, trained: Run,
 
 def examine(small: list[str], *overrides: str, prepare: bool = False) -> list[Finding]:
     config = load_config("demo", [*small, *SHORT_WARM_UP, *overrides])
-    return preflight.examine(config, load_ds_config(REPO / "ds_configs/z2.json"), torch.device("cpu"), prepare)
+    return checks.examine(config, load_ds_config(REPO / "ds_configs/z2.json"), torch.device("cpu"), prepare)
 
 
 def test_the_estimate_of_a_checkpoint(trained: Run, small: list[str]) -> None:
     """Within a quarter of what was written: vocabularies, pickles and headers weigh on a tiny one."""
     config = load_config("demo", small)
-    estimate = preflight._num_bytes(config, preflight._shapes(config, build_vocabs(config.data)), "float32")
+    estimate = checks._num_bytes(config, checks._shapes(config, build_vocabs(config.data)), "float32")
     for stage, num_bytes in estimate.items():
         written = trained.dir / stage / "checkpoints/step-00000004"
         real = sum(file.stat().st_size for file in written.rglob("*") if file.is_file())
@@ -153,7 +153,7 @@ def test_room_for_the_checkpoints(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, level: str
 ) -> None:
     usage = namedtuple("usage", "free")(free)
-    monkeypatch.setattr("mvptr_ds.preflight.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("mvptr_ds.preflight.checks.shutil.disk_usage", lambda _: usage)
     (found,) = [f for f in examine(small, f"run.dir={tmp_path}") if f.check == "disk"]
     assert found.level == level and " free, the checkpoints take up to " in found.text
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from mvptr_ds.corpus.preview.page import write_preview
-from mvptr_ds.data.shards import write_shards
-from tests.preview_items import hostile_texts, items
+from mvptr_ds.data.shards.writer import write_shards
+from tests.support.preview_items import hostile_texts, items
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 BROWSER = next(filter(None, map(shutil.which, NAMES)), None)

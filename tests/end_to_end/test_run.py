@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mvptr_ds import assembly
-from mvptr_ds.checkpointing import CheckpointError
+from mvptr_ds import builders
+from mvptr_ds.checkpoints.checkpoint import CheckpointError
+from mvptr_ds.checkpoints.model_folder import init_from_folder, load_model_folder
 from mvptr_ds.config import load_config, override_config
-from mvptr_ds.model_folder import init_from_folder, load_model_folder
 from mvptr_ds.train import parse_arguments
 from tests.conftest import REPO
 from tests.distributed.launch import free_port, run
@@ -142,8 +142,8 @@ def test_every_difference_is_named(trained: Run, small: list[str], override: str
         config.visual.backbone_config["depths"] = [2, 1]
     else:
         override_config(config, [override, *(["data.phrase_vocab=null"] if "word_vocab" in override else [])])
-    vocabs = assembly.build_vocabs(config.data)
-    model = assembly.build_model(config, vocabs)
+    vocabs = builders.build_vocabs(config.data)
+    model = builders.build_model(config, vocabs)
     path = trained.dir / "stage1/checkpoints/step-00000004/model"
     with pytest.raises(CheckpointError, match=named):
         init_from_folder(model, vocabs, path)

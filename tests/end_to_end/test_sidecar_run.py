@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from mvptr_ds.data.schema import Extractor
-from mvptr_ds.data.shards import Index
-from mvptr_ds.data.sidecars import sidecar_json
-from mvptr_ds.data.tar_writer import write_tar
-from mvptr_ds.data.tars import read_keyed_record
+from mvptr_ds.data.shards.index import Index
+from mvptr_ds.data.shards.sidecars import sidecar_json
+from mvptr_ds.data.shards.tar_reader import read_keyed_record
+from mvptr_ds.data.shards.tar_writer import write_tar
 from mvptr_ds.eval import evaluate
 from tests.end_to_end.conftest import Launch
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from mvptr_ds.data.shards import Index
+from mvptr_ds.data.shards.index import Index
 from tests.conftest import REPO
-from tests.hostile import picture, sound_folder
+from tests.support.hostile import picture, sound_folder
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:

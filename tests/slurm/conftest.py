@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import Cluster, wait_until, why_not
-from tools import faults
+from tools.dev import faults
 
 
 @pytest.fixture(scope="session")

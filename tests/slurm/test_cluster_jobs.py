@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import REPO
 from tests.slurm.cluster import Cluster, wait_until
 from tests.slurm.conftest import freeze_at, submit_chain, text
-from tools import faults
+from tools.dev import faults
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import REPO
 from tests.slurm.cluster import HERE, Cluster, wait_until
 from tests.slurm.conftest import freeze_at, submit_chain, text
-from tools import faults
+from tools.dev import faults
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1200)]
 

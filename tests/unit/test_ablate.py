@@ -11,8 +11,8 @@ import torch
 from mvptr_ds.config import load_config
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.mvptr import Mvptr
-from mvptr_ds.task import Task
-from tools import ablate
+from mvptr_ds.objectives.task import Task
+from tools.dev import ablate
 
 ARMS = ablate.load_arms()
 BASE = load_config("stamps")

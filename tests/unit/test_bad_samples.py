@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mvptr_ds import bad_samples
-from mvptr_ds.bad_samples import BadSamples
 from mvptr_ds.data.collate import BadSample
+from mvptr_ds.monitoring import bad_samples
+from mvptr_ds.monitoring.bad_samples import BadSamples
 
 
 def bad(position: int, reason: str = "cut") -> BadSample:

@@ -1,4 +1,4 @@
-"""tools/bench_contrastive.py: its simulated ranks count what real ones exchange, and its memory is memory.
+"""tools/bench/bench_contrastive.py: its simulated ranks count what real ones exchange, and its memory is memory.
 
 Legend: B samples, D hidden.
 """
@@ -9,8 +9,8 @@ import dataclasses
 
 import pytest
 
-from tools import bench_contrastive
-from tools.bench_contrastive import Setting, in_processes, lengths_of, wanted_of
+from tools.bench import bench_contrastive
+from tools.bench.bench_contrastive import Setting, in_processes, lengths_of, wanted_of
 
 SMALL = Setting("states", num_ranks=2, per_rank=8, hidden=16, scores_mib=16.0, repeats=2, gloo=False)
 

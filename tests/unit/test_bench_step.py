@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from mvptr_ds.data.collate import IGNORE
-from mvptr_ds.hard_negatives import Draws
+from mvptr_ds.objectives.hard_negatives import RandomDraws
 from tests.conftest import REPO
 
-sys.path.append(str(REPO / "tools"))  # as `python tools/bench_step.py` has it
+sys.path.append(str(REPO / "tools/bench"))  # as `python tools/bench/bench_step.py` has it
 
 import bench_models
 import bench_step
@@ -22,7 +22,7 @@ import bench_step
 def test_the_reference_computes_our_losses_and_gradients() -> None:
     config = bench_step.model_config(small=True)
     batch = bench_models.make_batch(5, 0, config)
-    draws = Draws.keyed(0, 0, 0, 5, bench_models.TEXT_SLOTS)
+    draws = RandomDraws.keyed(0, 0, 0, 5, bench_models.TEXT_SLOTS)
     task = bench_models.build_task(config, "packed")
     reference = bench_models.Reference(task.model)
     ours = bench_step.step(task, batch, draws)
@@ -60,7 +60,7 @@ def test_batches_have_the_lengths_they_say() -> None:
 
 @pytest.mark.timeout(900)  # four processes that import torch, on a machine that may be busy
 def test_the_tool_ends_with_one_line_of_json() -> None:
-    command = [sys.executable, "tools/bench_step.py", "--small", "--batch", "2", "--steps", "1", "--score", "2"]
+    command = [sys.executable, "tools/bench/bench_step.py", "--small", "--batch", "2", "--steps", "1", "--score", "2"]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])

@@ -13,18 +13,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mvptr_ds import assembly
+from mvptr_ds import builders
 from mvptr_ds.config import Config
-from mvptr_ds.data.batches import Batches
-from mvptr_ds.data.buckets import ENCODERS_3, BucketedBatches, balanced_order, cut
 from mvptr_ds.data.collate import Sample, collate
 from mvptr_ds.data.lengths import Lengths, lengths_path, measure
 from mvptr_ds.data.loader import SampleDataset, ShardDataset, make_loader
-from mvptr_ds.data.mixture import MixedDataset
-from mvptr_ds.data.shards import Index, write_shards
-from mvptr_ds.data.tar_writer import npy_bytes
+from mvptr_ds.data.sampling.batches import Batches
+from mvptr_ds.data.sampling.buckets import ENCODERS_3, BucketedBatches, balanced_order, cut
+from mvptr_ds.data.sampling.mixture import MixedDataset
+from mvptr_ds.data.shards.index import Index
+from mvptr_ds.data.shards.tar_writer import npy_bytes
+from mvptr_ds.data.shards.writer import write_shards
 from tests.conftest import REPO
-from tests.same import assert_equal_batches
+from tests.support.batch_equality import assert_equal_batches
 from tests.unit.test_loader import _damage, _item
 from tests.unit.test_mixture import BATCH, VOCABS, config_of, content, folders
 
@@ -143,7 +144,7 @@ def test_lengths_are_those_of_the_built_samples(folders: dict[str, Path], name: 
     config.data.max_tokens, config.data.max_text_slots, config.data.max_tag_slots = 9, 12, 4
     config.data.max_regions = 3
     index = Index.open(folders[name])
-    builder = assembly.build_samples(config, VOCABS, index, assembly.NO_MASKING, False, tag_noise=False)
+    builder = builders.build_samples(config, VOCABS, index, builders.NO_MASKING, False, tag_noise=False)
     table = measure(index, builder, range(index.num_records), show_progress=False)
     rng = np.random.default_rng(0)
     wanted = []
@@ -160,18 +161,18 @@ def test_lengths_are_kept_for_these_samples_vocabularies_and_caps(folders: dict[
     config = config_of(folders, pairs=1, images=1)
     config.data.bucket_batches = 4
     joins = tmp_path / "joins"
-    dataset = assembly.build_dataset(config, VOCABS, "stage1", 0, joins)
+    dataset = builders.build_dataset(config, VOCABS, "stage1", 0, joins)
     assert isinstance(dataset, MixedDataset)
-    first = assembly.build_batches(config, dataset, 0, joins).of_step(0)
+    first = builders.build_batches(config, dataset, 0, joins).of_step(0)
     paths = sorted(joins.glob("lengths-*.npy"))
     assert len(paths) == 2 and sorted(len(np.load(path)) for path in paths) == [5, 42]
     times = [path.stat().st_mtime_ns for path in paths]
-    assert np.array_equal(assembly.build_batches(config, dataset, 0, joins).of_step(0), first)
+    assert np.array_equal(builders.build_batches(config, dataset, 0, joins).of_step(0), first)
     assert [path.stat().st_mtime_ns for path in paths] == times
     source = dataset.sources[0]
     one = lengths_path(source.index, source.builder, joins)
     config.data.max_tokens -= 1
-    other = assembly.build_samples(config, VOCABS, source.index, assembly.NO_MASKING, False, tag_noise=False)
+    other = builders.build_samples(config, VOCABS, source.index, builders.NO_MASKING, False, tag_noise=False)
     assert one in paths and lengths_path(source.index, other, joins) not in paths
     assert lengths_path(dataset.sources[1].index, source.builder, joins) != one
 
@@ -208,12 +209,12 @@ def test_damaged_lengths_are_measured_again(
 ) -> None:
     config = config_of(folders, pairs=1)
     config.data.bucket_batches = 4
-    dataset = assembly.build_dataset(config, VOCABS, "stage1", 0, tmp_path)
-    first = assembly.build_batches(config, dataset, 0, tmp_path).of_step(0)
+    dataset = builders.build_dataset(config, VOCABS, "stage1", 0, tmp_path)
+    first = builders.build_batches(config, dataset, 0, tmp_path).of_step(0)
     (path,) = tmp_path.glob("lengths-*.npy")
     content = path.read_bytes()
     path.write_bytes(damage(content))
-    assert np.array_equal(assembly.build_batches(config, dataset, 0, tmp_path).of_step(0), first)
+    assert np.array_equal(builders.build_batches(config, dataset, 0, tmp_path).of_step(0), first)
     assert path.read_bytes() == content
     (said,) = [message for message in caplog.messages if "is damaged" in message]
     assert said.startswith(str(path)) and said.endswith("measured again")
@@ -223,12 +224,12 @@ def test_lengths_of_an_older_version_are_taken(folders: dict[str, Path], tmp_pat
     """They have no checksum behind them."""
     config = config_of(folders, pairs=1)
     config.data.bucket_batches = 4
-    dataset = assembly.build_dataset(config, VOCABS, "stage1", 0, tmp_path)
-    assembly.build_batches(config, dataset, 0, tmp_path)
+    dataset = builders.build_dataset(config, VOCABS, "stage1", 0, tmp_path)
+    builders.build_batches(config, dataset, 0, tmp_path)
     (path,) = tmp_path.glob("lengths-*.npy")
     older = npy_of(np.load(path))
     path.write_bytes(older)
-    assembly.build_batches(config, dataset, 0, tmp_path)
+    builders.build_batches(config, dataset, 0, tmp_path)
     assert path.read_bytes() == older
 
 
@@ -239,7 +240,7 @@ def test_a_record_that_cannot_be_read_counts_as_empty(folders: dict[str, Path]) 
     content_[place.offset : place.offset + 512] = bytes(512)
     Path(place.path).write_bytes(content_)
     config = config_of(folders)
-    builder = assembly.build_samples(config, VOCABS, index, assembly.NO_MASKING, False, tag_noise=False)
+    builder = builders.build_samples(config, VOCABS, index, builders.NO_MASKING, False, tag_noise=False)
     table = measure(index, builder, range(index.num_records), show_progress=False)
     empty = np.flatnonzero((table == 0).all(1)).tolist()
     assert empty == list(index.samples_of(2)) and len(empty) == 3
@@ -253,8 +254,8 @@ def run_of(folders: dict[str, Path], tmp_path: Path, **weights: float) -> tuple[
     if not weights:
         config.data.train = str(folders["pairs"])
     config.data.bucket_batches = 5
-    dataset = assembly.build_dataset(config, VOCABS, "stage1", 3, tmp_path / "joins")
-    return dataset, assembly.build_batches(config, dataset, 3, tmp_path / "joins")
+    dataset = builders.build_dataset(config, VOCABS, "stage1", 3, tmp_path / "joins")
+    return dataset, builders.build_batches(config, dataset, 3, tmp_path / "joins")
 
 
 @pytest.mark.parametrize("weights", [{}, {"pairs": 2.0, "texts": 1.0, "images": 1.0}], ids=["one source", "mixture"])
@@ -316,7 +317,16 @@ def test_off_by_default() -> None:
 
 
 def test_the_bench_says_what_buckets_save() -> None:
-    command = [sys.executable, str(REPO / "tools/bench_buckets.py"), "--batch", "16", "--pool", "64", "--ranks", "2"]
+    command = [
+        sys.executable,
+        str(REPO / "tools/bench/bench_buckets.py"),
+        "--batch",
+        "16",
+        "--pool",
+        "64",
+        "--ranks",
+        "2",
+    ]
     environment = {**os.environ, "PYTHONPATH": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from mvptr_ds import checkpointing
-from mvptr_ds.checkpointing import CheckpointError, StorageError, newest_good, verify
+from mvptr_ds.checkpoints import checkpoint as checkpointing
+from mvptr_ds.checkpoints.checkpoint import CheckpointError, StorageError, newest_good, verify
+from mvptr_ds.checkpoints.hand_over import find_model, finished_model, first_model, resumes, set_aside
 from mvptr_ds.config import load_config
-from mvptr_ds.hand_over import find_model, finished_model, first_model, resumes, set_aside
 
 
 def save(

@@ -28,12 +28,12 @@ from mvptr_ds.corpus.concepts.spice import find_phrase, import_spice
 from mvptr_ds.corpus.concepts.tokens import token_spans
 from mvptr_ds.corpus.concepts.tree import word_set
 from mvptr_ds.corpus.concepts.web import are_words, readable
-from mvptr_ds.corpus.jobs import PROGRESS_NAME
+from mvptr_ds.corpus.resumable_jobs import PROGRESS_NAME
 from mvptr_ds.data.phrase_words import plain, wrong_spans
 from mvptr_ds.data.phrases import KINDS
 from mvptr_ds.data.schema import DataError, Phrase
-from tests.concept_sentences import SENTENCES
 from tests.conftest import REPO
+from tests.support.concept_sentences import SENTENCES
 
 DEV = REPO.parent / "shared" / "phrases" / "dev.jsonl"
 TOOL = REPO / "tools" / "extract_phrases.py"

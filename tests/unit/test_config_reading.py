@@ -15,8 +15,8 @@ import yaml
 from mvptr_ds.config import Config, SourceConfig, load_config, save_config
 from mvptr_ds.config_reading import range_of
 from mvptr_ds.ds_config import load_ds_config
-from mvptr_ds.user_files import parse_json, user_path
-from mvptr_ds.yaml_nodes import dump_yaml, number_of, parse_yaml, plain
+from mvptr_ds.user_io.user_files import parse_json, user_path
+from mvptr_ds.user_io.yaml_nodes import dump_yaml, number_of, parse_yaml, plain
 from tests.conftest import REPO
 
 
@@ -280,7 +280,7 @@ def test_no_tool_takes_a_path_without_its_tilde(monkeypatch: pytest.MonkeyPatch,
     assert [str(user_path(text)) for text in ("~/a", "~", "b~/c")] == [f"{tmp_path}/a", str(tmp_path), "b~/c"]
     with pytest.raises(argparse.ArgumentTypeError, match="of a user who does not exist"):
         user_path("~nobody-here/a")
-    tools = [*(REPO / "tools").glob("*.py"), REPO / "mvptr_ds/eval.py"]
+    tools = [*(REPO / "tools").rglob("*.py"), REPO / "mvptr_ds/eval.py"]
     assert [path.name for path in tools if "type=Path" in path.read_text(encoding="utf-8")] == []
 
 

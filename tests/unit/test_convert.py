@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForPreTraining, BertModel
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.convert import config_from_reference, from_reference, init_from_bert, load_bert, to_reference
 from mvptr_ds.model.mvptr import Mvptr
-from tests.packing import pack
+from tests.support.pack import pack
 
 PARITY = Path(__file__).resolve().parents[2].parent / "shared" / "parity"
 TINY: dict[str, Any] = {

@@ -11,10 +11,10 @@ import torch
 import transformers
 from PIL import Image
 
-from mvptr_ds.corpus.detection import Detections, RegionChoice, choose_regions, clip_boxes, nms, tag_of
-from mvptr_ds.corpus.detector import Detector, DetectorSource, choose_device, find_model
+from mvptr_ds.corpus.regions.detection import Detections, RegionChoice, choose_regions, clip_boxes, nms, tag_of
+from mvptr_ds.corpus.regions.detector import Detector, DetectorSource, choose_device, find_model
 from mvptr_ds.data.schema import DataError
-from tests.tiny_detector import HIDDEN, NUM_QUERIES, fix_heads, save_detector
+from tests.support.tiny_detector import HIDDEN, NUM_QUERIES, fix_heads, save_detector
 
 KINDS = ("detr", "yolos", "rt_detr")
 SIZES = ((100, 80), (60, 90), (200, 50), (100, 80), (33, 90))  # width, height

@@ -10,13 +10,13 @@ import pytest
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 
-from mvptr_ds.assembly import Vocabs, build_task, model_config
+from mvptr_ds.builders import Vocabs, build_task, model_config
 from mvptr_ds.config import CONFIGS_DIR, Config, OptimConfig, TrainConfig, load_config
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.ds_config import fill_ds_config, load_ds_config, micro_batch_size, rounded_batch_size
 from mvptr_ds.model.mvptr import Mvptr
-from mvptr_ds.task import Task
+from mvptr_ds.objectives.task import Task
 from tests.conftest import REPO
 
 ZERO_2: dict[str, Any] = {"zero_optimization": {"stage": 2}}

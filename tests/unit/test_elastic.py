@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from mvptr_ds import checkpointing, elastic, hand_over
-from mvptr_ds.bad_samples import BadSamples
-from mvptr_ds.checkpointing import CheckpointError
+from mvptr_ds.checkpoints import checkpoint as checkpointing
+from mvptr_ds.checkpoints import hand_over, reshard
+from mvptr_ds.checkpoints.checkpoint import CheckpointError
 from mvptr_ds.config import Config, TrainConfig
 from mvptr_ds.engine import Engine
-from mvptr_ds.optim import PARAMETER_ORDER
-from mvptr_ds.safeguards import SkippedSteps
+from mvptr_ds.guards import SkippedSteps
+from mvptr_ds.monitoring.bad_samples import BadSamples
+from mvptr_ds.optim.optimizer import PARAMETER_ORDER
 from mvptr_ds.trainer import Trainer
 from tests.unit.test_optim import APEX, apex, build, take
 
@@ -43,7 +44,7 @@ def test_the_global_batch_stays_and_the_micro_batch_does_not_grow(
     before: dict[str, Any], asked: int, num_ranks: int, wanted: int
 ) -> None:
     train = TrainConfig(batch_size=before["batch_size"], accumulation_steps=asked)
-    elastic.share_batch(train, before, num_ranks)
+    reshard.fit_batch_to_ranks(train, before, num_ranks)
     assert (train.batch_size, train.accumulation_steps) == (before["batch_size"], wanted)
     assert train.batch_size % (num_ranks * train.accumulation_steps) == 0
     if wanted != asked:
@@ -54,29 +55,29 @@ def test_the_global_batch_stays_and_the_micro_batch_does_not_grow(
 
 def test_a_change_is_said_with_what_it_does_to_the_negatives(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="mvptr_ds"):
-        elastic.share_batch(TrainConfig(batch_size=12, accumulation_steps=2), saved(12, 2, 2), 12)
+        reshard.fit_batch_to_ranks(TrainConfig(batch_size=12, accumulation_steps=2), saved(12, 2, 2), 12)
     assert "train.accumulation_steps=1 instead of 2" in caplog.text
     assert "12 ranks x 1 accumulation steps x 1 samples (before: 2 x 2 x 3)" in caplog.text
     assert "negatives come from 12 samples (before: 6)" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="mvptr_ds"):
-        elastic.share_batch(TrainConfig(batch_size=12, accumulation_steps=2), saved(12, 2, 2), 2)
+        reshard.fit_batch_to_ranks(TrainConfig(batch_size=12, accumulation_steps=2), saved(12, 2, 2), 2)
     assert caplog.text == ""
 
 
 def test_ranks_that_cannot_share_the_batch_are_refused_with_those_that_can() -> None:
     with pytest.raises(CheckpointError, match="which 5 ranks cannot share: go on with 1, 2, 3, 4, 6, 12 ranks"):
-        elastic.share_batch(TrainConfig(batch_size=12), saved(12, 2, 2), 5)
+        reshard.fit_batch_to_ranks(TrainConfig(batch_size=12), saved(12, 2, 2), 5)
 
 
 def test_a_rounded_batch_is_that_of_the_run() -> None:
     """64 rounds to 63 on three ranks; the run goes on with 63 on one, and again on one."""
     for ranks_before in (3, 1):
         train = TrainConfig(batch_size=64, round_batch_size=True)
-        elastic.share_batch(train, saved(63, ranks_before, 1), 1)
+        reshard.fit_batch_to_ranks(train, saved(63, ranks_before, 1), 1)
         assert train.batch_size == 63
     train = TrainConfig(batch_size=64, round_batch_size=True)
-    elastic.share_batch(train, None, 3)
+    reshard.fit_batch_to_ranks(train, None, 3)
     assert train.batch_size == 63
 
 
@@ -93,14 +94,14 @@ def test_a_rounded_batch_is_that_of_the_run() -> None:
 )
 def test_what_is_converted(before: tuple[int, int], now: tuple[int, int], wanted: bool) -> None:
     state = {"num_ranks": before[0], "zero_stage": before[1], "parameter_order": PARAMETER_ORDER}
-    assert elastic.must_convert(Path("step"), state, *now) is wanted
+    assert reshard.needs_conversion(Path("step"), state, *now) is wanted
 
 
 @pytest.mark.parametrize("stages", [(2, 3), (3, 1)])
 def test_stages_that_do_not_read_each_other_are_refused(stages: tuple[int, int]) -> None:
     state = {"num_ranks": 2, "zero_stage": stages[0]}
     with pytest.raises(CheckpointError, match=f"written with ZeRO stage {stages[0]}, which stage {stages[1]} cannot"):
-        elastic.must_convert(Path("step"), state, 2, stages[1])
+        reshard.needs_conversion(Path("step"), state, 2, stages[1])
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -108,7 +109,7 @@ def test_a_checkpoint_of_stage_0_says_how_its_weights_go_on(stage: int) -> None:
     """Nobody writes them any more, but some lie about."""
     state = {"num_ranks": 2, "zero_stage": 0, "parameter_order": PARAMETER_ORDER}
     with pytest.raises(CheckpointError, match=r"ZeRO stage 0, .*with run\.dir=\.\.\. run\.init_from=RUN/step"):
-        elastic.must_convert(Path("RUN/step"), state, 2, stage)
+        reshard.needs_conversion(Path("RUN/step"), state, 2, stage)
 
 
 def checkpoint_of_garbage(folder: Path) -> Path:
@@ -126,7 +127,7 @@ def test_a_conversion_that_fails_says_why_and_leaves_nothing(tmp_path: Path) -> 
     stale = tmp_path / "universal" / "partial-of-a-killed-one"
     stale.mkdir(parents=True)
     with pytest.raises(CheckpointError) as error:
-        elastic.convert(path, tmp_path / "universal")
+        reshard.convert(path, tmp_path / "universal")
     for part in (str(path), "could not be converted", "exit code 1", "UnpicklingError", "GiB in"):
         assert part in str(error.value), str(error.value)
     assert list((tmp_path / "universal").iterdir()) == []
@@ -135,12 +136,12 @@ def test_a_conversion_that_fails_says_why_and_leaves_nothing(tmp_path: Path) -> 
 def test_one_that_is_there_is_taken_unless_the_checkpoint_has_changed(tmp_path: Path) -> None:
     """The converter would fail on this checkpoint: it is not run."""
     path = checkpoint_of_garbage(tmp_path / "checkpoints")
-    whole = tmp_path / "universal" / elastic._name(path)
+    whole = tmp_path / "universal" / reshard._name(path)
     whole.mkdir(parents=True)
-    assert elastic.convert(path, tmp_path / "universal") == whole
+    assert reshard.convert(path, tmp_path / "universal") == whole
     (path / checkpointing.CHECKSUMS).write_text("{}", encoding="utf-8")  # another of the same step
     with pytest.raises(CheckpointError):
-        elastic.convert(path, tmp_path / "universal")
+        reshard.convert(path, tmp_path / "universal")
     assert not whole.exists()
 
 
@@ -175,16 +176,16 @@ def test_steps_that_were_left_out_are_no_updates(tmp_path: Path, monkeypatch: py
     trainer.task, trainer.stage = SimpleNamespace(model=None), Config().stage1
     trainer.engine = SimpleNamespace(load=lambda path, universal_steps: loaded.append((path, universal_steps)))
     monkeypatch.setattr(trainer, "_build_engine", lambda filled: None)
-    monkeypatch.setattr("mvptr_ds.model_folder.load_weights", lambda *_: None)
-    monkeypatch.setattr("mvptr_ds.elastic.convert", lambda path, folder, alive: folder)
+    monkeypatch.setattr("mvptr_ds.checkpoints.model_folder.load_weights", lambda *_: None)
+    monkeypatch.setattr("mvptr_ds.checkpoints.reshard.convert", lambda path, folder, alive: folder)
     trainer._resume(path, {})
-    assert loaded == [(tmp_path / elastic.FOLDER / "engine", 8 - 3)]
+    assert loaded == [(tmp_path / reshard.FOLDER / "engine", 8 - 3)]
     assert (trainer.step, trainer.skipped.total) == (8, 3)
 
 
 def test_ranks_that_are_new_draw_from_step_and_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     def draw(seed: int, step: int, rank: int) -> float:
-        monkeypatch.setattr("mvptr_ds.parallel.rank", lambda: rank)
+        monkeypatch.setattr("mvptr_ds.distributed.collectives.rank", lambda: rank)
         checkpointing.seed_rng(seed, step)
         return float(torch.rand(()))
 

@@ -23,20 +23,21 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from mvptr_ds import parallel, train
-from mvptr_ds.bad_samples import BadSamples
+from mvptr_ds import train
+from mvptr_ds.checkpoints.run_lock import RunLock
 from mvptr_ds.config import load_config
 from mvptr_ds.data.schema import Caption, Extractor, Record
-from mvptr_ds.data.shards import write_shards
+from mvptr_ds.data.shards.sidecars import sidecar_json
+from mvptr_ds.data.shards.tar_writer import write_tar
+from mvptr_ds.data.shards.writer import write_shards
 from mvptr_ds.data.sharing import CollateAndSend
-from mvptr_ds.data.sidecars import sidecar_json
-from mvptr_ds.data.tar_writer import write_tar
 from mvptr_ds.demo.build import build_demo_shards
+from mvptr_ds.distributed import collectives
 from mvptr_ds.ds_config import load_ds_config
 from mvptr_ds.engine import Engine
-from mvptr_ds.optim import build_optimizer
-from mvptr_ds.run_lock import RunLock
-from mvptr_ds.safeguards import LossScale, SkippedSteps
+from mvptr_ds.guards import LossScale, SkippedSteps
+from mvptr_ds.monitoring.bad_samples import BadSamples
+from mvptr_ds.optim.optimizer import build_optimizer
 from mvptr_ds.stopping import StopSignal
 from mvptr_ds.trainer import Trainer
 from tests.conftest import REPO
@@ -174,10 +175,10 @@ def key_twice_in_the_deepspeed_json(place: Place) -> None:
 def batch_not_divisible(place: Place) -> None:
     """Three ranks; what needs the others is left out."""
     place.arguments.append("train.preflight=false")
-    place.patch.setattr("mvptr_ds.parallel.num_ranks", lambda: 3)
-    place.patch.setattr("mvptr_ds.parallel.broadcast_object", lambda value: value)
+    place.patch.setattr("mvptr_ds.distributed.collectives.num_ranks", lambda: 3)
+    place.patch.setattr("mvptr_ds.distributed.collectives.broadcast_object", lambda value: value)
     place.patch.setattr("mvptr_ds.train.prepare_shards", lambda *_: None)
-    place.patch.setattr("mvptr_ds.parallel.on_main", lambda function: function())
+    place.patch.setattr("mvptr_ds.distributed.collectives.run_on_rank_zero", lambda function: function())
 
 
 @case
@@ -249,7 +250,7 @@ def index_cannot_be_written(place: Place) -> None:
     def write(*_: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    place.patch.setattr("mvptr_ds.data.scan._write_index", write)
+    place.patch.setattr("mvptr_ds.data.shards.index_builder._write_index", write)
 
 
 @case
@@ -523,7 +524,7 @@ def last_save_failed(place: Place) -> None:
 
 @case
 def run_folder_taken(place: Place) -> None:
-    place.patch.setattr("mvptr_ds.run_lock.WAIT_S", 0.0)
+    place.patch.setattr("mvptr_ds.checkpoints.run_lock.WAIT_S", 0.0)
     lock = RunLock(place.dir / "run")
     lock.take()
     lock._released.set()  # its thread has nothing to renew when the test is over
@@ -586,12 +587,12 @@ def no_shared_memory(place: Place) -> None:
     place.patch.setattr(Trainer, "_build_engine", collate_in_little)
 
 
-INIT = parallel.init
+INIT = collectives.init
 
 
 def environment(place: Place, **values: str) -> None:
     """Of a rank that a launcher has started; it must be looked at before anything of torch's."""
-    place.patch.setattr(parallel, "init", INIT)
+    place.patch.setattr(collectives, "init", INIT)
     for name, value in values.items():
         place.patch.setenv(name, value)
 
@@ -612,7 +613,7 @@ def rank_without_address(place: Place) -> None:
 @case
 def place_value(place: Place) -> None:
     environment(place, **RANK_0 | {"RANK": "4"})
-    place.patch.setattr(parallel, "launched_as_main", lambda: True)
+    place.patch.setattr(collectives, "launched_as_main", lambda: True)
 
 
 @case
@@ -656,7 +657,7 @@ def demo_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def message_of(name: str, place: Place, caplog: pytest.LogCaptureFixture) -> str:
     """What `train.py` prints for a case, on its only rank; it must end with 2 before anything is trained."""
-    place.patch.setattr(parallel, "init", lambda *_: torch.device("cpu"))
+    place.patch.setattr(collectives, "init", lambda *_: torch.device("cpu"))
     place.patch.setattr("mvptr_ds.engine.deepspeed.initialize", lambda **_: (SimpleNamespace(optimizer=None),))
     place.patch.setattr(Engine, "save", lambda _, path: path.mkdir())
     place.patch.setattr(Trainer, "_resume", lambda *_: pytest.fail("the checkpoint was taken"))

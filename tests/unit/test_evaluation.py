@@ -22,12 +22,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mvptr_ds import eval as entry
-from mvptr_ds.assembly import Vocabs
+from mvptr_ds.builders import Vocabs
+from mvptr_ds.checkpoints.model_folder import save_model_folder
 from mvptr_ds.config import Config
 from mvptr_ds.data.loader import read_sample_record
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.schema import Caption, Phrase, Record, Region
-from mvptr_ds.data.shards import Index, ensure_index, write_shards
+from mvptr_ds.data.shards.index import Index
+from mvptr_ds.data.shards.index_builder import ensure_index
+from mvptr_ds.data.shards.writer import write_shards
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.eval import _write_report, evaluate
 from mvptr_ds.evaluation.curves import draw_curves, draw_scores, read_metrics, wall_s
@@ -39,8 +42,7 @@ from mvptr_ds.evaluation.table import table
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.model.packed import Packed
-from mvptr_ds.model_folder import save_model_folder
-from tests.odd_pictures import DAMAGED, STORED, png
+from tests.support.odd_pictures import DAMAGED, STORED, png
 
 CPU = torch.device("cpu")
 PART = "part"

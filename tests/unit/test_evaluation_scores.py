@@ -23,7 +23,9 @@ from mvptr_ds.data.features import SampleBuilder, SampleOptions
 from mvptr_ds.data.loader import eval_batches
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.schema import Caption, Phrase, Record, Region
-from mvptr_ds.data.shards import Index, ensure_index, write_shards
+from mvptr_ds.data.shards.index import Index
+from mvptr_ds.data.shards.index_builder import ensure_index
+from mvptr_ds.data.shards.writer import write_shards
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.evaluation.encode import EncodedSplit, SplitInput, encode_images, permute_regions, without_tags
 from mvptr_ds.evaluation.grounding import (
@@ -38,8 +40,8 @@ from mvptr_ds.evaluation.matching import cross_with_own, hardest_images, score_m
 from mvptr_ds.evaluation.recovery import recover_concepts
 from mvptr_ds.evaluation.retrieval import chance_recalls, recalls, score_pairs
 from mvptr_ds.model.packed import Packed
-from tests.packing import pack
-from tests.tiny import NUM_WORDS, REGIONS, tiny_model
+from tests.support.pack import pack
+from tests.support.tiny_models import NUM_WORDS, REGIONS, tiny_model
 
 CPU = torch.device("cpu")
 INF = float("inf")

@@ -12,11 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mvptr_ds.config import Config
 from mvptr_ds.data.collate import Batch, collate
-from mvptr_ds.flops import Lengths, StepFlops, backbone_flops, forward_flops
 from mvptr_ds.model import kernels
 from mvptr_ds.model.config import MvptrConfig
-from mvptr_ds.task import Task
-from tests.tiny import sample, tiny_model
+from mvptr_ds.monitoring.flops import Lengths, StepFlops, backbone_flops, forward_flops
+from mvptr_ds.objectives.task import Task
+from tests.support.tiny_models import sample, tiny_model
 
 # Proportions as in the base model (FFN 4 x hidden, many words): what the formulas leave out is as small as there
 SIZES = {

@@ -11,7 +11,7 @@ from torch import Tensor
 from mvptr_ds.model import kernels
 from mvptr_ds.model.attention import _KERNELS, SegmentAttention
 from mvptr_ds.model.packed import Packed
-from tests.tiny import tiny_model
+from tests.support.tiny_models import tiny_model
 
 pytestmark = [
     pytest.mark.gpu,

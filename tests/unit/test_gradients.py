@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mvptr_ds.config import TaskConfig, WeightsConfig
-from mvptr_ds.hard_negatives import Draws
-from mvptr_ds.task import Task
-from tests.tiny import TEXT_SLOTS, tiny_model, whole_batch
+from mvptr_ds.objectives.hard_negatives import RandomDraws
+from mvptr_ds.objectives.task import Task
+from tests.support.tiny_models import TEXT_SLOTS, tiny_model, whole_batch
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, no_gpu])]
@@ -31,7 +31,7 @@ def losses_and_gradients(execution: str, dtype: torch.dtype, device: str, **opti
     batch = whole_batch()
     assert batch.region_features_BRF is not None
     batch = dataclasses.replace(batch, region_features_BRF=batch.region_features_BRF.to(dtype))
-    parts = task.objectives(batch, Draws.keyed(0, 0, 0, len(batch), TEXT_SLOTS))
+    parts = task.objectives(batch, RandomDraws.keyed(0, 0, 0, len(batch), TEXT_SLOTS))
     torch.stack([part.sum.double() for part in parts.values()]).sum().backward()
     out = {name: part.sum for name, part in parts.items()}
     out |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mvptr_ds.hard_negatives import MODES, Draws, choose, has_negative
+from mvptr_ds.objectives.hard_negatives import MODES, RandomDraws, choose, has_negative
 
 NUM_DRAWS = 20_000
 
@@ -75,40 +75,40 @@ def test_keyed_draws_are_uniform_and_independent_of_each_other() -> None:
     same = torch.eye(5, dtype=torch.bool)
     counts = torch.zeros(5, 5)
     for step in range(2000):
-        draws = Draws.keyed(0, step, 0, 5, 3)
+        draws = RandomDraws.keyed(0, step, 0, 5, 3)
         counts[torch.arange(5), choose("random", same.float(), same, draws.itm_N)] += 1
     expected = 2000 / 4
     others = counts[~same]
     chi2 = float(((others - expected) ** 2 / expected).sum())
     assert (counts.diagonal() == 0).all()
     assert chi2 < 38.0  # 15 degrees of freedom: exceeded once in 1,000 seeds; this seed is fixed
-    names = [field.name for field in fields(Draws) if field.name != "itm_takes_image_N"]
+    names = [field.name for field in fields(RandomDraws) if field.name != "itm_takes_image_N"]
     uniforms = torch.stack([getattr(draws, name).flatten()[:5] for name in names])
     assert len({tuple(row.tolist()) for row in uniforms}) == len(uniforms)
 
 
 @pytest.mark.parametrize("num", [1, 2, 7, 64])
 def test_half_of_the_batch_takes_another_image(num: int) -> None:
-    takes = [Draws.keyed(0, step, 0, num, 1).itm_takes_image_N for step in range(20)]
+    takes = [RandomDraws.keyed(0, step, 0, num, 1).itm_takes_image_N for step in range(20)]
     assert all(t.dtype == torch.bool and int(t.sum()) == num // 2 for t in takes)
     assert num < 3 or any(not torch.equal(takes[0], t) for t in takes)
 
 
 def test_draws_are_keyed() -> None:
-    base = Draws.keyed(0, 5, 0, 8, 4)
-    assert torch.equal(base.wpg_own_NT, Draws.keyed(0, 5, 0, 8, 4).wpg_own_NT)
-    for other in (Draws.keyed(1, 5, 0, 8, 4), Draws.keyed(0, 6, 0, 8, 4), Draws.keyed(0, 5, 1, 8, 4)):
-        for field in fields(Draws):
+    base = RandomDraws.keyed(0, 5, 0, 8, 4)
+    assert torch.equal(base.wpg_own_NT, RandomDraws.keyed(0, 5, 0, 8, 4).wpg_own_NT)
+    for other in (RandomDraws.keyed(1, 5, 0, 8, 4), RandomDraws.keyed(0, 6, 0, 8, 4), RandomDraws.keyed(0, 5, 1, 8, 4)):
+        for field in fields(RandomDraws):
             if field.name != "itm_takes_image_N":  # one of 70 splits: may coincide
                 assert not torch.equal(getattr(base, field.name), getattr(other, field.name)), field.name
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
 def test_rows_of_all_ranks_are_the_draws_of_one(num_ranks: int) -> None:
-    whole = Draws.keyed(3, 7, 1, 8, 4)
+    whole = RandomDraws.keyed(3, 7, 1, 8, 4)
     share = 8 // num_ranks
     parts = [whole.rows(rank * share, share) for rank in range(num_ranks)]
-    for field in fields(Draws):
+    for field in fields(RandomDraws):
         joined = torch.cat([getattr(part, field.name) for part in parts])
         assert torch.equal(joined, getattr(whole, field.name)), field.name
 
@@ -117,7 +117,7 @@ def test_choices_of_a_rank_are_those_of_one_process() -> None:
     generator = torch.Generator().manual_seed(1)
     sim = torch.randn(8, 8, generator=generator)
     same = torch.eye(8, dtype=torch.bool)
-    draws = Draws.keyed(0, 0, 0, 8, 1)
+    draws = RandomDraws.keyed(0, 0, 0, 8, 1)
     for mode in MODES:
         whole = choose(mode, sim, same, draws.itm_N, 10.0)
         parts = [choose(mode, sim[r : r + 2], same[r : r + 2], draws.rows(r, 2).itm_N, 10.0) for r in range(0, 8, 2)]

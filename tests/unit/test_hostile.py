@@ -1,6 +1,7 @@
 """Shards made to do harm: each is refused or its records are replaced, with a reason; little memory, no code run.
 
-Every job runs in a process that may take 1 GiB more than it begins with (tests.limited), and leaves no file behind.
+Every job runs in a process that may take 1 GiB more than it begins with (tests.support.memory_limit), and leaves no
+file behind.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ import pytest
 from PIL import Image
 
 from mvptr_ds.data.images import MAX_IMAGE_PIXELS
-from mvptr_ds.data.shards import build_index
-from mvptr_ds.data.tars import MAX_JSON_BYTES
-from tests.hostile import content, encoded, features, key, member_starts, named_members, npy, picture, write_tar
-from tests.limited import Limited
-from tests.odd_pictures import png
+from mvptr_ds.data.shards.index_builder import build_index
+from mvptr_ds.data.shards.tar_reader import MAX_JSON_BYTES
+from tests.support.hostile import content, encoded, features, key, member_starts, named_members, npy, picture, write_tar
+from tests.support.memory_limit import Limited
+from tests.support.odd_pictures import png
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mvptr_ds.corpus.jobs import (
+from mvptr_ds.corpus.resumable_jobs import (
     PROGRESS_NAME,
     SUMMARY_NAME,
     Summary,
@@ -20,7 +20,7 @@ from mvptr_ds.corpus.jobs import (
     run_units,
 )
 from mvptr_ds.data.schema import DataError
-from mvptr_ds.data.tars import TarError
+from mvptr_ds.data.shards.tar_reader import TarError
 
 ROOT = Path(__file__).resolve().parents[2]
 ARGUMENTS = {"source": "a.json", "width": 3}
@@ -122,7 +122,7 @@ def test_a_killed_process_is_an_error_that_says_so(tmp_path: Path) -> None:
 PROGRAM = """
 import functools, sys
 from pathlib import Path
-from mvptr_ds.corpus.jobs import run_units
+from mvptr_ds.corpus.resumable_jobs import run_units
 from tests.unit.test_jobs import ARGUMENTS, linger
 if __name__ == "__main__":
     folder = Path(sys.argv[1])

@@ -14,8 +14,8 @@ from torch import Tensor
 from mvptr_ds.config import TaskConfig, WeightsConfig
 from mvptr_ds.model import kernels
 from mvptr_ds.model.packed import Packed
-from mvptr_ds.task import Task
-from tests.tiny import TEXT_SLOTS, tiny_model, whole_batch
+from mvptr_ds.objectives.task import Task
+from tests.support.tiny_models import TEXT_SLOTS, tiny_model, whole_batch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HALF, FULL = torch.bfloat16, torch.float32

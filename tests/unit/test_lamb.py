@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mvptr_ds.lamb import Lamb
-from mvptr_ds.optim import parameter_groups
-from tests.lamb_reference import BETA1, BETA2, DECAY, EPS, Reference
+from mvptr_ds.optim.lamb import Lamb
+from mvptr_ds.optim.optimizer import parameter_groups
+from tests.support.lamb_reference import BETA1, BETA2, DECAY, EPS, Reference
 
 SHAPES = ((5, 3), (7,), (1,), (2, 3, 2, 2), (4, 4))
 RATES = (0.01, 0.03, 0.02, 0.0, 0.01)

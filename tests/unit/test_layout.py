@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from mvptr_ds.data.collate import IGNORE
-from mvptr_ds.data.layout import layout_tags, layout_text
 from mvptr_ds.data.masking import TextMasking, mask_text
+from mvptr_ds.data.sequence_layout import layout_tags, layout_text
 from mvptr_ds.data.wordpiece import WordPiece
 
 CASES_PATH = Path(__file__).resolve().parents[3] / "shared" / "parity" / "inputs_layout.json"

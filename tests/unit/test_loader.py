@@ -17,20 +17,21 @@ import numpy as np
 import pytest
 import torch
 
-from mvptr_ds.data.batches import Batches
 from mvptr_ds.data.collate import IGNORE, Batch, collate
 from mvptr_ds.data.features import SampleBuilder, SampleOptions
 from mvptr_ds.data.loader import ShardDataset, eval_batches, load_samples, make_loader
 from mvptr_ds.data.phrases import PhraseVocab
-from mvptr_ds.data.plan import Plan
+from mvptr_ds.data.sampling.batches import Batches
+from mvptr_ds.data.sampling.plan import Plan
 from mvptr_ds.data.schema import Caption, DataError, PassingError, Phrase, Record, Region
-from mvptr_ds.data.shards import Index, write_shards
+from mvptr_ds.data.shards.index import Index
+from mvptr_ds.data.shards.storage import LocalFiles
+from mvptr_ds.data.shards.writer import write_shards
 from mvptr_ds.data.sharing import SentBatch
-from mvptr_ds.data.storage import LocalFiles
 from mvptr_ds.data.wordpiece import WordPiece
 from tests.conftest import REPO
-from tests.same import assert_equal_batches
-from tests.tiny import whole_batch
+from tests.support.batch_equality import assert_equal_batches
+from tests.support.tiny_models import whole_batch
 
 WORDS = WordPiece()
 NOUNS = ["dog", "cat", "tree", "house", "frisbee", "cow"]

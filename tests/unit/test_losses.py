@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mvptr_ds import losses
-from mvptr_ds.losses import IGNORE, LossSum
+from mvptr_ds.objectives import losses
+from mvptr_ds.objectives.losses import IGNORE, LossSum
 
 EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}  # both sides are float64; only the order of sums differs
 FEW = settings(max_examples=40, deadline=None, derandomize=True)

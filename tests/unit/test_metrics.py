@@ -14,11 +14,11 @@ import torch
 
 from mvptr_ds.config import Config, WandbConfig
 from mvptr_ds.data.collate import collate
-from mvptr_ds.losses import LossSum
-from mvptr_ds.metrics import TARGETS, Meters, MetricsLog
-from mvptr_ds.task import STAGE1_OBJECTIVES, STAGE2_OBJECTIVES, Task
-from mvptr_ds.wandb_run import WandbRun
-from tests.tiny import TEXT_SLOTS, sample, tiny_model, whole_batch
+from mvptr_ds.monitoring.metrics import TARGETS, Meters, MetricsLog
+from mvptr_ds.monitoring.wandb_run import WandbRun
+from mvptr_ds.objectives.losses import LossSum
+from mvptr_ds.objectives.task import STAGE1_OBJECTIVES, STAGE2_OBJECTIVES, Task
+from tests.support.tiny_models import TEXT_SLOTS, sample, tiny_model, whole_batch
 
 VALUES = {
     "seconds_per_step": 0.1,
@@ -103,7 +103,7 @@ def test_shares_of_a_batch() -> None:
 
 def test_waiting_is_a_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([100.0, 110.0, 110.0])
-    monkeypatch.setattr("mvptr_ds.metrics.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("mvptr_ds.monitoring.metrics.time.perf_counter", lambda: next(clock))
     meters = Meters(torch.device("cpu"))
     meters.add_batch(whole_batch(), data_wait_s=2.5)
     report = meters.report()
@@ -129,7 +129,7 @@ def test_an_objective_without_targets_is_a_dash_and_is_named_once(
     task = Task(tiny_model(), "stage1", weights, config, max_text_slots=TEXT_SLOTS, max_steps=9, seed=0)
     meters, log = Meters(torch.device("cpu")), log_in(tmp_path / "stage1")
     batches = [collate([sample(i, i, tags=0) for i in range(4)]), collate([sample(i, i, masked=False) for i in (5, 6)])]
-    with caplog.at_level(logging.INFO, logger="mvptr_ds.metrics"):
+    with caplog.at_level(logging.INFO, logger="mvptr_ds.monitoring.metrics"):
         for step, batch in enumerate((batches[0], *batches), start=1):
             meters.add_batch(batch, 0.0)
             meters.add_parts(task(batch, step).parts)
@@ -200,7 +200,7 @@ def test_lines_that_are_no_reports_end_no_run(
 
 
 def test_only_rank_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mvptr_ds.parallel.rank", lambda: 1)
+    monkeypatch.setattr("mvptr_ds.distributed.collectives.rank", lambda: 1)
     log = log_in(tmp_path)
     log.write(10, 100, VALUES)
     assert not (tmp_path / "metrics.jsonl").exists()
@@ -238,7 +238,7 @@ def test_a_kill_while_lines_are_dropped_loses_none(tmp_path: Path, monkeypatch: 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mvptr_ds.metrics.os.replace", killed)
+    monkeypatch.setattr("mvptr_ds.monitoring.metrics.os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
         log_in(tmp_path, 10)
     assert [line["step"] for line in strict(path)] == [10, 20]

@@ -11,12 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mvptr_ds import assembly
+from mvptr_ds import builders
 from mvptr_ds.config import Config, load_config, override_config, save_config
-from mvptr_ds.data.batches import Batches
 from mvptr_ds.data.collate import Sample, collate
 from mvptr_ds.data.loader import ShardDataset, make_loader
-from mvptr_ds.data.mixture import (
+from mvptr_ds.data.phrases import PhraseVocab
+from mvptr_ds.data.sampling.batches import Batches
+from mvptr_ds.data.sampling.mixture import (
     MAX_BLOCK_SAMPLES,
     MixedDataset,
     Mixture,
@@ -25,16 +26,16 @@ from mvptr_ds.data.mixture import (
     shares_of,
     source_seed,
 )
-from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.schema import DataError, Extractor, Record
-from mvptr_ds.data.shards import Index, write_shards
+from mvptr_ds.data.shards.index import Index
+from mvptr_ds.data.shards.writer import write_shards
 from mvptr_ds.data.wordpiece import WordPiece
-from mvptr_ds.metrics import Meters
-from tests.same import assert_equal_batches
+from mvptr_ds.monitoring.metrics import Meters
+from tests.support.batch_equality import assert_equal_batches
 from tests.unit.test_loader import _damage, _item
 
 WORDS = WordPiece()
-VOCABS = assembly.Vocabs(WORDS, PhraseVocab.build({(noun, "big"): 1 for noun in ("dog", "cat", "tree")}, WORDS, 1))
+VOCABS = builders.Vocabs(WORDS, PhraseVocab.build({(noun, "big"): 1 for noun in ("dog", "cat", "tree")}, WORDS, 1))
 BATCH = 8
 
 
@@ -149,7 +150,7 @@ def config_of(folders: dict[str, Path], **weights: float | None) -> Config:
 
 def dataset_of(config: Config, stage: str = "stage1") -> MixedDataset:
     joins = Path(next(iter(config.data.sources.values())).shards).parent / "joins"
-    dataset = assembly.build_dataset(config, VOCABS, stage, 3, joins)
+    dataset = builders.build_dataset(config, VOCABS, stage, 3, joins)
     assert isinstance(dataset, MixedDataset)
     return dataset
 
@@ -172,7 +173,7 @@ def test_a_source_gives_the_same_whatever_stands_beside_it(folders: dict[str, Pa
     num = min(map(len, of_source))
     assert num > 42 and of_source[0][:num] == of_source[1][:num]  # more than an epoch
     assert len(set(of_source[0])) > 60  # masked in another way each time
-    other_seed = assembly.build_dataset(config_of(folders, pairs=3, texts=1), VOCABS, "stage1", 4, folders["pairs"])
+    other_seed = builders.build_dataset(config_of(folders, pairs=3, texts=1), VOCABS, "stage1", 4, folders["pairs"])
     assert content(other_seed[0]) != content(two[0])
 
 
@@ -278,7 +279,7 @@ def test_sources_are_sections_that_the_user_names(tmp_path: Path) -> None:
 def test_the_one_source_shorthand_keeps_its_order_and_draws(folders: dict[str, Path]) -> None:
     config = config_of(folders)
     config.data.train = str(folders["pairs"])
-    dataset = assembly.build_dataset(config, VOCABS, "stage1", 3, folders["pairs"])
+    dataset = builders.build_dataset(config, VOCABS, "stage1", 3, folders["pairs"])
     assert isinstance(dataset, ShardDataset) and dataset.plan.seed == 3 and dataset.names == ()
     assert dataset.fingerprint == Index.open(folders["pairs"]).fingerprint
 
@@ -286,7 +287,7 @@ def test_the_one_source_shorthand_keeps_its_order_and_draws(folders: dict[str, P
 def test_what_sources_cannot_be_is_said(folders: dict[str, Path]) -> None:
     def refused(config: Config, message: str, stage: str = "stage1") -> None:
         with pytest.raises(DataError, match=message):
-            assembly.build_dataset(config, VOCABS, stage, 0, folders["pairs"] / "joins")
+            builders.build_dataset(config, VOCABS, stage, 0, folders["pairs"] / "joins")
 
     refused(config_of(folders), "neither data.train nor data.sources is set")
     config = config_of(folders, pairs=1)
@@ -324,7 +325,7 @@ def test_sources_and_held_out_need_one_extractor(folders: dict[str, Path], tmp_p
         key, record, members = _item(number, np.random.default_rng(number))
         items.append((key, dataclasses.replace(record, extractor=Extractor("detr", "3")), members))
     write_shards(tmp_path / "other", items, 4)
-    assembly.prepare_shards(config.data, 0, 1)  # texts have no regions that could differ
+    builders.prepare_shards(config.data, 0, 1)  # texts have no regions that could differ
     override_config(config, [f"data.sources.other.shards={tmp_path / 'other'}", "data.sources.other.weight=1"])
     with pytest.raises(DataError, match=r"data\.sources\.pairs are of an unnamed .* data\.sources\.other of detr 3"):
-        assembly.prepare_shards(config.data, 0, 1)
+        builders.prepare_shards(config.data, 0, 1)

@@ -13,7 +13,7 @@ from torch import Tensor
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.encoder import EXECUTIONS
 from mvptr_ds.model.mvptr import PARTS, Mvptr
-from tests.packing import pack
+from tests.support.pack import pack
 
 TINY: dict[str, Any] = {
     "num_words": 40,

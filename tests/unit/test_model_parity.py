@@ -15,7 +15,7 @@ from mvptr_ds.model.convert import config_from_reference, from_reference
 from mvptr_ds.model.embeddings import TAG_SEGMENT, TEXT_SEGMENT
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.model.packed import Packed
-from tests.packing import pack
+from tests.support.pack import pack
 
 PARITY = Path(__file__).resolve().parents[2].parent / "shared" / "parity"
 # Rounding of float64 over six layers of hidden 32 stays below 1e-13; the attention mask's exp(-10000) is exactly 0.

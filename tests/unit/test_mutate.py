@@ -1,4 +1,4 @@
-"""tools/mutate.py: its list does not rot, and it tells tests that notice from tests that do not."""
+"""tools/dev/mutate.py: its list does not rot, and it tells tests that notice from tests that do not."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.conftest import REPO
-from tools import mutate
+from tools.dev import mutate
 
 MUTANTS = mutate.load_mutants()
 
@@ -58,7 +58,7 @@ def mutate_tree(folder: Path, *arguments: str, **more: dict[str, object]) -> tup
     about = {"breaks": "a number", "file": "code_of_tree.py"}
     mutants = {name: {**about, **entry} for name, entry in {**OF_TREE, **more}.items()}
     (folder / "mutants.yaml").write_text(yaml.safe_dump(mutants, sort_keys=False), encoding="utf-8")
-    command = [sys.executable, str(REPO / "tools/mutate.py"), "--tree", str(tree), *arguments]
+    command = [sys.executable, str(REPO / "tools/dev/mutate.py"), "--tree", str(tree), *arguments]
     command += ["--mutants", str(folder / "mutants.yaml")]
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # plugins take seconds to start
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
@@ -79,7 +79,7 @@ def test_some_can_be_chosen(tmp_path: Path) -> None:
 
 
 def test_they_can_be_listed() -> None:
-    command = [sys.executable, str(REPO / "tools/mutate.py"), "--list"]
+    command = [sys.executable, str(REPO / "tools/dev/mutate.py"), "--list"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert [line.partition(":")[0] for line in done.stdout.splitlines()] == [mutant.name for mutant in MUTANTS]
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mvptr_ds import optim
 from mvptr_ds.config import OptimConfig, StageConfig
-from mvptr_ds.lamb import Lamb
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.mvptr import Mvptr
-from mvptr_ds.optim import (
+from mvptr_ds.optim import optimizer as optim
+from mvptr_ds.optim.lamb import Lamb
+from mvptr_ds.optim.optimizer import (
     build_optimizer,
     learning_rate_at,
     optimizer_choice,
@@ -229,5 +229,5 @@ def test_the_optimiser_says_which_kernel_it_is() -> None:
     )
     assert optimizer_choice(OptimConfig(), torch.device("cuda")).reason == "apex is not installed"
     assert str(optimizer_choice(OptimConfig(name="lamb"), torch.device("cuda"))) == (
-        "optimiser: mvptr_ds.lamb.Lamb (optim.name=lamb; fused kernels know no tensors that ZeRO cuts)"
+        "optimiser: mvptr_ds.optim.lamb.Lamb (optim.name=lamb; fused kernels know no tensors that ZeRO cuts)"
     )

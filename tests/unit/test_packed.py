@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mvptr_ds import reading
 from mvptr_ds.config import TaskConfig, WeightsConfig
 from mvptr_ds.data.collate import IGNORE, Batch, Sample, collate
-from mvptr_ds.hard_negatives import Draws
 from mvptr_ds.model import kernels
 from mvptr_ds.model.attention import PaddedAttention, SegmentAttention
 from mvptr_ds.model.packed import Packed, concat, join, unjoin
-from mvptr_ds.task import Task
-from tests.tiny import TEXT_SLOTS, sample, tiny_model
+from mvptr_ds.objectives import output_rows
+from mvptr_ds.objectives.hard_negatives import RandomDraws
+from mvptr_ds.objectives.task import Task
+from tests.support.tiny_models import TEXT_SLOTS, sample, tiny_model
 
 LENGTHS = st.lists(st.integers(0, 5), min_size=1, max_size=6)
 WEIGHTS = {
@@ -129,7 +129,7 @@ def losses_and_gradients(
     task = Task(model, stage, weights, config or TaskConfig(), max_text_slots=TEXT_SLOTS, max_steps=10, seed=0)
     if batch.region_features_BRF is not None:
         batch = replace(batch, region_features_BRF=batch.region_features_BRF.to(dtype))
-    parts = task.objectives(batch, Draws.keyed(0, 0, 0, len(batch), TEXT_SLOTS))
+    parts = task.objectives(batch, RandomDraws.keyed(0, 0, 0, len(batch), TEXT_SLOTS))
     torch.stack([part.sum for part in parts.values()]).sum().backward()
     out = {f"{name} {kind}": getattr(part, kind) for name, part in parts.items() for kind in ("sum", "count")}
     return out | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -189,8 +189,8 @@ def test_objectives_read_no_row_that_is_not_computed(stage: str, shapes: Any, da
     batch = batch_of(shapes, stage)
     found = losses_and_gradients(stage, batch, torch.float64, on, config)
     with pytest.MonkeyPatch.context() as patch:
-        some_rows = reading.some_rows
-        patch.setattr(reading, "some_rows", lambda lengths, *_: some_rows(lengths, True, False))
+        some_rows = output_rows.some_rows
+        patch.setattr(output_rows, "some_rows", lambda lengths, *_: some_rows(lengths, True, False))
         whole = losses_and_gradients(stage, batch, torch.float64, on, config)
     torch.testing.assert_close(found, whole, rtol=1e-11, atol=1e-11)  # float64 rounding
 

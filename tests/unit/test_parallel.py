@@ -8,9 +8,8 @@ from unittest.mock import Mock
 
 import pytest
 
-from mvptr_ds import meeting
-from mvptr_ds.meeting import check_place, meet
-from mvptr_ds.parallel import first_host, take_place_from_slurm
+from mvptr_ds.distributed.collectives import first_host, take_place_from_slurm
+from mvptr_ds.distributed.rendezvous import check_place, rendezvous
 
 JOB = {
     "SLURM_JOB_ID": "41",
@@ -107,9 +106,9 @@ def test_rank_0_that_cannot_be_reached_at_its_address(monkeypatch: pytest.Monkey
     with socket.create_server(("", 0)) as free:
         port = str(free.getsockname()[1])
     set_place(monkeypatch, {**RANK_1, "RANK": "0", "MASTER_ADDR": "192.0.2.1", "MASTER_PORT": port})
-    monkeypatch.setattr(meeting, "OWN_LIMIT_S", 1.0)
+    monkeypatch.setattr("mvptr_ds.distributed.rendezvous.OWN_LIMIT_S", 1.0)
     with pytest.raises(ValueError, match=r"does not reach what it serves itself at MASTER_ADDR=192.0.2.1, port"):
-        meet(600.0)
+        rendezvous(600.0)
 
 
 @pytest.mark.timeout(60)
@@ -117,7 +116,7 @@ def test_name_servers_that_do_not_answer_are_asked_again(monkeypatch: pytest.Mon
     set_place(monkeypatch, RANK_1)
     silent = Mock(side_effect=socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"))
     monkeypatch.setattr(socket, "getaddrinfo", silent)
-    monkeypatch.setattr(meeting, "NAME_LIMIT_S", 3.0)
+    monkeypatch.setattr("mvptr_ds.distributed.rendezvous.NAME_LIMIT_S", 3.0)
     with pytest.raises(ConnectionError, match=r"MASTER_ADDR=localhost cannot be resolved on .* no name server answers"):
-        meet(600.0)
+        rendezvous(600.0)
     assert silent.call_count > 1

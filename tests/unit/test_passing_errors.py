@@ -10,12 +10,13 @@ import sys
 
 import pytest
 
-from mvptr_ds import parallel, train
-from mvptr_ds.checkpointing import CheckpointError
+from mvptr_ds import train
+from mvptr_ds.checkpoints.checkpoint import CheckpointError
 from mvptr_ds.data.schema import DataError, PassingError
-from mvptr_ds.data.storage import may_pass
-from mvptr_ds.preflight import PreflightError, conclude
-from mvptr_ds.preflight_ranks import ERROR, Finding, on_each
+from mvptr_ds.data.shards.storage import may_pass
+from mvptr_ds.distributed import collectives
+from mvptr_ds.preflight.checks import PreflightError, conclude
+from mvptr_ds.preflight.rank_checks import ERROR, Finding, on_each
 
 
 def os_error(number: int) -> OSError:
@@ -52,7 +53,7 @@ def raised_from(cause: BaseException) -> DataError:
 def test_what_may_pass(error: Exception, passes: bool) -> None:
     assert may_pass(error) == passes
     # another rank raises it without its cause
-    assert may_pass(pickle.loads(pickle.dumps(parallel._portable(error)))) == passes
+    assert may_pass(pickle.loads(pickle.dumps(collectives._portable(error)))) == passes
 
 
 def test_a_run_ends_with_the_code_of_its_error(monkeypatch: pytest.MonkeyPatch, capsys: object) -> None:

@@ -11,16 +11,23 @@ from typing import Any
 
 import pytest
 
-from mvptr_ds.corpus import captions, phrase_counts
-from mvptr_ds.corpus.captions import list_inputs, read_captions
-from mvptr_ds.corpus.jobs import Summary
-from mvptr_ds.corpus.phrase_counts import SpillingCounter, choose_phrases, count_corpus, count_phrases, merge_counts
-from mvptr_ds.corpus.phrase_coverage import coverage_lines, measure_coverage, most_frequent_lines
+from mvptr_ds.corpus.phrases import captions, phrase_counts
+from mvptr_ds.corpus.phrases.captions import list_inputs, read_captions
+from mvptr_ds.corpus.phrases.phrase_counts import (
+    SpillingCounter,
+    choose_phrases,
+    count_corpus,
+    count_phrases,
+    merge_counts,
+)
+from mvptr_ds.corpus.phrases.phrase_coverage import coverage_lines, measure_coverage, most_frequent_lines
+from mvptr_ds.corpus.resumable_jobs import Summary
 from mvptr_ds.data.phrases import PhraseTuple, PhraseVocab
 from mvptr_ds.data.schema import Caption, DataError, Extractor, Phrase, Record, Words
-from mvptr_ds.data.shards import build_index, write_shards
-from mvptr_ds.data.sidecars import sidecar_json
-from mvptr_ds.data.tar_writer import write_tar
+from mvptr_ds.data.shards.index_builder import build_index
+from mvptr_ds.data.shards.sidecars import sidecar_json
+from mvptr_ds.data.shards.tar_writer import write_tar
+from mvptr_ds.data.shards.writer import write_shards
 from mvptr_ds.data.wordpiece import WordPiece
 
 WORDS = WordPiece()

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mvptr_ds.corpus.id2phrase import read_id2phrase, write_id2phrase
+from mvptr_ds.corpus.phrases.id2phrase import read_id2phrase, write_id2phrase
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.data.wordpiece import WordPiece

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvptr_ds.corpus.extraction import decode_picture, open_picture
-from mvptr_ds.corpus.pictures import PictureError, PictureOptions, check_picture
+from mvptr_ds.corpus.building.pictures import PictureError, PictureOptions, check_picture
+from mvptr_ds.corpus.regions.extraction import decode_picture, open_picture
 from mvptr_ds.data.images import decode_image
 from mvptr_ds.data.pixels import MAX_IMAGE_PIXELS, PixelsError, open_image, read_rgb
 from mvptr_ds.data.schema import DataError
 from mvptr_ds.evaluation.pictures import small_picture
-from tests.odd_pictures import BUILT, DAMAGED, MEANINGLESS, STORED, Shown, png
+from tests.support.odd_pictures import BUILT, DAMAGED, MEANINGLESS, STORED, Shown, png
 
 ALL = {**STORED, **BUILT}
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")

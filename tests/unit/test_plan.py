@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mvptr_ds.data.batches import Batches
-from mvptr_ds.data.plan import Plan
+from mvptr_ds.data.sampling.batches import Batches
+from mvptr_ds.data.sampling.plan import Plan
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)

@@ -14,14 +14,14 @@ import torch
 from mvptr_ds.config import Config, load_config
 from mvptr_ds.data.collate import collate
 from mvptr_ds.ds_config import load_ds_config
-from mvptr_ds.flops import Lengths, rows_read
+from mvptr_ds.monitoring.flops import Lengths, rows_read
+from mvptr_ds.objectives.task import Task
 from mvptr_ds.planning.cost import GPUS, Assumptions, traffic
 from mvptr_ds.planning.lengths import Ranges, drawn, measured
 from mvptr_ds.planning.memory import Zero, activation_bytes, largest_state_bytes, state_bytes
 from mvptr_ds.planning.plan import PUBLISHED_PHRASES, PUBLISHED_ROWS, Cluster, groups_of, make_plan, task_without_memory
-from mvptr_ds.task import Task
 from tests.conftest import REPO
-from tests.tiny import sample, tiny_model
+from tests.support.tiny_models import sample, tiny_model
 
 Z2 = load_ds_config(REPO / "ds_configs/z2.json")
 BASE = load_config("base")

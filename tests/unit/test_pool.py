@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mvptr_ds.contrast import Globals, Pool
-from mvptr_ds.hard_negatives import MODES, choose
+from mvptr_ds.objectives.candidates import Candidates, Globals
+from mvptr_ds.objectives.hard_negatives import MODES, choose
 
 NUM, DIM = 24, 8
 IMAGE_N = torch.arange(NUM) // 2 % 7
@@ -36,11 +36,11 @@ class Shapes(TorchDispatchMode):
         return out
 
 
-def pool(rows: int) -> Pool:
+def pool(rows: int) -> Candidates:
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(2, NUM, DIM, generator=generator, dtype=torch.float64)
     text_ND, image_ND = F.normalize(states, dim=-1)
-    return Pool(Globals(text_ND.requires_grad_(), image_ND.requires_grad_(), IMAGE_N), "global", CHUNKS[rows])
+    return Candidates(Globals(text_ND.requires_grad_(), image_ND.requires_grad_(), IMAGE_N), "global", CHUNKS[rows])
 
 
 @pytest.mark.parametrize("rows", list(CHUNKS))
@@ -72,4 +72,4 @@ def test_others_are_chosen_from_the_whole_matrix(mode: str) -> None:
 
 
 def test_a_chunk_holds_one_sample_at_least() -> None:
-    assert Pool(pool(1).own, "local", 0.0).rows_at_once == 1
+    assert Candidates(pool(1).own, "local", 0.0).rows_at_once == 1

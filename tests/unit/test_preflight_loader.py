@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mvptr_ds import preflight_loader
 from mvptr_ds.config import load_config
 from mvptr_ds.data.collate import Sample, collate
 from mvptr_ds.data.sharing import SentBatch
-from mvptr_ds.preflight_loader import largest_batch_bytes, loader_memory
+from mvptr_ds.preflight import loader_memory
+from mvptr_ds.preflight.loader_memory import largest_batch_bytes
 
 OVERRIDES = ["train.batch_size=8", "train.accumulation_steps=1", "data.num_workers=2", "data.prefetch_batches=3"]
 
@@ -56,7 +56,7 @@ def test_memory_is_compared_with_what_batches_take(
         monkeypatch.setattr(os, "memfd_create", refuse)
     monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=free_blocks, f_frsize=4096))
     (tmp_path / "limit").write_text(f"{limit}\n", encoding="ascii")
-    monkeypatch.setattr(preflight_loader, "CGROUP_LIMIT", tmp_path / "limit")
-    (found,) = loader_memory(load_config("base", OVERRIDES))
+    monkeypatch.setattr(loader_memory, "CGROUP_LIMIT", tmp_path / "limit")
+    (found,) = loader_memory.loader_memory(load_config("base", OVERRIDES))
     assert found.level == level and all(part in found.text for part in parts), found
     assert (level == "ok") != ("data.prefetch_batches" in found.remedy)

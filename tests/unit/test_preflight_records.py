@@ -10,16 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mvptr_ds import preflight, preflight_records
-from mvptr_ds.assembly import Vocabs
+from mvptr_ds.builders import Vocabs
 from mvptr_ds.config import Config, WeightsConfig, load_config
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.schema import Caption, Extractor, Phrase, Record, Region
-from mvptr_ds.data.shards import Index, build_index, write_shards
-from mvptr_ds.data.sidecars import sidecar_json
-from mvptr_ds.data.tar_writer import write_tar
+from mvptr_ds.data.shards.index import Index
+from mvptr_ds.data.shards.index_builder import build_index
+from mvptr_ds.data.shards.sidecars import sidecar_json
+from mvptr_ds.data.shards.tar_writer import write_tar
+from mvptr_ds.data.shards.writer import write_shards
 from mvptr_ds.data.wordpiece import WordPiece
-from mvptr_ds.preflight_ranks import Finding
+from mvptr_ds.preflight import checks, sample_checks
+from mvptr_ds.preflight.rank_checks import Finding
 
 FEATURE_DIM = 8
 WORDS = WordPiece()
@@ -47,7 +49,7 @@ def look(folder: Path, items: Sequence[tuple[str, Record, dict[str, bytes]]], *o
 
 
 def look_at(indices: Mapping[str, Index], *overrides: str) -> list[Finding]:
-    return list(preflight_records.examine(config_of(*overrides), VOCABS, indices))
+    return list(sample_checks.examine(config_of(*overrides), VOCABS, indices))
 
 
 def config_of(*overrides: str) -> Config:
@@ -101,7 +103,7 @@ def test_a_hundredth_is_something(tmp_path: Path) -> None:
 
 
 def test_samples_are_spread_over_a_large_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight_records, "NUM_LOOKED_AT", 20)
+    monkeypatch.setattr(sample_checks, "NUM_LOOKED_AT", 20)
     items = [item(number, tag="dog" if number >= 90 else "") for number in range(100)]
     (found,) = look(tmp_path, items)
     assert "20 samples looked at" in found.text and "tags 10 %" in found.text
@@ -150,27 +152,27 @@ def test_a_held_out_sidecar_of_other_keys(tmp_path: Path) -> None:
     folders = [f"data.{split}={tmp_path / split}" for split in ("train", "held_out")]
     given = [*folders, f"data.held_out_sidecars=[{tmp_path / 'sidecar'}]", f"run.dir={tmp_path / 'run'}"]
     for every, level in ((0, "warning"), (5, "error")):
-        found = preflight._shards(config_of(*given, f"train.evaluate_every_steps={every}"), {})
+        found = checks._shards(config_of(*given, f"train.evaluate_every_steps={every}"), {})
         ((text, found_level),) = not_well(found).items()
         assert found_level == level and "has a partner in the sidecar" in text
 
 
 def test_every_objective_has_its_needs() -> None:
-    assert set(preflight_records.NEEDS) == {field.name for field in dataclasses.fields(WeightsConfig)}
+    assert set(sample_checks.NEEDS) == {field.name for field in dataclasses.fields(WeightsConfig)}
 
 
 def test_a_warm_up_or_a_trace_behind_the_end_of_a_stage_and_several_wrong_choices() -> None:
     overrides = ("stage1.max_steps=4", "stage1.warmup_steps=5", "stage2.max_steps=5", "stage2.warmup_steps=5")
-    (well, warning) = preflight._settings(config_of(*overrides))
+    (well, warning) = checks._settings(config_of(*overrides))
     assert (well.level, warning.level) == ("ok", "warning")
     assert warning.text == "stage1.warmup_steps is 5, but stage1.max_steps only 4"
-    assert len(list(preflight._settings(config_of(*overrides, "run.stages=[2]")))) == 1
+    assert len(list(checks._settings(config_of(*overrides, "run.stages=[2]")))) == 1
     traced = ("stage1.warmup_steps=0", "stage1.max_steps=4", "stage2.warmup_steps=0", "stage2.max_steps=5")
-    found = list(preflight._settings(config_of(*traced, "train.profile_steps=[4,6]")))
+    found = list(checks._settings(config_of(*traced, "train.profile_steps=[4,6]")))
     assert [(f.level, f.text) for f in found[1:]] == [
         ("warning", "train.profile_steps is [4, 6], but stage1.max_steps only 4")
     ]
     wrong = ("optim.name=sgd", "wandb.mode=live", "train.resume=always", "train.profile_steps=[1]")
-    assert [f.text.partition(" is ")[0] for f in preflight._settings(config_of(*wrong))] == [
+    assert [f.text.partition(" is ")[0] for f in checks._settings(config_of(*wrong))] == [
         "wandb.mode", "train.resume", "optim.name", "train.profile_steps",
     ]  # fmt: skip

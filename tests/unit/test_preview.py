@@ -30,12 +30,15 @@ from mvptr_ds.data.collate import Sample, collate
 from mvptr_ds.data.features import SampleBuilder, SampleOptions
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.schema import Caption, DataError, Extractor, Phrase, Record, Region
-from mvptr_ds.data.shards import Index, build_index, read_record, write_shards
-from mvptr_ds.data.sidecars import sidecar_json
-from mvptr_ds.data.tar_writer import write_tar
+from mvptr_ds.data.shards.index import Index
+from mvptr_ds.data.shards.index_builder import build_index
+from mvptr_ds.data.shards.sidecars import sidecar_json
+from mvptr_ds.data.shards.tar_reader import read_record
+from mvptr_ds.data.shards.tar_writer import write_tar
+from mvptr_ds.data.shards.writer import write_shards
 from mvptr_ds.data.wordpiece import WordPiece
 from tests.conftest import REPO
-from tests.preview_items import CAPTION, PHRASES, REGIONS, features, hostile_texts, items, jpeg
+from tests.support.preview_items import CAPTION, PHRASES, REGIONS, features, hostile_texts, items, jpeg
 
 WORDS = WordPiece()
 PAGE_FILES = REPO / "mvptr_ds" / "corpus" / "preview"

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from mvptr_ds import progress
-from mvptr_ds.progress import progress_bar
+from mvptr_ds.user_io import progress
+from mvptr_ds.user_io.progress import progress_bar
 
 
 class Clock:

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from mvptr_ds.config import Config, TaskConfig, WeightsConfig, WpgConfig
-from mvptr_ds.hard_negatives import Draws
 from mvptr_ds.model.encoder import Encoder
 from mvptr_ds.model.packed import Packed
-from mvptr_ds.task import STAGE1_OBJECTIVES, STAGE2_OBJECTIVES, Task
-from tests.tiny import TEXT_SLOTS, tiny_model, whole_batch
+from mvptr_ds.objectives.hard_negatives import RandomDraws
+from mvptr_ds.objectives.task import STAGE1_OBJECTIVES, STAGE2_OBJECTIVES, Task
+from tests.support.tiny_models import TEXT_SLOTS, tiny_model, whole_batch
 
 BATCH = whole_batch()
-DRAWS = Draws.keyed(0, 0, 0, len(BATCH), TEXT_SLOTS)
+DRAWS = RandomDraws.keyed(0, 0, 0, len(BATCH), TEXT_SLOTS)
 run_encoder = Encoder.forward
 
 

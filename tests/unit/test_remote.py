@@ -15,27 +15,28 @@ import fsspec
 import numpy as np
 import pytest
 
-from mvptr_ds.data import read_ahead, remote
-from mvptr_ds.data.batches import Batches
+from mvptr_ds.data import read_ahead
 from mvptr_ds.data.collate import Batch
 from mvptr_ds.data.features import SampleBuilder, SampleOptions
-from mvptr_ds.data.index import Extent, SampleIndex
-from mvptr_ds.data.joined import JoinedIndex, ensure_join
 from mvptr_ds.data.loader import ShardDataset, eval_batches, make_loader
-from mvptr_ds.data.mixture import MixedDataset, Mixture
 from mvptr_ds.data.phrases import PhraseVocab
-from mvptr_ds.data.plan import Plan
 from mvptr_ds.data.read_ahead import ReadAhead, runs_of
-from mvptr_ds.data.remote import RemoteFiles
+from mvptr_ds.data.sampling.batches import Batches
+from mvptr_ds.data.sampling.mixture import MixedDataset, Mixture
+from mvptr_ds.data.sampling.plan import Plan
 from mvptr_ds.data.schema import DataError, Extractor, Region
-from mvptr_ds.data.shards import Index, ensure_index
-from mvptr_ds.data.sidecars import sidecar_json
-from mvptr_ds.data.storage import ReadOptions
-from mvptr_ds.data.tar_writer import write_tar
+from mvptr_ds.data.shards import remote
+from mvptr_ds.data.shards.index import ByteRange, Index, SampleIndex
+from mvptr_ds.data.shards.index_builder import ensure_index
+from mvptr_ds.data.shards.remote import RemoteFiles
+from mvptr_ds.data.shards.sidecar_join import JoinedIndex, ensure_join
+from mvptr_ds.data.shards.sidecars import sidecar_json
+from mvptr_ds.data.shards.storage import ReadOptions
+from mvptr_ds.data.shards.tar_writer import write_tar
 from mvptr_ds.data.wordpiece import WordPiece
-from tests.hostile import FEATURE_DIM, key, sound_folder
-from tests.same import assert_equal_batches
-from tests.served import Behave, Served
+from tests.support.batch_equality import assert_equal_batches
+from tests.support.hostile import FEATURE_DIM, key, sound_folder
+from tests.support.http_server import Behave, Served
 
 WORDS = WordPiece()
 NUM_RECORDS, PER_SHARD, BATCH, STEPS = 24, 6, 8, 9  # two captions each: 48 samples, an epoch and a half
@@ -289,8 +290,8 @@ def test_a_filesystem_whose_package_is_missing(options: ReadOptions) -> None:
 # ---- reading ahead
 
 
-def _extent(files: RemoteFiles, path: str, first: int, num_kib: int) -> Extent:
-    return Extent(files, path, first << 10, num_kib << 10)
+def _extent(files: RemoteFiles, path: str, first: int, num_kib: int) -> ByteRange:
+    return ByteRange(files, path, first << 10, num_kib << 10)
 
 
 def test_neighbours_become_runs_in_the_order_in_which_they_are_needed() -> None:
@@ -324,7 +325,7 @@ def test_what_is_held_stays_within_its_bound() -> None:
     files = _Counting()
     rng = np.random.default_rng(0)
     places = (rng.integers(0, 4000, (40, 16)) * 8192).tolist()
-    wanted = [[Extent(files, "a", at, 6000) for at in batch] for batch in places]
+    wanted = [[ByteRange(files, "a", at, 6000) for at in batch] for batch in places]
     max_bytes = 8 << 20
     ahead = ReadAhead(lambda n: wanted[n] if n < len(wanted) else None, max_bytes)
     held = []
@@ -342,7 +343,7 @@ def test_what_is_held_stays_within_its_bound() -> None:
 
 def test_records_too_large_to_be_held_are_read_when_they_are_needed() -> None:
     files = _Counting()
-    large, small = Extent(files, "a", 0, read_ahead.MAX_RUN_BYTES + 1), Extent(files, "a", 1 << 30, 100)
+    large, small = ByteRange(files, "a", 0, read_ahead.MAX_RUN_BYTES + 1), ByteRange(files, "a", 1 << 30, 100)
     ahead = ReadAhead(lambda n: [large, small] if n < 3 else None, 4 << 20)
     ahead.reach(0)
     assert set(files.held) == {("a", 1 << 30)}

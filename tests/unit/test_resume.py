@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mvptr_ds import resume
-from mvptr_ds.checkpointing import CheckpointError
+from mvptr_ds.checkpoints import resume
+from mvptr_ds.checkpoints.checkpoint import CheckpointError
 from mvptr_ds.config import load_config, save_config
 
 OTHERS = ("run.seed=7", "data.block_samples=32", "data.window_blocks=9")

@@ -17,13 +17,15 @@ from PIL import Image
 
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.schema import Caption, Phrase, Record, Region
-from mvptr_ds.data.shards import Index, ensure_index, write_shards
+from mvptr_ds.data.shards.index import Index
+from mvptr_ds.data.shards.index_builder import ensure_index
+from mvptr_ds.data.shards.writer import write_shards
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.evaluation.encode import EncodedSplit
 from mvptr_ds.evaluation.grounding import ground, list_phrases, similarities
 from mvptr_ds.evaluation.pictures import draw_grounding
 from mvptr_ds.evaluation.retrieval import RANKS, recalls, rerank, score_pairs
-from tests.tiny import tiny_model
+from tests.support.tiny_models import tiny_model
 
 CPU = torch.device("cpu")
 

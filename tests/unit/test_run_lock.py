@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from mvptr_ds import run_lock
-from mvptr_ds.run_lock import RunLock, RunLockError, only_start
+from mvptr_ds.checkpoints import run_lock
+from mvptr_ds.checkpoints.run_lock import RunLock, RunLockError, only_start
 
 ELSEWHERE = {"host": "node7", "pid": 1, "machine": "another", "pid_started": "1", "job": None, "job_start": "0"}
 

@@ -14,35 +14,35 @@ import numpy as np
 import pytest
 import torch
 
-from mvptr_ds.bad_samples import BadSamples
-from mvptr_ds.data.batches import Batches
 from mvptr_ds.data.loader import ShardDataset, make_loader
+from mvptr_ds.data.sampling.batches import Batches
 from mvptr_ds.data.schema import DataError
-from mvptr_ds.safeguards import (
-    HangGuard,
+from mvptr_ds.guards import (
     LossScale,
     SkippedSteps,
     TrainingError,
-    agree,
+    Watchdog,
+    any_rank,
     collectives_timeout_s,
 )
+from mvptr_ds.monitoring.bad_samples import BadSamples
 from tests.conftest import REPO
-from tests.tiny import sample
+from tests.support.tiny_models import sample
 
 
 def test_agreeing_is_any(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    assert agree([True, False], cpu) == [True, False]
-    monkeypatch.setattr("mvptr_ds.parallel.num_ranks", lambda: 2)
-    monkeypatch.setattr("mvptr_ds.parallel.all_reduce_sum", lambda t: t + torch.tensor([2.0, 0.0, 1.0]))
-    assert agree([False, False, True], cpu) == [True, False, True]
+    assert any_rank([True, False], cpu) == [True, False]
+    monkeypatch.setattr("mvptr_ds.distributed.collectives.num_ranks", lambda: 2)
+    monkeypatch.setattr("mvptr_ds.distributed.collectives.all_reduce_sum", lambda t: t + torch.tensor([2.0, 0.0, 1.0]))
+    assert any_rank([False, False, True], cpu) == [True, False, True]
 
 
 HANGING = """
 import sys, time
 from pathlib import Path
-from mvptr_ds.safeguards import HangGuard
-with HangGuard(Path(sys.argv[1]), 4.0) as guard:  # long, for a machine that is busy with other things
+from mvptr_ds.guards import Watchdog
+with Watchdog(Path(sys.argv[1]), 4.0) as guard:  # long, for a machine that is busy with other things
     for _ in range(50):
         time.sleep(0.1)
         guard.alive()
@@ -64,7 +64,7 @@ def test_a_process_that_hangs_ends_with_its_stacks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("timeout_s", [0.0, 30.0])
 def test_a_guard_that_was_not_needed_leaves_nothing(tmp_path: Path, timeout_s: float) -> None:
-    with HangGuard(tmp_path / "stacks.txt", timeout_s) as guard:
+    with Watchdog(tmp_path / "stacks.txt", timeout_s) as guard:
         guard.alive()
     assert list(tmp_path.iterdir()) == []
 
@@ -73,15 +73,15 @@ def test_the_stacks_of_earlier_starts_stay(tmp_path: Path) -> None:
     """A restart follows within the minute, before anybody has read them; the newest five do."""
     path = tmp_path / "stacks-rank0.txt"
     for start in range(8):
-        with HangGuard(path, 30.0):
+        with Watchdog(path, 30.0):
             assert path.read_text(encoding="utf-8") == ""
         path.write_text(f"stacks of start {start}", encoding="utf-8")
-    with HangGuard(path, 30.0):
+    with Watchdog(path, 30.0):
         pass
     found = {file.name: file.read_text(encoding="utf-8") for file in tmp_path.iterdir()}
     assert found == {f"stacks-rank0.{n}.txt": f"stacks of start {8 - n}" for n in range(1, 6)}
     path.touch()  # of a start that was killed
-    with HangGuard(path, 30.0):
+    with Watchdog(path, 30.0):
         pass
     assert {file.name: file.read_text(encoding="utf-8") for file in tmp_path.iterdir()} == found
 
@@ -92,9 +92,9 @@ def test_a_rank_that_waited_for_one_that_hung_says_where(
 ) -> None:
     """The time of the others is not up when the first one ends, and their collective fails."""
     clock = iter([100.0, 100.0 + waited_s])
-    monkeypatch.setattr("mvptr_ds.safeguards.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr("mvptr_ds.guards.time", SimpleNamespace(monotonic=lambda: next(clock)))
     path = tmp_path / "stacks.txt"
-    with pytest.raises(RuntimeError), HangGuard(path, 60.0):
+    with pytest.raises(RuntimeError), Watchdog(path, 60.0):
         wait_in_a_collective()
     assert path.exists() == written
     assert not written or "wait_in_a_collective" in path.read_text(encoding="utf-8")

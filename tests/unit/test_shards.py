@@ -14,16 +14,17 @@ import numpy as np
 import pytest
 import webdataset
 
-from mvptr_ds import preflight
-from mvptr_ds.corpus.captions import list_inputs
-from mvptr_ds.corpus.validation import validate
-from mvptr_ds.data import scan, tars
-from mvptr_ds.data.index import key_hash
+from mvptr_ds.corpus.phrases.captions import list_inputs
+from mvptr_ds.corpus.validating.validation import validate
 from mvptr_ds.data.schema import Caption, DataError, Extractor, Record, Region
-from mvptr_ds.data.shards import Index, build_index, ensure_index, read_record, record_key, write_shards
-from mvptr_ds.data.tars import TarError
-from tests.hostile import picture, sound_folder
-from tests.rights import as_ordinary_user
+from mvptr_ds.data.shards import index_builder, tar_reader
+from mvptr_ds.data.shards.index import Index, key_hash
+from mvptr_ds.data.shards.index_builder import build_index, ensure_index
+from mvptr_ds.data.shards.tar_reader import TarError, read_record, record_key
+from mvptr_ds.data.shards.writer import write_shards
+from mvptr_ds.preflight import checks
+from tests.support.hostile import picture, sound_folder
+from tests.support.rights import as_ordinary_user
 
 
 def _item(number: int, num_captions: int = 1) -> tuple[str, Record, dict[str, bytes]]:
@@ -72,7 +73,7 @@ def test_a_folder_that_may_not_be_written_says_what_to_do(tmp_path: Path, monkey
             validate(Path("shards"))
         with pytest.raises(DataError, match=rf"shards \(data.train\) cannot be written .*: {remedy}"):
             ensure_index("shards", role="data.train")
-        finding = preflight._without_index("shards", "data.train", 10_240)
+        finding = checks._without_index("shards", "data.train", 10_240)
         assert finding.level == "error" and finding.remedy.startswith("write it elsewhere with python")
         assert validate(Path("shards"), out=Path("elsewhere")).index is not None
         assert len(ensure_index("elsewhere")) == 16
@@ -104,10 +105,10 @@ def test_tars_of_img2dataset_name_what_makes_shards_of_them(tmp_path: Path, exte
     _write_tar(tmp_path / "raw/00000.tar", members)
     remedy = f"python tools/build_shards.py img2dataset {tmp_path / 'raw'} --out DIR makes shards of such tars"
     found = f"this is a record of img2dataset ({', '.join(extensions.split())}); {remedy}"
-    for look in (build_index, scan.check_first_record):
+    for look in (build_index, index_builder.check_first_record):
         with pytest.raises(DataError, match=re.escape(found)):
             look(tmp_path / "raw")
-    finding = preflight._without_index(str(tmp_path / "raw"), "data.train", 10_240)
+    finding = checks._without_index(str(tmp_path / "raw"), "data.train", 10_240)
     assert finding.level == "error" and found in finding.text
     result = validate(tmp_path / "raw")
     assert result.summary.dropped == {"a record of img2dataset": 3} and result.index is None
@@ -116,10 +117,10 @@ def test_tars_of_img2dataset_name_what_makes_shards_of_them(tmp_path: Path, exte
 def test_the_first_record_is_looked_at_alone(folder: Path) -> None:
     tar = folder / "shard-000000.tar"
     tar.write_bytes(tar.read_bytes()[:4096])  # cut behind the second record
-    scan.check_first_record(folder)
+    index_builder.check_first_record(folder)
     tar.write_bytes(tar.read_bytes().replace(b'{"schema":1', b'{"schema":2'))
     with pytest.raises(DataError, match="schema is 2, this version reads 1; write that shard again"):
-        scan.check_first_record(folder)
+        index_builder.check_first_record(folder)
 
 
 def test_every_sample_is_found_where_it_was_written(folder: Path) -> None:
@@ -224,7 +225,7 @@ def test_opening_reads_places_of_the_index_and_verify_all_of_it(tmp_path: Path) 
 
 
 def test_more_samples_than_a_row_can_count_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scan, "MAX_SAMPLES", 5)
+    monkeypatch.setattr(index_builder, "MAX_SAMPLES", 5)
     with pytest.raises(DataError, match="more than 5 samples; spread the shards over several"):
         write_shards(tmp_path, [_item(0, 3), _item(1, 3)], 2)
 
@@ -462,7 +463,7 @@ def test_headers_that_readers_do_not_agree_on_are_refused(tmp_path: Path, before
 
 def test_two_keys_of_one_hash_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No two such keys are known, so the hash is made worse."""
-    monkeypatch.setattr(scan, "key_hash", lambda key: 7)
+    monkeypatch.setattr(index_builder, "key_hash", lambda key: 7)
     with pytest.raises(DataError, match=r"shard-000001\.tar, key 'k0001': .*same 64-bit hash as key 'k0000' in .*0000"):
         write_shards(tmp_path, [_item(0), _item(1)], 1)
 
@@ -502,7 +503,7 @@ def _headers_agree(block: bytes) -> bool:
         info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError:
         with pytest.raises(TarError, match="byte 7: damaged tar header"):
-            tars._parse_header(block, 7)
+            tar_reader._parse_header(block, 7)
         return False
-    assert tars._parse_header(block, 7) == (info.name, info.size, info.type)
+    assert tar_reader._parse_header(block, 7) == (info.name, info.size, info.type)
     return True

@@ -16,26 +16,27 @@ import torch
 import webdataset
 from PIL import Image
 
-from mvptr_ds import assembly
+from mvptr_ds import builders
 from mvptr_ds.config import Config, DataConfig, TaskConfig
-from mvptr_ds.data.batches import Batches
 from mvptr_ds.data.collate import Sample
 from mvptr_ds.data.features import SampleBuilder, SampleOptions
-from mvptr_ds.data.index import Index
-from mvptr_ds.data.joined import JoinedIndex, ensure_join, join_path
 from mvptr_ds.data.loader import ShardDataset, load_samples, make_loader, read_sample_record
 from mvptr_ds.data.phrases import PhraseVocab
-from mvptr_ds.data.plan import Plan
+from mvptr_ds.data.sampling.batches import Batches
+from mvptr_ds.data.sampling.plan import Plan
 from mvptr_ds.data.schema import Caption, DataError, Extractor, Phrase, Record, Region, SidecarEntry, parse_entry
-from mvptr_ds.data.shards import build_index, write_shards
-from mvptr_ds.data.sidecars import merge_sidecar, sidecar_json
-from mvptr_ds.data.storage import open_files
-from mvptr_ds.data.tar_writer import npy_bytes, write_tar
+from mvptr_ds.data.shards.index import Index
+from mvptr_ds.data.shards.index_builder import build_index
+from mvptr_ds.data.shards.sidecar_join import JoinedIndex, ensure_join, join_path
+from mvptr_ds.data.shards.sidecars import merge_sidecar, sidecar_json
+from mvptr_ds.data.shards.storage import open_files
+from mvptr_ds.data.shards.tar_writer import npy_bytes, write_tar
+from mvptr_ds.data.shards.writer import write_shards
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.mvptr import Mvptr
-from mvptr_ds.task import Task
-from tests.same import assert_equal_batches
+from mvptr_ds.objectives.task import Task
+from tests.support.batch_equality import assert_equal_batches
 from tests.unit.test_loader import _rows
 
 WORDS = WordPiece()
@@ -116,7 +117,7 @@ def config(images: Path, *sidecars: Path, **changes: Any) -> DataConfig:
 
 
 def opened(tmp_path: Path, data: DataConfig, stage: str = "stage2") -> JoinedIndex:
-    index = assembly.open_sources(data, stage, tmp_path / "joins")[""]
+    index = builders.open_sources(data, stage, tmp_path / "joins")[""]
     assert isinstance(index, JoinedIndex)
     return index
 
@@ -287,9 +288,9 @@ def test_mixed_extractors_are_refused_unless_allowed(tmp_path: Path, images: Pat
     ]
     write_shards(tmp_path / "own", own, 9)
     with pytest.raises(DataError, match=r"own mixes extractors \(e 0: 1 of 2, e 1: 1 of 2\)"):
-        assembly.open_sources(config(tmp_path / "own"), "stage1", tmp_path)
+        builders.open_sources(config(tmp_path / "own"), "stage1", tmp_path)
     assert (
-        len(assembly.open_sources(config(tmp_path / "own", allow_mixed_extractors=True), "stage1", tmp_path)[""]) == 2
+        len(builders.open_sources(config(tmp_path / "own", allow_mixed_extractors=True), "stage1", tmp_path)[""]) == 2
     )
 
 
@@ -327,7 +328,7 @@ def test_regions_that_name_no_extractor_are_of_one_of_their_own(tmp_path: Path) 
     ]
     write_shards(tmp_path / "own", own, 9)
     with pytest.raises(DataError, match=r"mixes extractors \(an unnamed extractor: 1 of 2, detr 3: 1 of 2\)"):
-        assembly.open_sources(config(tmp_path / "own"), "stage1", tmp_path)
+        builders.open_sources(config(tmp_path / "own"), "stage1", tmp_path)
 
 
 def test_train_and_held_out_shards_need_one_extractor(tmp_path: Path, images: Path, boxes: Path) -> None:
@@ -335,16 +336,16 @@ def test_train_and_held_out_shards_need_one_extractor(tmp_path: Path, images: Pa
     data = config(images, boxes)
     data.held_out, data.held_out_sidecars = str(images), [str(other)]
     with pytest.raises(DataError, match=r"data\.train are of detr 3, those of data\.held_out of detr 4"):
-        assembly.prepare_shards(data, 0, 1)
+        builders.prepare_shards(data, 0, 1)
     data.allow_mixed_extractors = True
-    assembly.prepare_shards(data, 0, 1)
+    builders.prepare_shards(data, 0, 1)
     data.allow_mixed_extractors, data.held_out_sidecars = False, None
-    assembly.prepare_shards(data, 0, 1)
+    builders.prepare_shards(data, 0, 1)
 
 
 def test_folders_of_the_wrong_kind_are_named(tmp_path: Path, images: Path, boxes: Path) -> None:
     with pytest.raises(DataError, match=r"boxes is a sidecar; name it among the sidecars"):
-        assembly.open_sources(config(boxes), "stage1", tmp_path)
+        builders.open_sources(config(boxes), "stage1", tmp_path)
     with pytest.raises(DataError, match=r"images holds records and is no sidecar"):
         opened(tmp_path, config(images, images))
 
@@ -357,13 +358,13 @@ def test_stages_that_align_refuse_what_is_no_pair(tmp_path: Path) -> None:
     ]
     write_shards(tmp_path / "all", items, 9)
     data = config(tmp_path / "all")
-    assert len(assembly.open_sources(data, "stage1", tmp_path)[""]) == 4
+    assert len(builders.open_sources(data, "stage1", tmp_path)[""]) == 4
     for stage in ("stage2", "joint"):
         with pytest.raises(DataError, match=rf"2 text-only and 1 image-only samples among 4; {stage} aligns both"):
-            assembly.open_sources(data, stage, tmp_path)
+            builders.open_sources(data, stage, tmp_path)
     data.held_out = data.train
     with pytest.raises(DataError, match=r"2 text-only and 1 image-only samples among 4; evaluation needs"):
-        assembly.open_held_out(data, tmp_path)
+        builders.open_held_out(data, tmp_path)
     beside = write(tmp_path / "beside", boxes_of([0, 1]))  # gives the texts their regions, and drops the image
     index = opened(tmp_path, config(tmp_path / "all", beside), "stage2")
     assert (len(index), index.num_text_only_samples, index.num_image_only_samples) == (3, 0, 0)
@@ -437,12 +438,12 @@ def test_held_out_shards_may_have_sidecars_of_their_own(tmp_path: Path, images: 
     data = config(images, boxes)
     data.held_out = str(tmp_path / "held")
     with pytest.raises(DataError, match=r"each split has sidecars of its own"):
-        assembly.open_held_out(data, tmp_path / "joins")
+        builders.open_held_out(data, tmp_path / "joins")
     data.held_out_sidecars = [str(write(tmp_path / "own", [("h", boxes_of([0])[0][1])]))]
     for name in ("manifest.json", "index.npy"):
         (tmp_path / "own" / name).unlink()  # made on first use
-    assert len(assembly.open_held_out(data, tmp_path / "joins")) == 1
-    assembly.prepare_shards(data, 0, 1)
+    assert len(builders.open_held_out(data, tmp_path / "joins")) == 1
+    builders.prepare_shards(data, 0, 1)
 
 
 # --- the join

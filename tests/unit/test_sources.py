@@ -19,11 +19,11 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from mvptr_ds.corpus.build import parse_shares, split_by_hash
-from mvptr_ds.corpus.gather import GatherOptions, PlannedRecord, gather, read_plan
-from mvptr_ds.corpus.jobs import Summary
-from mvptr_ds.corpus.pictures import PictureError, PictureOptions, check_picture, read_picture
+from mvptr_ds.corpus.building.build import parse_shares, split_by_hash
+from mvptr_ds.corpus.building.group_by_image import GatherOptions, PlannedRecord, gather, read_plan
+from mvptr_ds.corpus.building.pictures import PictureError, PictureOptions, check_picture, read_picture
 from mvptr_ds.corpus.record_keys import make_key
+from mvptr_ds.corpus.resumable_jobs import Summary
 from mvptr_ds.corpus.sources import rows as rows_module
 from mvptr_ds.corpus.sources.annotations import read_coco, read_flickr30k, read_karpathy, read_visual_genome
 from mvptr_ds.corpus.sources.img2dataset import list_tars, read_caption, scan_tar
@@ -32,7 +32,7 @@ from mvptr_ds.corpus.sources.rows import Row, clean_caption, iter_array
 from mvptr_ds.corpus.sources.tables import read_csv, read_jsonl, read_parquet
 from mvptr_ds.data.images import decode_image
 from mvptr_ds.data.schema import DataError
-from tests.rights import as_ordinary_user
+from tests.support.rights import as_ordinary_user
 
 UNREADABLE = "row: cannot be read"
 

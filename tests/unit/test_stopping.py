@@ -124,7 +124,7 @@ def test_an_ignored_interrupt_stays_ignored() -> None:
 
 SCRIPT = r"""
 import os, time
-from mvptr_ds.signals import end_on_interrupt
+from mvptr_ds.user_io.signals import end_on_interrupt
 end_on_interrupt()
 try:
     child = os.fork()
@@ -149,7 +149,7 @@ def test_an_interrupted_script_says_one_line_and_ends_with_130() -> None:
 
 SCRIPTS = [
     path
-    for path in (*sorted((REPO / "tools").glob("*.py")), REPO / "mvptr_ds/train.py", REPO / "mvptr_ds/eval.py")
+    for path in (*sorted((REPO / "tools").rglob("*.py")), REPO / "mvptr_ds/train.py", REPO / "mvptr_ds/eval.py")
     if '__name__ == "__main__"' in path.read_text(encoding="utf-8") and path.stem != "coco_phrases"  # its own handler
 ]
 
@@ -158,5 +158,5 @@ SCRIPTS = [
 def test_every_script_heeds_interrupts_before_its_imports(path: Path) -> None:
     """The first import of the package, or of what takes as long, is what brings the handler."""
     imports = re.findall(r"^ *(?:from|import) ((?:mvptr_ds|torch|tools)\S*)", path.read_text(encoding="utf-8"), re.M)
-    assert imports[0] == "mvptr_ds.signals"
+    assert imports[0] == "mvptr_ds.user_io.signals"
     assert re.search(r"^    end_on_interrupt\(", path.read_text(encoding="utf-8"), re.M)

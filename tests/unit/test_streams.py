@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mvptr_ds import checkpointing
+from mvptr_ds.checkpoints import checkpoint as checkpointing
 from mvptr_ds.streams import Stream, generator, seed_sequence
 from tests.conftest import REPO
 
@@ -16,15 +16,15 @@ PACKAGE = REPO / "mvptr_ds"
 MAKERS = {"default_rng", "SeedSequence", "RandomState", "PCG64", "PCG64DXSM", "Philox", "SFC64", "MT19937"}
 MAKERS |= {"Random", "seed", "manual_seed", "manual_seed_all"}
 ELSEWHERE = {
-    "assembly.py": "the first weights",
-    "checkpointing.py": "torch's own state, for dropout",
+    "builders.py": "the first weights",
+    "checkpoint.py": "torch's own state, for dropout",
     "corpus/concepts/silver.py": "what the shipped parser was trained on",
     "corpus/concepts/templates.py": "what the shipped parser was trained on",
     "corpus/concepts/training.py": "the shipped parser's training",
     "corpus/preview/measures.py": "the records of a page",
     "demo/scene.py": "the scenes of the demo, which stay as they are",
     "planning/lengths.py": "lengths to plan with, always the same",
-    "preflight_records.py": "a masking that nobody trains on",
+    "sample_checks.py": "a masking that nobody trains on",
     "streams.py": "here",
     "timing.py": "numbers to measure a device with",
 }
@@ -68,7 +68,7 @@ def test_no_other_file_makes_generators() -> None:
 
 def test_every_rank_begins_with_a_dropout_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     def begun(seed: int, rank: int) -> int:
-        monkeypatch.setattr("mvptr_ds.parallel.rank", lambda: rank)
+        monkeypatch.setattr("mvptr_ds.distributed.collectives.rank", lambda: rank)
         checkpointing.begin_rng(seed)
         return torch.initial_seed()
 

@@ -11,7 +11,7 @@ import pytest
 import webdataset
 
 from mvptr_ds.data.schema import DataError
-from mvptr_ds.data.tar_writer import json_bytes, npy_bytes, write_tar
+from mvptr_ds.data.shards.tar_writer import json_bytes, npy_bytes, write_tar
 
 ITEMS = [
     ("a", {"json": json_bytes({"text": "Füße"}), "jpg": b"picture"}),

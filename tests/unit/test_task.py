@@ -15,14 +15,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mvptr_ds import hard_negatives
 from mvptr_ds.config import Config, ItmConfig, TaskConfig, VscConfig, WeightsConfig, WpgConfig
 from mvptr_ds.data.collate import IGNORE, Batch, Sample, collate
-from mvptr_ds.hard_negatives import Draws
 from mvptr_ds.model.mvptr import Mvptr
-from mvptr_ds.packed_batch import PackedBatch
-from mvptr_ds.task import STAGE1_OBJECTIVES, STAGE2_OBJECTIVES, Task
-from tests.tiny import TEXT_SLOTS, sample, tiny_model, whole_batch
+from mvptr_ds.objectives import hard_negatives
+from mvptr_ds.objectives.hard_negatives import RandomDraws
+from mvptr_ds.objectives.packed_batch import PackedBatch
+from mvptr_ds.objectives.task import STAGE1_OBJECTIVES, STAGE2_OBJECTIVES, Task
+from tests.support.tiny_models import TEXT_SLOTS, sample, tiny_model, whole_batch
 
 STAGES = ("stage1", "stage2", "joint")
 
@@ -257,7 +257,7 @@ def test_grounding_by_the_cross_encoder_compares_the_own_pair_with_the_mismatche
         "stage2", only("wpg_cross"), TaskConfig(wpg=WpgConfig(top_k=1), itm=ItmConfig(negatives="random"))
     ).double()
     model, batch = task.model, whole_batch()
-    draws = Draws.keyed(0, 0, 0, len(batch), TEXT_SLOTS)
+    draws = RandomDraws.keyed(0, 0, 0, len(batch), TEXT_SLOTS)
     found = task.objectives(batch, draws)["wpg_cross"]
 
     same = batch.image_index_B[:, None] == batch.image_index_B[None, :]
@@ -345,7 +345,7 @@ def test_padding_changes_no_objective() -> None:
     """A sample counts the same beside longer ones: sums over a batch are sums of sums."""
     task = build("stage1").double()
     samples = [sample(i, i, tokens=2 + i, phrases=i, tags=1 + i, regions=1 + i) for i in range(4)]
-    draws = Draws.keyed(0, 0, 0, 4, TEXT_SLOTS)
+    draws = RandomDraws.keyed(0, 0, 0, 4, TEXT_SLOTS)
     whole = task.objectives(collate(samples), draws)
     alone = [task.objectives(collate([s]), draws) for s in samples]
     for name, part in whole.items():

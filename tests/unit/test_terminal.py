@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from mvptr_ds.terminal import accept_any_text
+from mvptr_ds.user_io.terminal import accept_any_text
 from tests.conftest import REPO
 from tools import build_shards
 
 SCRIPTS = [
     path
-    for path in sorted([*REPO.glob("tools/*.py"), *REPO.glob("mvptr_ds/**/*.py")])
+    for path in sorted([*REPO.glob("tools/**/*.py"), *REPO.glob("mvptr_ds/**/*.py")])
     if "__name__" in path.read_text(encoding="utf-8") and "def main(" in path.read_text(encoding="utf-8")
 ]
 

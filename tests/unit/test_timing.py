@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mvptr_ds import parallel
 from mvptr_ds.config import Config
-from mvptr_ds.flops import StepFlops
-from mvptr_ds.metrics import Meters
-from mvptr_ds.task import Task
-from mvptr_ds.timing import Peak, PhaseClock, ProfileWindow, device_peak, measured_tflops, vendor_tflops
-from tests.tiny import tiny_model, whole_batch
+from mvptr_ds.distributed import collectives
+from mvptr_ds.monitoring.flops import StepFlops
+from mvptr_ds.monitoring.metrics import Meters
+from mvptr_ds.monitoring.timing import Peak, PhaseClock, ProfileWindow, device_peak, measured_tflops, vendor_tflops
+from mvptr_ds.objectives.task import Task
+from tests.support.tiny_models import tiny_model, whole_batch
 
 CPU = torch.device("cpu")
 
@@ -61,15 +61,15 @@ def test_a_report_says_where_the_time_went() -> None:
 def test_collectives_are_timed_where_a_timer_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two ranks, without the other one: what the collective itself does is torch's matter."""
     clock = PhaseClock(CPU)
-    monkeypatch.setattr(parallel, "num_ranks", lambda: 2)
-    monkeypatch.setattr(parallel.dist, "all_reduce", lambda _: time.sleep(0.01))
+    monkeypatch.setattr(collectives, "num_ranks", lambda: 2)
+    monkeypatch.setattr(collectives.dist, "all_reduce", lambda _: time.sleep(0.01))
     try:
-        parallel.time_collectives(lambda: clock("communication"))
-        parallel.all_reduce_sum(torch.ones(1))
+        collectives.time_collectives(lambda: clock("communication"))
+        collectives.all_reduce_sum(torch.ones(1))
         assert clock.read()["communication"] >= 0.01
     finally:
-        parallel.time_collectives()
-    parallel.all_reduce_sum(torch.ones(1))
+        collectives.time_collectives()
+    collectives.all_reduce_sum(torch.ones(1))
     assert clock.read()["communication"] == 0.0
 
 
@@ -93,7 +93,7 @@ def test_known_gpus(name: str, half: float | None, single: float | None) -> None
 def test_an_unknown_gpu_is_measured_and_a_cpu_has_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     """A product that another process slows down would make a training step look better than the processor."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Unknown 1")
-    monkeypatch.setattr("mvptr_ds.timing.measured_tflops", lambda device, dtype: 12.0)
+    monkeypatch.setattr("mvptr_ds.monitoring.timing.measured_tflops", lambda device, dtype: 12.0)
     peak = device_peak(torch.device("cuda"), torch.float32)
     assert peak == Peak(12.0, "a float32 matrix product measured at start on Unknown 1")
     assert device_peak(CPU, torch.float32) is None

@@ -15,15 +15,16 @@ import numpy as np
 import pytest
 import webdataset
 
-from mvptr_ds.corpus import validation
-from mvptr_ds.corpus.jobs import PROGRESS_NAME
+from mvptr_ds.corpus.resumable_jobs import PROGRESS_NAME
 from mvptr_ds.corpus.sources.img2dataset import list_tars
-from mvptr_ds.corpus.validation import Result, validate
+from mvptr_ds.corpus.validating import validation
+from mvptr_ds.corpus.validating.validation import Result, validate
 from mvptr_ds.data.pixels import TRANSPARENT, WIDE_GREY
 from mvptr_ds.data.schema import DataError
-from mvptr_ds.data.shards import Index, build_index
-from mvptr_ds.data.tars import MAX_JSON_BYTES, MAX_MEMBER_BYTES, MAX_RECORD_MEMBERS
-from tests.hostile import (
+from mvptr_ds.data.shards.index import Index
+from mvptr_ds.data.shards.index_builder import build_index
+from mvptr_ds.data.shards.tar_reader import MAX_JSON_BYTES, MAX_MEMBER_BYTES, MAX_RECORD_MEMBERS
+from tests.support.hostile import (
     HEIGHT,
     TEXT,
     WIDTH,
@@ -39,7 +40,7 @@ from tests.hostile import (
     sound_folder,
     write_tar,
 )
-from tests.odd_pictures import STORED
+from tests.support.odd_pictures import STORED
 
 ALL = [key(number) for number in range(8)]
 

@@ -14,9 +14,9 @@ import pytest
 import webdataset
 
 from mvptr_ds.corpus.record_keys import make_key
-from mvptr_ds.corpus.tsv import Table
-from mvptr_ds.corpus.vinvl import KeyRule, import_vinvl, plan_rows
-from mvptr_ds.corpus.vinvl_rows import RowError, parse_features, parse_predictions
+from mvptr_ds.corpus.regions.tsv import Table
+from mvptr_ds.corpus.regions.vinvl import KeyRule, import_vinvl, plan_rows
+from mvptr_ds.corpus.regions.vinvl_rows import RowError, parse_features, parse_predictions
 from mvptr_ds.data.schema import DataError
 from tests.conftest import REPO
 

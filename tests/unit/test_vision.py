@@ -14,7 +14,7 @@ from transformers import ConvNextConfig, ConvNextModel
 from mvptr_ds.model import vision
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.mvptr import Mvptr
-from tests.packing import pack
+from tests.support.pack import pack
 
 CONVNEXT: dict[str, Any] = {"model_type": "convnext", "hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}
 RESNET: dict[str, Any] = {

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mvptr_ds.config import WandbConfig
-from mvptr_ds.wandb_run import WandbRun, check_mode
+from mvptr_ds.monitoring.wandb_run import WandbRun, check_mode
 from tests.conftest import REPO
 
 CONFIG = {"run": {"seed": 3}, "train": {"batch_size": 8}}
@@ -67,7 +67,7 @@ def test_online_without_an_answer_goes_offline(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setattr("mvptr_ds.wandb_run.START_TIMEOUT_S", 3.0)
+    monkeypatch.setattr("mvptr_ds.monitoring.wandb_run.START_TIMEOUT_S", 3.0)
     run = WandbRun(tmp_path, WandbConfig(mode="online"), CONFIG)
     run.log(1, {"loss/mlm": 4.0})
     run.close()
@@ -77,7 +77,7 @@ def test_online_without_an_answer_goes_offline(
 def test_disabled_writes_nothing_and_does_not_import_it(tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from mvptr_ds.config import WandbConfig; "
-        "from mvptr_ds.wandb_run import WandbRun; run = WandbRun(Path(sys.argv[1]), WandbConfig(), {}); "
+        "from mvptr_ds.monitoring.wandb_run import WandbRun; run = WandbRun(Path(sys.argv[1]), WandbConfig(), {}); "
         "run.log(1, {'a': 1.0}); run.close(); print('wandb' in sys.modules, run.id)"
     )
     done = subprocess.run(
@@ -106,7 +106,7 @@ def test_a_service_that_fails_is_said_once_and_ends_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing = FailingRun()
-    monkeypatch.setattr("mvptr_ds.wandb_run._start", lambda *_: failing)
+    monkeypatch.setattr("mvptr_ds.monitoring.wandb_run._start", lambda *_: failing)
     run = WandbRun(tmp_path, WandbConfig(mode="offline"), CONFIG)
     for step in (1, 2, 3):
         run.log(step, {"loss": 1.0 / step, "none": None})
@@ -125,7 +125,7 @@ def test_a_service_that_cannot_start_is_said(
     def fail(*_: object) -> None:
         raise RuntimeError("no such luck")
 
-    monkeypatch.setattr("mvptr_ds.wandb_run._start", fail)
+    monkeypatch.setattr("mvptr_ds.monitoring.wandb_run._start", fail)
     run = WandbRun(tmp_path, WandbConfig(mode="offline"), CONFIG)
     run.log(1, {"loss": 1.0})
     run.close()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mvptr_ds.corpus.concepts.parser import PhraseParser
-from mvptr_ds.corpus.jobs import Summary, put_in_place, run_units
+from mvptr_ds.corpus.resumable_jobs import Summary, put_in_place, run_units
 from mvptr_ds.data.phrases import KINDS
 from mvptr_ds.data.schema import DataError, Phrase
 

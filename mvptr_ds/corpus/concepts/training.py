@@ -10,7 +10,7 @@ import numpy as np
 
 from mvptr_ds.corpus.concepts.dependency import LEFT, RIGHT, SHIFT, DependencyParser, Model, States, batches
 from mvptr_ds.corpus.concepts.templates import feature_rows, make_multipliers
-from mvptr_ds.progress import progress_bar
+from mvptr_ds.user_io.progress import progress_bar
 
 MAX_PRUNED = 3  # of 127
 RARE = 20  # a label seen less often is "dep"

@@ -30,10 +30,11 @@ from mvptr_ds.corpus.preview.measures import (
     suggested_sizes,
 )
 from mvptr_ds.data.features import SampleOptions
-from mvptr_ds.data.joined import DROP, JoinedIndex, check_kinds, ensure_join, join_path
-from mvptr_ds.data.shards import Index, SampleIndex, ensure_index
+from mvptr_ds.data.shards.index import Index, SampleIndex
+from mvptr_ds.data.shards.index_builder import ensure_index
+from mvptr_ds.data.shards.sidecar_join import DROP, JoinedIndex, check_kinds, ensure_join, join_path
 from mvptr_ds.data.wordpiece import WordPiece
-from mvptr_ds.progress import progress_bar
+from mvptr_ds.user_io.progress import progress_bar
 
 BATCH_SIZE = 32  # of the padding that is foretold
 _NUM_TOP = 30

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mvptr_ds.corpus.jobs import Summary
+from mvptr_ds.corpus.resumable_jobs import Summary
 from mvptr_ds.corpus.sources.rows import (
     UNREADABLE,
     Row,

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path, PurePath
 
-from mvptr_ds.corpus.jobs import Summary
+from mvptr_ds.corpus.resumable_jobs import Summary
 from mvptr_ds.corpus.sources.plain import PICTURE_SUFFIXES
 from mvptr_ds.corpus.sources.rows import UNREADABLE, iter_lines
 from mvptr_ds.data.schema import DataError

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
-from mvptr_ds.corpus.jobs import Summary
+from mvptr_ds.corpus.resumable_jobs import Summary
 from mvptr_ds.corpus.sources.rows import Row, clean_caption, iter_lines
 from mvptr_ds.data.schema import DataError
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from mvptr_ds.corpus.jobs import Summary
+from mvptr_ds.corpus.resumable_jobs import Summary
 from mvptr_ds.data.schema import MAX_SIDE_PX, DataError
 
 UNREADABLE = "row: cannot be read"

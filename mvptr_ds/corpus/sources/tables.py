@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mvptr_ds.corpus.jobs import Summary
+from mvptr_ds.corpus.resumable_jobs import Summary
 from mvptr_ds.corpus.sources.csv_rows import CsvRows
 from mvptr_ds.corpus.sources.rows import UNREADABLE, Row, captions_of, is_array, iter_array, iter_lines
 from mvptr_ds.data.schema import DataError

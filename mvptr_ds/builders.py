@@ -1,0 +1,414 @@
+"""From the configuration to objects: vocabularies, shards, task. The one place that maps its keys to arguments."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mvptr_ds import ds_config
+from mvptr_ds.config import Config, DataConfig, MaskingConfig, SourceConfig
+from mvptr_ds.data.features import SampleBuilder, SampleOptions
+from mvptr_ds.data.lengths import Lengths, lengths_are_there, lengths_path, measure, write_lengths
+from mvptr_ds.data.loader import SampleDataset, ShardDataset
+from mvptr_ds.data.phrases import PhraseVocab
+from mvptr_ds.data.sampling.batches import Batches
+from mvptr_ds.data.sampling.buckets import BucketedBatches
+from mvptr_ds.data.sampling.mixture import MixedDataset, Mixture, default_block, source_seed
+from mvptr_ds.data.sampling.plan import Plan
+from mvptr_ds.data.schema import SCHEMA_VERSION, DataError
+from mvptr_ds.data.shards.index import Index, SampleIndex
+from mvptr_ds.data.shards.index_builder import ensure_index
+from mvptr_ds.data.shards.sidecar_join import JoinedIndex, check_extractors, check_kinds, ensure_join, visual_extractors
+from mvptr_ds.data.shards.storage import ReadOptions, is_url
+from mvptr_ds.data.wordpiece import WordPiece
+from mvptr_ds.demo import build
+from mvptr_ds.demo.build import FolderTakenError, build_demo_shards
+from mvptr_ds.distributed import collectives
+from mvptr_ds.distributed.collectives import run_on_rank_zero
+from mvptr_ds.model import kernels
+from mvptr_ds.model.config import MvptrConfig
+from mvptr_ds.model.convert import init_from_bert, load_bert
+from mvptr_ds.model.mvptr import Mvptr
+from mvptr_ds.objectives.task import Task
+from mvptr_ds.optim.optimizer import optimizer_choice
+
+logger = logging.getLogger(__name__)
+NO_MASKING = MaskingConfig(word_prob=0.0, phrase_prob=0.0, tag_prob=0.0)
+
+
+@dataclass
+class Vocabs:
+    words: WordPiece
+    phrases: PhraseVocab
+
+
+def read_options(data: DataConfig) -> ReadOptions:
+    """How shards behind a URL are read."""
+    return ReadOptions(data.read_ahead_mib, data.read_retries, data.read_timeout_s, data.cache_dir)
+
+
+def prepare_shards(data: DataConfig, seed: int, num_processes: int) -> None:
+    """Builds the demo shards if the configuration asks for them and they are missing, and missing indices."""
+
+    def prepare() -> None:
+        if data.demo_source is not None and not demo_shards_are_there(data, seed):
+            scenes = data.demo_train_scenes, data.demo_held_out_scenes
+            build_demo_shards(Path(str(data.train)).parent, data.demo_source, *scenes, seed, num_processes)
+        splits = splits_of(data)
+        for folder, role in roles_of(splits).items():
+            ensure_index(folder, read_options(data), role)
+        if not data.allow_mixed_extractors:
+            _check_same_extractors(splits, read_options(data))
+
+    run_on_rank_zero(prepare)
+
+
+def demo_shards_are_there(data: DataConfig, seed: int) -> bool:
+    """Whether the demo shards that the configuration asks for are built; else their folder is free for them.
+
+    Raises:
+        DataError: they cannot be built there; a user's own shards under a demo's configuration are the usual case.
+    """
+    builds = f"data.demo_source={data.demo_source} builds the shards of data.train"
+    if data.train is None:
+        raise DataError(f"{builds}, which is null; set data.demo_source=null")
+    if is_url(data.train):
+        raise DataError(f"{builds}={data.train}, which is a URL; set data.demo_source=null to train on what is there")
+    scenes = data.demo_train_scenes, data.demo_held_out_scenes
+    try:
+        return build.demo_shards_are_there(Path(data.train).parent, str(data.demo_source), *scenes, seed)
+    except FolderTakenError as error:
+        raise DataError(
+            f"{builds}={data.train}, but {error}; set data.demo_source=null to train on the shards that are there, or "
+            "name another folder for those of the demo (data.train, data.held_out, data.word_vocab, data.phrase_vocab)"
+        ) from error
+
+
+def sources_of(data: DataConfig) -> dict[str, SourceConfig]:
+    """What to train on by name: `data.sources`, or `data.train` alone, whose name is empty.
+
+    Raises:
+        DataError: both or neither are given, a source has a name that cannot be used or no shards, or some a weight.
+    """
+    if not data.sources:
+        if data.train is None:
+            raise DataError("neither data.train nor data.sources is set: give data.train=FOLDER of shards")
+        return {"": SourceConfig(data.train, None, data.sidecars)}
+    if data.train is not None or data.sidecars:
+        own = f"data.train={data.train}" if data.train is not None else f"data.sidecars={data.sidecars}"
+        raise DataError(
+            f"{own} and data.sources ({', '.join(data.sources)}) are given both: set data.train=null data.sidecars=[] "
+            "(each source names its own sidecars), or data.sources=null"
+        )
+    for name, source in data.sources.items():
+        if not re.fullmatch(r"[\w-]+", name):
+            raise DataError(f"data.sources has a source {name!r}: name it with letters, digits, _ and - alone")
+        if not source.shards:
+            raise DataError(f"data.sources.{name}.shards is not set: give the source's folder of shards")
+    without = [name for name, source in data.sources.items() if source.weight is None]
+    if 0 < len(without) < len(data.sources):
+        raise DataError(
+            f"data.sources.{without[0]} has no weight, but others have: give all of them one, or none (then the "
+            "numbers of samples are the weights)"
+        )
+    return data.sources
+
+
+def splits_of(data: DataConfig) -> dict[str, SourceConfig]:
+    """Every folder of shards that a run reads, by the key of the configuration that names it."""
+    splits = {f"data.sources.{name}" if name else "data.train": source for name, source in sources_of(data).items()}
+    if data.held_out is not None:
+        sidecars = data.sidecars if data.held_out_sidecars is None else data.held_out_sidecars
+        splits["data.held_out"] = SourceConfig(data.held_out, None, sidecars)
+    return splits
+
+
+def roles_of(splits: dict[str, SourceConfig]) -> dict[str, str]:
+    """Every folder of these splits, and what it is for the configuration."""
+    roles: dict[str, str] = {}
+    for key, split in splits.items():
+        roles |= {folder: f"a sidecar of {key}" for folder in split.sidecars if folder not in roles}
+        roles[split.shards] = key
+    return roles
+
+
+def _check_same_extractors(splits: dict[str, SourceConfig], options: ReadOptions) -> None:
+    first: tuple[str, set[str]] | None = None
+    for name, split in splits.items():
+        main, *sidecars = (Index.open(folder, options) for folder in (split.shards, *split.sidecars))
+        check_kinds(main, sidecars)
+        found = visual_extractors(main, sidecars, [0] * len(sidecars))
+        if not found:
+            continue
+        first = first or (name, found)
+        if found != first[1]:
+            one, other = (", ".join(sorted(extractors)) for extractors in (first[1], found))
+            raise DataError(
+                f"the regions of {first[0]} are of {one}, those of {name} of {other}: make both with one extractor, "
+                "or set data.allow_mixed_extractors=true"
+            )
+
+
+def open_sources(data: DataConfig, stage: str, joins: Path) -> dict[str, SampleIndex]:
+    """The samples of each source that a stage trains on; their indices must be there. All ranks call it.
+
+    Args:
+        joins: folder where the joins with the sidecars are kept.
+
+    Raises:
+        DataError: the folders cannot be opened or joined, or the stage needs pairs and there are other samples.
+    """
+    indices = {}
+    for name, source in sources_of(data).items():
+        indices[name] = _open(data, source.shards, source.sidecars, joins)
+        if stage != "stage1":
+            folder = f"source {name} ({source.shards})" if name else source.shards
+            remedy = "leave it to stage 1 (run.stages=[1])"
+            _check_pairs(indices[name], folder, f"{stage} aligns both, so it needs", remedy)
+    return indices
+
+
+def build_dataset(config: Config, vocabs: Vocabs, stage: str, seed: int, joins: Path) -> SampleDataset:
+    """The samples of a stage by their positions in the run. All ranks call it.
+
+    Wrong tags are drawn from the list of the own source, which has the vocabulary of its detector.
+
+    Raises:
+        DataError: as `open_sources`, or blocks of the mixture that are too short.
+    """
+    data, section = config.data, config.stage(stage)
+    predict_phrases = stage == "stage1" and section.weights.mcr_phrases > 0
+    datasets = {}
+    for name, index in open_sources(data, stage, joins).items():
+        own_seed = source_seed(seed, name) if name else seed
+        plan = Plan(len(index), own_seed, data.block_samples, data.window_blocks)
+        builder = build_samples(
+            config, vocabs, index, section.masking, predict_phrases, tag_noise=True, needs_regions=stage != "stage1"
+        )
+        datasets[name] = ShardDataset(index, plan, builder)
+    if not data.sources:
+        return datasets[""]
+    return MixedDataset(datasets, build_mixture(config, {n: s.num_samples for n, s in datasets.items()}, seed))
+
+
+def build_mixture(config: Config, num_samples: Mapping[str, int], seed: int) -> Mixture:
+    """The mixture of `data.sources`, whose numbers of samples are the weights where none are given.
+
+    Raises:
+        DataError: its blocks are too short or too long.
+    """
+    data = config.data
+    weights = [float(source.weight or num_samples[name]) for name, source in data.sources.items()]
+    try:
+        block_samples = data.mixture_block_samples or default_block(weights, config.train.batch_size)
+        return Mixture(weights, block_samples, seed)
+    except ValueError as error:
+        asked = f"data.sources, data.mixture_block_samples={data.mixture_block_samples}"
+        raise DataError(f"{asked}: {error}") from error
+
+
+def open_held_out(data: DataConfig, joins: Path) -> SampleIndex:
+    """The samples to evaluate on, like `open_sources`; builds missing indices."""
+    if data.held_out is None:
+        raise DataError("data.held_out is not set: give data.held_out=FOLDER of shards to evaluate on")
+    sidecars = data.sidecars if data.held_out_sidecars is None else data.held_out_sidecars
+    run_on_rank_zero(lambda: [ensure_index(folder, read_options(data)) for folder in (str(data.held_out), *sidecars)])
+    index = _open(data, data.held_out, sidecars, joins)
+    _check_pairs(index, data.held_out, "evaluation needs", "set data.held_out to others, or to null to do without")
+    return index
+
+
+def _open(data: DataConfig, folder: str, sidecars: Sequence[str], joins: Path) -> SampleIndex:
+    options = read_options(data)
+    main = Index.open(folder, options)
+    opened = [Index.open(sidecar, options) for sidecar in sidecars]
+    if opened:
+        missing, allow_mixed = data.missing_partners, data.allow_mixed_extractors
+        run_on_rank_zero(lambda: ensure_join(main, opened, missing, allow_mixed, joins))
+        return JoinedIndex(main, opened, missing, joins)
+    check_kinds(main, ())
+    if not data.allow_mixed_extractors:
+        check_extractors(main)
+    return main
+
+
+def _check_pairs(index: SampleIndex, folder: str, who: str, remedy: str) -> None:
+    if index.num_text_only_samples or index.num_image_only_samples:
+        raise DataError(
+            f"{folder} holds {index.num_text_only_samples} text-only and {index.num_image_only_samples} image-only "
+            f"samples among {len(index)}; {who} image-text pairs: take them out, give what they lack in data.sidecars, "
+            f"or {remedy}"
+        )
+
+
+def build_batches(
+    config: Config, dataset: SampleDataset, seed: int, joins: Path, alive: Callable[[], None] = lambda: None
+) -> Batches:
+    """Which positions make up each batch: as they come, or of samples of like lengths. All ranks call it.
+
+    Args:
+        joins: folder where the samples' lengths are kept.
+        alive: called all the while that they are measured.
+    """
+    batch_size, pool_batches = config.train.batch_size, config.data.bucket_batches
+    if pool_batches == 0:
+        return Batches(batch_size)
+    tables = [_open_lengths(source.index, source.builder, joins, alive) for source in dataset.sources]
+    return BucketedBatches(batch_size, pool_batches, seed, Lengths(dataset, tables))
+
+
+def _open_lengths(index: SampleIndex, builder: SampleBuilder, folder: Path, alive: Callable[[], None]) -> np.ndarray:
+    """Maps the lengths of the samples; where they are missing or damaged, each rank measures its part of them."""
+    path = lengths_path(index, builder, folder)
+    # rank 0 alone looks: network storage may remember for a while that another node found nothing
+    if not collectives.of_main(lambda: lengths_are_there(path, index.num_samples)):
+        ends = [index.num_records * part // collectives.num_ranks() for part in range(collectives.num_ranks() + 1)]
+        records = range(ends[collectives.rank()], ends[collectives.rank() + 1])
+        with ThreadPoolExecutor(1) as pool:
+            work = pool.submit(measure, index, builder, records, show_progress=collectives.is_main())
+            collectives.wait_for_all(work, alive)
+        parts = collectives.gather_objects(work.result())
+        run_on_rank_zero(lambda: write_lengths(path, np.concatenate(parts)))
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def build_vocabs(data: DataConfig) -> Vocabs:
+    """Word and phrase vocabulary; without `data.phrase_vocab` every phrase is out of vocabulary."""
+    words = WordPiece(data.word_vocab)
+    phrases = PhraseVocab.load(data.phrase_vocab, words) if data.phrase_vocab else PhraseVocab.empty(words)
+    return Vocabs(words, phrases)
+
+
+def build_samples(
+    config: Config,
+    vocabs: Vocabs,
+    index: SampleIndex,
+    masking: MaskingConfig,
+    predict_phrases: bool,
+    tag_noise: bool,
+    needs_regions: bool = False,
+) -> SampleBuilder:
+    """What turns a record's members into a sample; evaluation passes `NO_MASKING` and no tag noise."""
+    data, visual = config.data, config.visual
+    options = SampleOptions(
+        visual_source=visual.source,
+        feature_dim=visual.feature_dim,
+        image_size=visual.image_size,
+        grid_size=visual.grid_size,
+        max_tokens=data.max_tokens,
+        max_text_slots=data.max_text_slots,
+        max_tag_slots=data.max_tag_slots,
+        max_regions=data.max_regions,
+        word_prob=masking.word_prob,
+        phrase_prob=masking.phrase_prob,
+        tag_prob=masking.tag_prob,
+        predict_phrases=predict_phrases,
+        tag_drop_prob=data.tag_drop_prob if tag_noise else 0.0,
+        tag_wrong_prob=data.tag_wrong_prob if tag_noise else 0.0,
+        tag_withhold_prob=data.tag_withhold_prob if tag_noise else 0.0,
+        needs_regions=needs_regions,
+        tag_list=list(index.tags),
+    )
+    return SampleBuilder(vocabs.words, vocabs.phrases, options)
+
+
+def model_config(config: Config, vocabs: Vocabs) -> MvptrConfig:
+    """The model's own configuration; the vocabularies give its rows."""
+    model, visual = config.model, config.visual
+    if config.data.max_text_slots > model.max_positions or config.data.max_tag_slots > model.max_positions:
+        raise ValueError(
+            f"data.max_text_slots={config.data.max_text_slots} and data.max_tag_slots={config.data.max_tag_slots} "
+            f"must not exceed model.max_positions={model.max_positions}"
+        )
+    return MvptrConfig(
+        num_words=len(vocabs.words),
+        num_rows=vocabs.phrases.num_rows,
+        num_phrases=len(vocabs.phrases),
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        intermediate_size=model.intermediate_size,
+        num_text_layers=model.num_text_layers,
+        num_visual_layers=model.num_visual_layers,
+        num_cross_layers=model.num_cross_layers,
+        max_positions=model.max_positions,
+        hidden_dropout=model.dropout,
+        attention_dropout=model.attention_dropout,
+        initializer_range=model.initializer_range,
+        tie_word_heads=model.tie_word_heads,
+        initial_temperature=config.task.vsc.initial_temperature,
+        visual_source=visual.source,
+        region_feature_dim=visual.feature_dim,
+        backbone=visual.backbone if visual.source == "image" else None,
+        backbone_config=visual.backbone_config if visual.source == "image" else None,
+        freeze_backbone=visual.freeze_backbone,
+        image_size=visual.image_size,
+        roi_bins=visual.roi_bins,
+        data_schema=SCHEMA_VERSION,
+    )
+
+
+def build_model(config: Config, vocabs: Vocabs) -> Mvptr:
+    """A fresh model, the same on every rank; from BERT's weights where `run.init_from_bert` names them."""
+    torch.manual_seed(config.run.seed)
+    model = Mvptr(model_config(config, vocabs))
+    if len(vocabs.phrases):
+        model.set_phrase_rows(torch.from_numpy(vocabs.phrases.rows))
+    if config.run.init_from_bert is not None:
+        if config.data.word_vocab is not None:
+            raise DataError(
+                f"run.init_from_bert={config.run.init_from_bert} needs BERT's own vocabulary, but data.word_vocab is "
+                f"{config.data.word_vocab}: leave data.word_vocab out"
+            )
+        state = load_bert(config.run.init_from_bert)
+        for line in init_from_bert(model, state, vocabs.phrases.pieces(vocabs.words)):
+            logger.info("from %s: %s", config.run.init_from_bert, line)
+    model.set_execution(config.model.execution, config.model.activation_checkpointing, config.model.compile)
+    return model
+
+
+def build_task(config: Config, stage: str, model: Mvptr, seed: int, per_sample: bool = False) -> Task:
+    """The objectives of a stage over `model`; see there."""
+    section = config.stage(stage)
+    return Task(
+        model,
+        stage,
+        section.weights,
+        config.task,
+        max_text_slots=config.data.max_text_slots,
+        max_steps=section.max_steps,
+        seed=seed,
+        per_sample=per_sample,
+    )
+
+
+def filled_ds_config(config: Config, ds_content: dict[str, Any]) -> dict[str, Any]:
+    """The DeepSpeed JSON for these ranks and their devices. Raises ValueError like `fill_ds_config`."""
+    bf16, fp16 = ds_config.precision_supported()
+    return ds_config.fill_ds_config(
+        ds_content, config.train, config.optim, collectives.num_ranks(), bf16_supported=bf16, fp16_supported=fp16
+    )
+
+
+def kernel_report(
+    config: Config, device: torch.device, dtype: torch.dtype, optimizer_device: torch.device
+) -> list[kernels.Choice]:
+    """Which implementation each operation of training uses on this device, and why."""
+    model = config.model
+    found = kernels.report(
+        device,
+        dtype,
+        model.attention_dropout,
+        model.hidden_size // model.num_attention_heads,
+        model.execution,
+        model.compile,
+        model.activation_checkpointing,
+    )
+    return [*found, optimizer_choice(config.optim, optimizer_device)]

@@ -1,0 +1,147 @@
+"""What a run starts from: a stage's own checkpoint, the stage before, another run, or nothing.
+
+Every function here is called by all ranks together.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from mvptr_ds.checkpoints import checkpoint as checkpointing
+from mvptr_ds.checkpoints.checkpoint import CHECKSUMS, CheckpointError, complete, newest_good, read_state
+from mvptr_ds.config import Config, load_config
+from mvptr_ds.distributed import collectives
+
+logger = logging.getLogger(__name__)
+EARLIER = "before-"  # RUN/before-1/stage1: what a run with train.resume=never found
+NAME_ANOTHER = "name another stage folder, checkpoint or model folder"
+
+
+def newest_state(run_dir: Path, stages: Sequence[str]) -> dict[str, Any] | None:
+    """`state.json` of the newest checkpoint of the last stage that has one; nothing is verified. None without any."""
+
+    def read() -> dict[str, Any] | None:
+        state = None
+        for path in (path for stage in stages for path in reversed(complete(run_dir / stage / "checkpoints"))):
+            with suppress(OSError, ValueError):
+                state = read_state(path)
+        return state
+
+    return collectives.of_main(read)
+
+
+def find_model(path: Path) -> Path:
+    """The model folder meant by a run folder, a stage folder, a checkpoint or a model folder itself.
+
+    Raises:
+        CheckpointError: there is none below `path`, or none that is good.
+        StorageError: there are some, but they cannot be read.
+    """
+    candidates = (path, path / "model")
+    found = collectives.of_main(lambda: next((c for c in candidates if (c / "model.safetensors").is_file()), None))
+    if found is not None:
+        _check_whole(found)
+        return found
+    for stage in (path, *(path / name for name in ("stage2", "joint", "stage1"))):
+        newest = newest_good(stage / "checkpoints", NAME_ANOTHER)
+        if newest is not None:
+            return newest / "model"
+    raise CheckpointError(f"{path} holds no complete checkpoint; give a run folder, a stage folder or a model folder")
+
+
+def _check_whole(model: Path) -> None:
+    """Raises CheckpointError or StorageError for the model folder of a checkpoint that is damaged or not complete."""
+    checkpoint = model.parent
+    if collectives.of_main(lambda: (checkpoint / CHECKSUMS).exists()):
+        problem = checkpointing.verify(checkpoint, model.name)
+        if problem is not None:
+            raise checkpointing.damaged(f"{checkpoint} is damaged ({problem}): ", [problem], NAME_ANOTHER)
+    elif collectives.of_main(lambda: (checkpoint / "engine").is_dir()):
+        raise CheckpointError(f"{checkpoint} is not complete, its save was interrupted: {NAME_ANOTHER}")
+
+
+def resumes(config: Config) -> bool:
+    """Whether the first of `run.stages` has checkpoints of its own to go on from."""
+    own = Path(config.run.dir) / config.stage_names[0] / "checkpoints"
+    return config.train.resume == "auto" and collectives.of_main(lambda: bool(complete(own)))
+
+
+def first_model(config: Config) -> Path | None:
+    """The model folder that the first of `run.stages` starts from, as `run.init_from` says.
+
+    None: from its own checkpoint, which holds everything, or with fresh weights.
+
+    Raises:
+        CheckpointError: there is none where it says; or stage 2 is to follow on a stage 1 that is not finished.
+        StorageError: there are some, but they cannot be read.
+    """
+    if resumes(config):
+        return None
+    if config.run.init_from != "auto":
+        return find_model(Path(config.run.init_from)) if config.run.init_from else None
+    run_dir = Path(config.run.dir)
+    if config.stage_names[0] != "stage2":
+        return None
+    newest = newest_good(run_dir / "stage1" / "checkpoints")
+    if newest is None:
+        raise CheckpointError(
+            f"stage 2 starts from a finished stage 1, and {run_dir / 'stage1'} holds no complete checkpoint: train it "
+            "first (run.stages=[1]), name another start (run.init_from=...), or begin with fresh weights "
+            "(run.init_from=null)"
+        )
+    step, max_steps = read_state(newest)["step"], load_config(newest / "model/mvptr.yaml").stage1.max_steps
+    if step < max_steps:
+        raise CheckpointError(
+            f"stage 2 starts from a finished stage 1, and that of {run_dir} is at step {step} of {max_steps}: let it "
+            f"finish first (run.stages=[1]), or take it as it is (run.init_from={run_dir / 'stage1'})"
+        )
+    return newest / "model"
+
+
+def finished_model(stage_dir: Path, num_steps: int) -> Path:
+    """The model folder of a stage that has just ended after so many steps.
+
+    Raises:
+        CheckpointError: its newest good checkpoint is of an earlier step.
+        StorageError: none can be read.
+    """
+    newest = newest_good(stage_dir / "checkpoints")
+    step = 0 if newest is None else read_state(newest)["step"]
+    if newest is None or step < num_steps:
+        raise CheckpointError(
+            f"{stage_dir} has ended at step {num_steps}, but its newest good checkpoint is of step {step}: start "
+            "again, it goes on from there"
+        )
+    return newest / "model"
+
+
+def set_aside(run_dir: Path, stages: Sequence[str], init_from: Path | None) -> None:
+    """Moves what earlier starts have left of these stages to `RUN/before-N`; nothing is deleted.
+
+    Raises:
+        CheckpointError: `init_from`, whose weights the run is to start from, is among it.
+    """
+
+    def move() -> None:
+        old = [run_dir / stage for stage in stages if complete(run_dir / stage / "checkpoints")]
+        if not old:
+            return
+        if init_from is not None and any(init_from.resolve().is_relative_to(path.resolve()) for path in old):
+            raise CheckpointError(
+                f"the run is to start from {init_from}, which train.resume=never moves out of its way: give it another "
+                "run.dir"
+            )
+        target = next(path for n in count(1) if not (path := run_dir / f"{EARLIER}{n}").exists())
+        target.mkdir()
+        for path in old:
+            os.replace(path, target / path.name)
+        names = " and ".join(path.name for path in old)
+        logger.info("train.resume=never: the earlier %s stays in %s, until you remove it", names, target)
+
+    collectives.of_main(move)

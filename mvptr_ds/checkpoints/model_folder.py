@@ -1,0 +1,118 @@
+"""A trained model as a folder that needs nothing else: weights, vocabularies, configuration. Holds no pickle.
+
+config.json  model.safetensors  vocab.txt  phrase_vocab.json  mvptr.yaml
+"""
+
+from __future__ import annotations
+
+import copy
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from mvptr_ds.builders import Vocabs
+from mvptr_ds.checkpoints.checkpoint import CheckpointError
+from mvptr_ds.config import Config, load_config, save_config
+from mvptr_ds.data.phrases import PhraseVocab
+from mvptr_ds.data.wordpiece import WordPiece
+from mvptr_ds.model.config import MvptrConfig
+from mvptr_ds.model.mvptr import Mvptr
+
+STRUCTURE = (  # what two models must share for the weights of one to mean the same in the other
+    "num_words", "num_rows", "num_phrases", "hidden_size", "num_attention_heads", "intermediate_size",
+    "num_text_layers", "num_visual_layers", "num_cross_layers", "max_positions", "type_vocab_size", "layer_norm_eps",
+    "visual_source", "region_feature_dim", "roi_bins", "tie_word_heads",
+    "data_schema",
+)  # fmt: skip
+
+
+def save_model_folder(
+    path: Path, model: Mvptr, weights: Mapping[str, torch.Tensor], vocabs: Vocabs, config: Config
+) -> None:
+    """Writes the folder: the structure of `model` with these weights, all of them."""
+    path.mkdir(parents=True, exist_ok=True)
+    structure = copy.deepcopy(model.config)
+    structure.architectures, structure.dtype = [type(model).__name__], "float32"
+    structure.save_pretrained(path)
+    save_file(dict(weights), path / "model.safetensors", metadata={"format": "pt"})
+    (path / "vocab.txt").write_text("\n".join(vocabs.words.tokens) + "\n", encoding="utf-8")
+    vocabs.phrases.save(path / "phrase_vocab.json")
+    save_config(config, path / "mvptr.yaml")
+
+
+def load_model_folder(path: Path) -> tuple[Mvptr, Vocabs, Config]:
+    """The model (float32, eval mode), its vocabularies and the configuration of the run that trained it."""
+    words = WordPiece(path / "vocab.txt")
+    vocabs = Vocabs(words, PhraseVocab.load(path / "phrase_vocab.json", words))
+    model = Mvptr.from_pretrained(path, dtype=torch.float32)
+    model.eval()
+    return model, vocabs, load_config(path / "mvptr.yaml")
+
+
+def init_from_folder(model: Mvptr, vocabs: Vocabs, path: Path) -> None:
+    """Gives `model` the weights of a model folder (the stage hand-over). Raises CheckpointError like `check_fits`."""
+    check_fits(model, vocabs, path)
+    load_weights(model, path)
+
+
+def check_fits(model: Mvptr, vocabs: Vocabs, path: Path) -> None:
+    """Whether `model`, of which only shapes are looked at, could take the weights of a model folder.
+
+    Raises:
+        CheckpointError: dimensions, vocabularies or schema differ, listing all that do with both values.
+    """
+    problems = differences(model, vocabs, path)
+    if problems:
+        raise CheckpointError(
+            f"run.init_from: {path} does not fit this configuration:\n  - "
+            + "\n  - ".join(problems)
+            + "\n  use the configuration of that run (its mvptr.yaml), or start fresh without run.init_from"
+        )
+
+
+def load_weights(model: Mvptr, path: Path) -> None:
+    """Gives `model` the weights of a model folder that fits it."""
+    model.load_state_dict(load_file(path / "model.safetensors"))
+
+
+def copy_of(model: Mvptr, weights: Mapping[str, torch.Tensor], device: torch.device) -> Mvptr:
+    """Another model of the same structure with these weights, in eval mode; no random number is drawn for it."""
+    with torch.random.fork_rng(devices=[]):  # fresh weights are made on the host
+        copied = Mvptr(typing.cast(MvptrConfig, model.config))
+    copied.load_state_dict(weights)
+    copied.to(device)  # type: ignore[arg-type]  # see eval.py
+    copied.eval()
+    return copied
+
+
+def differences(model: Mvptr, vocabs: Vocabs, path: Path) -> list[str]:
+    """Why the weights of a model folder would not fit `model`, each with both values; empty where they do."""
+    saved, ours = MvptrConfig.from_pretrained(path), model.config
+    words = WordPiece(path / "vocab.txt")
+    saved_phrases = PhraseVocab.load(path / "phrase_vocab.json", words)
+    problems = [
+        f"model {name}: {getattr(saved, name)!r} there, {getattr(ours, name)!r} here"
+        for name in STRUCTURE
+        if getattr(saved, name) != getattr(ours, name)
+    ]
+    for name, there, here in (
+        ("word vocabulary", words.fingerprint, vocabs.words.fingerprint),
+        ("phrase vocabulary", saved_phrases.fingerprint, vocabs.phrases.fingerprint),
+    ):
+        if there != here:
+            problems.append(f"{name}: {there[:12]} there, {here[:12]} here (sha256)")
+    if not problems:  # what the list above does not tell apart, such as two backbones of equal width
+        problems = _differing_weights(load_file(path / "model.safetensors"), model.state_dict())
+    return problems
+
+
+def _differing_weights(there: Mapping[str, torch.Tensor], here: Mapping[str, torch.Tensor]) -> list[str]:
+    kinds = {
+        "only there": sorted(there.keys() - here.keys()),
+        "only here": sorted(here.keys() - there.keys()),
+        "of another shape": sorted(n for n in there.keys() & here.keys() if there[n].shape != here[n].shape),
+    }
+    return [f"{len(names)} weights {kind}, the first {names[0]}" for kind, names in kinds.items() if names]

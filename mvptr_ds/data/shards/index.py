@@ -1,0 +1,360 @@
+"""The index of a folder of shards: sample number -> place of its record, from a mapped file.
+
+    folder/manifest.json   shards, counts, tags, extractors, sha256 of the index
+    folder/index.npy       one row a record: where it lies, its first sample, its key's hash
+
+Tars lie in blocks of 512 bytes, so blocks are counted: a row has 20 bytes, ten million of them 200 MB, mapped and never
+read whole. Opening reads 16 places of them, which another index, a cut one or one of zeros does not survive; that every
+byte is as written is for `Index.verify`, and each record that is read must be one by its own headers.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Container
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from mvptr_ds.data.schema import SCHEMA_VERSION, DataError, Record, parse_record, parse_sample_record
+from mvptr_ds.data.shards.storage import (
+    INDEX_NAME,
+    LOCAL,
+    MANIFEST_NAME,
+    REBUILD,
+    Files,
+    ReadOptions,
+    is_url,
+    open_files,
+)
+from mvptr_ds.data.shards.tar_reader import read_keyed_record, read_record, record_key
+
+if TYPE_CHECKING:  # it imports fsspec, which local shards do without
+    from mvptr_ds.data.shards.remote import RemoteFiles
+
+INDEX_VERSION = 3
+RECORDS, SIDECAR = "records", "sidecar"  # kinds of folders
+BLOCK = 512  # bytes
+ROW = np.dtype([("block", "<u4"), ("span", "<u4"), ("first_sample", "<u4"), ("key_hash", "<u8")])
+MAX_SAMPLES = (1 << 32) - 1  # of a folder, by the width of first_sample
+SPAN_BITS = 24  # of `span`: the record's blocks; above them, flags
+NOT_VISUAL, NO_CAPTION = 1, 2  # flags
+NO_REGIONS = 4  # of a sidecar's entry: it says that there are none, and has no features either
+UNNAMED_EXTRACTOR = "an unnamed extractor"  # of regions or features that name none
+_NUM_PROBES, _PROBE_BYTES = 16, 4096
+
+
+def key_hash(key: str) -> int:
+    """64 bits of a key, by which folders are joined."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+
+
+class RecordLocation(NamedTuple):
+    """Where a sample lies."""
+
+    path: str  # of its shard
+    offset: int  # bytes
+    num_bytes: int
+    record: int  # number of the record in the index
+    caption: int  # number of the caption in the record
+
+
+class ByteRange(NamedTuple):
+    """Bytes behind a URL that a sample is put together from."""
+
+    files: RemoteFiles
+    path: str
+    offset: int
+    num_bytes: int
+
+
+class SampleIndex(ABC):
+    """Samples by number. `len()` counts samples: image-text pairs, text-only records' captions, image-only records.
+
+    Pickles without its arrays: another process maps the same files.
+    """
+
+    num_records: int
+    num_samples: int
+    num_text_only_samples: int  # of records with nothing to see
+    num_image_only_samples: int  # one of each record without captions
+    tags: dict[str, int]  # regions per tag, most frequent first
+    fingerprint: str  # equal for equal samples in equal order
+    _rows: np.ndarray  # one a record, mapped
+    _first: np.ndarray  # its column first_sample
+
+    @abstractmethod
+    def _rows_path(self) -> Path:
+        """The npy file of the rows."""
+
+    def _map(self) -> None:
+        # as a plain array: numpy's own class for mapped ones takes a microsecond more for each number asked for
+        self._rows = np.asarray(np.load(self._rows_path(), mmap_mode="r", allow_pickle=False))
+        self._first = self._rows["first_sample"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_rows", "_first")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._map()
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def locate(self, sample: int) -> RecordLocation:
+        """Place of a sample. Raises IndexError outside 0 <= sample < len(self)."""
+        if not 0 <= sample < self.num_samples:
+            raise IndexError(f"sample {sample} of {self.num_samples}")
+        # bisect, not searchsorted: the column is strided in the file, and searchsorted would copy it at every call
+        record = bisect.bisect_right(self._first, sample) - 1
+        return self.place(record, sample - int(self._first[record]))
+
+    def samples_of(self, record: int) -> range:
+        """Numbers of the samples (captions) of a record."""
+        if not 0 <= record < self.num_records:
+            raise IndexError(f"record {record} of {self.num_records}")
+        end = self._first[record + 1] if record + 1 < self.num_records else self.num_samples
+        return range(int(self._first[record]), int(end))
+
+    @abstractmethod
+    def place(self, record: int, caption: int = 0) -> RecordLocation:
+        """Place of a caption of a record, by the record's number."""
+
+    @abstractmethod
+    def read(self, place: RecordLocation) -> tuple[Record, dict[str, bytes]]:
+        """The record at a place of this index, and its members by extension, whatever they are put together from.
+
+        Raises:
+            DataError: it cannot be used, with the reason.
+            OSError: a file cannot be read.
+        """
+
+    def read_sample(self, place: RecordLocation) -> tuple[Record, dict[str, bytes]]:
+        """Like `read`, with the caption of the place alone."""
+        record, members = self.read(place)
+        captions = record.captions[place.caption : place.caption + 1]
+        if record.captions and not captions:
+            raise DataError(f"caption {place.caption} of a record with {len(record.captions)}; rebuild the index")
+        return replace(record, captions=captions), members
+
+    @abstractmethod
+    def describe(self, place: RecordLocation) -> tuple[Record, Collection[str]]:
+        """The record at a place, and the extensions of its members, whose contents are not read; raises as `read`."""
+
+    @abstractmethod
+    def key_of(self, place: RecordLocation) -> str:
+        """Key of the record at a place, for messages; `?` when it cannot be read."""
+
+    @abstractmethod
+    def remote_extents(self, sample: int) -> list[ByteRange]:
+        """What of a sample is not on this machine: nothing where all of it is."""
+
+    @property
+    @abstractmethod
+    def read_ahead_bytes(self) -> int:
+        """What a process may hold of what it is about to read; 0 where all is on this machine."""
+
+
+class Index(SampleIndex):
+    """The samples of one folder of shards; of a sidecar's folder, its entries as samples without captions."""
+
+    def __init__(self, folder: Path | str, own_folder: Path, manifest: dict[str, Any], options: ReadOptions) -> None:
+        self.folder = folder
+        self._own_folder = own_folder
+        self.kind = str(manifest["kind"])
+        self.num_records = int(manifest["num_records"])
+        self.num_samples = int(manifest["num_samples"])
+        self.num_text_only_samples = int(manifest["num_text_only_samples"])
+        self.num_image_only_samples = int(manifest["num_image_only_samples"])
+        self.tags = dict(manifest["tags"])
+        self.extractors: dict[str, int] = dict(manifest["extractors"])  # "name version" -> records that name it
+        self.holds: dict[str, int] = dict(manifest["holds"])  # regions, npy, ... -> records that hold some
+        self.fingerprint = str(manifest["sha256"])
+        self.num_bytes = sum(int(shard["num_bytes"]) for shard in manifest["shards"])
+        self.num_shards = len(manifest["shards"])
+        names = [shard["name"] for shard in manifest["shards"]]
+        strange = [name for name in names if "/" in name or not name.endswith(".tar")]
+        if strange:
+            raise DataError(f"{own_folder / MANIFEST_NAME} names a shard {strange[0]!r}; {REBUILD}")
+        beside = manifest.get("folder", ".")
+        if is_url(folder) and beside != ".":
+            raise DataError(f"the index of {folder} was made of the shards in {beside!r}; put it beside its shards")
+        tars = str(folder) if is_url(folder) else str(own_folder / beside)
+        self._paths = [os.path.join(tars, name) for name in names]
+        self._sizes = [int(shard["num_bytes"]) for shard in manifest["shards"]]
+        self._record_ends = list(itertools.accumulate(int(shard["num_records"]) for shard in manifest["shards"]))
+        self._remote: RemoteFiles | None = None
+        if is_url(folder):
+            from mvptr_ds.data.shards.remote import RemoteFiles
+
+            self._remote = RemoteFiles(options, dict(zip(self._paths, self._sizes, strict=True)))
+        self._map()
+
+    @property
+    def files(self) -> Files:
+        """What reads the shards."""
+        return self._remote or LOCAL
+
+    def _rows_path(self) -> Path:
+        return self._own_folder / INDEX_NAME
+
+    @classmethod
+    def open(cls, folder: str | Path, options: ReadOptions | None = None) -> Index:
+        """Maps the index and checks it cheaply: its size, a few places of it, and the size of every tar.
+
+        Of shards behind a URL the index is copied to this machine first, and two tars are asked for their size.
+
+        Raises:
+            DataError: manifest or index missing, of another version, not of a pair, or a tar is missing or has changed.
+        """
+        options = options or ReadOptions()
+        open_files.close()
+        own_folder = _fetch(str(folder), options) if is_url(folder) else Path(folder)
+        manifest_path = own_folder / MANIFEST_NAME
+        try:
+            manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+            if manifest["version"] != INDEX_VERSION or manifest["schema"] != SCHEMA_VERSION:
+                raise DataError(
+                    f"{manifest_path} has version {manifest['version']}, schema {manifest['schema']}; this "
+                    f"version reads {INDEX_VERSION}, {SCHEMA_VERSION}; {REBUILD}"
+                )
+            with open(own_folder / INDEX_NAME, "rb") as file:
+                if sampled_digest(file, manifest["sha256"]) != manifest["probe"]:
+                    raise DataError(f"{own_folder / INDEX_NAME} is not the one the manifest names; {REBUILD}")
+            index = cls(str(folder).rstrip("/") if is_url(folder) else own_folder, own_folder, manifest, options)
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise DataError(f"cannot open the index of {folder}: {error}; {REBUILD}") from error
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{manifest_path} is not a manifest: {error!r}; {REBUILD}") from error
+        index._check_tars()
+        return index
+
+    def _check_tars(self) -> None:
+        if self._rows.dtype != ROW or len(self._rows) != self.num_records or self.num_samples < 1:
+            raise DataError(f"{self._rows_path()} does not fit its manifest; {REBUILD}")
+        if self._remote is not None:
+            self._check_remote_tars(self._remote)
+            return
+        for path, expected in zip(self._paths, self._sizes, strict=True):
+            try:
+                size = os.stat(path).st_size
+            except OSError as error:
+                raise DataError(f"shard {path} is missing ({error}); bring it back or {REBUILD}") from error
+            if size != expected:
+                raise DataError(f"shard {path} has {size} bytes, the index was built for {expected}; {REBUILD}")
+        known = {os.path.basename(path) for path in self._paths}
+        others = sorted(name for name in os.listdir(os.path.dirname(self._paths[0])) if _is_other(name, known))
+        if others:
+            shown = others[0].encode(errors="backslashreplace").decode()
+            raise DataError(f"{self.folder}: {len(others)} tars are not in the index, such as {shown}; {REBUILD}")
+
+    def _check_remote_tars(self, files: RemoteFiles) -> None:
+        """The first and the last alone: a request for each of thousands would take minutes."""
+        for path in {self._paths[0], self._paths[-1]}:
+            try:
+                files.check(path)
+            except OSError as error:
+                raise DataError(f"shard {path} cannot be read: {error}") from error
+
+    def verify(self) -> None:
+        """Reads the whole index, a second or two for ten million records, and compares it with its hash.
+
+        Raises:
+            DataError: it is not the one the manifest names.
+        """
+        with open(self._rows_path(), "rb") as file:
+            if sha256(file) != self.fingerprint:
+                raise DataError(f"{self._rows_path()} is not the one the manifest names; {REBUILD}")
+
+    def place(self, record: int, caption: int = 0) -> RecordLocation:
+        row = self._rows[record]
+        path = self._paths[bisect.bisect_right(self._record_ends, record)]
+        num_blocks = int(row["span"]) & ((1 << SPAN_BITS) - 1)
+        return RecordLocation(path, int(row["block"]) * BLOCK, num_blocks * BLOCK, record, caption)
+
+    def read(self, place: RecordLocation) -> tuple[Record, dict[str, bytes]]:
+        members = read_record(place.path, place.offset, place.num_bytes, self.files)
+        return parse_record(members["json"]), members
+
+    def read_sample(self, place: RecordLocation) -> tuple[Record, dict[str, bytes]]:
+        members = read_record(place.path, place.offset, place.num_bytes, self.files)
+        return parse_sample_record(members["json"], place.caption), members
+
+    def describe(self, place: RecordLocation) -> tuple[Record, Collection[str]]:
+        members = read_keyed_record(place.path, place.offset, place.num_bytes, self.files, contents=("json",))[1]
+        return parse_record(members["json"]), members.keys()
+
+    def key_of(self, place: RecordLocation) -> str:
+        return record_key(place.path, place.offset, place.num_bytes, self.files)
+
+    def remote_extents(self, sample: int) -> list[ByteRange]:
+        return self.remote_extents_of(self.locate(sample))
+
+    @property
+    def read_ahead_bytes(self) -> int:
+        return 0 if self._remote is None else self._remote.options.ahead_mib << 20
+
+    def remote_extents_of(self, place: RecordLocation) -> list[ByteRange]:
+        """What of the record at a place is not on this machine."""
+        return [] if self._remote is None else [ByteRange(self._remote, *place[:3])]
+
+    def key_hashes(self) -> np.ndarray:
+        """Of all records, uint64 [num_records]; a copy."""
+        return np.array(self._rows["key_hash"])
+
+    def first_samples(self) -> np.ndarray:
+        """Of all records, int64 [num_records]; a copy."""
+        return self._first.astype(np.int64)
+
+    def flags(self) -> np.ndarray:
+        """NOT_VISUAL, NO_CAPTION and NO_REGIONS of all records, uint8 [num_records]; a copy."""
+        return (self._rows["span"] >> SPAN_BITS).astype(np.uint8)
+
+
+def _fetch(url: str, options: ReadOptions) -> Path:
+    from mvptr_ds.data.shards.remote import fetch_index
+
+    try:
+        return fetch_index(url.rstrip("/"), options)
+    except OSError as error:
+        raise DataError(
+            f"cannot fetch the index of {url}: {error}; manifest.json and index.npy must lie beside the shards "
+            "(tools/validate_shards.py writes them where the shards are made)"
+        ) from error
+
+
+def _is_other(name: str, known: Container[str]) -> bool:
+    return name.endswith(".tar") and name not in known
+
+
+def sha256(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sampled_digest(file: BinaryIO, whole_sha256: str) -> str:
+    """What `Index.open` compares: a digest of places of the index from its head to its end, its size and its hash.
+
+    Key hashes stand in every place, so another index of the same size is told apart, and a file whose tail was lost
+    to zeros; a changed byte between the places is not. An index of up to 64 KiB is read whole.
+    """
+    num_bytes = file.seek(0, os.SEEK_END)
+    digest = hashlib.sha256(f"{num_bytes} {whole_sha256}".encode())
+    last = num_bytes - _PROBE_BYTES
+    starts = [last * n // (_NUM_PROBES - 1) for n in range(_NUM_PROBES)]
+    if num_bytes <= _NUM_PROBES * _PROBE_BYTES:
+        starts = list(range(0, num_bytes, _PROBE_BYTES))
+    for start in starts:
+        file.seek(start)
+        digest.update(file.read(_PROBE_BYTES))
+    return digest.hexdigest()

@@ -1,0 +1,105 @@
+"""Sidecars: tars of KEY.json (and KEY.npy) that add regions, features or phrases to the records of other shards.
+
+What an entry has takes the place of the record's: regions, with width and height where it gives them; the phrases of
+the captions; the rows of features. Later sidecars win. Joined by key (data.joined), whatever the shards of either side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import msgspec
+
+from mvptr_ds.data.schema import (
+    Caption,
+    DataError,
+    Extractor,
+    Record,
+    Region,
+    SidecarEntry,
+    check_phrase_regions,
+    check_size,
+)
+from mvptr_ds.data.shards.tar_writer import json_bytes
+
+
+def sidecar_json(
+    extractor: Extractor,
+    *,
+    width: int | None = None,
+    height: int | None = None,
+    regions: Sequence[Region] | None = None,
+    captions: Sequence[Caption] | None = None,
+) -> bytes:
+    """`KEY.json` of a sidecar; None is what it says nothing of.
+
+    Args:
+        width, height: of the picture whose pixels the boxes count; both or none.
+        captions: those of the record, in its order, with the phrases to take.
+
+    Raises:
+        DataError: only one of width and height, or neither name nor version of the extractor.
+    """
+    if (width is None) != (height is None):
+        raise DataError(f"width is {width} and height {height}: give both or none")
+    if not extractor.name.strip() or not extractor.version.strip():
+        raise DataError(f"extractor is {extractor!r}; its name and its version must not be empty")
+    entry = SidecarEntry(
+        extractor,
+        width,
+        height,
+        None if captions is None else tuple(captions),
+        None if regions is None else tuple(regions),
+    )
+    return json_bytes(entry.to_json())
+
+
+def merge_sidecar(
+    record: Record, members: dict[str, bytes], entry: SidecarEntry, npy: bytes | None
+) -> tuple[Record, dict[str, bytes]]:
+    """The record and its members as a sidecar's entry changes them.
+
+    Features of regions that are replaced go with them, and so does what the record's phrases say about them.
+
+    Raises:
+        DataError: the captions are others than the record's, or a phrase names a region that is not there.
+    """
+    captions = record.captions
+    if entry.regions is not None:
+        members = {extension: content for extension, content in members.items() if extension != "npy"}
+        captions = tuple(_without_regions(caption) for caption in captions)
+    if entry.captions is not None:
+        _check_same_texts(record.captions, entry.captions)
+        captions = entry.captions
+    if npy is not None:
+        members = {**members, "npy": npy}
+    merged = dataclasses.replace(
+        record,
+        width=record.width if entry.width is None else entry.width,
+        height=record.height if entry.height is None else entry.height,
+        captions=captions,
+        regions=record.regions if entry.regions is None else entry.regions,
+        extractor=record.extractor if entry.regions is None and npy is None else entry.extractor,
+    )
+    if merged.regions:
+        check_size(merged.width, merged.height)
+    check_phrase_regions(merged.captions, len(merged.regions))
+    return merged, members
+
+
+def _without_regions(caption: Caption) -> Caption:
+    if not any(phrase.regions for phrase in caption.phrases):
+        return caption
+    return Caption(caption.text, tuple(msgspec.structs.replace(phrase, regions=()) for phrase in caption.phrases))
+
+
+def _check_same_texts(own: Sequence[Caption], others: Sequence[Caption]) -> None:
+    if len(own) != len(others):
+        raise DataError(f"the sidecar has {len(others)} captions, the record {len(own)}; make it from these records")
+    for number, (caption, other) in enumerate(zip(own, others, strict=True)):
+        if caption.text != other.text:
+            raise DataError(
+                f"caption {number} is {caption.text!r} in the record and {other.text!r} in the sidecar; make the "
+                "sidecar from these records"
+            )

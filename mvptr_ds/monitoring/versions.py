@@ -1,0 +1,57 @@
+"""Which code and which packages a run was made with."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+# simplejpeg decodes JPEG where it is installed, Pillow elsewhere: their pixels differ by a little
+PACKAGES = (
+    "mvptr_ds",
+    "torch",
+    "deepspeed",
+    "transformers",
+    "tokenizers",
+    "webdataset",
+    "numpy",
+    "pillow",
+    "simplejpeg",
+)
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a run, and the commit of a checkout (`+` when changed)."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+            continue
+    commit = _git("rev-parse", "--short=12", "HEAD")
+    if commit:
+        found["commit"] = commit + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    return found
+
+
+def code_sha256() -> str:
+    """Of the package's sources and packaged configurations, as they lie on this machine."""
+    package = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(p for p in package.rglob("*") if p.suffix in (".py", ".yaml")):
+        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _git(*arguments: str) -> str:
+    try:
+        folder = str(Path(__file__).resolve().parents[2])
+        return subprocess.run(
+            ["git", "-C", folder, *arguments], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

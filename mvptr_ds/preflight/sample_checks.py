@@ -1,0 +1,153 @@
+"""The check of preflight that looks at records: do they hold what the objectives of the run's stages need?"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mvptr_ds import builders
+from mvptr_ds.builders import NO_MASKING, Vocabs
+from mvptr_ds.config import Config
+from mvptr_ds.data.features import SampleBuilder
+from mvptr_ds.data.schema import DataError
+from mvptr_ds.data.shards.index import SampleIndex
+from mvptr_ds.data.shards.tar_reader import IMAGE_EXTENSIONS
+from mvptr_ds.preflight.rank_checks import ERROR, OK, WARNING, Finding
+
+NUM_LOOKED_AT = 256  # samples of a folder of this machine, spread evenly over it
+NUM_REMOTE, REMOTE_LIMIT_S = 32, 20.0  # of one behind a URL, where each may take a request
+DECODE_EVERY = 4  # pictures take milliseconds to decode
+HELD_OUT = "data.held_out"
+
+KINDS = ("pictures", "features", "regions", "tags", "phrases of the vocabulary")
+NEEDS = {  # of a sample, for the objective to learn anything from it
+    "mlm": ("text",),
+    "mcr_phrases": ("phrases of the vocabulary",),
+    "mcr_tags": ("tags",),
+    "mcr_regions": ("tags", "something to see"),
+    "vsc": ("text", "something to see"),
+    "itm": ("text", "something to see"),
+    "wpg": ("phrases of the vocabulary", "something to see"),
+    "wpg_cross": ("phrases of the vocabulary", "something to see"),
+}
+PICKED_BY = {"mlm": "word_prob", "mcr_phrases": "phrase_prob", "mcr_tags": "tag_prob", "mcr_regions": "tag_prob"}
+REMEDIES = {
+    "tags": "give regions with tags (data.sidecars)",
+    "phrases of the vocabulary": "give phrases and the vocabulary that was made of them (data.phrase_vocab)",
+    "something to see": "give pictures, or features (data.sidecars)",
+    "text": "give captions",
+}
+
+
+@dataclass
+class Seen:
+    """What the samples of one folder hold."""
+
+    num: int = 0
+    holds: Counter[str] = field(default_factory=Counter)  # samples by what they hold
+    targets: Counter[str] = field(default_factory=Counter)  # samples by what they hold enough for
+    unusable: list[str] = field(default_factory=list)  # reasons
+
+
+def examine(config: Config, vocabs: Vocabs, indices: Mapping[str, SampleIndex]) -> Iterator[Finding]:
+    """Looks at records of every folder.
+
+    Args:
+        indices: of the run's folders, by the key of the configuration that names each.
+    """
+    seen = {}
+    for name, index in indices.items():
+        builder = builders.build_samples(config, vocabs, index, NO_MASKING, predict_phrases=False, tag_noise=False)
+        seen[name] = look(index, builder)
+        yield from _shares(name, seen[name], config)
+    trained_on = [of_folder for name, of_folder in seen.items() if name != HELD_OUT]
+    if all(len(of_folder.unusable) == of_folder.num for of_folder in trained_on):
+        return  # which is said
+    targets = sum((of_folder.targets for of_folder in trained_on), Counter())
+    for stage in config.stage_names:
+        yield from _objectives(config, stage, targets)
+
+
+def look(index: SampleIndex, builder: SampleBuilder) -> Seen:
+    """Samples spread over the folder, the same at every call; fewer, and for a limited time, behind a URL."""
+    seen = Seen()
+    remote = index.read_ahead_bytes > 0
+    num = min(NUM_REMOTE if remote else NUM_LOOKED_AT, len(index))
+    until_s = time.monotonic() + (REMOTE_LIMIT_S if remote else math.inf)
+    for number in range(num):
+        if time.monotonic() > until_s:
+            break
+        seen.num += 1
+        try:
+            _look_at(index, builder, (2 * number + 1) * len(index) // (2 * num), number % DECODE_EVERY == 0, seen)
+        except (DataError, OSError) as error:
+            seen.unusable.append(str(error))
+    return seen
+
+
+def _look_at(index: SampleIndex, builder: SampleBuilder, sample: int, decode: bool, seen: Seen) -> None:
+    place = index.locate(sample)
+    record, members = index.read_sample(place)
+    begun = builder.begin(record, members, 0, place.record, 0, np.random.default_rng(0))
+    held = {
+        "text": len(begun.text_ids_T) - begun.num_phrases > 2,
+        "pictures": any(extension in members for extension in IMAGE_EXTENSIONS),
+        "features": "npy" in members,
+        "regions": bool(record.regions),
+        "something to see": len(begun.region_geometry_R6) > 0,
+        "tags": len(begun.tag_ids_G) > 2,
+        "phrases of the vocabulary": begun.num_phrases > 0,
+    }
+    seen.holds.update(kind for kind, holds in held.items() if holds)
+    if builder.options.visual_source == "features" or decode:
+        builder.add_picture(begun, members)
+    seen.targets.update(name for name, needed in NEEDS.items() if all(held[kind] for kind in needed))
+
+
+def _shares(name: str, seen: Seen, config: Config) -> Iterator[Finding]:
+    """How much of a folder holds what, and whether it can be used."""
+    shares = ", ".join(f"{kind} {100 * seen.holds[kind] / max(1, seen.num):.0f} %" for kind in KINDS)
+    yield Finding("records", OK, f"{name}: {seen.num} samples looked at: {shares}")
+    num_bad = len(seen.unusable)
+    if not num_bad:
+        return
+    text = f"{name}: {num_bad} of {seen.num} samples looked at cannot be used; the first: {seen.unusable[0]}"
+    # above what chance would show of as many bad ones as are allowed
+    allowed = config.data.max_bad_fraction * seen.num
+    too_many = num_bad == seen.num or num_bad > allowed + 3 * math.sqrt(allowed) + 1
+    if name == HELD_OUT and config.train.evaluate_every_steps == 0:
+        yield Finding("records", WARNING, text, "training does not read them, eval.py would end with it")
+    elif too_many:
+        remedy = "set visual.source and visual.feature_dim to what the shards hold, or give what they lack"
+        yield Finding("records", ERROR, text, f"{remedy} (data.sidecars)")
+    else:
+        remedy = "each is replaced by another; look at the folder with tools/validate_shards.py"
+        yield Finding("records", WARNING, text, remedy)
+
+
+def _objectives(config: Config, stage: str, targets: Counter[str]) -> Iterator[Finding]:
+    """Objectives of a stage for which nothing was seen to learn from."""
+    section, data = config.stage(stage), config.data
+    weights = {name: weight for name, weight in vars(section.weights).items() if weight > 0}
+    idle = []
+    for name, weight in weights.items():
+        key = f"{stage}.weights.{name}"
+        picked_by = PICKED_BY.get(name)
+        if picked_by is not None and getattr(section.masking, picked_by) == 0:
+            reason, remedy = f"{stage}.masking.{picked_by} is 0, so that nothing is asked for", "raise it"
+        elif "tags" in NEEDS[name] and data.tag_withhold_prob == 1:
+            reason, remedy = "data.tag_withhold_prob is 1, so that there are no tags", "lower it"
+        elif not targets[name]:
+            reason = f"none of the training samples looked at has {' and '.join(NEEDS[name])}"
+            remedy = ", and ".join(REMEDIES[kind] for kind in NEEDS[name])
+        else:
+            continue
+        idle.append(name)
+        yield Finding("objectives", WARNING, f"{key} is {weight}, but {reason}", f"{remedy}, or set {key}=0")
+    if idle and len(idle) == len(weights):
+        yield Finding("objectives", ERROR, f"{stage} has nothing to learn: {', '.join(idle)} lack what they need")

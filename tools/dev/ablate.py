@@ -1,0 +1,220 @@
+#!/usr/bin/env python3
+"""Trains one configuration with parts switched off one by one, on several seeds, and prints one table.
+
+python tools/dev/ablate.py --out runs/ablation --seeds 0 1 2 --arms full stage2_alone
+python tools/dev/ablate.py --out runs/ablation                    # every other arm, on one seed
+python tools/dev/ablate.py --out runs/ablation --table            # the table of what is there
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPO))
+
+if __name__ == "__main__":
+    from mvptr_ds.user_io.signals import end_on_interrupt
+
+    end_on_interrupt()
+
+from mvptr_ds.config import Config, load_config
+from mvptr_ds.data.schema import DataError
+from mvptr_ds.demo.build import build_demo_shards
+from mvptr_ds.ds_config import load_ds_config
+from mvptr_ds.user_io.terminal import accept_any_text
+from mvptr_ds.user_io.user_files import read_text, user_path
+from mvptr_ds.user_io.yaml_nodes import parse_yaml, plain
+
+ARMS_FILE = Path(__file__).with_name("ablations.yaml")
+EPILOG = """Each run is OUT/ARM/seed-N: trained through the deepspeed launcher, then evaluated. An interrupted call goes
+on when it is typed again; runs that are done are kept, and one made with other arguments is refused. The table,
+OUT/table.md, holds everything that OUT has: means over the seeds, with their standard deviation."""
+Report = Mapping[str, Any]
+
+
+def _ground(report: Report, states: str, part: str) -> float | None:
+    accuracy: float | None = report["without_tags"]["grounding"][states][part]["accuracy"]
+    return accuracy
+
+
+# Columns of the table: everything but MCR with all tags withheld from the held-out scenes.
+COLUMNS: dict[str, Callable[[Report], float | None]] = {
+    "R@1": lambda r: r["without_tags"]["retrieval"]["t2i_r1"],
+    "re-ranked": lambda r: r["without_tags"]["rerank"]["t2i_r1"],
+    "R@1, tags given": lambda r: r["retrieval"]["t2i_r1"],
+    "noun, uni": lambda r: _ground(r, "uni", "noun"),
+    "noun, cross": lambda r: _ground(r, "cross", "noun"),
+    "attribute, uni": lambda r: _ground(r, "uni", "attribute_among_one_noun"),
+    "attribute, cross": lambda r: _ground(r, "cross", "attribute_among_one_noun"),
+    "tag MCR": lambda r: r["mcr"]["accuracy"],
+    "phrase MCR": lambda r: r["mcr"]["phrases"]["accuracy"],
+}
+
+
+class AblationError(RuntimeError):
+    """A run failed, or was made with other arguments."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    name: str
+    shows: str
+    stages: tuple[str, ...]
+    overrides: tuple[str, ...]
+
+
+def load_arms(path: Path = ARMS_FILE) -> dict[str, Arm]:
+    """The arms by name, in the order of the file."""
+    tree = plain(parse_yaml(read_text(path), str(path)))
+    return {
+        name: Arm(name, arm["shows"], tuple(map(str, arm.get("stages", (1, 2)))), tuple(arm.get("overrides", ())))
+        for name, arm in tree.items()
+    }
+
+
+def arm_overrides(arm: Arm, config: Config) -> list[str]:
+    """The arm's overrides of `config`; without stage 1, stage 2 takes the steps of both."""
+    stages = [f"run.stages=[{','.join(arm.stages)}]"]
+    if "1" not in arm.stages:
+        stages.append("run.init_from=null")
+        stages.append(f"stage2.max_steps={config.stage1.max_steps + config.stage2.max_steps}")
+    return [*stages, *arm.overrides]
+
+
+def prepare_data(config: Config, out: Path, processes: int) -> list[str]:
+    """The same shards for every run: demo shards are built below `out`, from seed 0. Returns overrides."""
+    if config.data.demo_source is None:
+        return []
+    shards = out / "shards"
+    scenes = config.data.demo_train_scenes, config.data.demo_held_out_scenes
+    build_demo_shards(shards, config.data.demo_source, *scenes, seed=0, num_processes=processes)
+    files = {"train": "train", "held_out": "held_out", "word_vocab": "word_vocab.txt"}
+    overrides = [f"data.{key}={shards / name}" for key, name in files.items()]
+    return [*overrides, f"data.phrase_vocab={shards / 'phrase_vocab.json'}", "data.demo_source=null"]
+
+
+def run_arm(folder: Path, ranks: int, config_name: str, json_path: Path, overrides: Sequence[str]) -> None:
+    """Trains and evaluates into `folder`, or goes on with it, unless its report is there.
+
+    Raises:
+        AblationError: the folder was made with other arguments, or a command failed.
+    """
+    engine = load_ds_config(json_path)
+    arguments = {"config": config_name, "ranks": ranks, "deepspeed": engine, "overrides": list(overrides)}
+    marker = folder / "ablation.json"
+    if marker.is_file() and (before := json.loads(marker.read_text(encoding="utf-8"))) != arguments:
+        raise AblationError(f"{folder} was made with {before}, now asked for {arguments}; remove it or change --out")
+    if (folder / "report.json").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    marker.write_text(json.dumps(arguments, indent=1) + "\n", encoding="utf-8")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), f"--num_gpus={ranks}", f"--master_port={port}"]
+    entry = [str(REPO / "mvptr_ds/train.py"), "--deepspeed", str(json_path), "--config", config_name]
+    _call([*launcher, *entry, f"run.dir={folder}", *overrides], folder / "train.log")
+    _call([sys.executable, str(REPO / "mvptr_ds/eval.py"), str(folder)], folder / "eval.log")
+
+
+def _call(command: list[str], log: Path) -> None:
+    """Runs the command in a process group of its own, which gets a SIGTERM when this process is stopped."""
+    with log.open("ab") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=REPO, start_new_session=True)
+    try:
+        status = process.wait()
+    except BaseException:  # Ctrl-C or SIGTERM: a launcher that is ended alone leaves its ranks behind
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+        raise
+    if status != 0:
+        raise AblationError(f"exit status {status} of {' '.join(command)}; its output is in {log}")
+
+
+def read_reports(out: Path, arms: Mapping[str, Arm]) -> dict[str, list[Report]]:
+    """The reports of every arm that has some, in the order of the arms."""
+    found = {name: sorted((out / name).glob("seed-*/report.json")) for name in arms}
+    return {name: [json.loads(p.read_text(encoding="utf-8")) for p in paths] for name, paths in found.items() if paths}
+
+
+def table(reports: Mapping[str, Sequence[Report]], arms: Mapping[str, Arm]) -> str:
+    """Markdown; shares in percent, `mean ±standard deviation` where there are several seeds."""
+    lines = ["| arm | seeds | " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * (len(COLUMNS) + 1)]
+    for name, of_arm in reports.items():
+        cells = [_cell([value(report) for report in of_arm]) for value in COLUMNS.values()]
+        lines.append(f"| {name} | {len(of_arm)} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *(f"- {name}: {arms[name].shows}" for name in reports)]) + "\n"
+
+
+def _cell(values: Sequence[float | None]) -> str:
+    known = [100 * value for value in values if value is not None]
+    if not known:
+        return "-"
+    mean = f"{statistics.mean(known):.1f}"
+    return f"{mean} ±{statistics.stdev(known):.1f}" if len(known) > 1 else mean
+
+
+def parse_arguments(arms: Mapping[str, Arm]) -> argparse.Namespace:
+    described = "\n".join(f"  {arm.name:16}{arm.shows}" for arm in arms.values())
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"{EPILOG}\n\narms:\n{described}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=user_path, required=True, metavar="DIR", help="folder of the runs and the table")
+    parser.add_argument("--config", default="stamps", help="what the arms start from (%(default)s)")
+    parser.add_argument("--arms", nargs="+", default=list(arms), choices=list(arms), metavar="ARM", help="default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="run.seed of the runs (0)")
+    parser.add_argument("--ranks", type=int, default=2, metavar="N", help="ranks of a run (%(default)s)")
+    parser.add_argument(
+        "--deepspeed", type=user_path, default=REPO / "ds_configs/z2.json", metavar="JSON", help="of all runs (z2.json)"
+    )
+    parser.add_argument("--set", nargs="+", default=[], metavar="section.key=value", help="overrides for every arm")
+    parser.add_argument("--table", action="store_true", help="train nothing, print the table of what is there")
+    return parser.parse_args()
+
+
+def main() -> int:
+    accept_any_text()
+    arms = load_arms()
+    arguments = parse_arguments(arms)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    out = arguments.out.resolve()
+    try:
+        if not arguments.table:
+            config = load_config(arguments.config, arguments.set)
+            common = [*prepare_data(config, out, arguments.ranks), *arguments.set]
+            runs = [(arms[name], seed) for seed in arguments.seeds for name in arguments.arms]
+            for number, (arm, seed) in enumerate(runs, start=1):
+                logging.info("run %d of %d: %s, seed %d", number, len(runs), arm.name, seed)
+                overrides = [*common, *arm_overrides(arm, config), f"run.seed={seed}"]
+                folder = out / arm.name / f"seed-{seed}"
+                run_arm(folder, arguments.ranks, arguments.config, arguments.deepspeed.resolve(), overrides)
+        reports = read_reports(out, arms)
+        if not reports:
+            raise AblationError(f"{out} holds no report; leave --table out to train")
+    except (AblationError, DataError, ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    text = table(reports, arms)
+    (out / "table.md").write_text(text, encoding="utf-8")
+    sys.stdout.write(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -23,7 +23,7 @@ from mvptr_ds.data.sampling.batches import Batches
 from mvptr_ds.data.sampling.buckets import BucketedBatches
 from mvptr_ds.data.sampling.mixture import MixedDataset, Mixture, default_block, source_seed
 from mvptr_ds.data.sampling.plan import Plan
-from mvptr_ds.data.schema import SCHEMA_VERSION, DataError
+from mvptr_ds.data.schema import SCHEMA_VERSION
 from mvptr_ds.data.shards.index import Index, SampleIndex
 from mvptr_ds.data.shards.index_builder import ensure_index
 from mvptr_ds.data.shards.sidecar_join import JoinedIndex, check_extractors, check_kinds, ensure_join, visual_extractors
@@ -33,6 +33,7 @@ from mvptr_ds.demo import build
 from mvptr_ds.demo.build import FolderTakenError, build_demo_shards
 from mvptr_ds.distributed import collectives
 from mvptr_ds.distributed.collectives import run_on_rank_zero
+from mvptr_ds.errors import DataError
 from mvptr_ds.model import kernels
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.convert import init_from_bert, load_bert

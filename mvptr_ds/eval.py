@@ -22,12 +22,10 @@ if __name__ == "__main__":  # see train.py
 import torch
 
 from mvptr_ds.builders import open_held_out
-from mvptr_ds.checkpoints.checkpoint import CheckpointError
 from mvptr_ds.checkpoints.hand_over import find_model
 from mvptr_ds.checkpoints.model_folder import load_model_folder
 from mvptr_ds.config import STAGES, override_config
-from mvptr_ds.data.schema import DataError
-from mvptr_ds.data.shards.storage import may_pass
+from mvptr_ds.errors import USER_ERRORS, exit_code
 from mvptr_ds.evaluation.curves import draw_curves, draw_scores, read_metrics, wall_s
 from mvptr_ds.evaluation.pictures import draw_grounding
 from mvptr_ds.evaluation.report import evaluate_split
@@ -124,10 +122,10 @@ def main() -> int:
     out = arguments.out or arguments.run
     try:
         report = evaluate(arguments.run, arguments.overrides, out)
-    except (DataError, CheckpointError, ValueError, OSError) as error:
+    except USER_ERRORS as error:
         logger.debug("where it was raised", exc_info=True)
         logger.error("error: %s", error)
-        return 1 if may_pass(error) else 2
+        return exit_code(error)
     sys.stdout.write(table(report) + f"\nwritten: {out / 'report.json'}\n")
     return 0
 

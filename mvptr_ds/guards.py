@@ -14,12 +14,9 @@ from pathlib import Path
 import torch
 
 from mvptr_ds.distributed import collectives
+from mvptr_ds.errors import TrainingError
 
 logger = logging.getLogger(__name__)
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why and what to try."""
 
 
 def any_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:

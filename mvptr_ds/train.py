@@ -20,17 +20,15 @@ if __name__ == "__main__":  # a script's own folder comes first on the path, whe
 import torch
 
 from mvptr_ds.builders import prepare_shards
-from mvptr_ds.checkpoints.checkpoint import CheckpointError
 from mvptr_ds.checkpoints.hand_over import finished_model, first_model, newest_state, set_aside
 from mvptr_ds.checkpoints.reshard import fit_batch_to_ranks
 from mvptr_ds.checkpoints.run_lock import only_start
 from mvptr_ds.config import Config, load_config, save_config
-from mvptr_ds.data.schema import DataError
-from mvptr_ds.data.shards.storage import may_pass
 from mvptr_ds.distributed import collectives
 from mvptr_ds.distributed.rendezvous import deadline
 from mvptr_ds.ds_config import load_ds_config
-from mvptr_ds.guards import TrainingError, Watchdog, collectives_timeout_s
+from mvptr_ds.errors import USER_ERRORS, exit_code
+from mvptr_ds.guards import Watchdog, collectives_timeout_s
 from mvptr_ds.monitoring.wandb_run import check_mode
 from mvptr_ds.preflight import checks
 from mvptr_ds.stopping import EXIT_STOPPED, StopSignal
@@ -40,7 +38,6 @@ from mvptr_ds.user_io.terminal import accept_any_text
 logger = logging.getLogger("mvptr_ds.train")
 REPO = Path(__file__).resolve().parents[1]
 OTHERS_WAIT_S = 10.0
-EXIT_AGAIN = 1  # as after all else that the same command may not meet again
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -120,11 +117,11 @@ def main() -> int:
     with StopSignal() as stop:
         try:
             code = run(arguments, stop)
-        except (DataError, CheckpointError, TrainingError, ValueError, OSError) as error:
+        except USER_ERRORS as error:
             logger.debug("where it was raised", exc_info=True)
             stop.note_only()  # of a launcher that ends the others: they end with the same code
             _say(error, stop)
-            code = EXIT_AGAIN if may_pass(error) else 2
+            code = exit_code(error)
         # not after any other error: with NCCL it would wait for ranks that may never come, before the error is printed
         collectives.shut_down()
         return code

@@ -20,9 +20,9 @@ from mvptr_ds.checkpoints.resume import find_checkpoint
 from mvptr_ds.config import STAGES, Config
 from mvptr_ds.data.collate import Batch
 from mvptr_ds.data.loader import make_loader
-from mvptr_ds.data.schema import DataError
 from mvptr_ds.distributed import collectives
 from mvptr_ds.engine import UNIVERSAL, Engine
+from mvptr_ds.errors import DataError
 from mvptr_ds.guards import SkippedSteps, any_rank
 from mvptr_ds.monitoring.bad_samples import BadSamples
 from mvptr_ds.monitoring.flops import StepFlops

@@ -42,11 +42,12 @@ from mvptr_ds.data import schema
 from mvptr_ds.data.features import SampleBuilder, SampleOptions, read_features
 from mvptr_ds.data.images import decode_image
 from mvptr_ds.data.phrases import PhraseVocab
-from mvptr_ds.data.schema import DataError, Record, SidecarEntry, parse_entry, parse_record
+from mvptr_ds.data.schema import Record, SidecarEntry, parse_entry, parse_record
 from mvptr_ds.data.shards.index_builder import build_index
 from mvptr_ds.data.shards.sidecars import merge_sidecar
 from mvptr_ds.data.shards.tar_reader import iter_members, read_record
 from mvptr_ds.data.wordpiece import WordPiece
+from mvptr_ds.errors import DataError
 from tests.support.hostile import (
     CONTENT,
     FEATURE_DIM,

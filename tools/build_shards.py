@@ -27,7 +27,7 @@ from mvptr_ds.corpus.sources.annotations import read_coco, read_flickr30k, read_
 from mvptr_ds.corpus.sources.plain import read_image_folder, read_text
 from mvptr_ds.corpus.sources.rows import Row
 from mvptr_ds.corpus.sources.tables import read_csv, read_jsonl, read_parquet
-from mvptr_ds.data.schema import DataError
+from mvptr_ds.errors import USER_ERRORS, DataError
 from mvptr_ds.user_io.terminal import accept_any_text
 from mvptr_ds.user_io.user_files import user_path
 
@@ -214,7 +214,7 @@ def main() -> int:
                 f"{name}: {index.num_shards} shards, {index.num_records} records, {len(index)} samples, "
                 f"{index.num_bytes / 2**20:.1f} MiB"
             )
-    except (DataError, OSError) as error:
+    except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

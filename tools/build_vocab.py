@@ -25,8 +25,8 @@ from mvptr_ds.corpus.phrases.phrase_counts import count_corpus
 from mvptr_ds.corpus.phrases.phrase_coverage import coverage_lines, measure_coverage, most_frequent_lines
 from mvptr_ds.corpus.resumable_jobs import put_in_place
 from mvptr_ds.data.phrases import PhraseVocab
-from mvptr_ds.data.schema import DataError
 from mvptr_ds.data.wordpiece import WordPiece
+from mvptr_ds.errors import USER_ERRORS
 from mvptr_ds.user_io.terminal import accept_any_text
 from mvptr_ds.user_io.user_files import user_path
 
@@ -72,7 +72,7 @@ def main() -> int:
             coverage = measure_coverage(args.held_out, args.out, words, parts / "held_out", args.processes)
             lines += coverage_lines("held out", coverage)
         shutil.rmtree(parts, ignore_errors=True)
-    except (DataError, OSError) as error:
+    except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print("\n".join([*lines, _resources(start_s)]))

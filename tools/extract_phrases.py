@@ -25,7 +25,8 @@ from mvptr_ds.corpus.concepts.scoring import read_known, score
 from mvptr_ds.corpus.concepts.spice import import_spice
 from mvptr_ds.corpus.concepts.text_files import extract_file
 from mvptr_ds.corpus.phrases.phrase_sidecar import extract_phrases
-from mvptr_ds.data.schema import DataError, Phrase
+from mvptr_ds.data.schema import Phrase
+from mvptr_ds.errors import USER_ERRORS
 from mvptr_ds.user_io.progress import progress_bar
 from mvptr_ds.user_io.terminal import accept_any_text
 from mvptr_ds.user_io.user_files import user_path
@@ -89,7 +90,7 @@ def main() -> int:
             else:
                 summary = extract_file(args.source, args.out, args.parser, args.processes)
             print("\n".join([str(args.out), *summary.lines()]))
-    except (DataError, OSError) as error:
+    except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -15,7 +15,7 @@ if __name__ == "__main__":
     end_on_interrupt()
 
 from mvptr_ds.corpus.regions.vinvl import FEATURE_DIM, KeyRule, import_vinvl
-from mvptr_ds.data.schema import DataError
+from mvptr_ds.errors import USER_ERRORS
 from mvptr_ds.user_io.terminal import accept_any_text
 from mvptr_ds.user_io.user_files import user_path
 
@@ -80,7 +80,7 @@ def main() -> int:
             max_regions=args.max_regions,
             num_processes=args.processes,
         )
-    except (DataError, OSError) as error:
+    except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print("\n".join([f"{args.out}:", *summary.lines()]))

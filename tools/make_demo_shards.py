@@ -16,8 +16,8 @@ if __name__ == "__main__":
 
     end_on_interrupt()
 
-from mvptr_ds.data.schema import DataError
 from mvptr_ds.demo.build import SOURCES, FolderTakenError, build_demo_shards
+from mvptr_ds.errors import USER_ERRORS
 from mvptr_ds.user_io.terminal import accept_any_text
 from mvptr_ds.user_io.user_files import user_path
 
@@ -58,7 +58,7 @@ def main() -> int:
     except FolderTakenError as error:
         logging.error("error: %s: give those arguments, name another folder, or remove this one", error)
         return 1
-    except (DataError, OSError) as error:
+    except USER_ERRORS as error:
         logging.error("error: %s", error)
         return 1
     num_bytes = sum(path.stat().st_size for path in arguments.out.rglob("*.tar"))

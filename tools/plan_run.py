@@ -42,11 +42,11 @@ def main() -> int:
         if value is not None and value < 1:
             parser.error(f"{name} is {value}, must be at least 1")
     # torch and transformers take seconds to import, which --help and wrong usage need not wait for
-    from mvptr_ds.data.schema import DataError
+    from mvptr_ds.errors import USER_ERRORS
 
     try:
         _plan(args, nodes)
-    except (ValueError, DataError, OSError) as error:
+    except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

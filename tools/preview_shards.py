@@ -16,7 +16,7 @@ if __name__ == "__main__":
     end_on_interrupt()
 
 from mvptr_ds.corpus.preview.page import write_preview
-from mvptr_ds.data.schema import DataError
+from mvptr_ds.errors import USER_ERRORS
 from mvptr_ds.user_io.terminal import accept_any_text
 from mvptr_ds.user_io.user_files import user_path
 
@@ -85,7 +85,7 @@ def main() -> int:
         preview = write_preview(
             args.folder, args.out, args.num, args.stats_records, args.seed, args.processes, args.sidecars
         )
-    except (DataError, OSError) as error:
+    except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     bad = preview.measures.bad

@@ -22,8 +22,8 @@ if __name__ == "__main__":
 
 from mvptr_ds.corpus.validating.record_checks import IMG2DATASET
 from mvptr_ds.corpus.validating.validation import Result, validate
-from mvptr_ds.data.schema import DataError
 from mvptr_ds.data.shards.index_builder import use_build_shards
+from mvptr_ds.errors import USER_ERRORS
 from mvptr_ds.user_io.terminal import accept_any_text
 from mvptr_ds.user_io.user_files import user_path
 
@@ -93,7 +93,7 @@ def main() -> int:
             arguments.processes,
             arguments.max_examples,
         )
-    except (DataError, OSError) as error:
+    except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     report(result)

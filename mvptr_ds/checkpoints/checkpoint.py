@@ -32,8 +32,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from mvptr_ds.data.shards.storage import may_pass
 from mvptr_ds.distributed import collectives
+from mvptr_ds.errors import CheckpointError, StorageError, may_pass
 from mvptr_ds.streams import Stream, seed_sequence
 
 logger = logging.getLogger(__name__)
@@ -43,16 +43,6 @@ STEP = re.compile(r"step-\d+")  # not what a user has put beside them
 UNREADABLE = "unreadable"
 BEGIN_ANEW = "bring a copy back, or begin anew, in another run.dir or with train.resume=never, which keeps the old ones"
 PASSED_OVER = "passed-over"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be used or written; the message says which, why, and what to do."""
-
-
-class StorageError(OSError):
-    """A checkpoint cannot be read or written for a reason that may pass by itself: start the run again."""
-
-    passes = True  # see storage.may_pass
 
 
 def save(

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from mvptr_ds.checkpoints import checkpoint as checkpointing
-from mvptr_ds.checkpoints.checkpoint import CHECKSUMS, CheckpointError, complete, newest_good, read_state
+from mvptr_ds.checkpoints.checkpoint import CHECKSUMS, complete, newest_good, read_state
 from mvptr_ds.config import Config, load_config
 from mvptr_ds.distributed import collectives
+from mvptr_ds.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 EARLIER = "before-"  # RUN/before-1/stage1: what a run with train.resume=never found

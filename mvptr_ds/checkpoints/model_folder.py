@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mvptr_ds.builders import Vocabs
-from mvptr_ds.checkpoints.checkpoint import CheckpointError
 from mvptr_ds.config import Config, load_config, save_config
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.wordpiece import WordPiece
+from mvptr_ds.errors import CheckpointError
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.mvptr import Mvptr
 

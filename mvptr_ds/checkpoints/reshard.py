@@ -22,10 +22,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from mvptr_ds.checkpoints.checkpoint import CHECKSUMS, CheckpointError
+from mvptr_ds.checkpoints.checkpoint import CHECKSUMS
 from mvptr_ds.config import TrainConfig
 from mvptr_ds.distributed import collectives
 from mvptr_ds.ds_config import rounded_batch_size
+from mvptr_ds.errors import CheckpointError
 from mvptr_ds.optim.optimizer import PARAMETER_ORDER
 
 logger = logging.getLogger(__name__)

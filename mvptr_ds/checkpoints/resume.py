@@ -11,10 +11,10 @@ import yaml
 from mvptr_ds.builders import Vocabs
 from mvptr_ds.checkpoints import checkpoint as checkpointing
 from mvptr_ds.checkpoints import model_folder, reshard
-from mvptr_ds.checkpoints.checkpoint import CheckpointError
 from mvptr_ds.config import Config, DataConfig
 from mvptr_ds.data.sampling.mixture import differences
 from mvptr_ds.distributed import collectives
+from mvptr_ds.errors import CheckpointError
 from mvptr_ds.model.mvptr import Mvptr
 
 AS_IT_WAS = ("batch_size", "bucket_batches", "precision")

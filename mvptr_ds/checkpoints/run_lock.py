@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from mvptr_ds.distributed import collectives
+from mvptr_ds.errors import RunLockError
 
 logger = logging.getLogger(__name__)
 NAME = "lock"
@@ -33,10 +34,6 @@ WAIT_S = 30.0  # for an owner that lives: it may just have been told to stop
 SILENT_S = 60.0  # several beats
 OLD_S = 600.0  # beyond what the clocks of two machines differ: nobody has to wait for that
 CANNOT_BE_MADE = {errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EPERM, errno.EROFS}
-
-
-class RunLockError(ValueError):
-    """Another start trains in this run folder; the message says which, and what to do."""
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-from mvptr_ds.data.schema import DataError
+from mvptr_ds.errors import DataError
 from mvptr_ds.user_io.progress import progress_bar
 from mvptr_ds.user_io.signals import blocked, end_with_parent
 

@@ -21,10 +21,11 @@ from mvptr_ds.data.collate import Sample
 from mvptr_ds.data.images import decode_image
 from mvptr_ds.data.masking import TextMasking, mask_text, mask_words
 from mvptr_ds.data.phrases import PhraseVocab
-from mvptr_ds.data.schema import Caption, DataError, Record, Spans, check_size, parse_record
+from mvptr_ds.data.schema import Caption, Record, Spans, check_size, parse_record
 from mvptr_ds.data.sequence_layout import layout_tags, layout_text, num_phrases_that_fit
 from mvptr_ds.data.shards.tar_reader import IMAGE_EXTENSIONS
 from mvptr_ds.data.wordpiece import WordPiece
+from mvptr_ds.errors import DataError
 
 VISUAL_SOURCES = ("features", "image")
 _MAX_KNOWN_TAGS, _MAX_KNOWN_CHARS = 100_000, 64

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from mvptr_ds.data.pixels import MAX_IMAGE_PIXELS, check_pixels, open_image, read_rgb
-from mvptr_ds.data.schema import DataError
 from mvptr_ds.data.shards.tar_reader import IMAGE_EXTENSIONS
+from mvptr_ds.errors import DataError
 
 try:
     import simplejpeg

@@ -22,9 +22,10 @@ import numpy as np
 from mvptr_ds.data.caption_phrases import phrases_with_slots
 from mvptr_ds.data.features import SampleBuilder, can_be_seen
 from mvptr_ds.data.loader import SampleDataset
-from mvptr_ds.data.schema import Caption, DataError, Record
+from mvptr_ds.data.schema import Caption, Record
 from mvptr_ds.data.sequence_layout import num_phrases_that_fit
 from mvptr_ds.data.shards.index import SampleIndex
+from mvptr_ds.errors import DataError
 from mvptr_ds.user_io.progress import progress_bar
 
 logger = logging.getLogger(__name__)

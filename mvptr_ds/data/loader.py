@@ -25,10 +25,10 @@ from mvptr_ds.data.collate import BadSample, Batch, Sample, collate
 from mvptr_ds.data.features import SampleBuilder
 from mvptr_ds.data.sampling.batches import Batches
 from mvptr_ds.data.sampling.plan import Plan
-from mvptr_ds.data.schema import DataError, PassingError, Record
+from mvptr_ds.data.schema import Record
 from mvptr_ds.data.shards.index import ByteRange, SampleIndex
-from mvptr_ds.data.shards.storage import may_pass
 from mvptr_ds.data.sharing import MAKE_ROOM, CollateAndSend, shared_folder
+from mvptr_ds.errors import DataError, PassingError, may_pass
 from mvptr_ds.streams import Stream, generator
 from mvptr_ds.user_io.signals import blocked
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from mvptr_ds.data.schema import DataError
 from mvptr_ds.data.wordpiece import WordPiece
+from mvptr_ds.errors import DataError
 
 _SCHEMA = 1
 PhraseTuple = tuple[str, ...]

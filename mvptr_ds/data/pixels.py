@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
-from mvptr_ds.data.schema import DataError
+from mvptr_ds.errors import DataError
 
 MAX_IMAGE_PIXELS = 64_000_000  # a larger picture is refused before it is decoded (decompression bombs)
 STORED_FORMATS = ("JPEG", "PNG", "WEBP")  # of shards; Pillow's others start programs or read what nobody tested

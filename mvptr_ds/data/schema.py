@@ -28,6 +28,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
+from mvptr_ds.errors import DataError
+
 SCHEMA_VERSION = 1
 MAX_SIDE_PX = 1_000_000  # of a picture
 MAX_TEXT_CHARS = 100_000  # of a caption or tag: all of it is tokenised, and a character may take 600 bytes for that
@@ -36,18 +38,6 @@ Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT_CHARS)]
 Words = tuple[str, ...]
 Spans = tuple[tuple[int, int], ...]
 Numbers = tuple[int, ...]
-
-
-class DataError(ValueError):
-    """Something is wrong with the user's data; the message says what, where and what to do."""
-
-    passes = False  # whether it may pass by itself (storage.may_pass)
-
-
-class PassingError(DataError):
-    """Storage or network failed in a way that may pass by itself: the same command may do better later."""
-
-    passes = True
 
 
 # Phrase, Caption and Region are structs of msgspec, not dataclasses: dozens come in a record, made by its parser. They

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mvptr_ds.data.collate import Batch, Sample, collate
-from mvptr_ds.data.schema import DataError
+from mvptr_ds.errors import DataError
 
 SHARED_FOLDER = "/dev/shm"
 MAKE_ROOM = (

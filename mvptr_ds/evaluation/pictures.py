@@ -16,9 +16,10 @@ from PIL import Image
 
 from mvptr_ds.data.images import image_content
 from mvptr_ds.data.pixels import MAX_IMAGE_PIXELS, open_image, read_rgb
-from mvptr_ds.data.schema import DataError, Record
+from mvptr_ds.data.schema import Record
 from mvptr_ds.data.shards.index import SampleIndex
 from mvptr_ds.data.shards.tar_reader import IMAGE_EXTENSIONS
+from mvptr_ds.errors import DataError
 from mvptr_ds.evaluation.figures import drawable, plain_figures
 from mvptr_ds.evaluation.grounding import GroundedPhrase
 

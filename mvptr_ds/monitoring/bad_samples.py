@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mvptr_ds.data.collate import BadSample
-from mvptr_ds.data.schema import DataError
 from mvptr_ds.distributed import collectives
+from mvptr_ds.errors import DataError
 
 logger = logging.getLogger(__name__)
 NAME = "bad_samples.jsonl"

@@ -25,12 +25,12 @@ from mvptr_ds.builders import Vocabs
 from mvptr_ds.checkpoints import checkpoint as checkpointing
 from mvptr_ds.checkpoints import hand_over, model_folder, resume
 from mvptr_ds.config import Config
-from mvptr_ds.data.schema import DataError
 from mvptr_ds.data.shards.index import Index, SampleIndex
 from mvptr_ds.data.shards.index_builder import check_first_record, where_tars_are
 from mvptr_ds.data.shards.storage import MANIFEST_NAME, is_url
 from mvptr_ds.distributed import collectives
 from mvptr_ds.distributed.rendezvous import deadline
+from mvptr_ds.errors import DataError, PreflightError
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.monitoring.timing import ProfileWindow
 from mvptr_ds.monitoring.versions import code_sha256, versions
@@ -55,12 +55,6 @@ from mvptr_ds.preflight.rank_checks import (
 logger = logging.getLogger(__name__)
 CONNECT_LIMIT_S = 180.0  # from the start of the last rank: with NCCL thousands of ranks make a communicator
 LIMIT_S = 60.0
-
-
-class PreflightError(ValueError):
-    """Findings that no run can go on with; the message lists all of them."""
-
-    passes = False  # whether all of them may pass by themselves
 
 
 def examine(config: Config, ds_content: dict[str, Any], device: torch.device, prepare: bool) -> list[Finding]:

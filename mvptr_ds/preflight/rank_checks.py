@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from mvptr_ds.data.shards.storage import may_pass
 from mvptr_ds.distributed import collectives
+from mvptr_ds.errors import may_pass
 
 OK, WARNING, ERROR = "ok", "warning", "error"
 MAX_SKEW_S = 2.0

@@ -14,9 +14,9 @@ from mvptr_ds import builders
 from mvptr_ds.builders import NO_MASKING, Vocabs
 from mvptr_ds.config import Config
 from mvptr_ds.data.features import SampleBuilder
-from mvptr_ds.data.schema import DataError
 from mvptr_ds.data.shards.index import SampleIndex
 from mvptr_ds.data.shards.tar_reader import IMAGE_EXTENSIONS
+from mvptr_ds.errors import DataError
 from mvptr_ds.preflight.rank_checks import ERROR, OK, WARNING, Finding
 
 NUM_LOOKED_AT = 256  # samples of a folder of this machine, spread evenly over it

@@ -27,9 +27,9 @@ from unittest.mock import patch
 from mvptr_ds import train
 from mvptr_ds.data.features import SampleBuilder
 from mvptr_ds.data.loader import ShardDataset
-from mvptr_ds.data.schema import DataError
 from mvptr_ds.data.shards.storage import LocalFiles
 from mvptr_ds.distributed import collectives
+from mvptr_ds.errors import DataError
 from mvptr_ds.trainer import Trainer
 from tests.end_to_end.copies import forget
 

@@ -24,10 +24,11 @@ from mvptr_ds.corpus.regions.detector import Detector, DetectorSource
 from mvptr_ds.corpus.regions.extraction import extract_regions
 from mvptr_ds.corpus.resumable_jobs import Summary
 from mvptr_ds.data.features import read_features, region_geometry
-from mvptr_ds.data.schema import Caption, DataError, Record, SidecarEntry, parse_entry
+from mvptr_ds.data.schema import Caption, Record, SidecarEntry, parse_entry
 from mvptr_ds.data.shards.sidecars import merge_sidecar
 from mvptr_ds.data.shards.tar_writer import npy_bytes
 from mvptr_ds.data.shards.writer import write_shards
+from mvptr_ds.errors import DataError
 from tests.conftest import REPO
 from tests.support.tiny_detector import HIDDEN, save_detector
 

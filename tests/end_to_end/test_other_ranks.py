@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from mvptr_ds.checkpoints import reshard
-from mvptr_ds.checkpoints.checkpoint import CheckpointError, verify
+from mvptr_ds.checkpoints.checkpoint import verify
+from mvptr_ds.errors import CheckpointError
 from tests.conftest import REPO
 from tests.end_to_end.copies import forget
 from tools.dev.small_runs import build_shards, kill, launch

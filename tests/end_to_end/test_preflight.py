@@ -16,8 +16,9 @@ import torch
 from mvptr_ds.builders import build_vocabs
 from mvptr_ds.config import load_config
 from mvptr_ds.ds_config import load_ds_config
+from mvptr_ds.errors import PreflightError
 from mvptr_ds.preflight import checks
-from mvptr_ds.preflight.checks import Finding, PreflightError, conclude
+from mvptr_ds.preflight.checks import Finding, conclude
 from tests.conftest import REPO
 from tests.distributed.launch import free_port, run, run_ranks
 from tests.end_to_end.conftest import Launch, Run

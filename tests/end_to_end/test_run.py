@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from mvptr_ds import builders
-from mvptr_ds.checkpoints.checkpoint import CheckpointError
 from mvptr_ds.checkpoints.model_folder import init_from_folder, load_model_folder
 from mvptr_ds.config import load_config, override_config
+from mvptr_ds.errors import CheckpointError
 from mvptr_ds.train import parse_arguments
 from tests.conftest import REPO
 from tests.distributed.launch import free_port, run

@@ -91,7 +91,7 @@ def _memory_bytes(field: int) -> int:
 
 
 def _do(job: dict[str, Any]) -> dict[str, Any]:
-    from mvptr_ds.data.schema import DataError
+    from mvptr_ds.errors import DataError
 
     resident = _memory_bytes(1)
     limit = _memory_bytes(0) + (LIMIT_MIB << 20)

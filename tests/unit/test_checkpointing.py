@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from mvptr_ds.checkpoints import checkpoint as checkpointing
-from mvptr_ds.checkpoints.checkpoint import CheckpointError, StorageError, newest_good, verify
+from mvptr_ds.checkpoints.checkpoint import newest_good, verify
 from mvptr_ds.checkpoints.hand_over import find_model, finished_model, first_model, resumes, set_aside
 from mvptr_ds.config import load_config
+from mvptr_ds.errors import CheckpointError, StorageError
 
 
 def save(

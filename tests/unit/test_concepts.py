@@ -31,7 +31,8 @@ from mvptr_ds.corpus.concepts.web import are_words, readable
 from mvptr_ds.corpus.resumable_jobs import PROGRESS_NAME
 from mvptr_ds.data.phrase_words import plain, wrong_spans
 from mvptr_ds.data.phrases import KINDS
-from mvptr_ds.data.schema import DataError, Phrase
+from mvptr_ds.data.schema import Phrase
+from mvptr_ds.errors import DataError
 from tests.conftest import REPO
 from tests.support.concept_sentences import SENTENCES
 

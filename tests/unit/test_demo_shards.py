@@ -16,7 +16,7 @@ import pytest
 import webdataset
 
 from mvptr_ds.data.phrases import PhraseVocab
-from mvptr_ds.data.schema import DataError, Record, parse_record
+from mvptr_ds.data.schema import Record, parse_record
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.demo import build, captions, plan
 from mvptr_ds.demo.build import FolderTakenError, build_demo_shards
@@ -24,6 +24,7 @@ from mvptr_ds.demo.captions import article, relations
 from mvptr_ds.demo.plan import SplitRule
 from mvptr_ds.demo.scene import IMAGE_SIZE_PX, PART_TAG, Scene, area, compose, make_scene, overlap
 from mvptr_ds.demo.shapes import BACKGROUNDS_RGB, SHAPES, ShapesSource
+from mvptr_ds.errors import DataError
 from tests.conftest import REPO
 
 NUM_SCENES = 400

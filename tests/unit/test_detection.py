@@ -13,7 +13,7 @@ from PIL import Image
 
 from mvptr_ds.corpus.regions.detection import Detections, RegionChoice, choose_regions, clip_boxes, nms, tag_of
 from mvptr_ds.corpus.regions.detector import Detector, DetectorSource, choose_device, find_model
-from mvptr_ds.data.schema import DataError
+from mvptr_ds.errors import DataError
 from tests.support.tiny_detector import HIDDEN, NUM_QUERIES, fix_heads, save_detector
 
 KINDS = ("detr", "yolos", "rt_detr")

@@ -12,9 +12,9 @@ import torch
 
 from mvptr_ds.checkpoints import checkpoint as checkpointing
 from mvptr_ds.checkpoints import hand_over, reshard
-from mvptr_ds.checkpoints.checkpoint import CheckpointError
 from mvptr_ds.config import Config, TrainConfig
 from mvptr_ds.engine import Engine
+from mvptr_ds.errors import CheckpointError
 from mvptr_ds.guards import SkippedSteps
 from mvptr_ds.monitoring.bad_samples import BadSamples
 from mvptr_ds.optim.optimizer import PARAMETER_ORDER

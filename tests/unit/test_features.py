@@ -15,8 +15,9 @@ from mvptr_ds.data.collate import IGNORE, Sample, collate
 from mvptr_ds.data.features import SampleBuilder, SampleOptions, read_features, region_geometry
 from mvptr_ds.data.images import decode_image
 from mvptr_ds.data.phrases import PhraseVocab
-from mvptr_ds.data.schema import Caption, DataError, Phrase, Record, Region
+from mvptr_ds.data.schema import Caption, Phrase, Record, Region
 from mvptr_ds.data.wordpiece import WordPiece
+from mvptr_ds.errors import DataError
 
 WORDS = WordPiece()
 TEXT = "A brown dog chases frisbees."

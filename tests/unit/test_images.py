@@ -12,7 +12,7 @@ from PIL import Image
 
 from mvptr_ds.data import images
 from mvptr_ds.data.images import decode_image
-from mvptr_ds.data.schema import DataError
+from mvptr_ds.errors import DataError
 
 HAS_SIMPLEJPEG = images.simplejpeg is not None
 

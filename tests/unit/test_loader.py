@@ -23,12 +23,13 @@ from mvptr_ds.data.loader import ShardDataset, eval_batches, load_samples, make_
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.sampling.batches import Batches
 from mvptr_ds.data.sampling.plan import Plan
-from mvptr_ds.data.schema import Caption, DataError, PassingError, Phrase, Record, Region
+from mvptr_ds.data.schema import Caption, Phrase, Record, Region
 from mvptr_ds.data.shards.index import Index
 from mvptr_ds.data.shards.storage import LocalFiles
 from mvptr_ds.data.shards.writer import write_shards
 from mvptr_ds.data.sharing import SentBatch
 from mvptr_ds.data.wordpiece import WordPiece
+from mvptr_ds.errors import DataError, PassingError
 from tests.conftest import REPO
 from tests.support.batch_equality import assert_equal_batches
 from tests.support.tiny_models import whole_batch

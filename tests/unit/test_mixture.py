@@ -26,10 +26,11 @@ from mvptr_ds.data.sampling.mixture import (
     shares_of,
     source_seed,
 )
-from mvptr_ds.data.schema import DataError, Extractor, Record
+from mvptr_ds.data.schema import Extractor, Record
 from mvptr_ds.data.shards.index import Index
 from mvptr_ds.data.shards.writer import write_shards
 from mvptr_ds.data.wordpiece import WordPiece
+from mvptr_ds.errors import DataError
 from mvptr_ds.monitoring.metrics import Meters
 from tests.support.batch_equality import assert_equal_batches
 from tests.unit.test_loader import _damage, _item

@@ -11,11 +11,9 @@ import sys
 import pytest
 
 from mvptr_ds import train
-from mvptr_ds.checkpoints.checkpoint import CheckpointError
-from mvptr_ds.data.schema import DataError, PassingError
-from mvptr_ds.data.shards.storage import may_pass
 from mvptr_ds.distributed import collectives
-from mvptr_ds.preflight.checks import PreflightError, conclude
+from mvptr_ds.errors import CheckpointError, DataError, PassingError, PreflightError, may_pass
+from mvptr_ds.preflight.checks import conclude
 from mvptr_ds.preflight.rank_checks import ERROR, Finding, on_each
 
 

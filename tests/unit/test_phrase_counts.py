@@ -23,12 +23,13 @@ from mvptr_ds.corpus.phrases.phrase_counts import (
 from mvptr_ds.corpus.phrases.phrase_coverage import coverage_lines, measure_coverage, most_frequent_lines
 from mvptr_ds.corpus.resumable_jobs import Summary
 from mvptr_ds.data.phrases import PhraseTuple, PhraseVocab
-from mvptr_ds.data.schema import Caption, DataError, Extractor, Phrase, Record, Words
+from mvptr_ds.data.schema import Caption, Extractor, Phrase, Record, Words
 from mvptr_ds.data.shards.index_builder import build_index
 from mvptr_ds.data.shards.sidecars import sidecar_json
 from mvptr_ds.data.shards.tar_writer import write_tar
 from mvptr_ds.data.shards.writer import write_shards
 from mvptr_ds.data.wordpiece import WordPiece
+from mvptr_ds.errors import DataError
 
 WORDS = WordPiece()
 NOUNS = ["dog", "cat", "a\tb", 'say "x"', "line\nend", "é☃", "dog]", "dog,", "doge"]

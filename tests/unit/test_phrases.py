@@ -8,8 +8,8 @@ import pytest
 
 from mvptr_ds.corpus.phrases.id2phrase import read_id2phrase, write_id2phrase
 from mvptr_ds.data.phrases import PhraseVocab
-from mvptr_ds.data.schema import DataError
 from mvptr_ds.data.wordpiece import WordPiece
+from mvptr_ds.errors import DataError
 
 WORDS = WordPiece()
 COUNTS = {("dog",): 5, ("frisbees",): 5, ("dog", "brown"): 9, ("dog", "chase", "cat"): 2, ("rare",): 1}

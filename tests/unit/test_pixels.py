@@ -16,7 +16,7 @@ from mvptr_ds.corpus.building.pictures import PictureError, PictureOptions, chec
 from mvptr_ds.corpus.regions.extraction import decode_picture, open_picture
 from mvptr_ds.data.images import decode_image
 from mvptr_ds.data.pixels import MAX_IMAGE_PIXELS, PixelsError, open_image, read_rgb
-from mvptr_ds.data.schema import DataError
+from mvptr_ds.errors import DataError
 from mvptr_ds.evaluation.pictures import small_picture
 from tests.support.odd_pictures import BUILT, DAMAGED, MEANINGLESS, STORED, Shown, png
 

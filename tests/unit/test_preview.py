@@ -29,7 +29,7 @@ from mvptr_ds.corpus.preview.page import write_preview
 from mvptr_ds.data.collate import Sample, collate
 from mvptr_ds.data.features import SampleBuilder, SampleOptions
 from mvptr_ds.data.phrases import PhraseVocab
-from mvptr_ds.data.schema import Caption, DataError, Extractor, Phrase, Record, Region
+from mvptr_ds.data.schema import Caption, Extractor, Phrase, Record, Region
 from mvptr_ds.data.shards.index import Index
 from mvptr_ds.data.shards.index_builder import build_index
 from mvptr_ds.data.shards.sidecars import sidecar_json
@@ -37,6 +37,7 @@ from mvptr_ds.data.shards.tar_reader import read_record
 from mvptr_ds.data.shards.tar_writer import write_tar
 from mvptr_ds.data.shards.writer import write_shards
 from mvptr_ds.data.wordpiece import WordPiece
+from mvptr_ds.errors import DataError
 from tests.conftest import REPO
 from tests.support.preview_items import CAPTION, PHRASES, REGIONS, features, hostile_texts, items, jpeg
 

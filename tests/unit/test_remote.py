@@ -24,7 +24,7 @@ from mvptr_ds.data.read_ahead import ReadAhead, runs_of
 from mvptr_ds.data.sampling.batches import Batches
 from mvptr_ds.data.sampling.mixture import MixedDataset, Mixture
 from mvptr_ds.data.sampling.plan import Plan
-from mvptr_ds.data.schema import DataError, Extractor, Region
+from mvptr_ds.data.schema import Extractor, Region
 from mvptr_ds.data.shards import remote
 from mvptr_ds.data.shards.index import ByteRange, Index, SampleIndex
 from mvptr_ds.data.shards.index_builder import ensure_index
@@ -34,6 +34,7 @@ from mvptr_ds.data.shards.sidecars import sidecar_json
 from mvptr_ds.data.shards.storage import ReadOptions
 from mvptr_ds.data.shards.tar_writer import write_tar
 from mvptr_ds.data.wordpiece import WordPiece
+from mvptr_ds.errors import DataError
 from tests.support.batch_equality import assert_equal_batches
 from tests.support.hostile import FEATURE_DIM, key, sound_folder
 from tests.support.http_server import Behave, Served

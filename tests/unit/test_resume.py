@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from mvptr_ds.checkpoints import resume
-from mvptr_ds.checkpoints.checkpoint import CheckpointError
 from mvptr_ds.config import load_config, save_config
+from mvptr_ds.errors import CheckpointError
 
 OTHERS = ("run.seed=7", "data.block_samples=32", "data.window_blocks=9")
 CAPS = (

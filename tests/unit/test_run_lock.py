@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from mvptr_ds.checkpoints import run_lock
-from mvptr_ds.checkpoints.run_lock import RunLock, RunLockError, only_start
+from mvptr_ds.checkpoints.run_lock import RunLock, only_start
+from mvptr_ds.errors import RunLockError
 
 ELSEWHERE = {"host": "node7", "pid": 1, "machine": "another", "pid_started": "1", "job": None, "job_start": "0"}
 

@@ -16,15 +16,8 @@ import torch
 
 from mvptr_ds.data.loader import ShardDataset, make_loader
 from mvptr_ds.data.sampling.batches import Batches
-from mvptr_ds.data.schema import DataError
-from mvptr_ds.guards import (
-    LossScale,
-    SkippedSteps,
-    TrainingError,
-    Watchdog,
-    any_rank,
-    collectives_timeout_s,
-)
+from mvptr_ds.errors import DataError, TrainingError
+from mvptr_ds.guards import LossScale, SkippedSteps, Watchdog, any_rank, collectives_timeout_s
 from mvptr_ds.monitoring.bad_samples import BadSamples
 from tests.conftest import REPO
 from tests.support.tiny_models import sample

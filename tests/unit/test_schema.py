@@ -8,7 +8,6 @@ import pytest
 from mvptr_ds.data import schema
 from mvptr_ds.data.schema import (
     Caption,
-    DataError,
     Extractor,
     Phrase,
     Record,
@@ -17,6 +16,7 @@ from mvptr_ds.data.schema import (
     parse_record,
     parse_sample_record,
 )
+from mvptr_ds.errors import DataError
 
 WHOLE = Record(
     "7",

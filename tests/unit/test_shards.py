@@ -16,12 +16,13 @@ import webdataset
 
 from mvptr_ds.corpus.phrases.captions import list_inputs
 from mvptr_ds.corpus.validating.validation import validate
-from mvptr_ds.data.schema import Caption, DataError, Extractor, Record, Region
+from mvptr_ds.data.schema import Caption, Extractor, Record, Region
 from mvptr_ds.data.shards import index_builder, tar_reader
 from mvptr_ds.data.shards.index import Index, key_hash
 from mvptr_ds.data.shards.index_builder import build_index, ensure_index
 from mvptr_ds.data.shards.tar_reader import TarError, read_record, record_key
 from mvptr_ds.data.shards.writer import write_shards
+from mvptr_ds.errors import DataError
 from mvptr_ds.preflight import checks
 from tests.support.hostile import picture, sound_folder
 from tests.support.rights import as_ordinary_user

@@ -24,7 +24,7 @@ from mvptr_ds.data.loader import ShardDataset, load_samples, make_loader, read_s
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.sampling.batches import Batches
 from mvptr_ds.data.sampling.plan import Plan
-from mvptr_ds.data.schema import Caption, DataError, Extractor, Phrase, Record, Region, SidecarEntry, parse_entry
+from mvptr_ds.data.schema import Caption, Extractor, Phrase, Record, Region, SidecarEntry, parse_entry
 from mvptr_ds.data.shards.index import Index
 from mvptr_ds.data.shards.index_builder import build_index
 from mvptr_ds.data.shards.sidecar_join import JoinedIndex, ensure_join, join_path
@@ -33,6 +33,7 @@ from mvptr_ds.data.shards.storage import open_files
 from mvptr_ds.data.shards.tar_writer import npy_bytes, write_tar
 from mvptr_ds.data.shards.writer import write_shards
 from mvptr_ds.data.wordpiece import WordPiece
+from mvptr_ds.errors import DataError
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.objectives.task import Task

@@ -31,7 +31,7 @@ from mvptr_ds.corpus.sources.plain import read_image_folder, read_text
 from mvptr_ds.corpus.sources.rows import Row, clean_caption, iter_array
 from mvptr_ds.corpus.sources.tables import read_csv, read_jsonl, read_parquet
 from mvptr_ds.data.images import decode_image
-from mvptr_ds.data.schema import DataError
+from mvptr_ds.errors import DataError
 from tests.support.rights import as_ordinary_user
 
 UNREADABLE = "row: cannot be read"

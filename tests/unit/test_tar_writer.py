@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import webdataset
 
-from mvptr_ds.data.schema import DataError
 from mvptr_ds.data.shards.tar_writer import json_bytes, npy_bytes, write_tar
+from mvptr_ds.errors import DataError
 
 ITEMS = [
     ("a", {"json": json_bytes({"text": "Füße"}), "jpg": b"picture"}),

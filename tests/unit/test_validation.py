@@ -20,10 +20,10 @@ from mvptr_ds.corpus.sources.img2dataset import list_tars
 from mvptr_ds.corpus.validating import validation
 from mvptr_ds.corpus.validating.validation import Result, validate
 from mvptr_ds.data.pixels import TRANSPARENT, WIDE_GREY
-from mvptr_ds.data.schema import DataError
 from mvptr_ds.data.shards.index import Index
 from mvptr_ds.data.shards.index_builder import build_index
 from mvptr_ds.data.shards.tar_reader import MAX_JSON_BYTES, MAX_MEMBER_BYTES, MAX_RECORD_MEMBERS
+from mvptr_ds.errors import DataError
 from tests.support.hostile import (
     HEIGHT,
     TEXT,

@@ -17,7 +17,7 @@ from mvptr_ds.corpus.record_keys import make_key
 from mvptr_ds.corpus.regions.tsv import Table
 from mvptr_ds.corpus.regions.vinvl import KeyRule, import_vinvl, plan_rows
 from mvptr_ds.corpus.regions.vinvl_rows import RowError, parse_features, parse_predictions
-from mvptr_ds.data.schema import DataError
+from mvptr_ds.errors import DataError
 from tests.conftest import REPO
 
 FEATURE_DIM = 10  # 4 numbers of the feature, 6 of the geometry

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from mvptr_ds.data import wordpiece
-from mvptr_ds.data.schema import DataError
 from mvptr_ds.data.wordpiece import WordPiece
+from mvptr_ds.errors import DataError
 
 
 def test_packaged_vocabulary_is_berts() -> None:

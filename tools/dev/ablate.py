@@ -31,9 +31,9 @@ if __name__ == "__main__":
     end_on_interrupt()
 
 from mvptr_ds.config import Config, load_config
-from mvptr_ds.data.schema import DataError
 from mvptr_ds.demo.build import build_demo_shards
 from mvptr_ds.ds_config import load_ds_config
+from mvptr_ds.errors import USER_ERRORS
 from mvptr_ds.user_io.terminal import accept_any_text
 from mvptr_ds.user_io.user_files import read_text, user_path
 from mvptr_ds.user_io.yaml_nodes import parse_yaml, plain
@@ -207,7 +207,7 @@ def main() -> int:
         reports = read_reports(out, arms)
         if not reports:
             raise AblationError(f"{out} holds no report; leave --table out to train")
-    except (AblationError, DataError, ValueError, OSError) as error:
+    except (AblationError, *USER_ERRORS) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     text = table(reports, arms)

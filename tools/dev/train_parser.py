@@ -19,7 +19,7 @@ if __name__ == "__main__":
 
 from mvptr_ds.corpus.concepts.backends import MODELS
 from mvptr_ds.corpus.concepts.silver import Settings, make_models, read_captions
-from mvptr_ds.data.schema import DataError
+from mvptr_ds.errors import USER_ERRORS
 from mvptr_ds.user_io.terminal import accept_any_text
 from mvptr_ds.user_io.user_files import user_path
 
@@ -55,7 +55,7 @@ def main() -> int:
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
     try:
         about = make_models(read_captions(args.captions, args.exclude), args.out, settings)
-    except (DataError, OSError) as error:
+    except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(json.dumps(about, indent=1))

@@ -32,11 +32,12 @@ from mvptr_ds.corpus.record_keys import make_key
 from mvptr_ds.corpus.resumable_jobs import PROGRESS_NAME, SUMMARY_NAME, Summary, run_units
 from mvptr_ds.corpus.sources.img2dataset import list_tars, read_caption, scan_tar
 from mvptr_ds.corpus.sources.rows import Row
-from mvptr_ds.data.schema import Caption, DataError, Record
+from mvptr_ds.data.schema import Caption, Record
 from mvptr_ds.data.shards.index import Index
 from mvptr_ds.data.shards.index_builder import ensure_index
 from mvptr_ds.data.shards.tar_reader import IMAGE_EXTENSIONS, MAX_JSON_BYTES, MAX_MEMBER_BYTES
 from mvptr_ds.data.shards.tar_writer import json_bytes, write_tar
+from mvptr_ds.errors import DataError
 
 DEFAULT_SPLIT = "train"
 _PLAN_FOLDER = ".plan"

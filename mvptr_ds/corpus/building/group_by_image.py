@@ -26,8 +26,8 @@ import numpy as np
 from mvptr_ds.corpus.record_keys import make_key
 from mvptr_ds.corpus.resumable_jobs import Summary
 from mvptr_ds.corpus.sources.rows import Row, clean_caption, normal_path
-from mvptr_ds.data.schema import DataError
 from mvptr_ds.data.shards.tar_writer import MAX_KEY_LEN
+from mvptr_ds.errors import DataError
 from mvptr_ds.user_io.progress import progress_bar
 
 REPEATED_CAPTION = "caption: repeated in its record"

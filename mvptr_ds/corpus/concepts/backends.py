@@ -12,7 +12,7 @@ from nltk.tag.perceptron import PerceptronTagger
 
 from mvptr_ds.corpus.concepts.dependency import DependencyParser, Model
 from mvptr_ds.corpus.concepts.tokens import Span
-from mvptr_ds.data.schema import DataError
+from mvptr_ds.errors import DataError
 
 MODELS = Path(__file__).resolve().parent / "models"
 TAGGER_NAME, DEPENDENCIES_NAME, LEMMAS_NAME = "tagger.json", "dependencies.npz", "lemmas.json"

@@ -13,7 +13,8 @@ from mvptr_ds.corpus.concepts.tokens import Span, token_spans
 from mvptr_ds.corpus.concepts.tree import Token, Tree
 from mvptr_ds.corpus.concepts.web import Readable, are_words, readable
 from mvptr_ds.data.phrase_words import wrong_spans
-from mvptr_ds.data.schema import DataError, Phrase
+from mvptr_ds.data.schema import Phrase
+from mvptr_ds.errors import DataError
 
 RULES_VERSION = 2  # goes up when the same tree gives other phrases
 

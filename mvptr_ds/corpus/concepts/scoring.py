@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mvptr_ds.data.schema import DataError, Phrase, Words
+from mvptr_ds.data.schema import Phrase, Words
+from mvptr_ds.errors import DataError
 
 _EXPECTED = '{"caption": "...", "tuples": [["dog"], ["dog", "brown"], ["dog", "cat", "chase"]]}'
 KINDS = {1: "object", 2: "attribute", 3: "relation"}  # by the number of words

@@ -26,7 +26,7 @@ from mvptr_ds.corpus.concepts.dependency import DependencyParser, Model
 from mvptr_ds.corpus.concepts.lemmas import CLASS_OF_TAG, PLURAL, by_rule
 from mvptr_ds.corpus.concepts.tokens import token_spans
 from mvptr_ds.corpus.concepts.training import ParserTrainer, Silver, quantised
-from mvptr_ds.data.schema import DataError
+from mvptr_ds.errors import DataError
 from mvptr_ds.user_io.progress import progress_bar
 
 logger = logging.getLogger(__name__)

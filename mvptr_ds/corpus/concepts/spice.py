@@ -19,7 +19,8 @@ from mvptr_ds.corpus.concepts.text_files import count_phrases, phrases_json
 from mvptr_ds.corpus.concepts.tokens import Span, token_spans
 from mvptr_ds.corpus.concepts.web import are_words
 from mvptr_ds.corpus.resumable_jobs import Summary, put_in_place
-from mvptr_ds.data.schema import Caption, DataError, Phrase, Words
+from mvptr_ds.data.schema import Caption, Phrase, Words
+from mvptr_ds.errors import DataError
 
 _MAX_PLACES = 8  # of one word that are tried: a caption that says it more often is no caption
 

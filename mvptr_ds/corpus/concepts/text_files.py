@@ -22,7 +22,8 @@ from typing import Any
 from mvptr_ds.corpus.concepts.parser import PhraseParser
 from mvptr_ds.corpus.resumable_jobs import Summary, put_in_place, run_units
 from mvptr_ds.data.phrases import KINDS
-from mvptr_ds.data.schema import DataError, Phrase
+from mvptr_ds.data.schema import Phrase
+from mvptr_ds.errors import DataError
 
 UNIT_BYTES = 2**20  # about 18,000 captions: ten seconds of work, so that an interruption loses little
 _BATCH = 1024  # lines parsed together

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mvptr_ds.corpus.resumable_jobs import Summary
-from mvptr_ds.data.schema import SCHEMA_VERSION, Caption, DataError, Record, SidecarEntry, parse_entry
+from mvptr_ds.data.schema import SCHEMA_VERSION, Caption, Record, SidecarEntry, parse_entry
 from mvptr_ds.data.shards.index import MANIFEST_NAME
 from mvptr_ds.data.shards.index_builder import ensure_index
 from mvptr_ds.data.shards.tar_reader import check_member, iter_members, split_name
+from mvptr_ds.errors import DataError
 
 UNREADABLE_RECORD = "the record cannot be read"
 _UNREADABLE_LINE = "the line cannot be read"

@@ -14,8 +14,8 @@ from typing import Any
 
 from mvptr_ds.corpus.resumable_jobs import Summary
 from mvptr_ds.data.phrases import KINDS, PhraseTuple, PhraseVocab, shared_row
-from mvptr_ds.data.schema import DataError
 from mvptr_ds.data.wordpiece import WordPiece
+from mvptr_ds.errors import DataError
 
 
 def read_id2phrase(path: str | Path, words: WordPiece) -> tuple[PhraseVocab, Summary]:

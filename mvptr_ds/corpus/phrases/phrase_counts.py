@@ -24,7 +24,7 @@ from mvptr_ds.corpus.concepts.web import are_words
 from mvptr_ds.corpus.phrases.captions import Inputs, Part, list_inputs, read_captions
 from mvptr_ds.corpus.resumable_jobs import Summary, run_units
 from mvptr_ds.data.phrases import KINDS, PhraseTuple
-from mvptr_ds.data.schema import DataError
+from mvptr_ds.errors import DataError
 
 MAX_IN_MEMORY = 200_000  # phrases of a process: some 60 MB
 _MAX_OPEN_RUNS = 128

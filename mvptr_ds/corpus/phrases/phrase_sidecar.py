@@ -13,12 +13,13 @@ from mvptr_ds.corpus.concepts.text_files import count_left_out, count_phrases, g
 from mvptr_ds.corpus.phrases.captions import read_entries, shard_paths
 from mvptr_ds.corpus.resumable_jobs import Summary, refuse_foreign_tars, run_units
 from mvptr_ds.data.phrases import KINDS
-from mvptr_ds.data.schema import Caption, DataError, Extractor, Record
+from mvptr_ds.data.schema import Caption, Extractor, Record
 from mvptr_ds.data.shards.index import RECORDS
 from mvptr_ds.data.shards.index_builder import ensure_index
 from mvptr_ds.data.shards.sidecars import sidecar_json
 from mvptr_ds.data.shards.tar_reader import MAX_JSON_BYTES
 from mvptr_ds.data.shards.tar_writer import check_key, write_tar
+from mvptr_ds.errors import DataError
 
 _COUNTS = ("records", "records without a caption", "captions", "captions without a phrase", *KINDS.values())
 _BATCH = 1024  # captions parsed together, or records without any

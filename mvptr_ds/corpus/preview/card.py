@@ -17,9 +17,10 @@ from mvptr_ds.corpus.preview.markup import Html, element, joined, shortened
 from mvptr_ds.corpus.preview.measures import RECORD_ERRORS, key_of, reason
 from mvptr_ds.data.features import read_features, region_geometry
 from mvptr_ds.data.images import decode_image
-from mvptr_ds.data.schema import Caption, DataError, Phrase, Record, check_size
+from mvptr_ds.data.schema import Caption, Phrase, Record, check_size
 from mvptr_ds.data.shards.index import SampleIndex
 from mvptr_ds.data.shards.tar_reader import IMAGE_EXTENSIONS
+from mvptr_ds.errors import DataError
 
 NUM_COLOURS = 12  # .c0 ... .c11 of the style sheet
 KINDS = ("noun", "attribute", "relation")  # of a phrase with one, two, three words

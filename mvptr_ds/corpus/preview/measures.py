@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mvptr_ds.data.features import SampleOptions
-from mvptr_ds.data.schema import DataError, Record
+from mvptr_ds.data.schema import Record
 from mvptr_ds.data.sequence_layout import layout_tags, layout_text
 from mvptr_ds.data.shards.index import SampleIndex
 from mvptr_ds.data.shards.tar_reader import IMAGE_EXTENSIONS, record_key
 from mvptr_ds.data.wordpiece import WordPiece
+from mvptr_ds.errors import DataError
 from mvptr_ds.user_io.progress import progress_bar
 from mvptr_ds.user_io.signals import blocked
 

@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 
 from mvptr_ds.corpus.regions.detection import Detections, tag_of
-from mvptr_ds.data.schema import DataError, Extractor
+from mvptr_ds.data.schema import Extractor
+from mvptr_ds.errors import DataError
 
 _CONFIG_FILES = ("config.json", "preprocessor_config.json")
 _WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")  # the first kind that is there is what is loaded

@@ -21,13 +21,14 @@ from mvptr_ds.corpus.regions.detector import Detector, DetectorSource, choose_de
 from mvptr_ds.corpus.resumable_jobs import Summary, refuse_foreign_tars, run_units
 from mvptr_ds.data.images import image_content
 from mvptr_ds.data.pixels import MAX_IMAGE_PIXELS, open_image, read_rgb
-from mvptr_ds.data.schema import DataError, Extractor, parse_record
+from mvptr_ds.data.schema import Extractor, parse_record
 from mvptr_ds.data.shards.index import Index
 from mvptr_ds.data.shards.index_builder import ensure_index
 from mvptr_ds.data.shards.sidecars import sidecar_json
 from mvptr_ds.data.shards.storage import MANIFEST_NAME
 from mvptr_ds.data.shards.tar_reader import IMAGE_EXTENSIONS, read_keyed_record
 from mvptr_ds.data.shards.tar_writer import check_key, npy_bytes, write_tar
+from mvptr_ds.errors import DataError
 
 logger = logging.getLogger(__name__)
 

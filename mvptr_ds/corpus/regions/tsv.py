@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mvptr_ds.data.schema import DataError
 from mvptr_ds.data.shards.storage import open_files
+from mvptr_ds.errors import DataError
 from mvptr_ds.user_io.progress import progress_bar
 
 _ID_BYTES = 256  # of a line, within which the first column must end

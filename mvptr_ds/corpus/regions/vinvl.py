@@ -32,11 +32,12 @@ from mvptr_ds.corpus.regions.vinvl_rows import (
     to_float16,
 )
 from mvptr_ds.corpus.resumable_jobs import Summary, refuse_foreign_tars, run_units
-from mvptr_ds.data.schema import DataError, Extractor, Region
+from mvptr_ds.data.schema import Extractor, Region
 from mvptr_ds.data.shards.index_builder import ensure_index
 from mvptr_ds.data.shards.sidecars import sidecar_json
 from mvptr_ds.data.shards.storage import open_files
 from mvptr_ds.data.shards.tar_writer import check_key, npy_bytes, write_tar
+from mvptr_ds.errors import DataError
 
 EXTRACTOR_NAME = "vinvl"
 FEATURE_DIM = 2054  # numbers a box in the published files, geometry included

@@ -18,7 +18,7 @@ from mvptr_ds.corpus.sources.rows import (
     size_of,
     whole,
 )
-from mvptr_ds.data.schema import DataError
+from mvptr_ds.errors import DataError
 
 _WRONG = (KeyError, TypeError, ValueError, AttributeError, IndexError)  # what an entry of another layout gives
 _KARPATHY_SPLITS = ("train", "restval", "val", "test")

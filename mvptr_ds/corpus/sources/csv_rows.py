@@ -19,7 +19,7 @@ from pathlib import Path, PurePath
 from mvptr_ds.corpus.resumable_jobs import Summary
 from mvptr_ds.corpus.sources.plain import PICTURE_SUFFIXES
 from mvptr_ds.corpus.sources.rows import UNREADABLE, iter_lines
-from mvptr_ds.data.schema import DataError
+from mvptr_ds.errors import DataError
 
 _SPACE, _DIGIT = re.compile(r"\s"), re.compile(r"\d")
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mvptr_ds.corpus.resumable_jobs import Summary
-from mvptr_ds.data.schema import DataError
 from mvptr_ds.data.shards.tar_reader import IMAGE_EXTENSIONS, Member, iter_members, split_name
 from mvptr_ds.data.shards.tar_reader import list_tars as tars_of_folder
+from mvptr_ds.errors import DataError
 
 _READ = frozenset(("txt", "json", *IMAGE_EXTENSIONS))
 _MAX_TEXT_BYTES = 1 << 20

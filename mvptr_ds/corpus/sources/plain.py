@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mvptr_ds.corpus.resumable_jobs import Summary
 from mvptr_ds.corpus.sources.rows import Row, clean_caption, iter_lines
-from mvptr_ds.data.schema import DataError
+from mvptr_ds.errors import DataError
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from mvptr_ds.corpus.resumable_jobs import Summary
-from mvptr_ds.data.schema import MAX_SIDE_PX, DataError
+from mvptr_ds.data.schema import MAX_SIDE_PX
+from mvptr_ds.errors import DataError
 
 UNREADABLE = "row: cannot be read"
 _MAX_LINE_CHARS = 1 << 24

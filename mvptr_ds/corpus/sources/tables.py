@@ -11,7 +11,7 @@ from typing import Any
 from mvptr_ds.corpus.resumable_jobs import Summary
 from mvptr_ds.corpus.sources.csv_rows import CsvRows
 from mvptr_ds.corpus.sources.rows import UNREADABLE, Row, captions_of, is_array, iter_array, iter_lines
-from mvptr_ds.data.schema import DataError
+from mvptr_ds.errors import DataError
 
 _BATCH_ROWS = 4096
 

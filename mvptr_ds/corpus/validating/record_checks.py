@@ -16,10 +16,11 @@ from mvptr_ds.data.features import read_features
 from mvptr_ds.data.images import decode_square, image_content
 from mvptr_ds.data.phrase_words import wrong_spans
 from mvptr_ds.data.pixels import MAX_IMAGE_PIXELS, open_image
-from mvptr_ds.data.schema import Caption, DataError, Record, SidecarEntry, parse_entry
+from mvptr_ds.data.schema import Caption, Record, SidecarEntry, parse_entry
 from mvptr_ds.data.shards.index import SIDECAR
 from mvptr_ds.data.shards.index_builder import describe, is_img2dataset
 from mvptr_ds.data.shards.tar_reader import IMAGE_EXTENSIONS
+from mvptr_ds.errors import DataError
 
 BOX_TOLERANCE_PX = 1.0  # detectors round outwards
 _DECODED_SIZE = 32  # pixels; a JPEG is then decoded at an eighth, yet read to its end

@@ -25,7 +25,6 @@ import numpy as np
 from mvptr_ds.corpus.resumable_jobs import Summary, refuse_foreign_tars, run_units
 from mvptr_ds.corpus.validating.record_checks import IMG2DATASET, Checked, check_content
 from mvptr_ds.corpus.validating.repair import Break, Piece, first_key, pieces
-from mvptr_ds.data.schema import DataError
 from mvptr_ds.data.shards.index import Index
 from mvptr_ds.data.shards.index_builder import NOT_WRITABLE, build_index, is_img2dataset, not_writable, where_tars_are
 from mvptr_ds.data.shards.storage import MANIFEST_NAME
@@ -37,6 +36,7 @@ from mvptr_ds.data.shards.tar_reader import (
     read_record,
 )
 from mvptr_ds.data.shards.tar_writer import check_key, write_tar
+from mvptr_ds.errors import DataError
 
 ROW = np.dtype(
     [

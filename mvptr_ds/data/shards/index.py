@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from mvptr_ds.data.schema import SCHEMA_VERSION, DataError, Record, parse_record, parse_sample_record
+from mvptr_ds.data.schema import SCHEMA_VERSION, Record, parse_record, parse_sample_record
 from mvptr_ds.data.shards.storage import (
     INDEX_NAME,
     LOCAL,
@@ -35,6 +35,7 @@ from mvptr_ds.data.shards.storage import (
     open_files,
 )
 from mvptr_ds.data.shards.tar_reader import read_keyed_record, read_record, record_key
+from mvptr_ds.errors import DataError
 
 if TYPE_CHECKING:  # it imports fsspec, which local shards do without
     from mvptr_ds.data.shards.remote import RemoteFiles

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mvptr_ds.data.schema import SCHEMA_VERSION, DataError, Record, SidecarEntry, check_size, parse_entry
+from mvptr_ds.data.schema import SCHEMA_VERSION, Record, SidecarEntry, check_size, parse_entry
 from mvptr_ds.data.shards.index import (
     BLOCK,
     INDEX_NAME,
@@ -47,6 +47,7 @@ from mvptr_ds.data.shards.tar_reader import (
     record_key,
     split_name,
 )
+from mvptr_ds.errors import DataError
 from mvptr_ds.user_io.progress import progress_bar
 
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)

@@ -20,8 +20,8 @@ from typing import Any, TypeVar
 import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
 
-from mvptr_ds.data.schema import DataError
 from mvptr_ds.data.shards.storage import INDEX_NAME, MANIFEST_NAME, REBUILD, Files, ReadOptions
+from mvptr_ds.errors import DataError
 
 _PIECE_BYTES = 8 << 20  # of an index, a request
 _MAX_MANIFEST_BYTES = 64 << 20

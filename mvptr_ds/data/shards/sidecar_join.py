@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mvptr_ds.data.schema import DataError, Record, SidecarEntry, parse_entry, parse_record
+from mvptr_ds.data.schema import Record, SidecarEntry, parse_entry, parse_record
 from mvptr_ds.data.shards.index import (
     NO_CAPTION,
     NO_REGIONS,
@@ -36,6 +36,7 @@ from mvptr_ds.data.shards.index import (
 from mvptr_ds.data.shards.sidecars import merge_sidecar
 from mvptr_ds.data.shards.storage import Files
 from mvptr_ds.data.shards.tar_reader import MEMBER_EXTENSIONS, read_keyed_record
+from mvptr_ds.errors import DataError
 
 logger = logging.getLogger(__name__)
 

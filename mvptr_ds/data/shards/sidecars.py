@@ -11,17 +11,9 @@ from collections.abc import Sequence
 
 import msgspec
 
-from mvptr_ds.data.schema import (
-    Caption,
-    DataError,
-    Extractor,
-    Record,
-    Region,
-    SidecarEntry,
-    check_phrase_regions,
-    check_size,
-)
+from mvptr_ds.data.schema import Caption, Extractor, Record, Region, SidecarEntry, check_phrase_regions, check_size
 from mvptr_ds.data.shards.tar_writer import json_bytes
+from mvptr_ds.errors import DataError
 
 
 def sidecar_json(

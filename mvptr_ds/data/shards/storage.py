@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import socket
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
-from mvptr_ds.data.schema import DataError
+from mvptr_ds.errors import DataError
 
 MANIFEST_NAME = "manifest.json"  # what a folder of shards holds besides them
 INDEX_NAME = "index.npy"
@@ -22,32 +20,6 @@ SCHEMES = (
     "http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "hf",
     "hdfs", "webhdfs", "sftp", "ssh", "ftp", "memory",
 )  # fmt: skip
-
-
-_PASSING = frozenset(
-    getattr(errno, name)
-    for name in (
-        "EAGAIN", "EBUSY", "ECANCELED", "ECOMM", "ECONNABORTED", "ECONNREFUSED", "ECONNRESET", "EDEADLK", "EHOSTDOWN",
-        "EHOSTUNREACH", "EINPROGRESS", "EINTR", "EIO", "ENETDOWN", "ENETRESET", "ENETUNREACH", "ENFILE", "ENOBUFS",
-        "ENOLCK", "ENOLINK", "ENOMEM", "ENOTCONN", "EPIPE", "EPROTO", "EREMOTEIO", "ESHUTDOWN", "ESTALE", "ETIMEDOUT",
-    )
-    if hasattr(errno, name)
-)  # fmt: skip
-
-
-def may_pass(error: BaseException) -> bool:
-    """Whether an error, or the one that it was raised from, is of the moment: storage or network that fails now.
-
-    What is missing, forbidden, full or over a quota waits for somebody to mend it, and so does all that names no
-    number of an error.
-    """
-    if getattr(error, "passes", False):
-        return True
-    if isinstance(error, socket.gaierror):
-        return error.errno == socket.EAI_AGAIN
-    if isinstance(error, OSError) and (error.errno in _PASSING or isinstance(error, (ConnectionError, TimeoutError))):
-        return True
-    return error.__cause__ is not None and may_pass(error.__cause__)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from mvptr_ds.data.schema import DataError
 from mvptr_ds.data.shards.storage import LOCAL, REBUILD, Files
+from mvptr_ds.errors import DataError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MEMBER_EXTENSIONS = frozenset(("json", "npy", *IMAGE_EXTENSIONS))

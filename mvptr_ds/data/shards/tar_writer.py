@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import webdataset
 
-from mvptr_ds.data.schema import DataError
 from mvptr_ds.data.shards.tar_reader import MEMBER_EXTENSIONS, max_member_bytes
+from mvptr_ds.errors import DataError
 
 MAX_KEY_LEN = 90  # bytes; USTAR names end at 100
 _PARTIAL = ".partial"

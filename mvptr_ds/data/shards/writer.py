@@ -13,9 +13,10 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from mvptr_ds.data.schema import DataError, Record
+from mvptr_ds.data.schema import Record
 from mvptr_ds.data.shards.index_builder import build_index
 from mvptr_ds.data.shards.tar_writer import json_bytes, write_tar
+from mvptr_ds.errors import DataError
 
 
 def write_shards(

@@ -14,8 +14,10 @@ from mvptr_ds.config import Config
 from mvptr_ds.data.collate import Batch, collate
 from mvptr_ds.model import kernels
 from mvptr_ds.model.config import MvptrConfig
-from mvptr_ds.monitoring.flops import Lengths, StepFlops, backbone_flops, forward_flops
-from mvptr_ds.objectives.task import Task
+from mvptr_ds.monitoring.flops import StepFlops, backbone_flops, forward_flops
+from mvptr_ds.objectives.lengths import Lengths
+from mvptr_ds.objectives.pretraining import PretrainingLosses
+from mvptr_ds.objectives.stages import STAGES
 from tests.support.tiny_models import sample, tiny_model
 
 # Proportions as in the base model (FFN 4 x hidden, many words): what the formulas leave out is as small as there
@@ -31,11 +33,11 @@ SIZES = {
 TOLERANCE = 0.03
 
 
-def build_task(stage: str, **sizes: object) -> Task:
+def build_task(stage: str, **sizes: object) -> PretrainingLosses:
     weights = Config().stage(stage).weights
     model = tiny_model(**{**SIZES, "num_rows": 1006, "region_feature_dim": 5, **sizes})
     model.set_phrase_rows(torch.arange(1000, 1006))
-    task = Task(model, stage, weights, Config().task, max_text_slots=12, max_steps=4, seed=0)
+    task = PretrainingLosses(model, STAGES[stage], weights, Config().task, max_text_slots=12, max_steps=4, seed=0)
     trained = set(model.parameters_of(task.trained_parts()))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
@@ -75,7 +77,7 @@ def test_each_encoder_by_itself(stage: str) -> None:
         task(batch, step=0)
     counted = {name.split(".")[-1]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     step = StepFlops(task, 1)
-    ours = forward_flops(Lengths.of(batch), step.model, step.parts, step.objectives, 4, step.reads)
+    ours = forward_flops(Lengths.of(batch), step.model, step.objectives, 4)
     for ours_name, name in (("text", "text_encoder"), ("visual", "visual_encoder"), ("cross", "cross_encoder")):
         assert ours[ours_name] == pytest.approx(counted[name], rel=1e-6), name
     assert ours["regions"] == counted["region_embedding"]

@@ -14,8 +14,10 @@ import torch
 from mvptr_ds.config import Config, load_config
 from mvptr_ds.data.collate import collate
 from mvptr_ds.ds_config import load_ds_config
-from mvptr_ds.monitoring.flops import Lengths, rows_read
-from mvptr_ds.objectives.task import Task
+from mvptr_ds.monitoring.flops import last_layer_rows
+from mvptr_ds.objectives.lengths import Lengths
+from mvptr_ds.objectives.pretraining import PretrainingLosses
+from mvptr_ds.objectives.stages import STAGES
 from mvptr_ds.planning.cost import GPUS, Assumptions, traffic
 from mvptr_ds.planning.lengths import Ranges, drawn, measured
 from mvptr_ds.planning.memory import Zero, activation_bytes, largest_state_bytes, state_bytes
@@ -28,7 +30,7 @@ BASE = load_config("base")
 SHARE = {"parameters", "gradients", "optimizer"}
 
 
-def saved_bytes(task: Task, lengths: tuple[int, int, int, int]) -> tuple[int, Lengths]:
+def saved_bytes(task: PretrainingLosses, lengths: tuple[int, int, int, int]) -> tuple[int, Lengths]:
     """What autograd keeps of a forward pass, weights aside: unique storages of all saved tensors."""
     tokens, phrases, tags, regions = lengths
     batch = collate([sample(i, i, tokens, phrases, tags, regions) for i in range(8)])
@@ -54,11 +56,13 @@ def test_activations_are_what_autograd_keeps(dtype: torch.dtype, dropout: float)
     layers = {"num_text_layers": 3, "num_visual_layers": 2, "num_cross_layers": 2}
     model = tiny_model(**sizes, **layers, hidden_dropout=dropout, attention_dropout=0.0).to(dtype)  # type: ignore[arg-type]
     weights = Config().stage2.weights
-    task = Task(model, "stage2", weights, Config().task, max_text_slots=16, max_steps=4, seed=0).train()
+    task = PretrainingLosses(
+        model, STAGES["stage2"], weights, Config().task, max_text_slots=16, max_steps=4, seed=0
+    ).train()
     found, lengths = saved_bytes(task, (8, 3, 4, 12))
     parts = frozenset(task.trained_parts())
     masks = {"checkpointing": False, "num_groundings": 4, "mask_bytes": dtype.itemsize}  # of a CPU
-    read = rows_read(lengths, task.weights, task.reads)
+    read = last_layer_rows(lengths, task.objectives)
     planned = activation_bytes(lengths, model.config, parts, 2, read, dtype.itemsize, **masks)  # type: ignore[arg-type]
     assert planned == pytest.approx(found, rel=0.1)
 

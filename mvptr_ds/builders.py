@@ -6,7 +6,6 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,13 @@ import torch
 
 from mvptr_ds import ds_config
 from mvptr_ds.config import Config, DataConfig, MaskingConfig, SourceConfig
+from mvptr_ds.data.dataset import MixedDataset, SampleDataset, ShardDataset
 from mvptr_ds.data.features import SampleBuilder, SampleOptions
 from mvptr_ds.data.lengths import Lengths, lengths_are_there, lengths_path, measure, write_lengths
-from mvptr_ds.data.loader import SampleDataset, ShardDataset
-from mvptr_ds.data.phrases import PhraseVocab
+from mvptr_ds.data.phrases import PhraseVocab, Vocabs
 from mvptr_ds.data.sampling.batches import Batches
 from mvptr_ds.data.sampling.buckets import BucketedBatches
-from mvptr_ds.data.sampling.mixture import MixedDataset, Mixture, default_block, source_seed
+from mvptr_ds.data.sampling.mixture import Mixture, default_block, source_seed
 from mvptr_ds.data.sampling.plan import Plan
 from mvptr_ds.data.schema import SCHEMA_VERSION
 from mvptr_ds.data.shards.index import Index, SampleIndex
@@ -43,12 +42,6 @@ from mvptr_ds.optim.optimizer import optimizer_choice
 
 logger = logging.getLogger(__name__)
 NO_MASKING = MaskingConfig(word_prob=0.0, phrase_prob=0.0, tag_prob=0.0)
-
-
-@dataclass
-class Vocabs:
-    words: WordPiece
-    phrases: PhraseVocab
 
 
 def read_options(data: DataConfig) -> ReadOptions:

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from mvptr_ds.data.caption_phrases import phrases_with_slots
+from mvptr_ds.data.dataset import SampleDataset
 from mvptr_ds.data.features import SampleBuilder, can_be_seen
-from mvptr_ds.data.loader import SampleDataset
 from mvptr_ds.data.schema import Caption, Record
 from mvptr_ds.data.sequence_layout import num_phrases_that_fit
 from mvptr_ds.data.shards.index import SampleIndex

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -179,3 +180,11 @@ def shared_row(phrase: PhraseTuple, words: WordPiece) -> int | None:
     """The wordpiece row that a phrase of one word shares, None where the word is no single wordpiece."""
     pieces = words.encode_words(phrase)[0] if len(phrase) == 1 else []
     return pieces[0] if len(pieces) == 1 and pieces[0] != words.unk_id else None
+
+
+@dataclass
+class Vocabs:
+    """The two vocabularies of a model: rows of its word table, and phrases over the same words."""
+
+    words: WordPiece
+    phrases: PhraseVocab

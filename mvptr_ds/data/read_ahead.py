@@ -18,15 +18,17 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch.utils.data import Dataset, get_worker_info
 
 from mvptr_ds.data.collate import Sample
-from mvptr_ds.data.loader import SampleDataset
+from mvptr_ds.data.dataset import SampleDataset
 from mvptr_ds.data.shards.index import ByteRange
-from mvptr_ds.data.shards.remote import RemoteFiles
 from mvptr_ds.data.shards.tar_reader import WHOLE_BYTES
+
+if TYPE_CHECKING:  # it imports fsspec, which local shards do without
+    from mvptr_ds.data.shards.remote import RemoteFiles
 
 NUM_THREADS = 8  # requests of a process at once
 MAX_GAP_BYTES = 64 << 10  # between neighbours of one run, read along because a request costs more; see `_gap`

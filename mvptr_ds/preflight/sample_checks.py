@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mvptr_ds import builders
-from mvptr_ds.builders import NO_MASKING, Vocabs
+from mvptr_ds.builders import NO_MASKING
 from mvptr_ds.config import Config
 from mvptr_ds.data.features import SampleBuilder
+from mvptr_ds.data.phrases import Vocabs
 from mvptr_ds.data.shards.index import SampleIndex
 from mvptr_ds.data.shards.tar_reader import IMAGE_EXTENSIONS
 from mvptr_ds.errors import DataError

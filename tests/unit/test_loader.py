@@ -18,8 +18,9 @@ import pytest
 import torch
 
 from mvptr_ds.data.collate import IGNORE, Batch, collate
+from mvptr_ds.data.dataset import ShardDataset, load_samples
 from mvptr_ds.data.features import SampleBuilder, SampleOptions
-from mvptr_ds.data.loader import ShardDataset, eval_batches, load_samples, make_loader
+from mvptr_ds.data.loader import eval_batches, make_loader
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.sampling.batches import Batches
 from mvptr_ds.data.sampling.plan import Plan

@@ -17,12 +17,13 @@ import pytest
 
 from mvptr_ds.data import read_ahead
 from mvptr_ds.data.collate import Batch
+from mvptr_ds.data.dataset import MixedDataset, ShardDataset
 from mvptr_ds.data.features import SampleBuilder, SampleOptions
-from mvptr_ds.data.loader import ShardDataset, eval_batches, make_loader
+from mvptr_ds.data.loader import eval_batches, make_loader
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.read_ahead import ReadAhead, runs_of
 from mvptr_ds.data.sampling.batches import Batches
-from mvptr_ds.data.sampling.mixture import MixedDataset, Mixture
+from mvptr_ds.data.sampling.mixture import Mixture
 from mvptr_ds.data.sampling.plan import Plan
 from mvptr_ds.data.schema import Extractor, Region
 from mvptr_ds.data.shards import remote

@@ -13,8 +13,9 @@ from pathlib import Path
 import bench_data
 import numpy as np
 
+from mvptr_ds.data.dataset import ShardDataset
 from mvptr_ds.data.features import SampleBuilder, SampleOptions
-from mvptr_ds.data.loader import ShardDataset, make_loader
+from mvptr_ds.data.loader import make_loader
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.sampling.batches import Batches
 from mvptr_ds.data.sampling.plan import Plan

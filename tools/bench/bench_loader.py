@@ -40,8 +40,9 @@ from torch.utils.data import DataLoader
 
 from mvptr_ds.data import images
 from mvptr_ds.data.collate import Sample, collate
+from mvptr_ds.data.dataset import ShardDataset
 from mvptr_ds.data.features import SampleBuilder, SampleOptions, read_features
-from mvptr_ds.data.loader import ShardDataset, make_loader
+from mvptr_ds.data.loader import make_loader
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.sampling.batches import Batches
 from mvptr_ds.data.sampling.plan import Plan

@@ -13,17 +13,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
-from mvptr_ds.data.collate import Sample
-from mvptr_ds.data.loader import SampleDataset, ShardDataset
-from mvptr_ds.data.shards.index import ByteRange
 from mvptr_ds.streams import Stream, generator
 
 MAX_BLOCK_SAMPLES = 1 << 20  # drawn as a whole: 16 MiB and a second
@@ -135,91 +131,3 @@ def shares_of(weights: Sequence[float]) -> list[Fraction]:
 def default_block(weights: Sequence[float], at_least: int) -> int:
     """The shortest block of `at_least` samples in which every source has one."""
     return max(at_least, math.ceil(1 / min(shares_of(weights))))
-
-
-def differences(there: str | Mapping[str, str], here: str | Mapping[str, str]) -> list[str]:
-    """Between the fingerprints of two datasets, one of which is a mixture; a line each."""
-    first, second = ({"data.train": data} if isinstance(data, str) else data for data in (there, here))
-    return [
-        f"{name}: {first.get(name, 'none')} there, {second.get(name, 'none')} here"
-        for name in {**first, **second}
-        if first.get(name) != second.get(name)
-    ]
-
-
-class MixedDataset(SampleDataset):
-    """Sample at a position of a run over several sources. Picklable; each process opens its own files.
-
-    A sample that cannot be read is replaced by another of its source. Images of different sources are different ones.
-
-    Args:
-        sources: by name; the plan of each is keyed by `source_seed`.
-    """
-
-    def __init__(self, sources: Mapping[str, ShardDataset], mixture: Mixture) -> None:
-        assert len(sources) == len(mixture.shares)
-        self.names = list(sources)
-        self._sources = list(sources.values())
-        self.mixture = mixture
-        num_records = [source.index.num_records for source in self.sources]
-        self._first_images = np.cumsum([0, *num_records[:-1]]).tolist()
-
-    @property
-    def sources(self) -> list[ShardDataset]:
-        return self._sources
-
-    @property
-    def num_samples(self) -> int:
-        return sum(source.num_samples for source in self.sources)
-
-    @property
-    def fingerprint(self) -> dict[str, str]:
-        shares = {
-            name: f"share {share}, samples {source.fingerprint[:16]}"
-            for name, share, source in zip(self.names, self.mixture.shares, self.sources, strict=True)
-        }
-        return {**shares, "mixture_block_samples": str(self.mixture.block_samples)}
-
-    def epochs_before(self, position: int) -> dict[str, float]:
-        taken = self.mixture.taken_before(position)
-        return {
-            name: number / source.num_samples
-            for name, number, source in zip(self.names, taken, self.sources, strict=True)
-        }
-
-    @property
-    def read_ahead_bytes(self) -> int:
-        return max(source.read_ahead_bytes for source in self.sources)
-
-    def remote_extents(self, positions: list[int]) -> list[ByteRange]:
-        sources_N, places_N = self.mixture.places_at(np.array(positions, dtype=np.int64))
-        return [
-            extent
-            for number, source in enumerate(self.sources)
-            for extent in source.remote_extents(places_N[sources_N == number].tolist())
-        ]
-
-    def numbers_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        sources_N, places_N = self.mixture.places_at(positions)
-        numbers_N = np.empty_like(places_N)
-        for number, source in enumerate(self.sources):
-            own_N = sources_N == number
-            numbers_N[own_N] = source.plan.samples_at(places_N[own_N])[1]
-        return sources_N, numbers_N
-
-    def __getitem__(self, position: int) -> Sample:
-        return self.__getitems__([position])[0]
-
-    def __getitems__(self, positions: list[int]) -> list[Sample]:
-        sources_N, places_N = self.mixture.places_at(np.array(positions, dtype=np.int64))
-        out: dict[int, Sample] = {}
-        for number, source in enumerate(self.sources):
-            own_N = np.flatnonzero(sources_N == number)
-            for place, sample in zip(own_N.tolist(), source.__getitems__(places_N[own_N].tolist()), strict=True):
-                out[place] = replace(
-                    sample,
-                    position=positions[place],
-                    source=number,
-                    image_index=self._first_images[number] + sample.image_index,
-                )
-        return [out[place] for place in range(len(positions))]

@@ -26,6 +26,7 @@ from mvptr_ds.data.schema import Caption, Record
 from mvptr_ds.data.sequence_layout import num_phrases_that_fit
 from mvptr_ds.data.shards.index import SampleIndex
 from mvptr_ds.errors import DataError
+from mvptr_ds.user_io.atomic import replacing
 from mvptr_ds.user_io.progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -81,11 +82,9 @@ def measure(index: SampleIndex, builder: SampleBuilder, records: range, show_pro
 def write_lengths(path: Path, lengths_N3: np.ndarray) -> None:
     """Writes the file through a temporary name, so that no reader sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
+    with replacing(path, os.getpid()) as partial, partial.open("wb") as file:
         np.save(file, lengths_N3)
         file.write(hashlib.sha256(lengths_N3.tobytes()).digest())
-    os.replace(partial, path)
 
 
 def lengths_are_there(path: Path, num_samples: int) -> bool:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.errors import DataError
+from mvptr_ds.user_io.atomic import replacing
 
 _SCHEMA = 1
 PhraseTuple = tuple[str, ...]
@@ -123,9 +123,8 @@ class PhraseVocab:
         ]
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(content, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(content, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path, words: WordPiece) -> PhraseVocab:

@@ -48,6 +48,7 @@ from mvptr_ds.data.shards.tar_reader import (
     split_name,
 )
 from mvptr_ds.errors import DataError
+from mvptr_ds.user_io.atomic import replacing
 from mvptr_ds.user_io.progress import progress_bar
 
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -351,6 +352,5 @@ def _write_index(folder: Path, out: Path, scan: _Scan, rows: np.ndarray, shards:
     content = json.dumps(manifest, ensure_ascii=False, indent=1) + "\n"
     # the manifest last: it vouches for the index by its hash
     for name, data in ((INDEX_NAME, buffer.getbuffer()), (MANIFEST_NAME, content.encode())):
-        partial = out / f"{name}.{os.getpid()}.partial"
-        partial.write_bytes(data)
-        os.replace(partial, out / name)
+        with replacing(out / name, os.getpid()) as partial:
+            partial.write_bytes(data)

@@ -22,6 +22,7 @@ from fsspec.asyn import AsyncFileSystem, sync
 
 from mvptr_ds.data.shards.storage import INDEX_NAME, MANIFEST_NAME, REBUILD, Files, ReadOptions
 from mvptr_ds.errors import DataError
+from mvptr_ds.user_io.atomic import replacing
 
 _PIECE_BYTES = 8 << 20  # of an index, a request
 _MAX_MANIFEST_BYTES = 64 << 20
@@ -221,10 +222,10 @@ def fetch_index(url: str, options: ReadOptions) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder / "lock"):
         if not (folder / MANIFEST_NAME).exists():
-            with _replacing(folder / INDEX_NAME) as partial:
+            with replacing(folder / INDEX_NAME, os.getpid()) as partial:
                 if _fetch_file(f"{url}/{INDEX_NAME}", num_bytes, partial, options) != sha256:
                     raise DataError(f"{url}/{INDEX_NAME} is not the one the manifest names; copy both again")
-            with _replacing(folder / MANIFEST_NAME) as partial:  # last: it vouches for the index
+            with replacing(folder / MANIFEST_NAME, os.getpid()) as partial:  # last: it vouches for the index
                 partial.write_bytes(content)
     return folder
 
@@ -239,16 +240,6 @@ def _fetch_file(url: str, num_bytes: int, target: Path, options: ReadOptions) ->
             digest.update(piece)
             file.write(piece)
     return digest.hexdigest()
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -37,6 +37,7 @@ from mvptr_ds.data.shards.sidecars import merge_sidecar
 from mvptr_ds.data.shards.storage import Files
 from mvptr_ds.data.shards.tar_reader import MEMBER_EXTENSIONS, read_keyed_record
 from mvptr_ds.errors import DataError
+from mvptr_ds.user_io.atomic import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -184,9 +185,8 @@ def _write(path: Path, main: Index, sidecars: Sequence[Index], partners_SR: np.n
     # the counts last: they vouch for the rows
     text = json.dumps(content, indent=1) + "\n"
     for target, data in ((path.with_suffix(".npy"), buffer.getbuffer()), (path, text.encode())):
-        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-        partial.write_bytes(data)
-        os.replace(partial, target)
+        with replacing(target, os.getpid()) as partial:
+            partial.write_bytes(data)
 
 
 def _what_is_seen(main: Index, sidecars: Sequence[Index], partners_SR: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

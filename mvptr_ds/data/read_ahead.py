@@ -18,12 +18,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch.utils.data import Dataset, get_worker_info
 
 from mvptr_ds.data.collate import Sample
 from mvptr_ds.data.dataset import SampleDataset
+from mvptr_ds.data.pickling import PicklesWithoutCaches
 from mvptr_ds.data.shards.index import ByteRange
 from mvptr_ds.data.shards.tar_reader import WHOLE_BYTES
 
@@ -177,35 +178,30 @@ class MicroBatches(Protocol):
     def __len__(self) -> int: ...
 
 
-class ReadAheadDataset(Dataset[Sample]):
+class ReadAheadDataset(PicklesWithoutCaches, Dataset[Sample]):
     """A dataset whose micro-batches are asked for in their order, one by one or in turn by the workers.
 
     Args:
         max_bytes: what each process may hold.
     """
 
+    _CACHES = ("_pid", "_ahead", "_number")
+
     def __init__(self, dataset: SampleDataset, micro_batches: MicroBatches, max_bytes: int) -> None:
         self.dataset = dataset
         self.micro_batches = micro_batches
         self.max_bytes = max_bytes
-        self._forget()
+        self._init_caches()
 
-    def _forget(self) -> None:
+    def _init_caches(self) -> None:
         self._pid = os.getpid()
         self._ahead: ReadAhead | None = None
         self._number = 0
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_pid", "_ahead", "_number")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget()
-
     def __getitems__(self, positions: list[int]) -> list[Sample]:
         """Samples of a whole micro-batch (the name DataLoader looks for)."""
         if self._pid != os.getpid():  # a loader process inherits no threads
-            self._forget()
+            self._init_caches()
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         if self._ahead is None or positions == self.micro_batches[first]:  # also when they are gone through again

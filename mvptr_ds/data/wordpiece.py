@@ -18,6 +18,7 @@ from tokenizers.models import WordPiece as WordPieceModel
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
+from mvptr_ds.data.pickling import PicklesWithoutCaches
 from mvptr_ds.errors import DataError
 
 BERT_VOCAB = Path(__file__).resolve().parent / "bert-base-uncased-vocab.txt"
@@ -28,7 +29,7 @@ _MAX_KNOWN_WORDS, _MAX_KNOWN_CHARS = 50_000, 32
 Spans = list[tuple[int, int]]
 
 
-class WordPiece:
+class WordPiece(PicklesWithoutCaches):
     """Lower-casing BERT WordPiece; row number = line number of the vocabulary file.
 
     A caption that spells `[MASK]` gets the pieces `[ mask ]`: text from outside never becomes a special token.
@@ -39,6 +40,8 @@ class WordPiece:
         DataError: the file is missing, is not UTF-8, repeats a piece, lacks a special or does not begin with [PAD].
     """
 
+    _CACHES = ("_tokenizer", "_known")
+
     def __init__(self, vocab_path: str | Path | None = None) -> None:
         path = Path(vocab_path) if vocab_path is not None else BERT_VOCAB
         try:
@@ -48,9 +51,7 @@ class WordPiece:
             raise DataError(
                 f"cannot read the word vocabulary {path}: {error}; name a file of one wordpiece a line"
             ) from error
-        self._setup(tokens, str(path))
-
-    def _setup(self, tokens: list[str], source: str) -> None:
+        source = str(path)
         rows = {token: row for row, token in enumerate(tokens)}
         if len(rows) != len(tokens):
             repeated = next(token for row, token in enumerate(tokens) if rows[token] != row)
@@ -70,6 +71,10 @@ class WordPiece:
         )  # what a random replacement may draw
         if len(self.ordinary_ids) == 0:
             raise DataError(f"the word vocabulary {source} holds no ordinary piece, only special and unused ones")
+        self._init_caches()
+
+    def _init_caches(self) -> None:
+        rows = {token: row for row, token in enumerate(self.tokens)}
         self._tokenizer = Tokenizer(WordPieceModel(rows, unk_token="[UNK]", max_input_chars_per_word=100))
         self._tokenizer.normalizer = BertNormalizer(lowercase=True)
         self._tokenizer.pre_tokenizer = BertPreTokenizer()
@@ -78,12 +83,6 @@ class WordPiece:
 
     def __len__(self) -> int:
         return len(self.tokens)
-
-    def __getstate__(self) -> tuple[list[str], str]:
-        return self.tokens, self.source
-
-    def __setstate__(self, state: tuple[list[str], str]) -> None:
-        self._setup(*state)
 
     def encode(self, text: str) -> tuple[list[int], Spans]:
         """Rows of the text's pieces, no specials, and for each the half-open character range it came from."""

@@ -16,10 +16,10 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from decimal import Decimal
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 
+from mvptr_ds.data.pickling import PicklesWithoutCaches
 from mvptr_ds.streams import Stream, generator
 
 MAX_BLOCK_SAMPLES = 1 << 20  # drawn as a whole: 16 MiB and a second
@@ -31,7 +31,7 @@ def source_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest(), "little")
 
 
-class Mixture:
+class Mixture(PicklesWithoutCaches):
     """A pure function of (seed, position): the source there, and the position within that source.
 
     Up to the end of every block each source has had its share of the positions to within one sample (largest
@@ -44,6 +44,8 @@ class Mixture:
     Raises ValueError for a weight that is not positive, or blocks in which a source has less than one sample, or which
     are too long.
     """
+
+    _CACHES = ("_blocks",)
 
     def __init__(self, weights: Sequence[float], block_samples: int, seed: int) -> None:
         self.shares = shares_of(weights)
@@ -63,17 +65,10 @@ class Mixture:
             )
         if block_samples > MAX_BLOCK_SAMPLES:
             raise ValueError(f"blocks of {block_samples} samples are too long; choose at most {MAX_BLOCK_SAMPLES}")
-        self._forget()
+        self._init_caches()
 
-    def _forget(self) -> None:
+    def _init_caches(self) -> None:
         self._blocks: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_blocks"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget()
 
     def places_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sources and positions within them, int64 [N] each, at positions int64 [N] of the run."""

@@ -12,16 +12,16 @@ so slow storage is read in runs, and only a permutation of the blocks and a few 
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any
 
 import numpy as np
 
+from mvptr_ds.data.pickling import PicklesWithoutCaches
 from mvptr_ds.streams import Stream, generator
 
 _MAX_WINDOWS = 8
 
 
-class Plan:
+class Plan(PicklesWithoutCaches):
     """Which sample stands at each position of the run.
 
     Position g is place `g % num_samples` of epoch `g // num_samples`; every epoch visits every sample once. Batches
@@ -29,6 +29,8 @@ class Plan:
 
     Raises ValueError for a size below 1 or a negative seed.
     """
+
+    _CACHES = ("_blocks", "_windows")
 
     def __init__(self, num_samples: int, seed: int, block_samples: int = 64, window_blocks: int = 256) -> None:
         sizes = {"num_samples": num_samples, "block_samples": block_samples, "window_blocks": window_blocks}
@@ -43,18 +45,11 @@ class Plan:
         self.window_blocks = window_blocks
         self._num_blocks = num_samples // self.block_samples  # full ones; the rest joins the last window
         self._num_windows = -(-self._num_blocks // window_blocks)
-        self._forget()
+        self._init_caches()
 
-    def _forget(self) -> None:
+    def _init_caches(self) -> None:
         self._blocks: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()
         self._windows: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_blocks", "_windows")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget()
 
     def sample_at(self, position: int) -> tuple[int, int]:
         """(epoch, sample number) at a position of the run."""

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from mvptr_ds.data.pickling import PicklesWithoutCaches
 from mvptr_ds.data.schema import SCHEMA_VERSION, Record, parse_record, parse_sample_record
 from mvptr_ds.data.shards.storage import (
     INDEX_NAME,
@@ -76,11 +77,13 @@ class ByteRange(NamedTuple):
     num_bytes: int
 
 
-class SampleIndex(ABC):
+class SampleIndex(PicklesWithoutCaches, ABC):
     """Samples by number. `len()` counts samples: image-text pairs, text-only records' captions, image-only records.
 
     Pickles without its arrays: another process maps the same files.
     """
+
+    _CACHES = ("_rows", "_first")
 
     num_records: int
     num_samples: int
@@ -95,17 +98,10 @@ class SampleIndex(ABC):
     def _rows_path(self) -> Path:
         """The npy file of the rows."""
 
-    def _map(self) -> None:
+    def _init_caches(self) -> None:
         # as a plain array: numpy's own class for mapped ones takes a microsecond more for each number asked for
         self._rows = np.asarray(np.load(self._rows_path(), mmap_mode="r", allow_pickle=False))
         self._first = self._rows["first_sample"]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_rows", "_first")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._map()
 
     def __len__(self) -> int:
         return self.num_samples
@@ -197,7 +193,7 @@ class Index(SampleIndex):
             from mvptr_ds.data.shards.remote import RemoteFiles
 
             self._remote = RemoteFiles(options, dict(zip(self._paths, self._sizes, strict=True)))
-        self._map()
+        self._init_caches()
 
     @property
     def files(self) -> Files:

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
 
+from mvptr_ds.data.pickling import PicklesWithoutCaches
 from mvptr_ds.data.shards.storage import INDEX_NAME, MANIFEST_NAME, REBUILD, Files, ReadOptions
 from mvptr_ds.errors import DataError
 from mvptr_ds.user_io.atomic import replacing
@@ -36,7 +37,7 @@ class LastingError(OSError):
     """What another try would not mend."""
 
 
-class RemoteFiles(Files):
+class RemoteFiles(PicklesWithoutCaches, Files):
     """Files behind URLs of one folder.
 
     What was fetched ahead (data.read_ahead) is found in `held`: place of a record -> first byte and content of the
@@ -46,26 +47,21 @@ class RemoteFiles(Files):
         sizes: of the files, as the index knows them; a file of another size is refused where the place tells it.
     """
 
+    _CACHES = ("_held", "_pid")
+
     def __init__(self, options: ReadOptions, sizes: Mapping[str, int]) -> None:
         self.options = options
         self._sizes = dict(sizes)
-        self._forget()
+        self._init_caches()
 
-    def _forget(self) -> None:
+    def _init_caches(self) -> None:
         self._pid = os.getpid()
         self._held: Held = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_held", "_pid")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget()
 
     @property
     def held(self) -> Held:
         if self._pid != os.getpid():
-            self._forget()
+            self._init_caches()
         return self._held
 
     def read(self, path: str, offset: int, num_bytes: int) -> bytes:

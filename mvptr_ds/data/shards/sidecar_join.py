@@ -272,7 +272,7 @@ class JoinedIndex(SampleIndex):
                 "%d records have nothing to see, for the sidecars say that they have no regions: they are %s",
                 num_unseen, "left out" if missing == DROP else "used as texts alone",
             )  # fmt: skip
-        self._map()
+        self._init_caches()
 
     def _rows_path(self) -> Path:
         return self._path.with_suffix(".npy")

@@ -26,7 +26,7 @@ from mvptr_ds.data.schema import SCHEMA_VERSION
 from mvptr_ds.data.shards.index import Index, SampleIndex
 from mvptr_ds.data.shards.index_builder import ensure_index
 from mvptr_ds.data.shards.sidecar_join import JoinedIndex, check_extractors, check_kinds, ensure_join, visual_extractors
-from mvptr_ds.data.shards.storage import ReadOptions, is_url
+from mvptr_ds.data.shards.urls import ReadOptions, is_url
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.demo import build
 from mvptr_ds.demo.build import FolderTakenError, build_demo_shards

@@ -29,49 +29,55 @@ MAX_TRIES = 8
 
 
 class SampleDataset(Dataset[Sample], ABC):
-    """Samples by their position in a run."""
+    """Gives samples by their position in a run: what the loader, the buckets and the run's state need of the data."""
 
     names: Sequence[str] = ()  # of the sources, where there are several
 
     @property
     @abstractmethod
     def sources(self) -> list[ShardDataset]:
-        """What a mixture is of, or the one there is."""
+        """The sources of a mixture, or the dataset itself."""
 
     @property
     @abstractmethod
     def num_samples(self) -> int:
-        """Of all sources."""
+        """Number of samples of all sources."""
 
     @property
     @abstractmethod
     def fingerprint(self) -> str | dict[str, str]:
-        """Equal for equal samples in equal order; of a mixture by its parts."""
+        """A text that is equal for equal samples in equal order; of a mixture one for each part."""
 
     @abstractmethod
     def epochs_before(self, position: int) -> dict[str, float]:
-        """How often each of several sources has been gone through before a position of the run."""
+        """Returns how many epochs of each of several sources stand before a position of the run."""
 
     @abstractmethod
     def numbers_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers of the sources and of the samples in them, int64 [N] each, at positions int64 [N]."""
+        """Returns numbers of sources, and of samples within them, int64 [N] each, at positions int64 [N]."""
 
     @abstractmethod
     def __getitems__(self, positions: list[int]) -> list[Sample]:
-        """Samples of a whole micro-batch (the name DataLoader looks for)."""
+        """Returns the samples of a whole micro-batch (DataLoader looks for this name)."""
 
     @property
     @abstractmethod
     def read_ahead_bytes(self) -> int:
-        """What a process may hold of what it is about to read; 0 where all is on this machine."""
+        """Bytes that a process may fetch ahead; 0 where all is on this machine."""
 
     @abstractmethod
     def remote_extents(self, positions: list[int]) -> list[ByteRange]:
-        """What of the samples at these positions is not on this machine, in the order in which it is read."""
+        """Returns the ranges of these samples that are not on this machine, in the order in which they are read."""
 
 
 class ShardDataset(SampleDataset):
-    """Sample at a position of the run (of its source, in a mixture). Picklable; each process opens its own files."""
+    """Gives the samples of one folder of shards by the position in the run (in a mixture: of this source's own).
+
+    Picklable; each process opens its own files.
+
+    Raises:
+        ValueError: the plan is for another number of samples.
+    """
 
     def __init__(self, index: SampleIndex, plan: Plan, builder: SampleBuilder) -> None:
         if plan.num_samples != len(index):
@@ -114,20 +120,22 @@ class ShardDataset(SampleDataset):
         return [extent for number in numbers.tolist() for extent in self.index.remote_extents(number)]
 
     def load(self, position: int, epoch: int, number: int) -> Sample:
-        """The sample; its `num_bad` says how many others had to be passed over.
+        """Returns the sample `number` at a position; its `bad` lists those in whose place it stands.
 
         A sample that cannot be read is replaced by one drawn by (seed, epoch, position), the same in every run.
 
         Raises:
-            DataError: `MAX_TRIES` substitutes in a row cannot be read either; PassingError: some of them for now.
+            DataError: `MAX_TRIES` substitutes in a row cannot be read either.
+            PassingError: the same, but some of the reasons may pass.
         """
         return self._load([(position, epoch, number)])[0]
 
     def _load(self, wanted: list[tuple[int, int, int]]) -> list[Sample]:
-        asked = [(number, position, self._rng(epoch, position)) for position, epoch, number in wanted]
+        requests = [(number, position, self._rng(epoch, position)) for position, epoch, number in wanted]
+        loaded = load_samples(self.index, self.builder, requests)
         return [
             found if isinstance(found, Sample) else self._substitute(position, epoch, found)
-            for (position, epoch, _), found in zip(wanted, load_samples(self.index, self.builder, asked), strict=True)
+            for (position, epoch, _), found in zip(wanted, loaded, strict=True)
         ]
 
     def _rng(self, epoch: int, position: int) -> np.random.Generator:
@@ -151,12 +159,13 @@ class ShardDataset(SampleDataset):
 
 
 class MixedDataset(SampleDataset):
-    """Sample at a position of a run over several sources. Picklable; each process opens its own files.
+    """Gives the samples of several sources by the position in the run. Picklable; each process opens its own files.
 
-    A sample that cannot be read is replaced by another of its source. Images of different sources are different ones.
+    A sample that cannot be read is replaced by another of its source. Images of different sources have different
+    numbers.
 
     Args:
-        sources: by name; the plan of each is keyed by `source_seed`.
+        sources: the datasets by name; the plan of each is keyed by `source_seed`.
     """
 
     def __init__(self, sources: Mapping[str, ShardDataset], mixture: Mixture) -> None:
@@ -228,9 +237,9 @@ class MixedDataset(SampleDataset):
         return [out[place] for place in range(len(positions))]
 
 
-def differences(there: str | Mapping[str, str], here: str | Mapping[str, str]) -> list[str]:
-    """Between the fingerprints of two datasets, one of which is a mixture; a line each."""
-    first, second = ({"data.train": data} if isinstance(data, str) else data for data in (there, here))
+def differences(saved: str | Mapping[str, str], current: str | Mapping[str, str]) -> list[str]:
+    """Lists the differences between the fingerprints of two datasets, at least one of which is a mixture."""
+    first, second = ({"data.train": data} if isinstance(data, str) else data for data in (saved, current))
     return [
         f"{name}: {first.get(name, 'none')} there, {second.get(name, 'none')} here"
         for name in {**first, **second}
@@ -239,7 +248,7 @@ def differences(there: str | Mapping[str, str], here: str | Mapping[str, str]) -
 
 
 class _Loading:
-    """One sample on its way, or what is bad about it."""
+    """One sample while it is loaded, phase by phase; `found` is the sample, or what is bad about it."""
 
     def __init__(
         self, index: SampleIndex, builder: SampleBuilder, number: int, position: int, rng: np.random.Generator
@@ -255,40 +264,42 @@ class _Loading:
         image_index = self._place.record
         self.found = self._builder.begin(self._record, self._members, 0, image_index, self._position, self._rng)
 
-    def add_picture(self) -> None:
+    def add_visual(self) -> None:
         assert isinstance(self.found, Sample)
-        self._builder.add_picture(self.found, self._members)
+        self._builder.add_visual(self.found, self._members)
 
-    def run(self, step: Callable[[_Loading], None]) -> None:
+    def run(self, phase: Callable[[_Loading], None]) -> None:
         if isinstance(self.found, BadSample):
             return
         try:
-            step(self)
+            phase(self)
         except (DataError, OSError) as error:
             path, offset, _, _, caption = self._place
-            # what failed behind a URL was tried several times, and would be again; here the header may well be read
-            gone = isinstance(error, OSError) and self._index.read_ahead_bytes
-            key = "?" if gone else self._index.key_of(self._place)
+            # the key is read anew for the message; behind a URL that would repeat all the tries that just failed
+            is_lost = isinstance(error, OSError) and self._index.read_ahead_bytes
+            key = "?" if is_lost else self._index.key_of(self._place)
             self.found = BadSample(self._position, path, key, offset, caption, str(error), may_pass(error))
 
 
 def load_samples(
-    index: SampleIndex, builder: SampleBuilder, asked: Iterable[tuple[int, int, np.random.Generator]]
+    index: SampleIndex, builder: SampleBuilder, requests: Iterable[tuple[int, int, np.random.Generator]]
 ) -> list[Sample | BadSample]:
-    """Reads and builds samples, each asked for by its number, its position and its generator.
+    """Reads and builds samples; one that cannot be read or used comes as a BadSample with its place and the reason.
 
-    In place of one that cannot be used, or whose file cannot be read, comes a BadSample with its place and the reason.
-    All are read, then all texts made, then all pictures: a picture decoded between them would leave nothing of the rest
-    in the processor's caches, and the rest would take three times as long.
+    Phases run over the whole batch (read, text, images): interleaving JPEG decoding evicts the CPU caches and makes the
+    rest 3x slower.
+
+    Args:
+        requests: number, position and generator of each sample.
     """
-    loading = [_Loading(index, builder, *one) for one in asked]
-    for step in (_Loading.read, _Loading.begin, _Loading.add_picture):
+    loading = [_Loading(index, builder, *request) for request in requests]
+    for phase in (_Loading.read, _Loading.begin, _Loading.add_visual):
         for one in loading:
-            one.run(step)
+            one.run(phase)
     return [one.found for one in loading if one.found is not None]
 
 
 def read_sample_record(index: SampleIndex, number: int) -> tuple[Record, int]:
-    """The record that sample `number` belongs to, and the number of its caption there."""
+    """Reads the record that sample `number` belongs to; returns it and the number of the sample's caption there."""
     place = index.locate(number)
     return index.read(place)[0], place.caption

@@ -26,14 +26,14 @@ from mvptr_ds.user_io.signals import blocked
 
 
 class _MicroBatches:
-    """Batch sampler: this rank's positions of every micro-batch of the steps [start_step, end_step)."""
+    """Batch sampler that gives this rank's positions of every micro-batch of the steps [start_step, end_step)."""
 
     def __init__(
         self, batches: Batches, start_step: int, end_step: int, rank: int, num_ranks: int, accumulation_steps: int
     ) -> None:
         if not 0 <= start_step <= end_step:
             raise ValueError(f"steps {start_step} to {end_step}: expected 0 <= start <= end")
-        batches.positions(start_step, 0, rank, num_ranks, accumulation_steps)  # refuses what does not divide, at once
+        batches.positions(start_step, 0, rank, num_ranks, accumulation_steps)  # refuses at once what does not divide
         self.batches = batches
         self.steps = range(start_step, end_step)
         self.share = (rank, num_ranks, accumulation_steps)
@@ -53,9 +53,10 @@ _LEFT_TO_THE_RANK = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class _Loader(DataLoader[Batch]):
-    """Its processes never get the signals by which launchers, SLURM and terminals stop a run: a rank needs its batches.
+    """DataLoader whose processes ignore the signals by which launchers, SLURM and terminals stop a run.
 
-    All their threads inherit the mask, also those that torch starts before any code of ours runs.
+    A rank that is told to stop still needs its batches. All threads of the processes inherit the mask, also those that
+    torch starts before any code of ours runs.
     """
 
     def __iter__(self) -> Any:
@@ -64,7 +65,9 @@ class _Loader(DataLoader[Batch]):
 
 
 def _check_semaphores(num_workers: int) -> None:
-    """Takes as many as the queues of so many processes, and lets them go: half made, torch's iterator says too much.
+    """Makes as many semaphores as the queues of the processes need, and releases them.
+
+    torch's iterator would fail half made, with several errors in a row.
 
     Raises:
         DataError: /dev/shm, where they lie, is full.
@@ -78,8 +81,11 @@ def _check_semaphores(num_workers: int) -> None:
         raise DataError(f"{what}; {MAKE_ROOM}") from error
 
 
-def _end_with_own_rank(worker: int) -> None:
-    """SIGTERM of the rank itself, which ends its processes so, is heeded; a handler could not tell who sent it."""
+def _ignore_foreign_signals(worker: int) -> None:
+    """Ends this loader process on a SIGTERM of its own rank alone.
+
+    The signal is blocked (`_Loader`) and waited for in a thread, because a handler is not told who sent it.
+    """
 
     def wait_for_own_rank() -> None:
         while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
@@ -101,13 +107,13 @@ def make_loader(
     prefetch_batches: int = 4,
     pin_memory: bool = False,
 ) -> DataLoader[Batch]:
-    """DataLoader of this rank's micro-batches of the steps [start_step, end_step), in order, equally many on all ranks.
+    """Makes a DataLoader of this rank's micro-batches of the steps [start_step, end_step), in order.
 
-    Workers compute on one thread each: torch sets that itself.
+    All ranks get equally many. Workers compute on one thread each: torch sets that itself.
 
     Raises:
         ValueError: the batch does not divide by ranks and accumulation steps, or the steps are out of order.
-        DataError: there is no room in shared memory; also by the iterator, when it is a batch that finds none.
+        DataError: there is no room in shared memory. The iterator raises it, too, when a batch finds no room.
     """
     micro_batches = _MicroBatches(batches, start_step, end_step, rank, num_ranks, accumulation_steps)
     if num_workers:
@@ -122,7 +128,7 @@ def make_loader(
         prefetch_factor=max(1, prefetch_batches) if num_workers else None,
         pin_memory=pin_memory,
         collate_fn=CollateAndSend(num_workers * max(1, prefetch_batches)) if num_workers else collate,
-        worker_init_fn=_end_with_own_rank if num_workers else None,
+        worker_init_fn=_ignore_foreign_signals if num_workers else None,
         generator=torch.Generator(),  # else it takes a number from the one that dropout uses, and no resume is exact
     )
 
@@ -130,13 +136,13 @@ def make_loader(
 def eval_batches(
     index: SampleIndex, builder: SampleBuilder, batch_size: int, indices: Sequence[int] | None = None
 ) -> Iterator[Batch]:
-    """Batches of the samples `indices` (all when None) in that order; `position_B` holds the sample numbers.
+    """Yields batches of the samples `indices` (all when None) in that order; `position_B` holds the sample numbers.
 
-    Without masking only if the builder masks nothing.
+    The builder decides on masking: an evaluation without masking takes one whose probabilities are 0.
 
     Raises:
-        DataError: a sample cannot be read: an evaluation on other samples than asked for would be wrong.
-        PassingError: the same, but for now.
+        DataError: a sample cannot be read: no substitute may stand for it in an evaluation.
+        PassingError: the same, for a reason that may pass.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, must be at least 1")
@@ -155,9 +161,9 @@ def eval_batches(
     for batch in range(-(-len(numbers) // batch_size)):
         if ahead is not None:
             ahead.reach(batch)
-        asked = ((n, n, generator(Stream.SAMPLE, 0, 0, n)) for n in chunk_at(batch))
+        requests = ((n, n, generator(Stream.SAMPLE, 0, 0, n)) for n in chunk_at(batch))
         samples = []
-        for found in load_samples(index, builder, asked):
+        for found in load_samples(index, builder, requests):
             if isinstance(found, BadSample):
                 raise PassingError(str(found)) if found.passes else DataError(str(found))
             samples.append(found)

@@ -106,7 +106,7 @@ def _look_at(index: SampleIndex, builder: SampleBuilder, sample: int, decode: bo
     }
     seen.holds.update(kind for kind, holds in held.items() if holds)
     if builder.options.visual_source == "features" or decode:
-        builder.add_picture(begun, members)
+        builder.add_visual(begun, members)
     seen.targets.update(name for name, needed in NEEDS.items() if all(held[kind] for kind in needed))
 
 

@@ -32,8 +32,8 @@ from mvptr_ds.data.shards.index_builder import ensure_index
 from mvptr_ds.data.shards.remote import RemoteFiles
 from mvptr_ds.data.shards.sidecar_join import JoinedIndex, ensure_join
 from mvptr_ds.data.shards.sidecars import sidecar_json
-from mvptr_ds.data.shards.storage import ReadOptions
 from mvptr_ds.data.shards.tar_writer import write_tar
+from mvptr_ds.data.shards.urls import ReadOptions
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.errors import DataError
 from tests.support.batch_equality import assert_equal_batches

@@ -173,7 +173,7 @@ def stages(setup: Setup, num: int, rounds: int) -> None:
 
     def pictures() -> None:
         for sample, member in zip(begun, members, strict=True):
-            builder.add_picture(sample, member)
+            builder.add_visual(sample, member)
 
     parts: dict[str, Callable[[], Any]] = {
         "read: find the place, read its bytes": lambda: [read_record(*index.locate(n)[:3]) for n in numbers],

@@ -4,8 +4,10 @@ Worked example: weights 3 and 1, blocks of 8 positions. Every block holds 6 samp
 
     A A B A A A B A | A B A A A A B A | ...      block 0 takes A's positions 0-5 and B's 0-1, block 1 A's 6-11, ...
 
-Each source has a plan of its own, so its epochs pass at its own speed, and draws of its own, keyed by its name and its
-own positions: what a source gives does not depend on the sources beside it.
+Each source has a plan of its own, so its epochs pass at its own speed. It has draws of its own, keyed by its name and
+its own positions. So what a source gives does not depend on the other sources.
+
+Legend: N positions.
 """
 
 from __future__ import annotations
@@ -27,22 +29,22 @@ _MAX_BLOCKS = 8
 
 
 def source_seed(seed: int, name: str) -> int:
-    """Seed of everything random about one source of a run."""
+    """Returns the seed of everything random about one source of a run."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest(), "little")
 
 
 class Mixture(PicklesWithoutCaches):
-    """A pure function of (seed, position): the source there, and the position within that source.
+    """Tells which source stands at each position of the run, and the position within that source.
 
-    Up to the end of every block each source has had its share of the positions to within one sample (largest
-    remainders of the exact sums, so nothing adds up); a block whose shares are whole numbers holds exactly these.
+    Up to the end of every block each source has had its share of the positions to within one sample. Largest remainders
+    of the exact sums give that, so errors do not add up. A block whose shares are whole numbers holds exactly these.
 
     Args:
-        weights: of the sources, as they are written (0.1 means a tenth).
+        weights: weights of the sources, as they are written (0.1 means a tenth).
         block_samples: length of a block, at least `default_block(weights, 1)`, at most MAX_BLOCK_SAMPLES.
 
-    Raises ValueError for a weight that is not positive, or blocks in which a source has less than one sample, or which
-    are too long.
+    Raises:
+        ValueError: a weight is not positive, or blocks are too long, or a source has less than one sample in each.
     """
 
     _CACHES = ("_blocks",)
@@ -71,7 +73,7 @@ class Mixture(PicklesWithoutCaches):
         self._blocks: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
 
     def places_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Sources and positions within them, int64 [N] each, at positions int64 [N] of the run."""
+        """Returns sources and positions within them, int64 [N] each, at positions int64 [N] of the run."""
         positions = np.asarray(positions, dtype=np.int64)
         numbers, offsets = np.divmod(positions, self.block_samples)
         sources, places = np.empty_like(positions), np.empty_like(positions)
@@ -82,15 +84,15 @@ class Mixture(PicklesWithoutCaches):
         return sources, places
 
     def taken_before(self, position: int) -> list[int]:
-        """How many samples of each source stand at positions below this one."""
+        """Counts the samples of each source at positions below this one."""
         number, offset = divmod(position, self.block_samples)
         part = np.bincount(self._block(number)[0][:offset], minlength=len(self.shares)).tolist()
         return [whole + more for whole, more in zip(self._taken_by_blocks(number), part, strict=True)]
 
     def _taken_by_blocks(self, num_blocks: int) -> list[int]:
-        """Samples of each source in the first blocks: whole numbers that are less than 1 from the exact ones.
+        """Counts the samples of each source in the first blocks, each less than 1 from the exact share.
 
-        They never fall from block to block, because each source has at least one whole sample more.
+        The counts never fall from block to block, because each block gives each source at least one whole sample.
         """
         exact = [num_blocks * self.block_samples * share for share in self.shares]
         taken = [math.floor(number) for number in exact]
@@ -115,7 +117,7 @@ class Mixture(PicklesWithoutCaches):
 
 
 def shares_of(weights: Sequence[float]) -> list[Fraction]:
-    """Exact shares that add up to 1. Raises ValueError for a weight that is not a positive number."""
+    """Returns exact shares that add up to 1. Raises ValueError for a weight that is not a positive number."""
     wrong = [weight for weight in weights if not (weight > 0 and math.isfinite(weight))]
     if wrong or not weights:
         raise ValueError(f"weights are {list(weights)}, expected positive numbers")
@@ -124,5 +126,5 @@ def shares_of(weights: Sequence[float]) -> list[Fraction]:
 
 
 def default_block(weights: Sequence[float], at_least: int) -> int:
-    """The shortest block of `at_least` samples in which every source has one."""
+    """Returns the length of the shortest block of `at_least` samples in which every source has one."""
     return max(at_least, math.ceil(1 / min(shares_of(weights))))

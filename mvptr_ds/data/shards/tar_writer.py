@@ -1,4 +1,4 @@
-"""One tar of records or of sidecar entries, written whole or not at all, through webdataset's own writer."""
+"""Writes one tar of records or of sidecar entries, whole or not at all, through webdataset's own writer."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ MAX_KEY_LEN = 90  # bytes; USTAR names end at 100
 
 
 def json_bytes(content: dict[str, Any]) -> bytes:
-    """Compact UTF-8 JSON, as `KEY.json` holds it."""
+    """Encodes a JSON object as `KEY.json` holds it: compact, UTF-8."""
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
-    """The array as `KEY.npy` holds it. Raises ValueError for an array of objects."""
+    """Encodes an array as `KEY.npy` holds it. Raises ValueError for an array of objects."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()

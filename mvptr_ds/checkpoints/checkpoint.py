@@ -35,6 +35,7 @@ from safetensors import SafetensorError
 from mvptr_ds.distributed import collectives
 from mvptr_ds.errors import CheckpointError, StorageError, may_pass
 from mvptr_ds.streams import Stream, seed_sequence
+from mvptr_ds.user_io.atomic import replacing
 
 logger = logging.getLogger(__name__)
 CHECKSUMS = "checksums.json"
@@ -98,8 +99,8 @@ def save(
             raise OSError(errno.EIO, f"written, but then {unreadable}")
         if collectives.is_main():
             _write_json(path / CHECKSUMS, checksums)
-            (folder / f"{LATEST}.partial").write_text(path.name, encoding="utf-8")
-            os.replace(folder / f"{LATEST}.partial", folder / LATEST)
+            with replacing(folder / LATEST) as partial:
+                partial.write_text(path.name, encoding="utf-8")
 
     def hash_files() -> None:
         checksums.update(_checksums(path))
@@ -339,9 +340,7 @@ def _rng_state() -> dict[str, torch.Tensor]:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, path)

@@ -8,11 +8,11 @@ from typing import Any
 
 import yaml
 
-from mvptr_ds.builders import Vocabs
 from mvptr_ds.checkpoints import checkpoint as checkpointing
 from mvptr_ds.checkpoints import model_folder, reshard
 from mvptr_ds.config import Config, DataConfig
-from mvptr_ds.data.sampling.mixture import differences
+from mvptr_ds.data.dataset import differences
+from mvptr_ds.data.phrases import Vocabs
 from mvptr_ds.distributed import collectives
 from mvptr_ds.errors import CheckpointError
 from mvptr_ds.model.mvptr import Mvptr

@@ -12,8 +12,6 @@ import io
 import json
 import logging
 import multiprocessing
-import os
-import shutil
 import signal
 import string
 from collections import Counter
@@ -33,6 +31,7 @@ from mvptr_ds.data.wordpiece import SPECIALS, WordPiece
 from mvptr_ds.demo.plan import Concept, SplitRule
 from mvptr_ds.demo.scene import SPLITS, Scene, Source, make_scene
 from mvptr_ds.errors import DataError
+from mvptr_ds.user_io.atomic import replacing_folder
 from mvptr_ds.user_io.progress import progress_bar
 from mvptr_ds.user_io.signals import blocked, end_with_parent
 from mvptr_ds.user_io.user_files import parse_json, read_text
@@ -112,14 +111,8 @@ def build_demo_shards(
         logger.info("demo shards are there: %s (%s, %d + %d scenes)", out_dir, source, num_train, num_held_out)
         return
     arguments = _arguments(source, num_train, num_held_out, seed)
-    partial = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with replacing_folder(out_dir) as partial:  # `out_dir` is not there, or empty
         _build(partial, arguments, num_processes)
-        os.replace(partial, out_dir)  # which is not there, or empty
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     logger.info("demo shards built: %s (%s, %d + %d scenes)", out_dir, source, num_train, num_held_out)
 
 

@@ -22,6 +22,7 @@ from mvptr_ds.demo.plan import Catalogue, Kind
 from mvptr_ds.demo.scene import IMAGE_SIZE_PX, Scene, crop_to_opaque
 from mvptr_ds.demo.stamp_words import is_photo, parse_description
 from mvptr_ds.errors import DataError
+from mvptr_ds.user_io.atomic import replacing_folder
 
 logger = logging.getLogger(__name__)
 
@@ -66,12 +67,9 @@ def find_stamps() -> Path:
 
 
 def _fetch() -> Path:
-    partial = CACHE_DIR.with_name(f"{CACHE_DIR.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     download = ["apt-get", "download", PACKAGE]
     logger.info("fetching %s (160 MB) into %s", PACKAGE, CACHE_DIR)
-    try:
+    with replacing_folder(CACHE_DIR) as partial:
         done = _run(download, partial)
         if done.returncode != 0 and os.geteuid() == 0:  # the package lists may be missing or stale
             _run(["apt-get", "update"], partial)
@@ -86,9 +84,6 @@ def _fetch() -> Path:
             )
         debs[0].unlink()
         shutil.rmtree(CACHE_DIR, ignore_errors=True)
-        os.replace(partial, CACHE_DIR)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return CACHE_DIR / STAMPS_BELOW
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvptr_ds.data.caption_phrases import phrases_with_slots
-from mvptr_ds.data.loader import read_sample_record
+from mvptr_ds.data.dataset import read_sample_record
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.schema import Numbers, Phrase, Record
 from mvptr_ds.data.shards.index import SampleIndex

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvptr_ds.builders import NO_MASKING, Vocabs, build_samples
+from mvptr_ds.builders import NO_MASKING, build_samples
 from mvptr_ds.config import Config, EvalConfig, MaskingConfig
+from mvptr_ds.data.phrases import Vocabs
 from mvptr_ds.data.shards.index import SampleIndex
 from mvptr_ds.evaluation.encode import (
     EncodedSplit,

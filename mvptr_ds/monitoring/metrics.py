@@ -25,6 +25,7 @@ from mvptr_ds.monitoring.timing import PHASES, Peak, PhaseClock
 from mvptr_ds.monitoring.wandb_run import WandbRun
 from mvptr_ds.objectives.losses import LossSum
 from mvptr_ds.objectives.table import OBJECTIVES
+from mvptr_ds.user_io.atomic import replacing
 
 logger = logging.getLogger(__name__)
 GIB = 2**30
@@ -240,9 +241,8 @@ def _drop_lines_from(path: Path, step: int) -> None:
     if num_strange:
         logger.warning("%s: lines that are no reports are dropped (%d)", path, num_strange)
     kept = [line for line, found in zip((*whole, rest), steps, strict=True) if found is not None and found <= step]
-    partial = path.with_name(path.name + ".partial")  # a run killed here must not lose the lines before
-    partial.write_bytes(b"".join(line + b"\n" for line in kept))
-    os.replace(partial, path)
+    with replacing(path) as partial:  # a run killed here must not lose the lines before
+        partial.write_bytes(b"".join(line + b"\n" for line in kept))
 
 
 def _step_of(line: bytes) -> float | None:

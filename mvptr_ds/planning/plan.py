@@ -10,7 +10,7 @@ import torch
 
 from mvptr_ds import builders
 from mvptr_ds.config import Config
-from mvptr_ds.data.phrases import PhraseVocab
+from mvptr_ds.data.phrases import PhraseVocab, Vocabs
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.ds_config import fill_ds_config, micro_batch_size, precision_of
 from mvptr_ds.model.mvptr import Mvptr
@@ -55,7 +55,7 @@ def task_without_memory(config: Config, stage: str, vocab: tuple[int, int] | Non
         phrases = PhraseVocab.load(config.data.phrase_vocab, words)
     else:
         phrases = PhraseVocab.empty(words)
-    model_config = builders.model_config(config, builders.Vocabs(words, phrases))
+    model_config = builders.model_config(config, Vocabs(words, phrases))
     if vocab is not None:
         model_config.num_rows, model_config.num_phrases = vocab
     with torch.device("meta"):

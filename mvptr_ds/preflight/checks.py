@@ -21,13 +21,14 @@ import torch
 import yaml
 
 from mvptr_ds import builders, ds_config
-from mvptr_ds.builders import Vocabs
 from mvptr_ds.checkpoints import checkpoint as checkpointing
 from mvptr_ds.checkpoints import hand_over, model_folder, resume
 from mvptr_ds.config import Config
+from mvptr_ds.data.phrases import Vocabs
 from mvptr_ds.data.shards.index import Index, SampleIndex
 from mvptr_ds.data.shards.index_builder import check_first_record, where_tars_are
-from mvptr_ds.data.shards.storage import MANIFEST_NAME, is_url
+from mvptr_ds.data.shards.index_format import MANIFEST_NAME
+from mvptr_ds.data.shards.urls import is_url
 from mvptr_ds.distributed import collectives
 from mvptr_ds.distributed.rendezvous import deadline
 from mvptr_ds.errors import DataError, PreflightError

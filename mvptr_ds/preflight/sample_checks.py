@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mvptr_ds import builders
-from mvptr_ds.builders import NO_MASKING, Vocabs
+from mvptr_ds.builders import NO_MASKING
 from mvptr_ds.config import Config
 from mvptr_ds.data.features import SampleBuilder
+from mvptr_ds.data.phrases import Vocabs
 from mvptr_ds.data.shards.index import SampleIndex
 from mvptr_ds.data.shards.tar_reader import IMAGE_EXTENSIONS
 from mvptr_ds.errors import DataError
@@ -95,7 +96,7 @@ def _look_at(index: SampleIndex, builder: SampleBuilder, sample: int, decode: bo
     }
     seen.holds.update(kind for kind, holds in held.items() if holds)
     if builder.options.visual_source == "features" or decode:
-        builder.add_picture(begun, members)
+        builder.add_visual(begun, members)
     seen.targets.update(name for name, row in OBJECTIVES.items() if all(held[kind] for kind in row.needs))
 
 

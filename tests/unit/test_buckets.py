@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from mvptr_ds import builders
 from mvptr_ds.config import Config
 from mvptr_ds.data.collate import Sample, collate
+from mvptr_ds.data.dataset import MixedDataset, SampleDataset, ShardDataset
 from mvptr_ds.data.lengths import Lengths, lengths_path, measure
-from mvptr_ds.data.loader import SampleDataset, ShardDataset, make_loader
+from mvptr_ds.data.loader import make_loader
 from mvptr_ds.data.sampling.batches import Batches
 from mvptr_ds.data.sampling.buckets import ENCODERS_3, BucketedBatches, balanced_order, cut
-from mvptr_ds.data.sampling.mixture import MixedDataset
 from mvptr_ds.data.shards.index import Index
 from mvptr_ds.data.shards.tar_writer import npy_bytes
 from mvptr_ds.data.shards.writer import write_shards

@@ -10,9 +10,9 @@ import pytest
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 
-from mvptr_ds.builders import Vocabs, model_config
+from mvptr_ds.builders import model_config
 from mvptr_ds.config import CONFIGS_DIR, Config, OptimConfig, TrainConfig, load_config
-from mvptr_ds.data.phrases import PhraseVocab
+from mvptr_ds.data.phrases import PhraseVocab, Vocabs
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.ds_config import fill_ds_config, load_ds_config, micro_batch_size, rounded_batch_size
 from mvptr_ds.model.mvptr import Mvptr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib.metadata
 import os
 import subprocess
@@ -145,3 +146,36 @@ def test_scripts_run_from_any_folder_and_entries_drop_their_own_from_the_path(pa
     environment = {**os.environ, "PYTHONPATH": "", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
+
+
+SAMPLING_MAY_USE = ("numpy", "mvptr_ds.streams", "mvptr_ds.errors", "mvptr_ds.data.pickling", "mvptr_ds.data.sampling")
+
+
+def test_sampling_needs_nothing_but_numpy() -> None:
+    """The order of a run is a function of seeds and positions."""
+    sampling = [module for module in MODULES if under(module, "mvptr_ds.data.sampling")]
+    foreign = [
+        f"{module} imports {name}"
+        for module in sampling
+        for name in imported(module)
+        if name.partition(".")[0] not in sys.stdlib_module_names and not under(name, *SAMPLING_MAY_USE)
+    ]
+    assert len(sampling) >= 5 and foreign == []
+
+
+def test_no_imports_run_in_a_circle() -> None:
+    """Imports inside functions count, too."""
+    packages = {module for module, path in MODULES.items() if path.name == "__init__.py"}
+    graph = {
+        module: {known_module(name) for name in imported(module) if name not in packages} - {None, module}
+        for module in MODULES
+    }
+    assert "mvptr_ds.data.dataset" in graph["mvptr_ds.data.read_ahead"]
+    graphlib.TopologicalSorter(graph).prepare()  # raises a CycleError that names the circle
+
+
+def known_module(name: str) -> str | None:
+    """The module that a dotted path lies in, None for what is not of this package."""
+    parts = name.split(".")
+    prefixes = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+    return next((prefix for prefix in prefixes if prefix in MODULES), None)

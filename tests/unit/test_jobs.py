@@ -19,7 +19,7 @@ from mvptr_ds.corpus.resumable_jobs import (
     refuse_foreign_tars,
     run_units,
 )
-from mvptr_ds.data.shards.tar_reader import TarError
+from mvptr_ds.data.shards.tar_header import TarError
 from mvptr_ds.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]

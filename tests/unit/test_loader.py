@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 import torch
 
-from mvptr_ds.data.collate import IGNORE, Batch, collate
+from mvptr_ds.data.collate import IGNORE, Batch, Sample, collate
+from mvptr_ds.data.dataset import SampleDataset, ShardDataset, load_samples
 from mvptr_ds.data.features import SampleBuilder, SampleOptions
-from mvptr_ds.data.loader import ShardDataset, eval_batches, load_samples, make_loader
+from mvptr_ds.data.loader import eval_batches, make_loader
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.sampling.batches import Batches
 from mvptr_ds.data.sampling.plan import Plan
@@ -335,6 +336,15 @@ def test_indivisible_ranks_are_refused_before_reading(folder: Path) -> None:
         make_loader(dataset, Batches(BATCH), 0, 1, 0, 3)
     with pytest.raises(ValueError, match="the index holds 42"):
         ShardDataset(dataset.index, Plan(41, 0), dataset.builder)
+
+
+def test_a_dataset_that_lacks_a_method_cannot_be_made() -> None:
+    class Half(SampleDataset):
+        def __getitems__(self, positions: list[int]) -> list[Sample]:
+            return []
+
+    with pytest.raises(TypeError, match=r"abstract.* remote_extents"):
+        Half()  # type: ignore[abstract]
 
 
 def test_eval_batches_run_in_order_without_masking(folder: Path) -> None:

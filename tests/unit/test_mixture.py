@@ -14,18 +14,11 @@ from hypothesis import strategies as st
 from mvptr_ds import builders
 from mvptr_ds.config import Config, load_config, override_config, save_config
 from mvptr_ds.data.collate import Sample, collate
-from mvptr_ds.data.loader import ShardDataset, make_loader
-from mvptr_ds.data.phrases import PhraseVocab
+from mvptr_ds.data.dataset import MixedDataset, ShardDataset, differences
+from mvptr_ds.data.loader import make_loader
+from mvptr_ds.data.phrases import PhraseVocab, Vocabs
 from mvptr_ds.data.sampling.batches import Batches
-from mvptr_ds.data.sampling.mixture import (
-    MAX_BLOCK_SAMPLES,
-    MixedDataset,
-    Mixture,
-    default_block,
-    differences,
-    shares_of,
-    source_seed,
-)
+from mvptr_ds.data.sampling.mixture import MAX_BLOCK_SAMPLES, Mixture, default_block, shares_of, source_seed
 from mvptr_ds.data.schema import Extractor, Record
 from mvptr_ds.data.shards.index import Index
 from mvptr_ds.data.shards.writer import write_shards
@@ -36,7 +29,7 @@ from tests.support.batch_equality import assert_equal_batches
 from tests.unit.test_loader import _damage, _item
 
 WORDS = WordPiece()
-VOCABS = builders.Vocabs(WORDS, PhraseVocab.build({(noun, "big"): 1 for noun in ("dog", "cat", "tree")}, WORDS, 1))
+VOCABS = Vocabs(WORDS, PhraseVocab.build({(noun, "big"): 1 for noun in ("dog", "cat", "tree")}, WORDS, 1))
 BATCH = 8
 
 

@@ -13,12 +13,14 @@ from pathlib import Path
 import bench_data
 import numpy as np
 
+from mvptr_ds.data.dataset import ShardDataset
 from mvptr_ds.data.features import SampleBuilder, SampleOptions
-from mvptr_ds.data.loader import ShardDataset, make_loader
+from mvptr_ds.data.loader import make_loader
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.sampling.batches import Batches
 from mvptr_ds.data.sampling.plan import Plan
-from mvptr_ds.data.shards.index import INDEX_NAME, MANIFEST_NAME, ROW, Index, sampled_digest
+from mvptr_ds.data.shards.index import Index
+from mvptr_ds.data.shards.index_format import INDEX_NAME, MANIFEST_NAME, ROW, sampled_digest
 from mvptr_ds.data.wordpiece import WordPiece
 
 BATCH = 32

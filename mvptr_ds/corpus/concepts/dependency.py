@@ -16,7 +16,6 @@ H rows of weights.
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mvptr_ds.corpus.concepts.templates import feature_rows
+from mvptr_ds.user_io.atomic import replacing
 
 BATCH_SIZE = 128  # sentences side by side: enough to hide numpy's overhead, few enough for the cache
 MAX_BATCH_TOKENS = 128 * BATCH_SIZE
@@ -52,8 +52,7 @@ class Model(NamedTuple):
 
     def save(self, path: Path) -> None:
         """Writes a file that holds plain arrays only; equal models give equal bytes."""
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("wb") as out:
+        with replacing(path) as partial, partial.open("wb") as out:
             np.savez_compressed(
                 out,
                 weights=self.weights_HC,
@@ -62,7 +61,6 @@ class Model(NamedTuple):
                 labels=np.array(self.labels),
                 tags=np.array(self.tags),
             )
-        os.replace(partial, path)
 
     @classmethod
     def load(cls, path: Path) -> Model:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
-import os
 import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from mvptr_ds.corpus.concepts.lemmas import CLASS_OF_TAG, PLURAL, by_rule
 from mvptr_ds.corpus.concepts.tokens import token_spans
 from mvptr_ds.corpus.concepts.training import ParserTrainer, Silver, quantised
 from mvptr_ds.errors import DataError
+from mvptr_ds.user_io.atomic import replacing
 from mvptr_ds.user_io.progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -189,6 +189,5 @@ def measure(tagger: PerceptronTagger, model: Model, silver: Sequence[Silver]) ->
 
 
 def _write(path: Path, content: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(content, encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(content, encoding="utf-8")

@@ -21,6 +21,7 @@ from mvptr_ds.corpus.concepts.web import are_words
 from mvptr_ds.corpus.resumable_jobs import Summary, put_in_place
 from mvptr_ds.data.schema import Caption, Phrase, Words
 from mvptr_ds.errors import DataError
+from mvptr_ds.user_io.atomic import partial_path
 
 _MAX_PLACES = 8  # of one word that are tried: a caption that says it more often is no caption
 
@@ -64,7 +65,7 @@ def import_spice(source: Path, tuples: Path, out: Path) -> Summary:
         DataError: as read_spice does, or `out` holds something else.
     """
     captions, summary = read_spice(source, tuples, Lemmatiser.load(MODELS / LEMMAS_NAME))
-    partial = out.with_name(out.name + ".partial")
+    partial = partial_path(out)
     with partial.open("w", encoding="utf-8") as lines:
         for caption in captions:
             lines.write(json.dumps({"caption": caption.text, "phrases": phrases_json(caption.phrases)}) + "\n")

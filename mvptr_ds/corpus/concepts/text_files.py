@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from mvptr_ds.corpus.resumable_jobs import Summary, put_in_place, run_units
 from mvptr_ds.data.phrases import KINDS
 from mvptr_ds.data.schema import Phrase
 from mvptr_ds.errors import DataError
+from mvptr_ds.user_io.atomic import partial_path, replacing
 
 UNIT_BYTES = 2**20  # about 18,000 captions: ten seconds of work, so that an interruption loses little
 _BATCH = 1024  # lines parsed together
@@ -43,14 +43,12 @@ class Work:
         number, start, end = unit
         summary = Summary()
         path = part_path(self.parts, number)
-        partial = path.with_name(path.name + ".partial")
         parser = get_parser(self.backend)
         parser.left_out.clear()
-        with partial.open("w", encoding="utf-8") as out:
+        with replacing(path) as partial, partial.open("w", encoding="utf-8") as out:
             for batch in _batches(_read_lines(self.source, start, end)):
                 for line in _parse(batch, parser, self.source, summary):
                     out.write(line + "\n")
-        os.replace(partial, path)
         count_left_out(summary, parser, str(self.source))
         return summary
 
@@ -81,7 +79,7 @@ def extract_file(source: Path, out: Path, backend: str, num_processes: int) -> S
     }
     parts.mkdir(parents=True, exist_ok=True)
     summary = run_units(parts, arguments, units, Work(source, parts, backend), num_processes, "phrases")
-    partial = out.with_name(out.name + ".partial")
+    partial = partial_path(out)
     with partial.open("wb") as whole:
         for number, _, _ in units:
             with part_path(parts, number).open("rb") as part:

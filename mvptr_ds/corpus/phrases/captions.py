@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 from mvptr_ds.corpus.resumable_jobs import Summary
 from mvptr_ds.data.schema import SCHEMA_VERSION, Caption, Record, SidecarEntry, parse_entry
-from mvptr_ds.data.shards.index import MANIFEST_NAME
 from mvptr_ds.data.shards.index_builder import ensure_index
+from mvptr_ds.data.shards.index_format import MANIFEST_NAME
 from mvptr_ds.data.shards.tar_reader import check_member, iter_members, split_name
 from mvptr_ds.errors import DataError
 

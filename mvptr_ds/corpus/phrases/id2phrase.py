@@ -7,7 +7,6 @@ counts, and leaves some rows unused. Source: the published code, Inputs.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from mvptr_ds.corpus.resumable_jobs import Summary
 from mvptr_ds.data.phrases import KINDS, PhraseTuple, PhraseVocab, shared_row
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.errors import DataError
+from mvptr_ds.user_io.atomic import replacing
 
 
 def read_id2phrase(path: str | Path, words: WordPiece) -> tuple[PhraseVocab, Summary]:
@@ -76,6 +76,5 @@ def write_id2phrase(vocab: PhraseVocab, path: str | Path) -> None:
         str(row): phrase for row, phrase in zip(vocab.rows.tolist(), vocab.tuples, strict=True)
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(entries), encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(entries), encoding="utf-8")

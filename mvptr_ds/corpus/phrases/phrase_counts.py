@@ -14,7 +14,6 @@ import functools
 import heapq
 import itertools
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,6 +24,7 @@ from mvptr_ds.corpus.phrases.captions import Inputs, Part, list_inputs, read_cap
 from mvptr_ds.corpus.resumable_jobs import Summary, run_units
 from mvptr_ds.data.phrases import KINDS, PhraseTuple
 from mvptr_ds.errors import DataError
+from mvptr_ds.user_io.atomic import replacing
 
 MAX_IN_MEMORY = 200_000  # phrases of a process: some 60 MB
 _MAX_OPEN_RUNS = 128
@@ -67,10 +67,8 @@ def _to_key(phrase: PhraseTuple) -> str:
 
 def write_run(path: Path, run: _Run) -> None:
     """Writes a run under a temporary name first."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="ascii") as file:
+    with replacing(path) as partial, open(partial, "w", encoding="ascii") as file:
         file.writelines(f"{key}\t{count}\n" for key, count in run)
-    os.replace(partial, path)
 
 
 def _read_run(path: Path) -> _Run:

@@ -14,8 +14,8 @@ from mvptr_ds.corpus.phrases.captions import read_entries, shard_paths
 from mvptr_ds.corpus.resumable_jobs import Summary, refuse_foreign_tars, run_units
 from mvptr_ds.data.phrases import KINDS
 from mvptr_ds.data.schema import Caption, Extractor, Record
-from mvptr_ds.data.shards.index import RECORDS
 from mvptr_ds.data.shards.index_builder import ensure_index
+from mvptr_ds.data.shards.index_format import RECORDS
 from mvptr_ds.data.shards.sidecars import sidecar_json
 from mvptr_ds.data.shards.tar_reader import MAX_JSON_BYTES
 from mvptr_ds.data.shards.tar_writer import check_key, write_tar

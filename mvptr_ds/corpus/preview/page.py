@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +33,7 @@ from mvptr_ds.data.shards.index import Index, SampleIndex
 from mvptr_ds.data.shards.index_builder import ensure_index
 from mvptr_ds.data.shards.sidecar_join import DROP, JoinedIndex, check_kinds, ensure_join, join_path
 from mvptr_ds.data.wordpiece import WordPiece
+from mvptr_ds.user_io.atomic import replacing
 from mvptr_ds.user_io.progress import progress_bar
 
 BATCH_SIZE = 32  # of the padding that is foretold
@@ -93,9 +93,8 @@ def write_preview(
         element("main", *cards),
     )
     out = Path(out)
-    partial = out.with_name(f"{out.name}.partial")
-    partial.write_bytes(_page(title, body).encode())
-    os.replace(partial, out)
+    with replacing(out) as partial:
+        partial.write_bytes(_page(title, body).encode())
     return Preview(index.num_records, len(shown), measures)
 
 

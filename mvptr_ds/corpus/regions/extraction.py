@@ -24,8 +24,8 @@ from mvptr_ds.data.pixels import MAX_IMAGE_PIXELS, open_image, read_rgb
 from mvptr_ds.data.schema import Extractor, parse_record
 from mvptr_ds.data.shards.index import Index
 from mvptr_ds.data.shards.index_builder import ensure_index
+from mvptr_ds.data.shards.index_format import MANIFEST_NAME
 from mvptr_ds.data.shards.sidecars import sidecar_json
-from mvptr_ds.data.shards.storage import MANIFEST_NAME
 from mvptr_ds.data.shards.tar_reader import IMAGE_EXTENSIONS, read_keyed_record
 from mvptr_ds.data.shards.tar_writer import check_key, npy_bytes, write_tar
 from mvptr_ds.errors import DataError

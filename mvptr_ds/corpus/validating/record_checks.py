@@ -17,8 +17,8 @@ from mvptr_ds.data.images import decode_square, image_content
 from mvptr_ds.data.phrase_words import wrong_spans
 from mvptr_ds.data.pixels import MAX_IMAGE_PIXELS, open_image
 from mvptr_ds.data.schema import Caption, Record, SidecarEntry, parse_entry
-from mvptr_ds.data.shards.index import SIDECAR
-from mvptr_ds.data.shards.index_builder import describe, is_img2dataset
+from mvptr_ds.data.shards.index_builder import classify_entry, is_img2dataset
+from mvptr_ds.data.shards.index_format import SIDECAR
 from mvptr_ds.data.shards.tar_reader import IMAGE_EXTENSIONS
 from mvptr_ds.errors import DataError
 
@@ -47,7 +47,7 @@ def check_content(members: Mapping[str, bytes], decode: bool) -> Checked:
     """Everything that is wrong with the content of a record, or of a sidecar's entry."""
     try:
         entry = parse_entry(members["json"])
-        kind, _ = describe(entry, members, Counter())
+        kind, _ = classify_entry(entry, members, Counter())
     except DataError as error:
         if is_img2dataset(members, members["json"]):
             return Checked([(IMG2DATASET, str(error))])

@@ -11,15 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
-from mvptr_ds.data.shards.tar_reader import (
-    Member,
-    TarError,
-    check_member,
-    check_record,
-    is_of_a_mac,
-    iter_members,
-    split_name,
-)
+from mvptr_ds.data.shards.tar_header import TarError
+from mvptr_ds.data.shards.tar_reader import Member, check_member, check_record, is_of_a_mac, iter_members, split_name
 
 _BLOCK = tarfile.BLOCKSIZE
 _MAGIC, _MAGIC_AT = b"ustar", 257  # in every header of a tar since 1988

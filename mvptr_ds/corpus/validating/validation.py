@@ -27,7 +27,7 @@ from mvptr_ds.corpus.validating.record_checks import IMG2DATASET, Checked, check
 from mvptr_ds.corpus.validating.repair import Break, Piece, first_key, pieces
 from mvptr_ds.data.shards.index import Index
 from mvptr_ds.data.shards.index_builder import NOT_WRITABLE, build_index, is_img2dataset, not_writable, where_tars_are
-from mvptr_ds.data.shards.storage import MANIFEST_NAME
+from mvptr_ds.data.shards.index_format import MANIFEST_NAME
 from mvptr_ds.data.shards.tar_reader import (
     IMAGE_EXTENSIONS,
     MEMBER_EXTENSIONS,

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from mvptr_ds.batch_size import micro_batch_size
 from mvptr_ds.config import OptimConfig, TrainConfig
 from mvptr_ds.user_io.user_files import expanded, parse_json, read_text
 
@@ -32,32 +33,6 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object")
     return content
-
-
-def micro_batch_size(train: TrainConfig, num_ranks: int) -> int:
-    """Samples of one forward pass on one rank.
-
-    Raises:
-        ValueError: the batch does not divide, with numbers that would.
-    """
-    batch, accumulation = train.batch_size, train.accumulation_steps
-    if batch < 1 or accumulation < 1:
-        raise ValueError(f"train.batch_size is {batch}, train.accumulation_steps {accumulation}; both are at least 1")
-    if batch % (num_ranks * accumulation):
-        valid = [n for n in range(1, min(batch, 4096) + 1) if batch % (n * accumulation) == 0]
-        unit = num_ranks * accumulation
-        raise ValueError(
-            f"train.batch_size={batch} cannot be shared by {num_ranks} ranks x {accumulation} accumulation steps; "
-            f"use {', '.join(map(str, valid[-8:])) or 'no'} ranks, or a batch of {batch // unit * unit or unit} or "
-            f"{(batch // unit + 1) * unit}"
-        )
-    return batch // (num_ranks * accumulation)
-
-
-def rounded_batch_size(train: TrainConfig, num_ranks: int) -> int:
-    """The multiple of ranks x accumulation steps that is nearest to `train.batch_size`."""
-    unit = num_ranks * train.accumulation_steps
-    return max(1, round(train.batch_size / unit)) * unit
 
 
 def fill_ds_config(

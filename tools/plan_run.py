@@ -78,7 +78,8 @@ def _plan(args: argparse.Namespace, nodes: list[int]) -> None:
     for num_nodes in nodes:
         cluster = Cluster(GPUS[args.gpu], num_nodes, args.gpus_per_node)
         if args.micro_batch:
-            config.train.batch_size = args.micro_batch * cluster.num_gpus * config.train.accumulation_steps
+            batch_size = args.micro_batch * cluster.num_gpus * config.train.accumulation_steps
+            config = replace(config, train=replace(config.train, batch_size=batch_size))
         plans.append(make_plan(config, stage, task, content, cluster, mean, assumed, num_samples))
     print(table(plans, mean, assumed))
     if not has_vocab:

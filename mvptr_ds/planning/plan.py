@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from mvptr_ds import builders
+from mvptr_ds.batch_size import micro_batch_size
 from mvptr_ds.config import Config
 from mvptr_ds.data.phrases import PhraseVocab, Vocabs
 from mvptr_ds.data.wordpiece import WordPiece
-from mvptr_ds.ds_config import fill_ds_config, micro_batch_size, precision_of
+from mvptr_ds.ds_config import fill_ds_config, precision_of
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.monitoring.flops import StepFlops, last_layer_rows
 from mvptr_ds.monitoring.timing import vendor_tflops

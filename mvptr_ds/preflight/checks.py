@@ -21,8 +21,8 @@ import torch
 import yaml
 
 from mvptr_ds import builders, ds_config
-from mvptr_ds.checkpoints import checkpoint as checkpointing
 from mvptr_ds.checkpoints import hand_over, model_folder, resume
+from mvptr_ds.checkpoints.checkpoint import check_resume, newest_good
 from mvptr_ds.config import Config
 from mvptr_ds.data.phrases import Vocabs
 from mvptr_ds.data.shards.index import Index, SampleIndex
@@ -128,7 +128,7 @@ def _settings(config: Config) -> Iterator[Finding]:
     """Each choice by itself, so that several wrong ones are told together."""
     choices: list[Callable[[], Any]] = [
         lambda: check_mode(config.wandb.mode),
-        lambda: checkpointing.check_resume(config.train.resume),
+        lambda: check_resume(config.train.resume),
         lambda: optimizer_choice(config.optim, torch.device("cpu")),  # which knows the names
         lambda: ProfileWindow(config.train.profile_steps, Path(config.run.dir)),
         lambda: config.stage_names,
@@ -354,7 +354,7 @@ def _hand_over(config: Config, vocabs: Vocabs) -> list[Finding]:
         resumes = hand_over.resumes(config)
         if resumes and not config.train.preflight_only:  # the stage compares it as soon as it is built
             return [Finding("hand-over", OK, f"{stage} goes on from its checkpoints in {own}")]
-        path = checkpointing.newest_good(own) if resumes else hand_over.first_model(config, TASKS[stage].follows)
+        path = newest_good(own) if resumes else hand_over.first_model(config, TASKS[stage].follows)
     except (ValueError, OSError) as error:
         return [Finding.of("hand-over", error)]
     if path is None:

@@ -20,7 +20,7 @@ if __name__ == "__main__":
     end_on_interrupt("interrupted; the same command goes on from here")
 
 from mvptr_ds.corpus.building.build import BuildOptions, build_listed, build_streamed, finish, parse_shares
-from mvptr_ds.corpus.building.pictures import PictureOptions
+from mvptr_ds.corpus.building.source_images import ImageOptions
 from mvptr_ds.corpus.record_keys import KEY_SCHEMES
 from mvptr_ds.corpus.resumable_jobs import Summary
 from mvptr_ds.corpus.sources.annotations import read_coco, read_flickr30k, read_karpathy, read_visual_genome
@@ -184,7 +184,7 @@ def build(arguments: argparse.Namespace) -> Summary:
         seed=getattr(arguments, "shuffle_seed", defaults.seed),
         max_caption_chars=getattr(arguments, "max_caption_chars", defaults.max_caption_chars),
         image_only=arguments.format == "image-folder",
-        pictures=PictureOptions(
+        pictures=ImageOptions(
             min_side=getattr(arguments, "min_side", defaults.pictures.min_side),
             reencode=getattr(arguments, "reencode", None),
             max_side=getattr(arguments, "max_side", None),

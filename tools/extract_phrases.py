@@ -19,11 +19,11 @@ if __name__ == "__main__":
     end_on_interrupt()
 
 from mvptr_ds.corpus.concepts.backends import BACKENDS
+from mvptr_ds.corpus.concepts.caption_files import extract_file
 from mvptr_ds.corpus.concepts.marking import mark
 from mvptr_ds.corpus.concepts.parser import PhraseParser
 from mvptr_ds.corpus.concepts.scoring import read_known, score
 from mvptr_ds.corpus.concepts.spice import import_spice
-from mvptr_ds.corpus.concepts.text_files import extract_file
 from mvptr_ds.corpus.phrases.phrase_sidecar import extract_phrases
 from mvptr_ds.data.schema import Phrase
 from mvptr_ds.errors import USER_ERRORS

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from mvptr_ds.corpus.concepts.backends import LEMMAS_NAME, MODELS
+from mvptr_ds.corpus.concepts.caption_files import count_phrases, phrases_json
 from mvptr_ds.corpus.concepts.lemmas import Lemmatiser
 from mvptr_ds.corpus.concepts.spans import is_said_by, to_spans
-from mvptr_ds.corpus.concepts.text_files import count_phrases, phrases_json
 from mvptr_ds.corpus.concepts.tokens import Span, token_spans
 from mvptr_ds.corpus.concepts.web import are_words
 from mvptr_ds.corpus.resumable_jobs import Summary, put_in_place

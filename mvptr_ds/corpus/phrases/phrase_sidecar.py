@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from mvptr_ds.corpus.concepts.text_files import count_left_out, count_phrases, get_parser
+from mvptr_ds.corpus.concepts.caption_files import count_left_out, count_phrases, get_parser
 from mvptr_ds.corpus.phrases.captions import read_entries, shard_paths
 from mvptr_ds.corpus.resumable_jobs import Summary, refuse_foreign_tars, run_units
 from mvptr_ds.data.phrases import KINDS

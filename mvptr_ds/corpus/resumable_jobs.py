@@ -1,4 +1,4 @@
-"""Work in several processes that an interruption does not lose, with counts of everything that was dropped and why.
+"""Runs work in several processes so that an interruption loses no finished unit; counts what was dropped and why.
 
 out/.progress/arguments.json   what the work was started with
 out/.progress/000012.json      the summary of unit 12: it is done
@@ -42,7 +42,7 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @dataclass
 class Summary:
-    """What some work did, and what it dropped and why."""
+    """Counts what some work did, and what it dropped and why."""
 
     counts: Counter[str] = field(default_factory=Counter)  # "records", "captions", ...
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> number
@@ -71,7 +71,7 @@ class Summary:
         return cls(Counter(content["counts"]), Counter(content["dropped"]), examples)
 
     def lines(self) -> list[str]:
-        """For people: the counts, then each reason with its number and an example, the most frequent first."""
+        """Returns lines to print: the counts, then each reason with number and example, the most frequent first."""
         out = [f"{name}: {number:,}" for name, number in self.counts.items()]
         for reason, number in sorted(self.dropped.items(), key=lambda item: (-item[1], item[0])):
             example = next(iter(self.examples.get(reason, ())), None)
@@ -87,11 +87,11 @@ def run_units(
     num_processes: int,
     desc: str,
 ) -> Summary:
-    """work(unit) for every unit, each in any order; returns the sum of the summaries, in the order of the units.
+    """Runs work(unit) for every unit, in any order; returns the sum of the summaries in the order of the units.
 
     A unit writes its own output files atomically. What is finished is remembered in `out`, so that an interrupted run
-    goes on with the missing units; a finished folder returns its summary at once. `work` and the units must be
-    picklable unless `num_processes` is 1, when all is done in this process.
+    resumes with the missing units; a finished folder returns its summary at once. `work` and the units must be
+    picklable unless `num_processes` is 1: then all is done in this process.
 
     Raises:
         DataError: `out` was started or finished with other arguments, or a process was killed.
@@ -129,7 +129,7 @@ def run_units(
 
 
 def refuse_foreign_tars(out: Path, *inputs: Path) -> None:
-    """For work that writes tars into `out`: nothing that something else has written there may be lost.
+    """Keeps work that writes tars into `out` from writing over the tars of something else.
 
     Raises:
         DataError: `out` is one of the inputs, or holds tars that no work of this kind has begun there.
@@ -155,7 +155,7 @@ def put_in_place(finished: Path, out: Path) -> None:
 
 
 def finished_summary(out: Path, arguments: dict[str, Any]) -> Summary | None:
-    """The summary of a finished folder, None for one that is not.
+    """Returns the summary of a finished folder, None for one that is not.
 
     Raises:
         DataError: it was finished with other arguments.
@@ -217,7 +217,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _stop_on_signals() -> Iterator[None]:
-    """SIGINT and SIGTERM raise SystemExit in the main thread, so that everything on the way out is closed."""
+    """Makes SIGINT and SIGTERM raise SystemExit in the main thread, so that all that is open is closed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -282,7 +282,7 @@ def _run_spawned(
 
 
 def _first_exit_code(workers: Iterable[BaseProcess]) -> int | None:
-    """The exit code of the worker that broke the pool, which then ends the others by SIGTERM."""
+    """Returns the exit code of the worker that broke the pool, which then ends the others by SIGTERM."""
     codes = [worker.exitcode for worker in workers]
     return next((code for code in codes if code not in (None, 0, -signal.SIGTERM)), codes[0])
 

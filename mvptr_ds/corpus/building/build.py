@@ -1,4 +1,4 @@
-"""Planned records, or tars of img2dataset -> shards of several splits, a shard a unit of work.
+"""Builds the shards of all splits from planned records or tars of img2dataset; each shard is a unit of work.
 
 OUT/SPLIT/shard-000000.tar ... manifest.json index.npy      what training reads
 OUT/summary.json                                             counts, and what was dropped and why
@@ -45,7 +45,7 @@ _PLAN_FOLDER = ".plan"
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What decides the bytes of the shards, the source aside."""
+    """All that decides the bytes of the shards, besides the source."""
 
     images: str | None = None  # folder of the pictures; None: records without pictures
     key_scheme: str = "image-id"
@@ -58,7 +58,7 @@ class BuildOptions:
 
 
 def parse_shares(text: str) -> tuple[tuple[str, float], ...]:
-    """`train=0.98,held_out=0.02` -> names and shares.
+    """Parses `train=0.98,held_out=0.02` into names and shares.
 
     Raises:
         ValueError: not of this form, a name twice, or the shares do not add up to 1.
@@ -75,7 +75,7 @@ def parse_shares(text: str) -> tuple[tuple[str, float], ...]:
 
 
 def split_by_hash(image_id: str, shares: tuple[tuple[str, float], ...]) -> str:
-    """The split of an image: a function of its id alone, so more images move none. No shares: train."""
+    """Returns the split of an image, by its id alone, so that more images move none. Without shares it is train."""
     if not shares:
         return DEFAULT_SPLIT
     digest = hashlib.blake2b(image_id.encode("utf-8", "surrogatepass"), digest_size=8, person=b"split").digest()
@@ -128,7 +128,7 @@ def build_listed(
         work = functools.partial(_build_listed_shard, str(out), options)
         return run_units(out, arguments, units, work, num_processes, "shards")
     finally:
-        shutil.rmtree(plan_folder, ignore_errors=True)  # made anew when the build goes on
+        shutil.rmtree(plan_folder, ignore_errors=True)  # made anew when the build resumes
 
 
 def _split_of(row: Row, shares: tuple[tuple[str, float], ...]) -> str:

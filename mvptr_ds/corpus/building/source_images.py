@@ -1,4 +1,4 @@
-"""Pictures of a source: read, decoded in full to see that they are whole, passed through or encoded again."""
+"""Reads the images of a source, decodes them in full to see that they are whole, and encodes them again if asked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import ExifTags, Image
 from mvptr_ds.data.pixels import DECODE_ERRORS, MAX_IMAGE_PIXELS, STORED_FORMATS, PixelsError, open_image, read_rgb
 from mvptr_ds.data.shards.tar_reader import MAX_MEMBER_BYTES
 
-MAX_DECODED_PIXELS = 89_000_000  # above it a picture is not decoded at all
+MAX_DECODED_PIXELS = 89_000_000  # larger images are not decoded at all
 REENCODE_QUALITY = 95  # of what cannot be stored as it is
 _STORED_AS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JPEG with more pictures behind it
 _FORMATS = (*STORED_FORMATS, "GIF", "BMP", "TIFF")
@@ -31,7 +31,7 @@ _TURNS = {
 
 
 class ImageError(ValueError):
-    """A picture cannot be used; `reason` is one of a few, for counting."""
+    """Says that an image cannot be used; `reason` is one of a few, for counting."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason} {detail}")
@@ -41,7 +41,7 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """How pictures are stored. `reencode` None passes JPEG, PNG and WebP through byte by byte."""
+    """How images are stored. With `reencode` None, JPEG, PNG and WebP are stored byte by byte."""
 
     min_side: int = 1  # pixels
     reencode: int | None = None  # JPEG quality
@@ -56,7 +56,7 @@ class StoredImage(NamedTuple):
 
 
 def read_image(folder: Path, name: str) -> bytes:
-    """Content of a picture below `folder`.
+    """Returns the content of an image file below `folder`.
 
     Raises:
         ImageError: it lies elsewhere, is missing, no plain file, or too large.
@@ -81,7 +81,7 @@ def read_image(folder: Path, name: str) -> bytes:
 
 
 def check_image(content: bytes, options: ImageOptions, counts: Counter[str] | None = None) -> StoredImage:
-    """The picture as it is to be stored.
+    """Returns the image as it is to be stored.
 
     Its format is told by its content. JPEG, PNG and WebP pass through unchanged, EXIF included, which the training
     reader does not apply; what is encoded again is turned as EXIF says, holds no EXIF, and is what the training reader

@@ -1,4 +1,4 @@
-"""One record as a card: its image with boxes, its captions with their phrases marked, its regions and facts.
+"""Describes one record as a card: its image with boxes, its captions with their phrases marked, its regions and facts.
 
 The functions here say what the card holds; templates/card.html is its markup.
 """
@@ -120,7 +120,7 @@ def _content(where: str, record: Record, members: Mapping[str, bytes], grid_size
 
 
 def _facts(where: str, record: Record, members: Mapping[str, bytes], grid_size: int) -> tuple[str, list[str]]:
-    """What the record consists of, in a line; and what is odd about it."""
+    """Returns a line that says what the record consists of, and what is wrong with it."""
     parts = [where, f"image_id {shortened(record.image_id, 80)}"]
     problems = []
     if record.width and record.height:
@@ -189,7 +189,7 @@ def _regions(record: Record, width: float, height: float) -> list[ShownRegion]:
 def place_labels(
     boxes: Sequence[Rectangle], names: Sequence[str], width: float, height: float
 ) -> list[tuple[Rectangle, bool]]:
-    """Where each box's label goes, inside the drawing, and whether it covers none of those before it."""
+    """Returns the place of each box's label inside the drawing, and whether it covers no label before it."""
     placed: list[Rectangle] = []
     out: list[tuple[Rectangle, bool]] = []
     for (x1, y1, x2, y2), name in zip(boxes, names, strict=True):
@@ -219,7 +219,7 @@ def _overlap(a: Rectangle, b: Rectangle) -> bool:
 
 
 def colours_of(tags: Iterable[str]) -> dict[str, int]:
-    """A colour for each tag: everywhere the same one, unless another tag of the record has it already."""
+    """Returns a colour for each tag, the same in every record unless another tag of the record has it already."""
     out: dict[str, int] = {}
     for tag in dict.fromkeys(tags):
         wanted = int.from_bytes(hashlib.blake2b(tag.encode("utf-8", "replace"), digest_size=2).digest(), "big")

@@ -1,4 +1,4 @@
-"""Histograms and bars of counts: the sizes and texts that templates/charts.html draws as inline SVG."""
+"""Computes the sizes and texts of histograms and bars, which templates/charts.html draws as inline SVG."""
 
 from __future__ import annotations
 

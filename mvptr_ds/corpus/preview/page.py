@@ -1,7 +1,7 @@
-"""One self-contained HTML page of a folder's records: pictures, captions with their phrases, statistics.
+"""Writes one self-contained HTML page of a folder's records: images, captions with their phrases, statistics.
 
-It asks for nothing: style and script are inside, pictures are data URIs, and a content security policy that names style
-and script by their hashes keeps anything else from running or loading, whatever the shards hold.
+The page loads nothing: style and script are inside, and images are data URIs. A content security policy names style and
+script by their hashes, so that nothing else runs or loads, whatever the shards hold.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def write_preview(
 
 
 def _joined(folders: Sequence[Index], join_folder: str) -> tuple[SampleIndex, list[int]]:
-    """The folder of records (the first) joined with its sidecars, and how many records have a partner in each.
+    """Returns the folder of records (the first) joined with its sidecars, and how many records have a partner in each.
 
     Mixed extractors are let through: the page names them all.
     """

@@ -29,7 +29,7 @@ from mvptr_ds.corpus.sources.rows import Row
 from mvptr_ds.corpus.sources.tables import read_csv, read_jsonl, read_parquet
 from mvptr_ds.errors import USER_ERRORS, DataError
 from mvptr_ds.user_io.terminal import accept_any_text
-from mvptr_ds.user_io.user_files import user_path
+from mvptr_ds.user_io.user_files import user_path, whole_number
 
 FORMATS = {
     "coco": "captions JSON of COCO, such as captions_train2014.json; keys are the image ids in twelve digits",
@@ -117,44 +117,44 @@ def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
     add("--keys", choices=KEY_SCHEMES, default=KEY_SCHEMES[0], help=keys)
     if name != "img2dataset":
         add(
-            "--records-per-shard", type=_number(1), default=10_000, metavar="N", help="records of a shard (%(default)s)"
+            "--records-per-shard",
+            type=whole_number(1),
+            default=10_000,
+            metavar="N",
+            help="records of a shard (%(default)s)",
         )
         add("--shuffle-seed", type=int, default=0, metavar="S", help="seed of the order of the records (%(default)s)")
     if name != "image-folder":
         add(
-            "--max-caption-chars", type=_number(1), default=1000, metavar="N", help="drop longer captions (%(default)s)"
+            "--max-caption-chars",
+            type=whole_number(1),
+            default=1000,
+            metavar="N",
+            help="drop longer captions (%(default)s)",
         )
     if name != "text":
         add(
-            "--min-side", type=_number(1), default=1, metavar="PX", help="drop images with a shorter side (%(default)s)"
+            "--min-side",
+            type=whole_number(1),
+            default=1,
+            metavar="PX",
+            help="drop images with a shorter side (%(default)s)",
         )
         reencode = (
             "store every image as JPEG of this quality (1 to 100), turned as EXIF says, transparency on white; "
             "by default JPEG, PNG and WebP are stored unchanged"
         )
-        add("--reencode", type=_number(1, 100), metavar="QUALITY", help=reencode)
-        add("--max-side", type=_number(1), metavar="PX", help="with --reencode: shrink images to this longer side")
+        add("--reencode", type=whole_number(1, 100), metavar="QUALITY", help=reencode)
+        add("--max-side", type=whole_number(1), metavar="PX", help="with --reencode: shrink images to this longer side")
     limit = "end with 1 when a larger share of the captions (or images) is dropped (%(default)s)"
     add("--max-dropped-fraction", type=_fraction, default=0.5, metavar="X", help=limit)
     add(
         "--processes",
-        type=_number(1),
+        type=whole_number(1),
         default=os.cpu_count() or 1,
         metavar="P",
         help="processes that work (%(default)s, the cores here)",
     )
-
-
-def _number(least: int, most: int | None = None) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        value = int(text)
-        if value < least or (most is not None and value > most):
-            raise argparse.ArgumentTypeError(
-                f"{value} is not at least {least}" + (f" and at most {most}" if most else "")
-            )
-        return value
-
-    return number
 
 
 def _fraction(text: str) -> float:

@@ -28,7 +28,7 @@ from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.errors import USER_ERRORS
 from mvptr_ds.user_io.terminal import accept_any_text
-from mvptr_ds.user_io.user_files import user_path
+from mvptr_ds.user_io.user_files import user_path, whole_number
 
 EPILOG = """\
 INPUT is a folder of shards whose captions have phrases, or a sidecar folder or .jsonl file of extract_phrases.py.
@@ -116,12 +116,12 @@ def _parse_arguments() -> argparse.Namespace:
     add("--out", type=user_path, required=True, metavar="FILE", help="vocabulary to write (data.phrase_vocab)")
     add(
         "--min-count",
-        type=_number(1),
+        type=whole_number(1),
         metavar="N",
         default=50,
         help="keep phrases in at least N captions (%(default)s)",
     )
-    add("--max-phrases", type=_number(1), metavar="N", help="keep at most the N most frequent phrases (no limit)")
+    add("--max-phrases", type=whole_number(1), metavar="N", help="keep at most the N most frequent phrases (no limit)")
     add("--merge", type=user_path, nargs="+", metavar="FILE", help="instead of INPUT: vocabularies to merge")
     add(
         "--from-id2phrase",
@@ -134,7 +134,7 @@ def _parse_arguments() -> argparse.Namespace:
     add("--stats", action="store_true", help="print the most frequent phrases and the coverage of the inputs")
     add(
         "--most-frequent",
-        type=_number(1),
+        type=whole_number(1),
         metavar="N",
         default=20,
         help="phrases of each kind that --stats prints (%(default)s)",
@@ -149,7 +149,7 @@ def _parse_arguments() -> argparse.Namespace:
     )
     add(
         "--processes",
-        type=_number(1),
+        type=whole_number(1),
         default=os.cpu_count() or 1,
         metavar="P",
         help="processes (%(default)s, the cores here)",
@@ -160,16 +160,6 @@ def _parse_arguments() -> argparse.Namespace:
     if args.stats and not args.inputs:
         parser.error("--stats needs INPUT; --held-out measures what is made otherwise")
     return args
-
-
-def _number(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value} is not at least {least}")
-        return value
-
-    return number
 
 
 if __name__ == "__main__":

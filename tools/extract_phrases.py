@@ -29,7 +29,7 @@ from mvptr_ds.data.schema import Phrase
 from mvptr_ds.errors import USER_ERRORS
 from mvptr_ds.user_io.progress import progress_bar
 from mvptr_ds.user_io.terminal import accept_any_text
-from mvptr_ds.user_io.user_files import user_path
+from mvptr_ds.user_io.user_files import user_path, whole_number
 
 EPILOG = """examples:
   python tools/extract_phrases.py shards/train sidecars/phrases/train
@@ -60,7 +60,7 @@ def main() -> int:
     )
     parser.add_argument(
         "--processes",
-        type=int,
+        type=whole_number(1),
         default=os.cpu_count() or 1,
         metavar="N",
         help="processes (%(default)s, the cores here)",
@@ -78,14 +78,16 @@ def main() -> int:
         help='compare the phrases with JSON lines {"caption", "tuples"}; the last line printed is JSON',
     )
     parser.add_argument(
-        "--examples", type=int, default=20, metavar="N", help="captions with errors that --score prints (%(default)s)"
+        "--examples",
+        type=whole_number(0),
+        default=20,
+        metavar="N",
+        help="captions with errors that --score prints (%(default)s)",
     )
     args = parser.parse_args()
     modes = [args.show is not None, args.score is not None, args.source is not None]
     if sum(modes) != 1 or (args.source is None) != (args.out is None):
         parser.error("give IN and OUT, or --show TEXT, or --score FILE")
-    if args.processes < 1:
-        parser.error("--processes must be at least 1")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         if args.show is not None:

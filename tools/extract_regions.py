@@ -17,7 +17,7 @@ if __name__ == "__main__":
 from mvptr_ds.corpus.regions.detection import RegionChoice
 from mvptr_ds.errors import USER_ERRORS
 from mvptr_ds.user_io.terminal import accept_any_text
-from mvptr_ds.user_io.user_files import expanded, user_path
+from mvptr_ds.user_io.user_files import expanded, user_path, whole_number
 
 EPILOG = """\
 MODEL is a local folder (config.json, preprocessor_config.json, weights) or a name on the Hugging Face hub. A local
@@ -36,9 +36,6 @@ def main() -> int:
     accept_any_text()
     parser = _parser()
     args = parser.parse_args()
-    for name in ("batch_size", "processes", "limit"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, must be at least 1")
     try:
         choice = RegionChoice(args.score_threshold, args.nms_iou, args.max_regions)
     except ValueError as error:
@@ -92,7 +89,9 @@ def _parser() -> argparse.ArgumentParser:
         help="of two boxes of one tag with a higher overlap, keep the better (%(default)s; 1 keeps all)",
     )
     parser.add_argument("--max-regions", type=int, default=50, metavar="N", help="regions of an image (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="images of a batch (%(default)s)")
+    parser.add_argument(
+        "--batch-size", type=whole_number(1), default=8, metavar="N", help="images of a batch (%(default)s)"
+    )
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is a GPU"
     )
@@ -104,12 +103,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--processes",
-        type=int,
+        type=whole_number(1),
         default=1,
         metavar="N",
         help="processes, each with a copy of the model (1); 2 to 4 keep a GPU busy while images are decoded",
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="read the first N records only")
+    parser.add_argument("--limit", type=whole_number(1), metavar="N", help="read the first N records only")
     return parser
 
 

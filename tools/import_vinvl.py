@@ -17,7 +17,7 @@ if __name__ == "__main__":
 from mvptr_ds.corpus.regions.vinvl import FEATURE_DIM, KeyRule, import_vinvl
 from mvptr_ds.errors import USER_ERRORS
 from mvptr_ds.user_io.terminal import accept_any_text
-from mvptr_ds.user_io.user_files import user_path
+from mvptr_ds.user_io.user_files import user_path, whole_number
 
 EPILOG = """\
 Training joins the sidecar to image shards by key (data.sidecars), so give --keys the value that build_shards.py had.
@@ -48,7 +48,7 @@ def main() -> int:
     parser.add_argument("--version", required=True, help="version of the extractor vinvl, such as x152c4")
     parser.add_argument(
         "--feature-dim",
-        type=int,
+        type=whole_number(7),
         default=FEATURE_DIM,
         metavar="N",
         help="numbers of a box in features.tsv, with the 6 of its geometry (%(default)s)",
@@ -58,26 +58,23 @@ def main() -> int:
     )
     parser.add_argument(
         "--key-width",
-        type=int,
+        type=whole_number(0),
         default=0,
         metavar="N",
         help="digits of a key (%(default)s: as the files write it; COCO: 12)",
     )
-    parser.add_argument("--max-regions", type=int, default=50, metavar="N", help="regions of an image (%(default)s)")
     parser.add_argument(
-        "--records-per-shard", type=int, default=10_000, metavar="N", help="records of a shard (%(default)s)"
+        "--max-regions", type=whole_number(1), default=50, metavar="N", help="regions of an image (%(default)s)"
     )
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="processes (%(default)s)")
+    parser.add_argument(
+        "--records-per-shard",
+        type=whole_number(1),
+        default=10_000,
+        metavar="N",
+        help="records of a shard (%(default)s)",
+    )
+    parser.add_argument("--processes", type=whole_number(1), default=1, metavar="N", help="processes (%(default)s)")
     args = parser.parse_args()
-    for name, least in (
-        ("feature_dim", 7),
-        ("key_width", 0),
-        ("max_regions", 1),
-        ("records_per_shard", 1),
-        ("processes", 1),
-    ):
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, must be at least {least}")
     try:
         summary = import_vinvl(
             args.predictions,

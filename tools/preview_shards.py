@@ -18,7 +18,7 @@ if __name__ == "__main__":
 from mvptr_ds.corpus.preview.page import write_preview
 from mvptr_ds.errors import USER_ERRORS
 from mvptr_ds.user_io.terminal import accept_any_text
-from mvptr_ds.user_io.user_files import user_path
+from mvptr_ds.user_io.user_files import user_path, whole_number
 
 _MAX_BAD_LINES = 5
 EPILOG = """\
@@ -35,21 +35,6 @@ Exit status: 0 done, 1 an error (one line on stderr), 2 wrong usage.
 """
 
 
-def _count(least: int, text: str) -> int:
-    number = int(text)
-    if number < least:
-        raise argparse.ArgumentTypeError(f"{number} is below {least}")
-    return number
-
-
-def _natural(text: str) -> int:
-    return _count(0, text)
-
-
-def _positive(text: str) -> int:
-    return _count(1, text)
-
-
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -58,8 +43,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--out", type=user_path, required=True, metavar="FILE", help="the page to write, such as preview.html"
     )
-    parser.add_argument("--num", type=_natural, default=24, metavar="N", help="records to show (default: %(default)s)")
-    parser.add_argument("--seed", type=_natural, default=0, help="seed of the records drawn (default: %(default)s)")
+    parser.add_argument(
+        "--num", type=whole_number(0), default=24, metavar="N", help="records to show (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=whole_number(0), default=0, help="seed of the records drawn (default: %(default)s)"
+    )
     parser.add_argument(
         "--sidecars",
         type=user_path,
@@ -70,13 +59,17 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--stats-records",
-        type=_natural,
+        type=whole_number(0),
         default=2000,
         metavar="N",
         help="records to draw for the statistics (default: %(default)s)",
     )
     parser.add_argument(
-        "--processes", type=_positive, default=1, metavar="N", help="processes that read them (default: %(default)s)"
+        "--processes",
+        type=whole_number(1),
+        default=1,
+        metavar="N",
+        help="processes that read them (default: %(default)s)",
     )
     return parser.parse_args()
 

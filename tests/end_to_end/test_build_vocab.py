@@ -147,7 +147,7 @@ def test_coco_from_its_annotations_in_one_command(tmp_path: Path) -> None:
         annotations = [{"id": n, "image_id": n, "caption": text} for n in numbers for text in texts(n)]
         content = json.dumps({"images": images, "annotations": annotations})
         (tmp_path / f"captions_{split}.json").write_text(content)
-    done = run("coco_phrases.py", tmp_path, "--out", tmp_path / "out", "--min-count", 12, "--processes", 1)
+    done = run("dev/coco_phrases.py", tmp_path, "--out", tmp_path / "out", "--min-count", 12, "--processes", 1)
     assert done.returncode == 0, done.stderr
     words = WordPiece()
     counts = [
@@ -157,5 +157,5 @@ def test_coco_from_its_annotations_in_one_command(tmp_path: Path) -> None:
     assert counts == [32, 16]  # each place in a third of the captions
     assert "these inputs: 96 captions" in done.stdout and "held out: 48 captions" in done.stdout
     assert done.stdout.count("MiB a process]") == 6
-    again = run("coco_phrases.py", tmp_path / "nowhere", "--out", tmp_path / "none")
+    again = run("dev/coco_phrases.py", tmp_path / "nowhere", "--out", tmp_path / "none")
     assert again.returncode == 1 and "nowhere" in again.stderr.splitlines()[-1]

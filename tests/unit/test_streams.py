@@ -18,9 +18,7 @@ MAKERS |= {"Random", "seed", "manual_seed", "manual_seed_all"}
 ELSEWHERE = {
     "builders.py": "the first weights",
     "checkpoints/rng.py": "torch's own state, for dropout",
-    "corpus/concepts/silver.py": "what the shipped parser was trained on",
     "corpus/concepts/templates.py": "what the shipped parser was trained on",
-    "corpus/concepts/training.py": "the shipped parser's training",
     "corpus/preview/measures.py": "the records of a page",
     "demo/scene.py": "the scenes of the demo, which stay as they are",
     "planning/lengths.py": "lengths to plan with, always the same",

@@ -90,7 +90,7 @@ def bench_index(folder: Path, num_samples: int, words: WordPiece, phrases: Phras
 
 
 def _private_mib(process: int) -> float:
-    """What is the process's own, in MiB: neither shared with another nor a page of a mapped file."""
+    """Returns the private memory of a process in MiB: neither shared with another nor of a mapped file."""
     lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty")) / 1024
 

@@ -1,4 +1,6 @@
-"""The published phrase list, `id2phrase` JSON: {"30522": ["boat", "two"], ..., "2367": ["different"], ...}.
+"""Reads and writes the published phrase list, the JSON `id2phrase`.
+
+    {"30522": ["boat", "two"], ..., "2367": ["different"], ...}
 
 An id is the phrase's row of the embedding table: that of its wordpiece, or one behind the words. The list has no
 counts, and leaves some rows unused. Source: the published code, Inputs.
@@ -19,7 +21,7 @@ from mvptr_ds.user_io.atomic import replacing
 
 
 def read_id2phrase(path: str | Path, words: WordPiece) -> tuple[PhraseVocab, Summary]:
-    """The phrases of a published list with its ids as rows, all counts 0; a phrase that is there twice keeps its first.
+    """Returns the phrases of a published list: its ids are rows, counts are 0, a repeated phrase keeps its first id.
 
     Raises:
         DataError: unreadable, not of this layout, an id twice, or ids below the number of words that are no wordpiece

@@ -26,7 +26,7 @@ BANNED = {
     r"\b(?:some|no)body\b": "name who, or use the passive",
 }
 FENCE = re.compile(r"\s*(```|~~~)")
-ITEM = re.compile(r"\s*(?:[-*+]|\d+[.)])\s+")
+ITEM = re.compile(r"^\s*(?:[-*+]|\d+[.)])\s+")
 URL = re.compile(r"<?https?://[^\s)>]+>?")
 ABBREVIATION = re.compile(r"\b(?:e\.g|i\.e|etc|vs|al|cf|Fig|No)\.")
 SENTENCE_END = re.compile(r"(?<=[.!?])[)\"'*_]*\s+")

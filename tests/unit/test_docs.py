@@ -126,9 +126,11 @@ def test_every_test_exists(name: str) -> None:
 
 def test_long_sentences_semicolons_and_private_words_are_found() -> None:
     text = "# A page\n\nIt is fine; or not.\n" + "w " * 26 + "end.\n- The run goes on\n  here.\n\n"
-    text += "    x; goes on in code\n\n| a; b | nobody |\n\n```sh\ngoes on; nobody\n```\nSee `a; b`, [x](y;z).\n"
+    text += (
+        "Code:\n\n    x; goes on in code\n\n| a; b | nobody |\n\n```sh\ngoes on; nobody\n```\nSee `a; b`, [x](y;z).\n"
+    )
     found = check(Path("page.md"), text)
-    assert [(f.line, f.rule.split(" (")[0]) for f in found] == [(3, "semicolon"), (3, "27 words"), (4, "'goes on'")]
+    assert [(f.line, f.rule.split(" (")[0]) for f in found] == [(3, "semicolon"), (3, "27 words"), (5, "'goes on'")]
 
 
 def test_a_wrong_key_is_found() -> None:

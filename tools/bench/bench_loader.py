@@ -2,7 +2,7 @@
 """How fast samples are read, on one processor core: this loader beside others on the same pictures, interleaved.
 
 Speeds are of CPU time of the process, so that other work on the machine disturbs them little. Every figure of
-docs/loading.md is printed by this command. The last line is JSON.
+docs/measurements/loading.md is printed by this command. The last line is JSON.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ examples:
 
 Counts are exact; memory holds 200,000 phrases a process and the vocabulary, the disk (OUT.parts, while counting) the
 rest. Interrupted, the same command goes on where it stopped. A FILE that holds something else is not replaced.
-docs/vocabulary.md has the figures of COCO.
+docs/measurements/vocabulary.md has the figures of COCO.
 Exit status: 0 done, 1 something is wrong (one line on stderr), 2 wrong usage."""
 
 

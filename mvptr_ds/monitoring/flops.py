@@ -1,12 +1,12 @@
-"""Model FLOPs: what a batch asks of the mathematics, whatever kernels do it.
+"""Counts model FLOPs: what a batch needs mathematically, whatever kernels compute it.
 
-Counted are matrix products on valid positions, and in an encoder's last layer those that a loss reads
-(output_rows.py). A multiplication and an addition are two. A training step is three times its forward pass: one for
-the forward, two for the backward.
+Matrix products on valid positions are counted, and in an encoder's last layer the rows that a loss uses
+(output_rows.py). A multiplication and an addition count as two. A training step is three times its forward pass: one
+for the forward, two for the backward.
 
 Not counted are padding, what activation checkpointing computes again, element-wise work, the embedding look-up,
 RoIAlign, and grounding's phrase-region products (below 0.1 % of the base model). The mismatched pairs of ITM are
-counted with the lengths of the matched ones: which pairs they are is known on the device only, and over a batch the
+counted with the lengths of the matched ones. Only the device knows which pairs they are, and over a batch the
 positions are nearly the same. Legend: D hidden, W word rows, P phrases.
 """
 
@@ -30,7 +30,7 @@ FORWARD_AND_BACKWARD = 3
 
 @dataclass(frozen=True)
 class Lengths:
-    """What formulas need of a batch: sums over its samples. Pairs are squares of lengths: what attention compares."""
+    """Sums what formulas need over the samples of a batch. Pairs are squares of lengths, which attention compares."""
 
     samples: float
     text: float  # slots of the text encoder: tokens and phrases
@@ -45,11 +45,11 @@ class Lengths:
     picked_tags: float = 0.0
     picked_phrases: float = 0.0
     scored_regions: float = 0.0  # regions of samples with a picked tag (region MCR)
-    images: float = 0.0  # that go through a backbone
+    images: float = 0.0  # images that go through a backbone
 
     @classmethod
     def of(cls, batch: Batch) -> Lengths:
-        """Of a batch on the host (on a GPU every number would wait for it)."""
+        """Sums the lengths of a batch on the host, since on a GPU every number would wait for the device."""
         text, tags, regions = (
             mask.sum(-1).double() for mask in (batch.text_mask_BT, batch.tag_mask_BG, batch.region_mask_BR)
         )
@@ -73,7 +73,7 @@ class Lengths:
         )
 
     def read(self, kinds: frozenset[str]) -> float:
-        """Rows of these kinds (output_rows.py), which do not overlap."""
+        """Returns the number of rows of these kinds (output_rows.py), which do not overlap."""
         numbers = {
             "first": self.samples,
             "tokens": self.picked_tokens,
@@ -99,16 +99,16 @@ def forward_flops(
     num_samples: float,
     reads: Mapping[str, frozenset[str]],
 ) -> dict[str, float]:
-    """FLOPs of one forward pass by part of the model, without an image backbone.
+    """Returns the FLOPs of one forward pass by part of the model, without an image backbone.
 
     Args:
         parts: `Task.trained_parts`: which of the encoders run.
         objectives: those with a weight.
-        num_samples: of the global micro-batch, which contrast compares each sample with.
+        num_samples: samples of the global micro-batch, which contrast compares each sample with.
         reads: `Task.reads`: the rows that each encoder's last layer computes wholly.
     """
     dim, on = model.hidden_size, set(objectives)
-    before, after = 2 * 3 * dim**2, 2 * (dim**2 + 2 * dim * model.intermediate_size)  # of attention, a position
+    before, after = 2 * 3 * dim**2, 2 * (dim**2 + 2 * dim * model.intermediate_size)  # of attention, for each position
     a_pair = 4 * dim  # query x key, and probability x value
 
     def encoder(num_layers: int, positions: float, pairs: float, read: float) -> float:
@@ -141,12 +141,12 @@ def forward_flops(
 
 
 def num_cross_passes(objectives: Collection[str]) -> int:
-    """Matched pairs, and mismatched ones where something compares them."""
+    """Returns the passes of the cross encoder: matched pairs, and mismatched ones where an objective needs them."""
     return 2 if set(objectives) & {"itm", "wpg_cross"} else 1
 
 
 def rows_read(lengths: Lengths, objectives: Collection[str], reads: Mapping[str, frozenset[str]]) -> dict[str, float]:
-    """Rows that each encoder's last layer computes wholly, those of both cross passes together."""
+    """Returns the rows that each encoder's last layer computes wholly, with both cross passes added."""
     number = {name: lengths.read(kinds) for name, kinds in reads.items()}
     strangers = number.get("mismatched", lengths.cross) if num_cross_passes(objectives) == 2 else 0.0
     return {
@@ -157,7 +157,7 @@ def rows_read(lengths: Lengths, objectives: Collection[str], reads: Mapping[str,
 
 
 def backbone_flops(model: Mvptr) -> float:
-    """FLOPs of one image's forward pass through the backbone, counted on a copy without memory; 0 without one."""
+    """Returns the FLOPs of one image's forward pass through the backbone, or 0. It counts on a copy without memory."""
     backbone = model.region_embedding.backbone
     if backbone is None:
         return 0.0
@@ -170,7 +170,7 @@ def backbone_flops(model: Mvptr) -> float:
 
 
 class StepFlops:
-    """Training FLOPs of the batches of a task."""
+    """Counts the training FLOPs of the batches of a task."""
 
     def __init__(self, task: Task, num_ranks: int) -> None:
         self.model: MvptrConfig = task.model.config  # type: ignore[assignment]  # transformers annotates its base class
@@ -180,7 +180,7 @@ class StepFlops:
         self.an_image = backbone_flops(task.model) * (1 if self.model.freeze_backbone else FORWARD_AND_BACKWARD)
 
     def of(self, batch: Batch) -> float:
-        """Forward and backward of a micro-batch on the host."""
+        """Returns the FLOPs of forward and backward of a micro-batch on the host."""
         return self.of_lengths(Lengths.of(batch))
 
     def of_lengths(self, lengths: Lengths) -> float:

@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,25 @@ from mvptr_ds.model import kernels
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.convert import init_from_bert, load_bert
 from mvptr_ds.model.mvptr import Mvptr
-from mvptr_ds.objectives.task import Task
 from mvptr_ds.optim.optimizer import optimizer_choice
 
 logger = logging.getLogger(__name__)
 NO_MASKING = MaskingConfig(word_prob=0.0, phrase_prob=0.0, tag_prob=0.0)
+
+
+@dataclass(frozen=True)
+class SampleNeeds:
+    """What a task wants of its samples.
+
+    Attributes:
+        pairs: image-text pairs only. Folders with other samples are refused, and a sample without regions is replaced.
+        masking: how much of each sample is masked.
+        phrase_labels: whether masked phrases are labelled, for a head over the phrase vocabulary.
+    """
+
+    pairs: bool = True
+    masking: MaskingConfig = field(default_factory=lambda: NO_MASKING)
+    phrase_labels: bool = False
 
 
 @dataclass
@@ -158,41 +172,42 @@ def _check_same_extractors(splits: dict[str, SourceConfig], options: ReadOptions
             )
 
 
-def open_sources(data: DataConfig, stage: str, joins: Path) -> dict[str, SampleIndex]:
-    """The samples of each source that a stage trains on; their indices must be there. All ranks call it.
+def open_sources(data: DataConfig, name: str, needs: SampleNeeds, joins: Path) -> dict[str, SampleIndex]:
+    """The samples of each source that a task trains on; their indices must be there. All ranks call it.
 
     Args:
+        name: of the task, for messages.
         joins: folder where the joins with the sidecars are kept.
 
     Raises:
-        DataError: the folders cannot be opened or joined, or the stage needs pairs and there are other samples.
+        DataError: the folders cannot be opened or joined, or the task needs pairs and there are other samples.
     """
     indices = {}
-    for name, source in sources_of(data).items():
-        indices[name] = _open(data, source.shards, source.sidecars, joins)
-        if stage != "stage1":
-            folder = f"source {name} ({source.shards})" if name else source.shards
+    for source_name, source in sources_of(data).items():
+        indices[source_name] = index = _open(data, source.shards, source.sidecars, joins)
+        if needs.pairs:
+            folder = f"source {source_name} ({source.shards})" if source_name else source.shards
             remedy = "leave it to stage 1 (run.stages=[1])"
-            _check_pairs(indices[name], folder, f"{stage} aligns both, so it needs", remedy)
+            _check_pairs(index, folder, f"{name} aligns both, so it needs", remedy)
     return indices
 
 
-def build_dataset(config: Config, vocabs: Vocabs, stage: str, seed: int, joins: Path) -> SampleDataset:
-    """The samples of a stage by their positions in the run. All ranks call it.
+def build_dataset(
+    config: Config, vocabs: Vocabs, task_name: str, needs: SampleNeeds, seed: int, joins: Path
+) -> SampleDataset:
+    """The samples of a task by their positions in the run. All ranks call it.
 
     Wrong tags are drawn from the list of the own source, which has the vocabulary of its detector.
 
     Raises:
         DataError: as `open_sources`, or blocks of the mixture that are too short.
     """
-    data, section = config.data, config.stage(stage)
-    predict_phrases = stage == "stage1" and section.weights.mcr_phrases > 0
-    datasets = {}
-    for name, index in open_sources(data, stage, joins).items():
+    data, datasets = config.data, {}
+    for name, index in open_sources(data, task_name, needs, joins).items():
         own_seed = source_seed(seed, name) if name else seed
         plan = Plan(len(index), own_seed, data.block_samples, data.window_blocks)
         builder = build_samples(
-            config, vocabs, index, section.masking, predict_phrases, tag_noise=True, needs_regions=stage != "stage1"
+            config, vocabs, index, needs.masking, needs.phrase_labels, tag_noise=True, needs_regions=needs.pairs
         )
         datasets[name] = ShardDataset(index, plan, builder)
     if not data.sources:
@@ -373,21 +388,6 @@ def build_model(config: Config, vocabs: Vocabs) -> Mvptr:
             logger.info("from %s: %s", config.run.init_from_bert, line)
     model.set_execution(config.model.execution, config.model.activation_checkpointing, config.model.compile)
     return model
-
-
-def build_task(config: Config, stage: str, model: Mvptr, seed: int, per_sample: bool = False) -> Task:
-    """The objectives of a stage over `model`; see there."""
-    section = config.stage(stage)
-    return Task(
-        model,
-        stage,
-        section.weights,
-        config.task,
-        max_text_slots=config.data.max_text_slots,
-        max_steps=section.max_steps,
-        seed=seed,
-        per_sample=per_sample,
-    )
 
 
 def filled_ds_config(config: Config, ds_content: dict[str, Any]) -> dict[str, Any]:

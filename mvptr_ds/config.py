@@ -17,7 +17,6 @@ from mvptr_ds.config_reading import PATH, Overlay, Range, conclude, out_of_range
 from mvptr_ds.user_io.user_files import expanded, read_text
 from mvptr_ds.user_io.yaml_nodes import Node, dump_yaml, parse_yaml, plain
 
-STAGES = ("stage1", "stage2", "joint")
 CONFIGS_DIR = Path(__file__).resolve().parent / "configs"
 
 PathText = Annotated[str, PATH]  # of a file, a folder, a URL or a hub's name
@@ -257,6 +256,10 @@ class Config:
         if not names or any(n not in STAGES for n in names):
             raise ValueError(f"run.stages is {self.run.stages}; it lists some of 1, 2, joint")
         return names
+
+
+# every section that is a `StageConfig` is a stage, whose task stands in mvptr_ds/tasks/
+STAGES = tuple(section.name for section in dataclasses.fields(Config) if section.type in ("StageConfig", StageConfig))
 
 
 def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] = ()) -> Config:

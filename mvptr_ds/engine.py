@@ -23,7 +23,7 @@ from mvptr_ds.data.collate import Batch
 from mvptr_ds.distributed import collectives
 from mvptr_ds.guards import LossScale
 from mvptr_ds.model.mvptr import Mvptr
-from mvptr_ds.objectives.task import Task, TaskOutput
+from mvptr_ds.objectives.module import TaskModule, TaskOutput
 from mvptr_ds.optim.lamb import Lamb
 from mvptr_ds.optim.optimizer import build_optimizer, parameter_groups
 from mvptr_ds.optim.zero_grad_norm import patch_zero_grad_norm
@@ -42,13 +42,13 @@ class Engine:
     """
 
     def __init__(
-        self, task: Task, filled: dict[str, Any], optim: OptimConfig, learning_rate: float, device: torch.device
+        self, task: TaskModule, filled: dict[str, Any], optim: OptimConfig, learning_rate: float, device: torch.device
     ) -> None:
         self.task, self.model, self.device = task, task.model, device
         self.zero_stage = ds_config.zero_stage_of(filled)
         task.cap_logit_scale()
         self._untrained = self._copy_untrained()
-        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        trained = [(name, p) for name, p in task.named_weights() if p.requires_grad]
         self.num_trained = sum(p.numel() for _, p in trained)  # before stage 3 cuts them
         groups = parameter_groups(trained, optim.weight_decay)
         self._optimizer = build_optimizer(groups, optim, learning_rate, ds_config.optimizer_device(filled, device))
@@ -76,7 +76,7 @@ class Engine:
             self._cap_logit_scale()
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        """Of the next update."""
+        """Sets the learning rate of the next update."""
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
 
@@ -85,39 +85,45 @@ class Engine:
         return bool(self._deepspeed.was_step_applied())
 
     def grad_norm(self) -> float:
-        """Of the last step, before clipping."""
+        """Returns the gradient norm of the last step, before clipping."""
         norm = self._deepspeed.get_global_grad_norm()
         return float("nan") if norm is None else float(norm)
 
     def loss_scale(self) -> LossScale | None:
-        """fp16's; None in other precisions."""
+        """Returns the loss scale of fp16; None in other precisions."""
         scaler = getattr(self._deepspeed.optimizer, "loss_scaler", None)  # of ZeRO; fixed at 1 but for fp16
         return LossScale(scaler.cur_scale, scaler.min_scale) if scaler is not None and scaler.dynamic else None
 
     def logit_scale(self) -> float:
-        """Of the contrast: one over its temperature."""
+        """Returns the scale of the contrastive logits: one over their temperature."""
         with deepspeed.zero.GatheredParameters([self.model.logit_scale]):  # of stage 3; for the others it does nothing
             return float(self.task.scale().detach())
 
     def weights(self) -> dict[str, Tensor]:
-        """The whole model on rank 0's host, what is trained in float32 whatever the engine computes in.
+        """The whole model on rank 0's host, and a task's head, float32 where they are trained.
 
         The engine keeps its float32 weights in parts; on the other ranks it is empty.
         """
         weights = dict(self._untrained)
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.task.named_weights():
             if parameter.requires_grad:
                 whole = deepspeed.utils.safe_get_full_fp32_param(parameter)
                 if collectives.is_main():
                     weights[name] = (parameter if whole is None else whole).detach().cpu().clone()
         return weights
 
-    def whole_model(self) -> Mvptr:
-        """The model as rank 0 can run it alone: with stage 3, which gathers partitions from all ranks, a copy."""
+    def whole_module(self, build: Callable[[Mvptr], TaskModule]) -> TaskModule:
+        """The module as rank 0 can run it alone: with stage 3, which gathers partitions from all ranks, a copy.
+
+        Args:
+            build: makes such a module over another model.
+        """
         weights = self.weights() if self.zero_stage == 3 else None
         if weights is None or not collectives.is_main():
-            return self.model
-        return model_folder.copy_of(self.model, weights, self.device)
+            return self.task
+        module = build(model_folder.copy_of(self.model, weights, self.device))
+        module.load_head(weights)
+        return module.to(self.device).eval()
 
     def save(self, path: Path) -> None:
         """Writes the files of all ranks below `path`.
@@ -161,7 +167,7 @@ class Engine:
             gc.collect()
 
     def _cap_logit_scale(self) -> None:
-        """`Task.cap_logit_scale` for the float32 weights and for those that are computed with.
+        """`TaskModule.cap_logit_scale` for the float32 weights and for those that are computed with.
 
         Each rank caps what it holds of them, without a collective: the result is the same on all.
         """
@@ -171,7 +177,7 @@ class Engine:
             self.task.cap_logit_scale()
 
     def _sum_over_ranks(self, small: Tensor) -> Tensor:
-        """By way of the engine's device, since an optimiser may step on the host."""
+        """Sums on the engine's device, since an optimiser may step on the host."""
         return collectives.all_reduce_sum(small.to(self.device)).to(small.device)
 
     def _copy_untrained(self) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ stream. The purpose stands first, because keys that end in zeros are those witho
 
 from __future__ import annotations
 
+import hashlib
 from enum import IntEnum, unique
 
 import numpy as np
@@ -25,6 +26,19 @@ class Stream(IntEnum):
     STEP = 21  # negatives of a micro-batch
     PERMUTED_REGIONS = 31  # of an evaluation
     NEW_RANKS = 32  # dropout of a run that goes on with another number of ranks
+
+
+_FIRST_STAGES = ("stage1", "stage2", "joint")
+
+
+def stage_seed(name: str, run_seed: int) -> int:
+    """The seed of a stage, from its name, so that stages of one run differ and a new one changes no other's numbers.
+
+    The first three keep the seeds that they had when they were counted: checkpoints of then go on as they began.
+    """
+    if name in _FIRST_STAGES:
+        return run_seed * len(_FIRST_STAGES) + _FIRST_STAGES.index(name)
+    return int.from_bytes(hashlib.sha256(f"{name} {run_seed}".encode()).digest()[:7], "big")
 
 
 def seed_sequence(stream: Stream, *key: int) -> np.random.SeedSequence:

@@ -32,6 +32,7 @@ from mvptr_ds.guards import Watchdog, collectives_timeout_s
 from mvptr_ds.monitoring.wandb_run import check_mode
 from mvptr_ds.preflight import checks
 from mvptr_ds.stopping import EXIT_STOPPED, StopSignal
+from mvptr_ds.tasks import TASKS
 from mvptr_ds.trainer import Trainer
 from mvptr_ds.user_io.terminal import accept_any_text
 
@@ -90,15 +91,16 @@ def _run(
         check_mode(config.wandb.mode)
         prepare_shards(config.data, config.run.seed, collectives.num_ranks())
     collectives.run_on_rank_zero(lambda: save_config(config, Path(config.run.dir) / "config.yaml"))
-    init_from = first_model(config)
+    tasks = [TASKS[name] for name in config.stage_names]
+    init_from = first_model(config, tasks[0].follows)
     if not resumes:
         set_aside(Path(config.run.dir), config.stage_names, init_from)
-    for stage in config.stage_names:
+    for task in tasks:
         stop.start()
-        stacks = Path(config.run.dir) / stage / f"stacks-rank{collectives.rank()}.txt"
+        stacks = Path(config.run.dir) / task.name / f"stacks-rank{collectives.rank()}.txt"
         with Watchdog(stacks, hang_s, start_s) as guard:
             alive, starting = guard.alive, guard.starting
-            trainer = Trainer(config, stage, ds_content, device, init_from, stop, alive, starting, check_alone)
+            trainer = Trainer(config, task, ds_content, device, init_from, stop, alive, starting, check_alone)
             done = trainer.train()
             trainer.close()
             if not done:

@@ -17,7 +17,7 @@ from mvptr_ds import builders, ds_config
 from mvptr_ds.checkpoints import checkpoint as checkpointing
 from mvptr_ds.checkpoints import model_folder, reshard
 from mvptr_ds.checkpoints.resume import find_checkpoint
-from mvptr_ds.config import STAGES, Config
+from mvptr_ds.config import Config
 from mvptr_ds.data.collate import Batch
 from mvptr_ds.data.loader import make_loader
 from mvptr_ds.distributed import collectives
@@ -25,12 +25,13 @@ from mvptr_ds.engine import UNIVERSAL, Engine
 from mvptr_ds.errors import DataError
 from mvptr_ds.guards import SkippedSteps, any_rank
 from mvptr_ds.monitoring.bad_samples import BadSamples
-from mvptr_ds.monitoring.flops import StepFlops
 from mvptr_ds.monitoring.metrics import Meters, MetricsLog
 from mvptr_ds.monitoring.timing import ProfileWindow, device_peak
 from mvptr_ds.monitoring.versions import versions
 from mvptr_ds.optim.optimizer import PARAMETER_ORDER, learning_rate_at
 from mvptr_ds.stopping import Interrupted, StopSignal
+from mvptr_ds.streams import stage_seed
+from mvptr_ds.tasks import Task
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class Trainer:
     """One stage of a run: built, resumed where it stopped, trained to its last step.
 
     Args:
+        task: what the stage trains.
         ds_content: the DeepSpeed JSON as written, with its `"auto"`.
         init_from: model folder whose weights the stage starts from, unless it resumes.
         stop: what tells of a signal.
@@ -50,7 +52,7 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        stage: str,
+        task: Task,
         ds_content: dict[str, Any],
         device: torch.device,
         init_from: Path | None,
@@ -61,10 +63,10 @@ class Trainer:
     ) -> None:
         self.alive, self.starting, self.check_alone = alive, starting, check_alone
         self.started_s = time.perf_counter()
-        self.config, self.device = config, device
-        self.stage = config.stage(stage)
-        self.dir = Path(config.run.dir) / stage
-        self.seed = config.run.seed * len(STAGES) + STAGES.index(stage)  # of all chance; stages of one run differ
+        self.config, self.device, self.task = config, device, task
+        self.stage = config.stage(task.name)
+        self.dir = Path(config.run.dir) / task.name
+        self.seed = stage_seed(task.name, config.run.seed)  # of all chance in this stage
         self.step, self.saved_step = 0, 0
         self.profile = ProfileWindow(config.train.profile_steps, self.dir / "profile")
         self.skipped = SkippedSteps(config.train.max_skipped_in_row)
@@ -74,9 +76,9 @@ class Trainer:
         filled = builders.filled_ds_config(config, ds_content)
         self.precision, self.zero_stage = ds_config.precision_of(filled), ds_config.zero_stage_of(filled)
         if self.stage.max_steps < 1:
-            raise ValueError(f"{stage}.max_steps is {self.stage.max_steps}, must be at least 1")
+            raise ValueError(f"{task.name}.max_steps is {self.stage.max_steps}, must be at least 1")
         self._build_data()
-        self._build_task()
+        self._build_module()
         self._start_engine(filled, init_from)
         self.meters = self._build_meters()
         self.log = MetricsLog(self.dir, self.step, config.wandb, asdict(config))
@@ -195,21 +197,19 @@ class Trainer:
         """
         if self.held_out is None:
             return
-        model = self.engine.whole_model()
+        module = self.engine.whole_module(lambda model: self.task.build(self.config, model, self.seed))
         if not collectives.is_main():
             return
-        from mvptr_ds.evaluation.report import evaluate_model, flatten_scores
-
         try:
             with self.stop.interrupting():
-                report = evaluate_model(model, self.vocabs, self.config, self.held_out, self.device)
-            self.log.write_scores(self.step, flatten_scores(report))
+                scores = self.task.evaluate(module, self.vocabs, self.config, self.held_out, self.device)
+            self.log.write_scores(self.step, scores)
         except (DataError, OSError) as error:
             logger.warning("%s %d not evaluated, training goes on: %s", self.dir.name, self.step, error)
         except Interrupted as interrupted:
             logger.info("%s %d not evaluated: %s", self.dir.name, self.step, interrupted)
         finally:
-            self.task.train()
+            self.module.train()
 
     def save(self, must: bool = False) -> None:
         """A checkpoint of this step; all ranks call it. One that cannot be written is reported, no more.
@@ -236,7 +236,7 @@ class Trainer:
             self.step,
             state,
             self.engine.save,
-            lambda path: model_folder.save_model_folder(path, self.task.model, weights, self.vocabs, self.config),
+            lambda path: self._write_model(path, weights),
             self.config.train.keep_checkpoints,
             self.config.train.keep_every_steps,
             must,
@@ -244,11 +244,15 @@ class Trainer:
         if path is not None:
             self.saved_step = self.step
 
+    def _write_model(self, path: Path, weights: dict[str, torch.Tensor]) -> None:
+        model_folder.save_model_folder(path, self.module.model, weights, self.vocabs, self.config)
+        self.task.write(path, self.config)
+
     def close(self) -> None:
         """Frees the engine, so that the next stage has the memory."""
         self.log.close()
         collectives.time_collectives()
-        del self.task
+        del self.module
         self.engine.destroy()
         del self.engine
         if self.device.type == "cuda":
@@ -261,25 +265,27 @@ class Trainer:
         joins = Path(self.config.run.dir) / "joins"
         evaluates = data.held_out is not None and self.config.train.evaluate_every_steps > 0
         self.held_out = builders.open_held_out(data, joins) if evaluates else None
-        self.dataset = builders.build_dataset(self.config, self.vocabs, self.dir.name, self.seed, joins)
+        self.dataset = builders.build_dataset(
+            self.config, self.vocabs, self.task.name, self.task.sample_needs(self.config), self.seed, joins
+        )
         self.batches = builders.build_batches(self.config, self.dataset, self.seed, joins, self.starting)
 
-    def _build_task(self) -> None:
+    def _build_module(self) -> None:
         model = builders.build_model(self.config, self.vocabs)
-        self.task = builders.build_task(self.config, self.dir.name, model, self.seed, bool(self.dataset.names))
-        trained = set(model.parameters_of(self.task.trained_parts()))
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in trained)
+        self.module = self.task.build(self.config, model, self.seed, per_sample=bool(self.dataset.names))
+        self.module.freeze_untrained()
 
     def _start_engine(self, filled: dict[str, Any], init_from: Path | None) -> None:
         """Builds the engine as it was at the newest checkpoint; without one, with the weights of another model."""
-        checkpoint = find_checkpoint(self.dir, self._must_match(), self.config, self.task.model, self.vocabs)
+        checkpoint = find_checkpoint(self.dir, self._must_match(), self.config, self.module.model, self.vocabs)
         if checkpoint is not None:
             self._resume(checkpoint, filled)
             return
         if init_from is not None:
-            model_folder.init_from_folder(self.task.model, self.vocabs, init_from)
+            fresh = model_folder.init_from_folder(self.module, self.vocabs, init_from, self.task.fresh_weights)
             logger.info("%s starts from %s", self.dir.name, init_from)
+            if fresh:
+                logger.info("%s starts with fresh weights for %s", self.dir.name, ", ".join(fresh))
         self._build_engine(filled)
 
     def _must_match(self) -> dict[str, Any]:
@@ -290,12 +296,12 @@ class Trainer:
             "zero_stage": self.zero_stage,
             "precision": self.precision,
             "data": self.dataset.fingerprint,
-            "trained_parts": self.task.trained_parts(),
+            "trained_parts": self.module.trained_parts(),
         }
 
     def _build_engine(self, filled: dict[str, Any]) -> None:
         config = self.config
-        self.engine = Engine(self.task, filled, config.optim, self.stage.learning_rate, self.device)
+        self.engine = Engine(self.module, filled, config.optim, self.stage.learning_rate, self.device)
         checkpointing.begin_rng(self.seed)
         steps_on = ds_config.optimizer_device(filled, self.device)
         for line in builders.kernel_report(config, self.device, ds_config.DTYPES[self.precision], steps_on):
@@ -309,7 +315,7 @@ class Trainer:
     def _resume(self, path: Path, filled: dict[str, Any]) -> None:
         """Builds the engine as it was at a checkpoint."""
         state, num_ranks = checkpointing.read_state(path), collectives.num_ranks()
-        model_folder.load_weights(self.task.model, path / "model")  # what is not trained is in no file of the engine's
+        model_folder.load_weights(self.module, path / "model")  # what is not trained is in no file of the engine's
         if reshard.needs_conversion(path, state, num_ranks, self.zero_stage):
             universal = reshard.convert(path, self.dir / reshard.FOLDER, self.starting)
             self._build_engine(filled | UNIVERSAL)
@@ -339,7 +345,9 @@ class Trainer:
         peak = device_peak(self.device, ds_config.DTYPES[self.precision])
         if peak is not None:
             logger.info("MFU is a share of %.3g TFLOPS: %s", peak.tflops, peak.source)
-        meters = Meters(self.device, self.dataset.names, StepFlops(self.task, collectives.num_ranks()), peak)
+        meters = Meters(
+            self.device, self.dataset.names, self.task.step_flops(self.module, collectives.num_ranks()), peak
+        )
         collectives.time_collectives(lambda: meters.clock("communication"))
         return meters
 

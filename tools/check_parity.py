@@ -36,7 +36,9 @@ from mvptr_ds.model.packed import Packed
 from mvptr_ds.objectives import hard_negatives
 from mvptr_ds.objectives.hard_negatives import RandomDraws
 from mvptr_ds.objectives.packed_batch import PackedBatch
-from mvptr_ds.objectives.task import Pairs, Task
+from mvptr_ds.objectives.pairs import Pairs, grounding_scores
+from mvptr_ds.objectives.pretraining import PretrainingLosses
+from mvptr_ds.objectives.stages import STAGES
 from mvptr_ds.user_io.terminal import accept_any_text
 from mvptr_ds.user_io.user_files import user_path
 
@@ -106,7 +108,7 @@ def recorded_draws(random: dict[str, Any], batch: Batch, top_k: int) -> RandomDr
     return draws
 
 
-def compute(model: Mvptr, task: Task, batch: Batch, draws: RandomDraws, dice: Tensor) -> dict[str, Tensor]:
+def compute(model: Mvptr, task: PretrainingLosses, batch: Batch, draws: RandomDraws, dice: Tensor) -> dict[str, Tensor]:
     """Every recorded tensor of the forward pass, by the reference's name."""
     packed = PackedBatch.of(batch)
     embedded = model.embed_regions(packed.features, None, packed.geometry)
@@ -138,9 +140,8 @@ def compute(model: Mvptr, task: Task, batch: Batch, draws: RandomDraws, dice: Te
     phrases_PD = F.normalize(cross_text.rows[packed.phrase_mask.rows], dim=-1)
     picked_text, picked_tags = packed.masked_tokens.rows_K, packed.masked_tags.rows_K
     negative_index_B = hard_negatives.choose("random", sim_BB, same_BB, draws.wpg_image_N)
-    pos_B, neg_B, _ = task.grounding_scores(
-        Pairs(cross_text, packed.phrase_mask, cross_regions), negative_index_B, draws
-    )
+    cross_pairs = Pairs(cross_text, packed.phrase_mask, cross_regions)
+    pos_B, neg_B, _ = grounding_scores(cross_pairs, negative_index_B, draws, task.config.wpg)
     return {
         "embeddings_text": text_slots(model.embeddings(packed.text_ids, TEXT_SEGMENT)),
         "embeddings_tags": slots(model.embeddings(packed.tag_ids, TAG_SEGMENT), batch.tag_ids_BG.shape[1]),
@@ -241,9 +242,11 @@ def _check_dtype(
     weights = WeightsConfig(mcr_tags=1.0, mlm=1.0, vsc=1.0, wpg=1.0, itm=1.0)
     num_slots = batch.text_ids_BT.shape[1]
     task_config = TaskConfig()
-    task = Task(model, "joint", weights, task_config, max_text_slots=num_slots, max_steps=1, seed=0)
+    task = PretrainingLosses(
+        model, STAGES["joint"], weights, task_config, max_text_slots=num_slots, max_steps=1, seed=0
+    )
     draws = recorded_draws(scalars["random"], batch, task_config.wpg.top_k)
-    parts = {name: part.sum / part.count for name, part in task.objectives(batch, draws).items()}
+    parts = {name: part.sum / part.count for name, part in task.sums(batch, draws).items()}
     total = torch.stack(list(parts.values())).sum()
     ours = {theirs: parts[name] for theirs, name in LOSSES.items()} | {"total": total}
     recorded = scalars[f"losses_{suffix}"]

@@ -15,12 +15,14 @@ from typing import Any
 
 from mvptr_ds.checkpoints import checkpoint as checkpointing
 from mvptr_ds.checkpoints.checkpoint import CHECKSUMS, complete, newest_good, read_state
-from mvptr_ds.config import Config, load_config
+from mvptr_ds.config import STAGES, Config, load_config
 from mvptr_ds.distributed import collectives
 from mvptr_ds.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 EARLIER = "before-"  # RUN/before-1/stage1: what a run with train.resume=never found
+_PRETRAINING = ("stage2", "joint", "stage1")
+LAST_FIRST = (*(name for name in reversed(STAGES) if name not in _PRETRAINING), *_PRETRAINING)
 NAME_ANOTHER = "name another stage folder, checkpoint or model folder"
 
 
@@ -49,7 +51,8 @@ def find_model(path: Path) -> Path:
     if found is not None:
         _check_whole(found)
         return found
-    for stage in (path, *(path / name for name in ("stage2", "joint", "stage1"))):
+    # of several stages in a run folder, the one that came last
+    for stage in (path, *(path / name for name in LAST_FIRST)):
         newest = newest_good(stage / "checkpoints", NAME_ANOTHER)
         if newest is not None:
             return newest / "model"
@@ -73,10 +76,14 @@ def resumes(config: Config) -> bool:
     return config.train.resume == "auto" and collectives.of_main(lambda: bool(complete(own)))
 
 
-def first_model(config: Config) -> Path | None:
+def first_model(config: Config, follows: str | None) -> Path | None:
     """The model folder that the first of `run.stages` starts from, as `run.init_from` says.
 
-    None: from its own checkpoint, which holds everything, or with fresh weights.
+    Args:
+        follows: the stage whose finished weights it takes with `run.init_from=auto`; None: it starts fresh.
+
+    Returns:
+        None where it starts from its own checkpoint, which holds everything, or with fresh weights.
 
     Raises:
         CheckpointError: there is none where it says; or stage 2 is to follow on a stage 1 that is not finished.
@@ -87,22 +94,29 @@ def first_model(config: Config) -> Path | None:
     if config.run.init_from != "auto":
         return find_model(Path(config.run.init_from)) if config.run.init_from else None
     run_dir = Path(config.run.dir)
-    if config.stage_names[0] != "stage2":
+    if follows is None:
         return None
-    newest = newest_good(run_dir / "stage1" / "checkpoints")
+    before, number = run_dir / follows, follows.removeprefix("stage")
+    starts = f"{_spoken(config.stage_names[0])} starts from a finished {_spoken(follows)}"
+    alone = f"run.stages=[{number}]"
+    newest = newest_good(before / "checkpoints")
     if newest is None:
         raise CheckpointError(
-            f"stage 2 starts from a finished stage 1, and {run_dir / 'stage1'} holds no complete checkpoint: train it "
-            "first (run.stages=[1]), name another start (run.init_from=...), or begin with fresh weights "
-            "(run.init_from=null)"
+            f"{starts}, and {before} holds no complete checkpoint: train it first ({alone}), name another start "
+            "(run.init_from=...), or begin with fresh weights (run.init_from=null)"
         )
-    step, max_steps = read_state(newest)["step"], load_config(newest / "model/mvptr.yaml").stage1.max_steps
+    step, max_steps = read_state(newest)["step"], load_config(newest / "model/mvptr.yaml").stage(follows).max_steps
     if step < max_steps:
         raise CheckpointError(
-            f"stage 2 starts from a finished stage 1, and that of {run_dir} is at step {step} of {max_steps}: let it "
-            f"finish first (run.stages=[1]), or take it as it is (run.init_from={run_dir / 'stage1'})"
+            f"{starts}, and that of {run_dir} is at step {step} of {max_steps}: let it finish first ({alone}), or take "
+            f"it as it is (run.init_from={before})"
         )
     return newest / "model"
+
+
+def _spoken(stage: str) -> str:
+    """`stage2` as a person says it: stage 2."""
+    return stage.replace("stage", "stage ")
 
 
 def finished_model(stage_dir: Path, num_steps: int) -> Path:

@@ -1,13 +1,13 @@
 """A trained model as a folder that needs nothing else: weights, vocabularies, configuration. Holds no pickle.
 
-config.json  model.safetensors  vocab.txt  phrase_vocab.json  mvptr.yaml
+config.json  model.safetensors  vocab.txt  phrase_vocab.json  mvptr.yaml  [head.safetensors, of a task with a head]
 """
 
 from __future__ import annotations
 
 import copy
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,7 +20,9 @@ from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.errors import CheckpointError
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.mvptr import Mvptr
+from mvptr_ds.objectives.module import HEAD, TaskModule
 
+WEIGHTS, HEAD_WEIGHTS = "model.safetensors", "head.safetensors"
 STRUCTURE = (  # what two models must share for the weights of one to mean the same in the other
     "num_words", "num_rows", "num_phrases", "hidden_size", "num_attention_heads", "intermediate_size",
     "num_text_layers", "num_visual_layers", "num_cross_layers", "max_positions", "type_vocab_size", "layer_norm_eps",
@@ -32,12 +34,16 @@ STRUCTURE = (  # what two models must share for the weights of one to mean the s
 def save_model_folder(
     path: Path, model: Mvptr, weights: Mapping[str, torch.Tensor], vocabs: Vocabs, config: Config
 ) -> None:
-    """Writes the folder: the structure of `model` with these weights, all of them."""
+    """Writes the folder: the structure of `model`, and these weights; those behind `head.` have a file of their own."""
     path.mkdir(parents=True, exist_ok=True)
     structure = copy.deepcopy(model.config)
     structure.architectures, structure.dtype = [type(model).__name__], "float32"
     structure.save_pretrained(path)
-    save_file(dict(weights), path / "model.safetensors", metadata={"format": "pt"})
+    head = {name.removeprefix(HEAD): tensor for name, tensor in weights.items() if name.startswith(HEAD)}
+    of_model = {name: tensor for name, tensor in weights.items() if not name.startswith(HEAD)}
+    save_file(of_model, path / WEIGHTS, metadata={"format": "pt"})
+    if head:
+        save_file(head, path / HEAD_WEIGHTS, metadata={"format": "pt"})
     (path / "vocab.txt").write_text("\n".join(vocabs.words.tokens) + "\n", encoding="utf-8")
     vocabs.phrases.save(path / "phrase_vocab.json")
     save_config(config, path / "mvptr.yaml")
@@ -52,51 +58,85 @@ def load_model_folder(path: Path) -> tuple[Mvptr, Vocabs, Config]:
     return model, vocabs, load_config(path / "mvptr.yaml")
 
 
-def init_from_folder(model: Mvptr, vocabs: Vocabs, path: Path) -> None:
-    """Gives `model` the weights of a model folder (the stage hand-over). Raises CheckpointError like `check_fits`."""
-    check_fits(model, vocabs, path)
-    load_weights(model, path)
+def init_from_folder(module: TaskModule, vocabs: Vocabs, path: Path, fresh: Sequence[str] = ()) -> list[str]:
+    """Gives a task's model and head the weights of a model folder: the hand-over from stage to stage.
+
+    Args:
+        fresh: prefixes of the names of weights that the folder may lack; those keep their fresh values.
+
+    Returns:
+        The names of the weights that stayed fresh.
+
+    Raises:
+        CheckpointError: as `check_fits`.
+    """
+    check_fits(module.model, vocabs, path, fresh)
+    saved = load_file(path / WEIGHTS)
+    missing, _ = module.model.load_state_dict(saved, strict=False)  # what may be missing was checked
+    if module.head is None:
+        return list(missing)
+    saved_head = load_file(path / HEAD_WEIGHTS) if (path / HEAD_WEIGHTS).exists() else {}
+    own = module.head.state_dict()
+    fitting = {name: t for name, t in saved_head.items() if name in own and t.shape == own[name].shape}
+    head_missing, _ = module.head.load_state_dict(fitting, strict=False)
+    problems = [HEAD + name for name in head_missing if not (HEAD + name).startswith(tuple(fresh))]
+    if problems:
+        raise CheckpointError(_does_not_fit(path, [f"{len(problems)} weights only here, the first {problems[0]}"]))
+    return [*missing, *(HEAD + name for name in head_missing)]
 
 
-def check_fits(model: Mvptr, vocabs: Vocabs, path: Path) -> None:
+def check_fits(model: Mvptr, vocabs: Vocabs, path: Path, fresh: Sequence[str] = ()) -> None:
     """Whether `model`, of which only shapes are looked at, could take the weights of a model folder.
+
+    Args:
+        fresh: see `init_from_folder`.
 
     Raises:
         CheckpointError: dimensions, vocabularies or schema differ, listing all that do with both values.
     """
-    problems = differences(model, vocabs, path)
+    problems = differences(model, vocabs, path, fresh)
     if problems:
-        raise CheckpointError(
-            f"run.init_from: {path} does not fit this configuration:\n  - "
-            + "\n  - ".join(problems)
-            + "\n  use the configuration of that run (its mvptr.yaml), or start fresh without run.init_from"
-        )
+        raise CheckpointError(_does_not_fit(path, problems))
 
 
-def load_weights(model: Mvptr, path: Path) -> None:
-    """Gives `model` the weights of a model folder that fits it."""
-    model.load_state_dict(load_file(path / "model.safetensors"))
+def _does_not_fit(path: Path, problems: Sequence[str]) -> str:
+    return (
+        f"run.init_from: {path} does not fit this configuration:\n  - "
+        + "\n  - ".join(problems)
+        + "\n  use the configuration of that run (its mvptr.yaml), or start fresh without run.init_from"
+    )
+
+
+def load_weights(module: TaskModule, path: Path) -> None:
+    """Gives a task's model and head the weights of a model folder of the same task."""
+    module.model.load_state_dict(load_file(path / WEIGHTS))
+    if module.head is not None:
+        module.head.load_state_dict(load_file(path / HEAD_WEIGHTS))
 
 
 def copy_of(model: Mvptr, weights: Mapping[str, torch.Tensor], device: torch.device) -> Mvptr:
     """Another model of the same structure with these weights, in eval mode; no random number is drawn for it."""
     with torch.random.fork_rng(devices=[]):  # fresh weights are made on the host
         copied = Mvptr(typing.cast(MvptrConfig, model.config))
-    copied.load_state_dict(weights)
+    copied.load_state_dict({name: tensor for name, tensor in weights.items() if not name.startswith(HEAD)})
     copied.to(device)  # type: ignore[arg-type]  # see eval.py
     copied.eval()
     return copied
 
 
-def differences(model: Mvptr, vocabs: Vocabs, path: Path) -> list[str]:
-    """Why the weights of a model folder would not fit `model`, each with both values; empty where they do."""
-    saved, ours = MvptrConfig.from_pretrained(path), model.config
+def differences(model: Mvptr, vocabs: Vocabs, path: Path, fresh: Sequence[str] = ()) -> list[str]:
+    """Why the weights of a model folder would not fit `model`, each with both values; empty where they do.
+
+    Args:
+        fresh: prefixes of the names of weights that the folder may lack.
+    """
+    saved, current = MvptrConfig.from_pretrained(path), model.config
     words = WordPiece(path / "vocab.txt")
     saved_phrases = PhraseVocab.load(path / "phrase_vocab.json", words)
     problems = [
-        f"model {name}: {getattr(saved, name)!r} there, {getattr(ours, name)!r} here"
+        f"model {name}: {getattr(saved, name)!r} there, {getattr(current, name)!r} here"
         for name in STRUCTURE
-        if getattr(saved, name) != getattr(ours, name)
+        if getattr(saved, name) != getattr(current, name)
     ]
     for name, there, here in (
         ("word vocabulary", words.fingerprint, vocabs.words.fingerprint),
@@ -105,7 +145,9 @@ def differences(model: Mvptr, vocabs: Vocabs, path: Path) -> list[str]:
         if there != here:
             problems.append(f"{name}: {there[:12]} there, {here[:12]} here (sha256)")
     if not problems:  # what the list above does not tell apart, such as two backbones of equal width
-        problems = _differing_weights(load_file(path / "model.safetensors"), model.state_dict())
+        saved_weights = load_file(path / WEIGHTS)
+        ours = {n: t for n, t in model.state_dict().items() if n in saved_weights or not n.startswith(tuple(fresh))}
+        problems = _differing_weights(saved_weights, ours)
     return problems
 
 

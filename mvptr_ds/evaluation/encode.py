@@ -200,9 +200,9 @@ def cross_states(
         captions, images = captions_M[rows], images_M[rows]
         text = _pack(split.text_CTD[captions], split.text_mask_CT[captions])
         regions = _pack(split.regions_IRD[images], split.region_mask_IR[images])
-        read = output_rows.of_pairs(output_rows.FIRST, text.lengths, regions.lengths) if firsts_alone else None
+        needed = output_rows.pair_rows(frozenset({"first"}), text.lengths, regions.lengths) if firsts_alone else None
         text, regions = text.to(device, model.dtype), regions.to(device, model.dtype)
-        yield CrossStates(rows, *model.encode_cross(text, regions, read=read))
+        yield CrossStates(rows, *model.encode_cross(text, regions, needed=needed))
 
 
 def _pack(slots_BLx: Tensor, mask_BL: Tensor) -> Packed:

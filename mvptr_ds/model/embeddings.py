@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from mvptr_ds.model.kernels import LayerNorm, ReadTable
+from mvptr_ds.model.kernels import LayerNorm, TableLookup
 from mvptr_ds.model.packed import Packed
 
 TEXT_SEGMENT = 0
@@ -44,6 +44,6 @@ class SlotEmbeddings(nn.Module):
             raise ValueError(f"{longest} slots, but max_positions is {num_positions}: raise it or cut the input")
         if rows_ND is None:
             rows_ND = self.word_embeddings(ids.rows)
-        positions_ND, _ = ReadTable.apply(self.position_embeddings.weight, ids.positions(), 0)
+        positions_ND, _ = TableLookup.apply(self.position_embeddings.weight, ids.positions(), 0)
         summed_ND = rows_ND + positions_ND + self.segment_embeddings.weight[segment]
         return ids.like(self.dropout(self.norm(summed_ND)))

@@ -44,16 +44,16 @@ class EncoderLayer(nn.Module):
         self.ffn_norm = LayerNorm(sizes.hidden_size, eps=sizes.norm_eps)
         self.dropout = nn.Dropout(sizes.hidden_dropout)
 
-    def forward(self, states_xD: Tensor, attend: Attend, read_K: Tensor | None = None) -> Tensor:
+    def forward(self, states_xD: Tensor, attend: Attend, needed_K: Tensor | None = None) -> Tensor:
         """[..., D] -> [..., D]; `attend` knows which states belong to one sequence.
 
         Args:
-            read_K: int64, of [N, D] the rows that are wanted: [N, D] -> [K, D].
+            needed_K: int64, of [N, D] the rows that are wanted: [N, D] -> [K, D].
         """
         qkv_x3HK = self.qkv(states_xD).unflatten(-1, (3, self.num_heads, -1))
         attended_xD = attend(qkv_x3HK, self.attention_dropout if self.training else 0.0).flatten(-2)
-        if read_K is not None:
-            states_xD, attended_xD = states_xD.index_select(0, read_K), attended_xD.index_select(0, read_K)
+        if needed_K is not None:
+            states_xD, attended_xD = states_xD.index_select(0, needed_K), attended_xD.index_select(0, needed_K)
         return self.after_attention(states_xD, attended_xD)
 
     def after_attention(self, states_xD: Tensor, attended_xD: Tensor) -> Tensor:
@@ -76,28 +76,28 @@ class Encoder(nn.Module):
         self.execution = "packed"
         self.activation_checkpointing = False
 
-    def forward(self, packed: Packed, read: Packed | None = None) -> Packed:
+    def forward(self, packed: Packed, needed: Packed | None = None) -> Packed:
         """Rows [N, D] of sequences -> their states, same shape; attention stays within each sequence.
 
         Args:
-            read: bool [N], on the host: the rows whose states are wanted (default: all). The others come back as
+            needed: bool [N], on the host: the rows whose states are wanted (default: all). The others come back as
                 zeros; packed, the last layer does not compute them behind its attention.
         """
-        assert read is None or read.lengths == packed.lengths
+        assert needed is None or needed.lengths == packed.lengths
         device = packed.rows.device
         if self.execution == "padded":
             states = Packed.of_padded(self._run(packed.padded(), PaddedAttention(packed.mask())), packed.lengths)
-            return states if read is None else states.like(states.rows * read.rows.to(device)[:, None])
+            return states if needed is None else states.like(states.rows * needed.rows.to(device)[:, None])
         attend = SegmentAttention(packed.lengths, device)
-        if read is None or read.rows.all():
+        if needed is None or needed.rows.all():
             return packed.like(self._run(packed.rows, attend))
-        read_K = read.rows.nonzero().flatten().to(device, non_blocking=True)
-        states_KD = self._run(packed.rows, attend, read_K)
-        return packed.like(states_KD.new_zeros(packed.rows.shape).index_put((read_K,), states_KD))
+        needed_K = needed.rows.nonzero().flatten().to(device, non_blocking=True)
+        states_KD = self._run(packed.rows, attend, needed_K)
+        return packed.like(states_KD.new_zeros(packed.rows.shape).index_put((needed_K,), states_KD))
 
-    def _run(self, states_xD: Tensor, attend: Attend, read_K: Tensor | None = None) -> Tensor:
+    def _run(self, states_xD: Tensor, attend: Attend, needed_K: Tensor | None = None) -> Tensor:
         for layer in self.layers:
-            inputs = (states_xD, attend, read_K if layer is self.layers[-1] else None)
+            inputs = (states_xD, attend, needed_K if layer is self.layers[-1] else None)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 states_xD = checkpoint(layer, *inputs, use_reentrant=False)
             else:

@@ -218,7 +218,7 @@ def _in_parts(function, hidden_KD: Tensor, weight_CD: Tensor, bias_C: Tensor, be
 # --- the embedding table
 
 
-class ReadTable(torch.autograd.Function):
+class TableLookup(torch.autograd.Function):
     """Rows of the table, and its first rows as a matrix for tied heads: one gradient of the table for both.
 
     Autograd alone writes a gradient of the whole table for each lookup and each head, and adds them up. Here lookups

@@ -25,7 +25,7 @@ from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.embeddings import TAG_SEGMENT, TEXT_SEGMENT, SlotEmbeddings
 from mvptr_ds.model.encoder import EXECUTIONS, Encoder, EncoderSizes
 from mvptr_ds.model.heads import Pooler, RowHead, global_state
-from mvptr_ds.model.kernels import ReadTable
+from mvptr_ds.model.kernels import TableLookup
 from mvptr_ds.model.packed import Packed, join, unjoin
 from mvptr_ds.model.vision import ImageBackbone, RegionEmbedding, backbone_structure, load_backbone_weights
 
@@ -162,11 +162,11 @@ class Mvptr(PreTrainedModel):
 
     # --- encoders
 
-    def read_table(self, text_ids: Packed, tag_ids: Packed, phrases: bool = False) -> TableRows:
+    def look_up(self, text_ids: Packed, tag_ids: Packed, phrases: bool = False) -> TableRows:
         """The table's rows for a pass: of the texts, of the tags, and those that tied heads score against."""
         asked = [text_ids.rows, tag_ids.rows, *([self.phrase_rows] if phrases else [])]
         table: Tensor = self.embeddings.word_embeddings.weight
-        rows, words_WD = ReadTable.apply(table, torch.cat(asked), self.config.num_words)
+        rows, words_WD = TableLookup.apply(table, torch.cat(asked), self.config.num_words)
         parts = rows.split([len(ids) for ids in asked])
         return TableRows(parts[0], parts[1], words_WD, parts[2] if phrases else None)
 
@@ -179,26 +179,26 @@ class Mvptr(PreTrainedModel):
         embedded: Packed = self.region_embedding(features, images_B3HW, geometry)
         return embedded
 
-    # `read` marks the rows (bool, on the host) whose states are wanted; the others come back as zeros (`Encoder`)
+    # `needed` marks the rows (bool, on the host) whose states are wanted; the others come back as zeros (`Encoder`)
 
-    def encode_text(self, ids: Packed, rows_ND: Tensor | None = None, read: Packed | None = None) -> Packed:
-        """int64 rows of the table [N] -> text states [N, D]; `rows_ND` where `read_table` has read them."""
-        states: Packed = self.text_encoder(self.embeddings(ids, TEXT_SEGMENT, rows_ND), read)
+    def encode_text(self, ids: Packed, rows_ND: Tensor | None = None, needed: Packed | None = None) -> Packed:
+        """int64 rows of the table [N] -> text states [N, D]; `rows_ND` where `look_up` has read them."""
+        states: Packed = self.text_encoder(self.embeddings(ids, TEXT_SEGMENT, rows_ND), needed)
         return states
 
     def encode_visual(
-        self, tag_ids: Packed, regions: Packed, tag_rows_ND: Tensor | None = None, read: Packed | None = None
+        self, tag_ids: Packed, regions: Packed, tag_rows_ND: Tensor | None = None, needed: Packed | None = None
     ) -> tuple[Packed, Packed]:
         """int64 rows of the table and embedded regions [N, D] -> tag states and region states, [N, D] each."""
         tags = self.embeddings(tag_ids, TAG_SEGMENT, tag_rows_ND)
-        return unjoin(self.visual_encoder(join(tags, regions), read), tags.lengths)
+        return unjoin(self.visual_encoder(join(tags, regions), needed), tags.lengths)
 
     def encode_cross(
         self,
         text: Packed,
         regions: Packed,
         pairs: Sequence[tuple[int, int]] | None = None,
-        read: Packed | None = None,
+        needed: Packed | None = None,
     ) -> tuple[Packed, Packed]:
         """Text and region states of the uni-modal encoders -> both after cross encoding.
 
@@ -207,7 +207,7 @@ class Mvptr(PreTrainedModel):
         """
         joined = join(text, regions, pairs)
         text_of = range(len(text)) if pairs is None else [first for first, _ in pairs]
-        return unjoin(self.cross_encoder(joined, read), [text.lengths[i] for i in text_of])
+        return unjoin(self.cross_encoder(joined, needed), [text.lengths[i] for i in text_of])
 
     def text_global(self, text_states: Packed) -> Tensor:
         """-> [B, D] of length 1, float32 (float64 for a float64 model)."""

@@ -24,19 +24,10 @@ from mvptr_ds.monitoring.flops import StepFlops
 from mvptr_ds.monitoring.timing import PHASES, Peak, PhaseClock
 from mvptr_ds.monitoring.wandb_run import WandbRun
 from mvptr_ds.objectives.losses import LossSum
+from mvptr_ds.objectives.table import OBJECTIVES
 
 logger = logging.getLogger(__name__)
 GIB = 2**30
-TARGETS = {  # what a sample must have for the objective to learn from it
-    "mlm": "a masked word",
-    "mcr_phrases": "a masked phrase of the vocabulary",
-    "mcr_tags": "a masked tag",
-    "mcr_regions": "a masked tag beside a region",
-    "vsc": "another image beside it",
-    "itm": "another image beside it",
-    "wpg": "a phrase of the vocabulary and another image beside it",
-    "wpg_cross": "a phrase of the vocabulary and another image beside it",
-}
 
 
 class Meters:
@@ -202,7 +193,7 @@ class MetricsLog:
         for name in [name for name, mean in means.items() if mean is None and name not in self._seen]:
             logger.warning(
                 "%s has nothing to learn so far (-): none of the %d samples had %s; %s.weights.%s=0 turns it off",
-                name, values["data/samples"], TARGETS[name], stage, name,
+                name, values["data/samples"], OBJECTIVES[name].target, stage, name,
             )  # fmt: skip
         self._seen |= means.keys()
 

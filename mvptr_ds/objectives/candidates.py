@@ -1,8 +1,8 @@
-"""Among which samples a rank's own ones look for negatives, and how: `local`, its own, or `global`, those of all ranks.
+"""Among which samples those of a rank find their negatives: `local`, the same rank's, or `global`, those of all ranks.
 
 Nothing here holds all similarities of the global batch, not even a rank's rows of them at once.
 
-Legend: B samples of this rank, N candidates (B, or those of all ranks), D hidden.
+Legend: B samples of this rank, N candidates (B, or those of all ranks), K some of the B samples, D hidden.
 """
 
 from __future__ import annotations
@@ -36,36 +36,42 @@ class Candidates:
     """The candidates of one scope for this rank's samples.
 
     Args:
+        local: global states of this rank's samples.
+        scope: `local` or `global`.
         scores_mib: of float32 similarities at a time: so many of this rank's samples, at least one, are compared with
             all candidates at once.
+
+    Attributes:
+        across: whether the candidates are those of all ranks.
+        first: place of this rank's first sample among the candidates.
     """
 
-    def __init__(self, own: Globals, scope: str, scores_mib: float) -> None:
+    def __init__(self, local: Globals, scope: str, scores_mib: float) -> None:
         assert scope in SCOPES, scope
         self.across = scope == "global" and collectives.num_ranks() > 1
-        self.own = own
-        self.all = own.of_all_ranks() if self.across else own
-        self.first = collectives.rank() * len(own.image_index_N) if self.across else 0
+        self.local = local
+        self.all = local.of_all_ranks() if self.across else local
+        self.first = collectives.rank() * len(local.image_index_N) if self.across else 0
         self.rows_at_once = max(1, int(scores_mib * 2**20 / 4 / max(1, len(self.all.image_index_N))))
 
     def vsc(self, scale: Tensor) -> LossSum:
-        own, all_ = self.own, self.all
+        """The contrast of this rank's samples with all candidates; see `losses.vsc`."""
         return losses.vsc(
-            (own.text_ND, own.image_ND),
-            (all_.text_ND, all_.image_ND),
+            (self.local.text_ND, self.local.image_ND),
+            (self.all.text_ND, self.all.image_ND),
             scale,
-            own.image_index_N,
-            all_.image_index_N,
+            self.local.image_index_N,
+            self.all.image_index_N,
             self.first,
             self.rows_at_once,
         )
 
     def has_negative(self) -> Tensor:
         """Whether a sample's candidates show another image than its own, bool [B]."""
-        return hard_negatives.has_negative(self.own.image_index_N, self.all.image_index_N)
+        return hard_negatives.has_negative(self.local.image_index_N, self.all.image_index_N)
 
-    def others(self, mode: str, takes_image_B: Tensor, uniform_B: Tensor, scale: Tensor) -> Tensor:
-        """Another sample for each: its image goes with the own text, or (False) its text with the own image.
+    def negatives(self, mode: str, takes_image_B: Tensor, uniform_B: Tensor, scale: Tensor) -> Tensor:
+        """A negative for each sample: a candidate whose image goes with its text, or (False) the other way round.
 
         Args:
             mode: of `hard_negatives.choose`.
@@ -74,17 +80,19 @@ class Candidates:
         Returns:
             int64 [B], places among the candidates; any where there is none of another image (`has_negative`).
         """
-        own, all_ = self.own, self.all
-        negative_index_B = torch.zeros_like(own.image_index_N)
+        local, all_ = self.local, self.all
+        negative_index_B = torch.zeros_like(local.image_index_N)
         for takes_B, queries_BD, keys_ND in (
-            (takes_image_B, own.text_ND, all_.image_ND),
-            (~takes_image_B, own.image_ND, all_.text_ND),
+            (takes_image_B, local.text_ND, all_.image_ND),
+            (~takes_image_B, local.image_ND, all_.text_ND),
         ):
+            # Few rows at a time, so that a rank never holds all of its similarities to the global batch. The rows are
+            # found on the host, whose draws decide them; their numbers follow to the device without waiting for it.
             for rows in takes_B.nonzero().flatten().split(self.rows_at_once):
-                there = rows.to(negative_index_B.device, non_blocking=True)
-                same_image_KN = own.image_index_N[there, None] == all_.image_index_N
-                sim_KN = queries_BD[there].detach() @ keys_ND.detach().T
-                negative_index_B[there] = hard_negatives.choose(
+                rows_K = rows.to(negative_index_B.device, non_blocking=True)
+                same_image_KN = local.image_index_N[rows_K, None] == all_.image_index_N
+                sim_KN = queries_BD[rows_K].detach() @ keys_ND.detach().T
+                negative_index_B[rows_K] = hard_negatives.choose(
                     mode, sim_KN, same_image_KN, uniform_B[rows], scale.detach()
                 )
         return negative_index_B

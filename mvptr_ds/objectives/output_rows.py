@@ -18,32 +18,16 @@ import torch
 from mvptr_ds.model.packed import Packed, join
 from mvptr_ds.objectives.packed_batch import PackedBatch
 
-FIRST = frozenset({"first"})
-EVERYTHING = frozenset({"text", "regions"})
+COVERED = {  # kinds that are part of another one
+    "text": frozenset({"first", "tokens", "phrases", "picked_phrases"}),
+    "regions": frozenset({"asking_regions"}),
+}
 
 
-def kinds_read(stage: str, objectives: Collection[str], wpg_on_cross: bool) -> dict[str, frozenset[str]]:
-    """Kinds of rows by encoder: `text`, `visual`, and the cross encoder's `matched` and `mismatched` pairs.
-
-    An encoder that is not named is read wholly: the text encoder of stage 2, whose states the cross encoder takes.
-    """
-
-    def kinds(**read: bool) -> frozenset[str]:
-        return frozenset(kind for kind, is_read in read.items() if is_read)
-
-    on = set(objectives)
-    mlm, itm, tags = "mlm" in on, "itm" in on, "mcr_tags" in on
-    if stage == "stage1":
-        return {
-            "text": kinds(tokens=mlm, picked_phrases="mcr_phrases" in on),
-            "visual": kinds(tags=tags, asking_regions="mcr_regions" in on),
-        }
-    grounds = wpg_on_cross or "wpg_cross" in on
-    return {
-        "visual": kinds(first=True, tags=tags, regions=True),
-        "matched": kinds(first=itm, tokens=mlm, phrases=grounds, regions=grounds),
-        "mismatched": EVERYTHING if "wpg_cross" in on else FIRST,
-    }
+def without_covered(kinds: Collection[str]) -> frozenset[str]:
+    """The same rows in kinds that do not overlap, so that their numbers can be added up."""
+    covered = (COVERED[kind] for kind in kinds if kind in COVERED)
+    return frozenset(kinds).difference(*covered)
 
 
 def some_rows(lengths: Sequence[int], everything: bool, first: bool, *picked: Packed) -> Packed:
@@ -56,8 +40,8 @@ def some_rows(lengths: Sequence[int], everything: bool, first: bool, *picked: Pa
     return marked
 
 
-def of_text(kinds: frozenset[str], packed: PackedBatch) -> Packed:
-    """Marks the rows of texts that are read."""
+def text_rows(kinds: frozenset[str], packed: PackedBatch) -> Packed:
+    """Marks the rows of texts that are needed."""
     masks = {
         "tokens": packed.masked_tokens.mask,
         "picked_phrases": packed.masked_phrases.mask,
@@ -67,14 +51,14 @@ def of_text(kinds: frozenset[str], packed: PackedBatch) -> Packed:
     return some_rows(packed.text_ids.lengths, "text" in kinds, "first" in kinds, *picked)
 
 
-def of_tags(kinds: frozenset[str], packed: PackedBatch) -> Packed:
-    """Marks the rows of tags that are read."""
+def tag_rows(kinds: frozenset[str], packed: PackedBatch) -> Packed:
+    """Marks the rows of tags that are needed."""
     picked = [packed.masked_tags.mask] if "tags" in kinds else []
     return some_rows(packed.tag_ids.lengths, False, "first" in kinds, *picked)
 
 
-def of_regions(kinds: frozenset[str], packed: PackedBatch) -> Packed:
-    """Marks the rows of regions that are read."""
+def region_rows(kinds: frozenset[str], packed: PackedBatch) -> Packed:
+    """Marks the rows of regions that are needed."""
     marked = some_rows(packed.geometry.lengths, "regions" in kinds, False)
     if "asking_regions" in kinds:
         asking = torch.tensor(packed.masked_tags.samples, dtype=torch.int64)
@@ -82,7 +66,7 @@ def of_regions(kinds: frozenset[str], packed: PackedBatch) -> Packed:
     return marked
 
 
-def of_pairs(kinds: frozenset[str], text_lengths: Sequence[int], region_lengths: Sequence[int]) -> Packed:
-    """Marks the rows of any texts joined with any regions: slot 0 of the texts (FIRST) or all (EVERYTHING)."""
+def pair_rows(kinds: frozenset[str], text_lengths: Sequence[int], region_lengths: Sequence[int]) -> Packed:
+    """Marks the rows of any texts joined with any regions: slot 0 of the texts, all of their slots, all regions."""
     text = some_rows(text_lengths, "text" in kinds, "first" in kinds)
     return join(text, some_rows(region_lengths, "regions" in kinds, False))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mvptr_ds.monitoring.flops import Lengths
+from mvptr_ds.objectives.lengths import Lengths
+from mvptr_ds.objectives.table import Chosen
 from mvptr_ds.planning.memory import FLOAT32, Zero
 
 
@@ -67,7 +68,7 @@ def traffic(
     num_ranks: int,
     accumulation: int,
     lengths: Lengths,
-    objectives: frozenset[str],
+    objectives: Chosen,
 ) -> Traffic:
     """Returns the bytes that ring collectives send: each rank sends (n - 1) / n of what is reduced or gathered.
 
@@ -78,13 +79,12 @@ def traffic(
     whole = trained * element_bytes * share
     reductions = accumulation if zero.stage >= 2 else 1
     gathers = 2 * accumulation if zero.stage == 3 else 1
-    aligns = bool(objectives & {"vsc", "itm", "wpg", "wpg_cross"})
     # Both global states are gathered in float32, and their gradients are reduced to their owners.
-    contrast = 4 * lengths.samples * num_ranks * share * dim * FLOAT32 if aligns else 0.0
+    contrast = 4 * lengths.samples * num_ranks * share * dim * FLOAT32 if objectives.scopes() else 0.0
     rows = 0.0
-    if objectives & {"itm", "wpg_cross"}:
+    if objectives.needs_mismatched():
         rows += (lengths.text + lengths.regions) / 2  # half of the samples fetch a text, the others an image
-    if "wpg" in objectives:
+    if "wpg" in objectives.scopes():
         rows += lengths.regions
     return Traffic(
         gradients=reductions * whole,

@@ -13,7 +13,8 @@ import torch
 from mvptr_ds import builders
 from mvptr_ds.config import Config, DataConfig, MaskingConfig
 from mvptr_ds.data.collate import collate
-from mvptr_ds.monitoring.flops import Lengths
+from mvptr_ds.objectives.lengths import Lengths
+from mvptr_ds.tasks import TASKS
 
 NUM_DRAWN = 20_000
 MEASURED_AT_ONCE = 64
@@ -67,9 +68,10 @@ def measured(config: Config, stage: str, num_samples: int) -> tuple[Lengths, flo
     torch.set_num_threads(1)
     config.data.demo_source = config.data.held_out = None  # the plan uses only what exists to train on
     builders.prepare_shards(config.data, config.run.seed, 1)
+    needs = TASKS[stage].sample_needs(config)
     with tempfile.TemporaryDirectory() as joins:
         dataset = builders.build_dataset(
-            config, builders.build_vocabs(config.data), stage, config.run.seed, Path(joins)
+            config, builders.build_vocabs(config.data), stage, needs, config.run.seed, Path(joins)
         )
         dataset[0]  # opens the files, which is not timed
         started_s = time.process_time()

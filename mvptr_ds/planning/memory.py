@@ -16,7 +16,7 @@ from typing import Any
 
 from mvptr_ds.ds_config import zero_stage_of
 from mvptr_ds.model.config import MvptrConfig
-from mvptr_ds.monitoring.flops import Lengths
+from mvptr_ds.objectives.lengths import Lengths
 
 FLOAT32 = 4
 MASTER_AND_MOMENTS = 3 * FLOAT32
@@ -126,7 +126,7 @@ def activation_bytes(
     lengths: Lengths,
     model: MvptrConfig,
     parts: frozenset[str],
-    num_cross_passes: int,
+    num_cross_calls: int,
     read: Mapping[str, float],
     element_bytes: int,
     checkpointing: bool,
@@ -151,7 +151,7 @@ def activation_bytes(
     stacks = {
         "text": (model.num_text_layers, lengths.text),
         "visual": (model.num_visual_layers, lengths.visual),
-        "cross": (model.num_cross_layers, num_cross_passes * lengths.cross),
+        "cross": (model.num_cross_layers, num_cross_calls * lengths.cross),
     }
     used = {name: stack for name, stack in stacks.items() if name in parts}
     layers = sum(num * positions for num, positions in used.values())

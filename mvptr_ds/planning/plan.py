@@ -14,13 +14,15 @@ from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.ds_config import fill_ds_config, micro_batch_size, precision_of
 from mvptr_ds.model.mvptr import Mvptr
-from mvptr_ds.monitoring.flops import Lengths, StepFlops, num_cross_passes, rows_read
+from mvptr_ds.monitoring.flops import StepFlops, last_layer_rows
 from mvptr_ds.monitoring.timing import vendor_tflops
-from mvptr_ds.objectives.task import Task
+from mvptr_ds.objectives.lengths import Lengths
+from mvptr_ds.objectives.pretraining import PretrainingLosses
 from mvptr_ds.optim.optimizer import parameter_groups
 from mvptr_ds.planning.cost import Assumptions, Gpu, contrast_bytes, step_time, traffic
 from mvptr_ds.planning.lengths import times
 from mvptr_ds.planning.memory import FLOAT32, Zero, activation_bytes, largest_state_bytes
+from mvptr_ds.tasks import TASKS
 
 GIB, MIB = 2**30, 2**20
 PUBLISHED_ROWS, PUBLISHED_PHRASES = 86_051, 73_599
@@ -42,7 +44,7 @@ class Cluster:
         return self.gpu.node_gb_per_s if self.num_nodes == 1 else self.gpu.network_gb_per_s
 
 
-def task_without_memory(config: Config, stage: str, vocab: tuple[int, int] | None = None) -> Task:
+def task_without_memory(config: Config, stage: str, vocab: tuple[int, int] | None = None) -> PretrainingLosses:
     """Builds the task of a stage with its true shapes, on torch's meta device.
 
     Args:
@@ -57,10 +59,13 @@ def task_without_memory(config: Config, stage: str, vocab: tuple[int, int] | Non
     if vocab is not None:
         model_config.num_rows, model_config.num_phrases = vocab
     with torch.device("meta"):
-        return builders.build_task(config, stage, Mvptr(model_config), seed=0)
+        module = TASKS[stage].build(config, Mvptr(model_config), seed=0)
+    if not isinstance(module, PretrainingLosses):
+        raise ValueError(f"the planner knows what a stage of pre-training costs, not what {stage} does")
+    return module
 
 
-def groups_of(task: Task, weight_decay: float) -> tuple[list[list[int]], int]:
+def groups_of(task: PretrainingLosses, weight_decay: float) -> tuple[list[list[int]], int]:
     """Returns the number of elements of each trained parameter by optimiser group, and of all others together."""
     trained = set(task.model.parameters_of(task.trained_parts()))
     named = [(n, p) for n, p in task.model.named_parameters() if n in trained]
@@ -71,7 +76,7 @@ def groups_of(task: Task, weight_decay: float) -> tuple[list[list[int]], int]:
 def make_plan(
     config: Config,
     stage: str,
-    task: Task,
+    task: PretrainingLosses,
     ds_content: dict[str, Any],
     cluster: Cluster,
     mean: Lengths,
@@ -95,19 +100,19 @@ def make_plan(
     flops = StepFlops(task, num)
     zero, model = Zero.of(filled), flops.model
     micro, accumulation = micro_batch_size(config.train, num), config.train.accumulation_steps
-    lengths, objectives = times(mean, micro), frozenset(task.weights)
+    lengths, objectives = times(mean, micro), task.objectives
 
     flop = flops.of_lengths(lengths) * accumulation
     groups, frozen = groups_of(task, config.optim.weight_decay)
     trained = sum(map(sum, groups))
     states = largest_state_bytes(groups, frozen, element_bytes, zero, num)
-    passes, checkpointing = num_cross_passes(objectives), config.model.activation_checkpointing
-    groundings = 2 * len(objectives & {"wpg", "wpg_cross"})  # with the own and with another image
-    read = rows_read(lengths, objectives, task.reads)
-    kept = activation_bytes(lengths, model, flops.parts, passes, read, element_bytes, checkpointing, groundings)
-    aligns = bool(objectives & {"vsc", "itm", "wpg", "wpg_cross"})
+    calls, checkpointing = objectives.num_cross_calls(), config.model.activation_checkpointing
+    last, groundings = last_layer_rows(lengths, objectives), objectives.num_groundings()
+    kept = activation_bytes(
+        lengths, model, objectives.computed_parts(), calls, last, element_bytes, checkpointing, groundings
+    )
     scores_bytes = config.task.scores_mib * MIB
-    contrast = contrast_bytes(model.hidden_size, lengths.samples, num, scores_bytes) if aligns else 0.0
+    contrast = contrast_bytes(model.hidden_size, lengths.samples, num, scores_bytes) if objectives.scopes() else 0.0
     inputs = lengths.regions * model.region_feature_dim * FLOAT32
     backward = states.parameters + states.optimizer + states.all_gradients + states.buckets + kept + contrast + inputs
     peak = max(backward, states.total + states.step)

@@ -51,6 +51,7 @@ from mvptr_ds.preflight.rank_checks import (
     on_first,
     run_folder,
 )
+from mvptr_ds.tasks import TASKS
 
 logger = logging.getLogger(__name__)
 CONNECT_LIMIT_S = 180.0  # from the start of the last rank: thousands of ranks may make an NCCL communicator
@@ -238,7 +239,7 @@ def _shards(config: Config, indices: dict[str, SampleIndex]) -> list[Finding]:
     if all(finding.level == OK for finding in found):
         try:  # the rest is the same on all ranks, and parts of it are collective
             for stage in config.stage_names:
-                sources = builders.open_sources(data, stage, joins)
+                sources = builders.open_sources(data, stage, TASKS[stage].sample_needs(config), joins)
                 if data.sources:
                     num_samples = {name: len(index) for name, index in sources.items()}
                     builders.build_mixture(config, num_samples, config.run.seed)
@@ -315,9 +316,9 @@ def _num_bytes(config: Config, model: Mvptr, precision: str) -> dict[str, int]:
     width, num_bytes = 4 if precision == "float32" else 2, {}
     num_all = sum(p.numel() for p in model.parameters())
     for name in config.stage_names:
-        task = builders.build_task(config, name, model, seed=0)
-        trained = set(model.parameters_of(task.trained_parts()))
-        num_trained = sum(p.numel() for n, p in model.named_parameters() if n in trained)
+        module = TASKS[name].build(config, model, seed=0)
+        module.freeze_untrained()
+        num_trained = sum(p.numel() for _, p in module.named_weights() if p.requires_grad)
         num_bytes[name] = (4 + width) * num_all + 12 * num_trained
     return num_bytes
 
@@ -354,7 +355,7 @@ def _hand_over(config: Config, vocabs: Vocabs) -> list[Finding]:
         resumes = hand_over.resumes(config)
         if resumes and not config.train.preflight_only:  # the stage compares it after it is built
             return [Finding("hand-over", OK, f"{stage} goes on from its checkpoints in {own}")]
-        path = checkpointing.newest_good(own) if resumes else hand_over.first_model(config)
+        path = checkpointing.newest_good(own) if resumes else hand_over.first_model(config, TASKS[stage].follows)
     except (ValueError, OSError) as error:
         return [Finding.of("hand-over", error)]
     if path is None:
@@ -365,7 +366,7 @@ def _hand_over(config: Config, vocabs: Vocabs) -> list[Finding]:
         if resumes:
             resume.refuse(path, model_folder.differences(model, vocabs, path / "model"))
         else:
-            model_folder.check_fits(model, vocabs, path)
+            model_folder.check_fits(model, vocabs, path, TASKS[stage].fresh_weights)
         yield Finding("hand-over", OK, f"{stage} {'goes on' if resumes else 'starts'} from {path}")
 
     return on_first("hand-over", fits)

@@ -17,6 +17,7 @@ from mvptr_ds.data.features import SampleBuilder
 from mvptr_ds.data.shards.index import SampleIndex
 from mvptr_ds.data.shards.tar_reader import IMAGE_EXTENSIONS
 from mvptr_ds.errors import DataError
+from mvptr_ds.objectives.table import OBJECTIVES, PHRASES, REGIONS, TAGS, WORDS
 from mvptr_ds.preflight.rank_checks import ERROR, OK, WARNING, Finding
 
 NUM_LOOKED_AT = 256  # samples of a local folder, spread evenly over it
@@ -24,23 +25,12 @@ NUM_REMOTE, REMOTE_LIMIT_S = 32, 20.0  # the same behind a URL, where each sampl
 DECODE_EVERY = 4  # one in so many pictures is decoded, which takes milliseconds
 HELD_OUT = "data.held_out"
 
-KINDS = ("pictures", "features", "regions", "tags", "phrases of the vocabulary")
-NEEDS = {  # what a sample must hold for the objective to learn from it
-    "mlm": ("text",),
-    "mcr_phrases": ("phrases of the vocabulary",),
-    "mcr_tags": ("tags",),
-    "mcr_regions": ("tags", "something to see"),
-    "vsc": ("text", "something to see"),
-    "itm": ("text", "something to see"),
-    "wpg": ("phrases of the vocabulary", "something to see"),
-    "wpg_cross": ("phrases of the vocabulary", "something to see"),
-}
-PICKED_BY = {"mlm": "word_prob", "mcr_phrases": "phrase_prob", "mcr_tags": "tag_prob", "mcr_regions": "tag_prob"}
+KINDS = ("pictures", "features", "regions", TAGS, PHRASES)
 REMEDIES = {
-    "tags": "give regions with tags (data.sidecars)",
-    "phrases of the vocabulary": "give phrases and the vocabulary that was made of them (data.phrase_vocab)",
-    "something to see": "give pictures, or features (data.sidecars)",
-    "text": "give captions",
+    TAGS: "give regions with tags (data.sidecars)",
+    PHRASES: "give phrases and the vocabulary that was made of them (data.phrase_vocab)",
+    REGIONS: "give pictures, or features (data.sidecars)",
+    WORDS: "give captions",
 }
 
 
@@ -95,18 +85,18 @@ def _look_at(index: SampleIndex, builder: SampleBuilder, sample: int, decode: bo
     record, members = index.read_sample(place)
     begun = builder.begin(record, members, 0, place.record, 0, np.random.default_rng(0))
     held = {
-        "text": len(begun.text_ids_T) - begun.num_phrases > 2,
+        WORDS: len(begun.text_ids_T) - begun.num_phrases > 2,
         "pictures": any(extension in members for extension in IMAGE_EXTENSIONS),
         "features": "npy" in members,
         "regions": bool(record.regions),
-        "something to see": len(begun.region_geometry_R6) > 0,
-        "tags": len(begun.tag_ids_G) > 2,
-        "phrases of the vocabulary": begun.num_phrases > 0,
+        REGIONS: len(begun.region_geometry_R6) > 0,
+        TAGS: len(begun.tag_ids_G) > 2,
+        PHRASES: begun.num_phrases > 0,
     }
     seen.holds.update(kind for kind, holds in held.items() if holds)
     if builder.options.visual_source == "features" or decode:
         builder.add_picture(begun, members)
-    seen.targets.update(name for name, needed in NEEDS.items() if all(held[kind] for kind in needed))
+    seen.targets.update(name for name, row in OBJECTIVES.items() if all(held[kind] for kind in row.needs))
 
 
 def _shares(name: str, seen: Seen, config: Config) -> Iterator[Finding]:
@@ -137,14 +127,14 @@ def _objectives(config: Config, stage: str, targets: Counter[str]) -> Iterator[F
     idle = []
     for name, weight in weights.items():
         key = f"{stage}.weights.{name}"
-        picked_by = PICKED_BY.get(name)
+        needs, picked_by = OBJECTIVES[name].needs, OBJECTIVES[name].masked_by
         if picked_by is not None and getattr(section.masking, picked_by) == 0:
             reason, remedy = f"{stage}.masking.{picked_by} is 0, so that nothing is asked for", "raise it"
-        elif "tags" in NEEDS[name] and data.tag_withhold_prob == 1:
+        elif TAGS in needs and data.tag_withhold_prob == 1:
             reason, remedy = "data.tag_withhold_prob is 1, so that there are no tags", "lower it"
         elif not targets[name]:
-            reason = f"none of the training samples looked at has {' and '.join(NEEDS[name])}"
-            remedy = ", and ".join(REMEDIES[kind] for kind in NEEDS[name])
+            reason = f"none of the training samples looked at has {' and '.join(needs)}"
+            remedy = ", and ".join(REMEDIES[kind] for kind in needs)
         else:
             continue
         idle.append(name)

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from mvptr_ds.config import Config, ItmConfig, TaskConfig, VscConfig, WeightsConfig, WpgConfig
 from mvptr_ds.data.collate import Batch, collate
-from mvptr_ds.objectives.task import Task
+from mvptr_ds.objectives.pretraining import PretrainingLosses
+from mvptr_ds.objectives.stages import STAGES
 from tests.support.tiny_models import TEXT_SLOTS, sample, tiny_model
 
 NUM_SAMPLES = 8  # of all ranks
@@ -53,9 +54,15 @@ CASES = {
 LOCAL = {"stage 2, local": case("stage2", scope="local"), "joint, local": case("joint", scope="local")}
 
 
-def build(which: Case) -> Task:
-    task = Task(
-        tiny_model(), which.stage, which.weights, which.config, max_text_slots=TEXT_SLOTS, max_steps=NUM_BATCHES, seed=5
+def build(which: Case) -> PretrainingLosses:
+    task = PretrainingLosses(
+        tiny_model(),
+        STAGES[which.stage],
+        which.weights,
+        which.config,
+        max_text_slots=TEXT_SLOTS,
+        max_steps=NUM_BATCHES,
+        seed=5,
     )
     return task.double()
 

@@ -18,7 +18,8 @@ import torch
 from mvptr_ds.distributed import collectives
 from mvptr_ds.ds_config import fill_ds_config, load_ds_config
 from mvptr_ds.engine import Engine
-from mvptr_ds.objectives.task import Task, TaskOutput
+from mvptr_ds.objectives.module import TaskOutput
+from mvptr_ds.objectives.pretraining import PretrainingLosses
 from tests.conftest import REPO
 from tests.distributed.steps import OPTIM, TRAIN, batch_of, build_task
 
@@ -41,9 +42,9 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def pushed_forward(task: Task, *arguments: Any) -> TaskOutput:
+def pushed_forward(task: PretrainingLosses, *arguments: Any) -> TaskOutput:
     """The task's loss, and one that pushes the logit scale up (below 0) or down."""
-    output = Task.forward(task, *arguments)
+    output = PretrainingLosses.forward(task, *arguments)
     return output._replace(loss=output.loss + task.push * task.scale().log().sum())  # type: ignore[operator]
 
 

@@ -15,7 +15,8 @@ from mvptr_ds.config import Config, OptimConfig, TrainConfig
 from mvptr_ds.data.collate import collate
 from mvptr_ds.distributed import collectives
 from mvptr_ds.ds_config import fill_ds_config, load_ds_config
-from mvptr_ds.objectives.task import Task
+from mvptr_ds.objectives.pretraining import PretrainingLosses
+from mvptr_ds.objectives.stages import STAGES
 from mvptr_ds.optim.optimizer import build_optimizer, parameter_groups
 from mvptr_ds.planning.memory import Zero, state_bytes
 from mvptr_ds.planning.plan import groups_of
@@ -30,12 +31,14 @@ CASES = {
 }
 
 
-def build_task() -> Task:
+def build_task() -> PretrainingLosses:
     rows = NUM_WORDS + NUM_PHRASES
     model = tiny_model(hidden_size=64, intermediate_size=256, num_words=NUM_WORDS, num_rows=rows, num_text_layers=2)
     model.set_phrase_rows(torch.arange(NUM_WORDS, rows))
     config = Config()
-    task = Task(model, "stage2", config.stage2.weights, config.task, max_text_slots=TEXT_SLOTS, max_steps=9, seed=0)
+    task = PretrainingLosses(
+        model, STAGES["stage2"], config.stage2.weights, config.task, max_text_slots=TEXT_SLOTS, max_steps=9, seed=0
+    )
     trained = set(model.parameters_of(task.trained_parts()))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from mvptr_ds.config import Config, OptimConfig, StageConfig, TrainConfig
 from mvptr_ds.data.collate import Batch, Sample, collate
 from mvptr_ds.data.sampling.batches import Batches
-from mvptr_ds.objectives.task import Task
+from mvptr_ds.objectives.pretraining import PretrainingLosses
+from mvptr_ds.objectives.stages import STAGES
 from mvptr_ds.optim.optimizer import learning_rate_at
 from tests.support.tiny_models import TEXT_SLOTS, sample, tiny_model
 
 NUM_STEPS = 5
-STAGES = ("stage1", "stage2", "joint")
 ONE_MODALITY = "stage1 of single modalities"  # a rank's share holds nothing but texts, or nothing but images
 CASES = (*STAGES, ONE_MODALITY)
 TRAIN = TrainConfig(batch_size=16, accumulation_steps=2)  # two micro-batches of 8 a step, 4 samples a rank
@@ -50,10 +50,10 @@ def stage_config(case: str) -> StageConfig:
     return StageConfig(max_steps=NUM_STEPS + 1, learning_rate=1e-3, warmup_steps=2, weights=weights)
 
 
-def build_task(case: str) -> Task:
-    task = Task(
+def build_task(case: str) -> PretrainingLosses:
+    task = PretrainingLosses(
         tiny_model(),
-        case.split()[0],
+        STAGES[case.split()[0]],
         stage_config(case).weights,
         Config().task,
         max_text_slots=TEXT_SLOTS,

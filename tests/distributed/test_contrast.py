@@ -37,7 +37,7 @@ def alone(name: str, parts: int) -> list[dict[str, Any]]:
         task.zero_grad()
         draws = RandomDraws.keyed(task.seed, number, 0, NUM_SAMPLES, TEXT_SLOTS)
         share = NUM_SAMPLES // parts
-        found = [task.objectives(part(number, i, parts), draws.rows(i * share, share), number) for i in range(parts)]
+        found = [task.sums(part(number, i, parts), draws.rows(i * share, share), number) for i in range(parts)]
         loss = torch.stack([weight * mean([f[on] for f in found]) for on, weight in task.weights.items()]).sum()
         loss.backward()
         grads = {n: p.grad.clone() for n, p in task.named_parameters() if p.grad is not None}

@@ -13,7 +13,8 @@ import torch
 from mvptr_ds.config import Config
 from mvptr_ds.model.packed import Packed
 from mvptr_ds.objectives.hard_negatives import RandomDraws
-from mvptr_ds.objectives.task import Task
+from mvptr_ds.objectives.pretraining import PretrainingLosses
+from mvptr_ds.objectives.stages import STAGES
 from tests.distributed.launch import run, run_ranks
 from tests.support.tiny_models import tiny_model, whole_batch
 
@@ -69,8 +70,8 @@ def test_each_objective_in_bf16_is_near_its_float32_value(stage: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         model = tiny_model().to(dtype)  # type: ignore[arg-type]
         weights = Config().stage(stage).weights
-        task = Task(model, stage, weights, Config().task, max_text_slots=12, max_steps=9, seed=0)
-        parts[dtype] = task.objectives(whole_batch(), RandomDraws.keyed(0, 0, 0, 4, 12))
+        task = PretrainingLosses(model, STAGES[stage], weights, Config().task, max_text_slots=12, max_steps=9, seed=0)
+        parts[dtype] = task.sums(whole_batch(), RandomDraws.keyed(0, 0, 0, 4, 12))
         states = Packed(torch.randn(6, 16, dtype=dtype), (2, 4))
         for states_BD in (model.text_global(states), model.visual_global(states)):
             assert states_BD.dtype == torch.float32

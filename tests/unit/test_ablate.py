@@ -11,7 +11,8 @@ import torch
 from mvptr_ds.config import load_config
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.mvptr import Mvptr
-from mvptr_ds.objectives.task import Task
+from mvptr_ds.objectives.pretraining import PretrainingLosses
+from mvptr_ds.objectives.stages import STAGES
 from tools.dev import ablate
 
 ARMS = ablate.load_arms()
@@ -42,7 +43,7 @@ def test_every_arm_is_a_task_of_each_of_its_stages(name: str) -> None:
         )  # fmt: skip
     for stage in config.stage_names:
         weights = config.stage(stage).weights
-        task = Task(model, stage, weights, config.task, max_text_slots=4, max_steps=1, seed=0)
+        task = PretrainingLosses(model, STAGES[stage], weights, config.task, max_text_slots=4, max_steps=1, seed=0)
         assert task.weights == {key: value for key, value in vars(weights).items() if value}
 
 

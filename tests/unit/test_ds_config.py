@@ -10,13 +10,14 @@ import pytest
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 
-from mvptr_ds.builders import Vocabs, build_task, model_config
+from mvptr_ds.builders import Vocabs, model_config
 from mvptr_ds.config import CONFIGS_DIR, Config, OptimConfig, TrainConfig, load_config
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.ds_config import fill_ds_config, load_ds_config, micro_batch_size, rounded_batch_size
 from mvptr_ds.model.mvptr import Mvptr
-from mvptr_ds.objectives.task import Task
+from mvptr_ds.objectives.pretraining import PretrainingLosses
+from mvptr_ds.tasks import TASKS
 from tests.conftest import REPO
 
 ZERO_2: dict[str, Any] = {"zero_optimization": {"stage": 2}}
@@ -177,10 +178,10 @@ def vocabs() -> Vocabs:
     return Vocabs(words, _Phrases(words, 1000))
 
 
-def build_stages(config: Config, vocabs: Vocabs) -> list[Task]:
+def build_stages(config: Config, vocabs: Vocabs) -> list[PretrainingLosses]:
     with torch.device("meta"):
         model = Mvptr(model_config(config, vocabs))
-    return [build_task(config, stage, model, seed=config.run.seed) for stage in {*config.stage_names, "joint"}]
+    return [TASKS[stage].build(config, model, config.run.seed) for stage in {*config.stage_names, "joint"}]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 8])

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mvptr_ds.config import TaskConfig, WeightsConfig
 from mvptr_ds.objectives.hard_negatives import RandomDraws
-from mvptr_ds.objectives.task import Task
+from mvptr_ds.objectives.pretraining import PretrainingLosses
+from mvptr_ds.objectives.stages import STAGES
 from tests.support.tiny_models import TEXT_SLOTS, tiny_model, whole_batch
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -27,11 +28,11 @@ def losses_and_gradients(execution: str, dtype: torch.dtype, device: str, **opti
     config = TaskConfig()
     config.itm.negatives = config.wpg.negatives = "random"  # rounding must not choose another negative
     config.wpg.top_k = 1
-    task = Task(model, "stage2", weights, config, max_text_slots=TEXT_SLOTS, max_steps=10, seed=0)
+    task = PretrainingLosses(model, STAGES["stage2"], weights, config, max_text_slots=TEXT_SLOTS, max_steps=10, seed=0)
     batch = whole_batch()
     assert batch.region_features_BRF is not None
     batch = dataclasses.replace(batch, region_features_BRF=batch.region_features_BRF.to(dtype))
-    parts = task.objectives(batch, RandomDraws.keyed(0, 0, 0, len(batch), TEXT_SLOTS))
+    parts = task.sums(batch, RandomDraws.keyed(0, 0, 0, len(batch), TEXT_SLOTS))
     torch.stack([part.sum.double() for part in parts.values()]).sum().backward()
     out = {name: part.sum for name, part in parts.items()}
     out |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -14,7 +14,8 @@ from torch import Tensor
 from mvptr_ds.config import TaskConfig, WeightsConfig
 from mvptr_ds.model import kernels
 from mvptr_ds.model.packed import Packed
-from mvptr_ds.objectives.task import Task
+from mvptr_ds.objectives.pretraining import PretrainingLosses
+from mvptr_ds.objectives.stages import STAGES
 from tests.support.tiny_models import TEXT_SLOTS, tiny_model, whole_batch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -296,17 +297,17 @@ def test_the_tables_gradient_is_that_of_separate_lookups() -> None:
         total = sum((part * weight).sum() for part, weight in zip(parts, weights, strict=False))
         return torch.autograd.grad(total, table)[0]  # type: ignore[arg-type]
 
-    rows = model.read_table(text, tags, phrases=True)
+    rows = model.look_up(text, tags, phrases=True)
     assert rows.phrases_PD is not None
     found = gradient(rows.text_ND, rows.tags_ND, rows.words_WD, rows.phrases_PD)
     torch.testing.assert_close(
         found, gradient(table[text.rows], table[tags.rows], table[:30], table[model.phrase_rows]), rtol=0, atol=1e-14
     )
-    rows = model.read_table(text, tags)
+    rows = model.look_up(text, tags)
     assert rows.phrases_PD is None
     only_rows = gradient(rows.text_ND)
     assert only_rows.abs().sum(1).nonzero().flatten().tolist() == [3, 31]
-    rows = model.read_table(text, tags)
+    rows = model.look_up(text, tags)
     only_words = torch.autograd.grad((rows.words_WD * weights[2]).sum(), table)[0]
     assert torch.equal(only_words[:30], weights[2]) and not only_words[30:].any()
 
@@ -314,16 +315,18 @@ def test_the_tables_gradient_is_that_of_separate_lookups() -> None:
 def test_a_step_writes_the_tables_gradient_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Source: docs/performance.md; autograd alone wrote one for each of three lookups and two heads."""
     sizes: list[tuple[int, ...]] = []
-    backward = kernels.ReadTable.backward
+    backward = kernels.TableLookup.backward
 
     def counting(ctx: Any, *grads: Tensor | None) -> Any:
         out = backward(ctx, *grads)
         sizes.append(tuple(out[0].shape))
         return out
 
-    monkeypatch.setattr(kernels.ReadTable, "backward", staticmethod(counting))
+    monkeypatch.setattr(kernels.TableLookup, "backward", staticmethod(counting))
     weights = WeightsConfig(mcr_tags=1.0, mlm=1.0, mcr_regions=1.0, mcr_phrases=1.0)
-    task = Task(tiny_model(), "stage1", weights, TaskConfig(), max_text_slots=TEXT_SLOTS, max_steps=1, seed=0)
+    task = PretrainingLosses(
+        tiny_model(), STAGES["stage1"], weights, TaskConfig(), max_text_slots=TEXT_SLOTS, max_steps=1, seed=0
+    )
     loss = task(whole_batch(), 0).loss
     writers = {type(node).__name__ for node in _graph(loss)} & {"EmbeddingBackward0", "SliceBackward0"}
     loss.backward()
@@ -361,7 +364,7 @@ def test_half_precision_sums_the_rows_of_one_id_in_float32() -> None:
     ids = torch.tensor([3, *[1] * 600, 3])
     weights = torch.full((602, 2), 0.01)
     weights[1] = 4.0
-    rows, _ = kernels.ReadTable.apply(table, ids, 0)
+    rows, _ = kernels.TableLookup.apply(table, ids, 0)
     (rows * weights.bfloat16()).sum().backward()
     assert table.grad is not None
     wanted = [0.0, 4.0 + 599 * 0.01, 0.0, 0.02, 0.0]

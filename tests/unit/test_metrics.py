@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from mvptr_ds.config import Config, WandbConfig
+from mvptr_ds.config import Config, WandbConfig, WeightsConfig
 from mvptr_ds.data.collate import collate
-from mvptr_ds.monitoring.metrics import TARGETS, Meters, MetricsLog
+from mvptr_ds.monitoring.metrics import Meters, MetricsLog
 from mvptr_ds.monitoring.wandb_run import WandbRun
 from mvptr_ds.objectives.losses import LossSum
-from mvptr_ds.objectives.task import STAGE1_OBJECTIVES, STAGE2_OBJECTIVES, Task
+from mvptr_ds.objectives.pretraining import PretrainingLosses
+from mvptr_ds.objectives.stages import ALIGNING, SINGLE_MODALITY, STAGES
+from mvptr_ds.objectives.table import OBJECTIVES
 from tests.support.tiny_models import TEXT_SLOTS, sample, tiny_model, whole_batch
 
 VALUES = {
@@ -70,10 +72,11 @@ def test_masked_predictions_are_also_reported_by_source(stage: str) -> None:
     batch = collate([dataclasses.replace(s, source=i // 3) for i, s in enumerate(samples)])
     parts = {}
     for name, chosen in (("all", range(4)), ("a", range(3)), ("b", range(3, 4))):
-        task = Task(
-            tiny_model(), stage, Config().stage(stage).weights, Config().task, max_text_slots=TEXT_SLOTS, max_steps=9,
-            seed=0, per_sample=True,
-        )  # fmt: skip
+        section = Config().stage(stage)
+        numbers = {"max_text_slots": TEXT_SLOTS, "max_steps": 9, "seed": 0}
+        task = PretrainingLosses(
+            tiny_model(), STAGES[stage], section.weights, Config().task, **numbers, per_sample=True
+        )
         parts[name] = task(collate([samples[i] for i in chosen]) if name != "all" else batch, 0).parts
     meters = Meters(torch.device("cpu"), ["a", "b"])
     meters.add_batch(batch, 0.0)
@@ -126,7 +129,9 @@ def test_an_objective_without_targets_is_a_dash_and_is_named_once(
     sent: list[dict[str, Any]] = []
     monkeypatch.setattr(WandbRun, "log", lambda self, step, values: sent.append(values))
     weights, config = Config().stage1.weights, Config().task
-    task = Task(tiny_model(), "stage1", weights, config, max_text_slots=TEXT_SLOTS, max_steps=9, seed=0)
+    task = PretrainingLosses(
+        tiny_model(), STAGES["stage1"], weights, config, max_text_slots=TEXT_SLOTS, max_steps=9, seed=0
+    )
     meters, log = Meters(torch.device("cpu")), log_in(tmp_path / "stage1")
     batches = [collate([sample(i, i, tags=0) for i in range(4)]), collate([sample(i, i, masked=False) for i in (5, 6)])]
     with caplog.at_level(logging.INFO, logger="mvptr_ds.monitoring.metrics"):
@@ -150,7 +155,7 @@ def test_an_objective_without_targets_is_a_dash_and_is_named_once(
 
 
 def test_every_objective_has_its_targets_named() -> None:
-    assert set(TARGETS) == {*STAGE1_OBJECTIVES, *STAGE2_OBJECTIVES}
+    assert set(OBJECTIVES) == {*SINGLE_MODALITY, *ALIGNING} == set(vars(WeightsConfig()))
 
 
 def test_lines_after_the_resume_point_are_dropped(tmp_path: Path) -> None:

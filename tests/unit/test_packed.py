@@ -19,7 +19,8 @@ from mvptr_ds.model.attention import PaddedAttention, SegmentAttention
 from mvptr_ds.model.packed import Packed, concat, join, unjoin
 from mvptr_ds.objectives import output_rows
 from mvptr_ds.objectives.hard_negatives import RandomDraws
-from mvptr_ds.objectives.task import Task
+from mvptr_ds.objectives.pretraining import PretrainingLosses
+from mvptr_ds.objectives.stages import STAGES
 from tests.support.tiny_models import TEXT_SLOTS, sample, tiny_model
 
 LENGTHS = st.lists(st.integers(0, 5), min_size=1, max_size=6)
@@ -126,10 +127,12 @@ def losses_and_gradients(
     model = tiny_model(num_text_layers=2, num_cross_layers=2).to(dtype)
     model.set_execution(**{"execution": "packed"} | execution)
     weights = WEIGHTS[stage] if on is None else WeightsConfig(**dict.fromkeys(on, 1.0))
-    task = Task(model, stage, weights, config or TaskConfig(), max_text_slots=TEXT_SLOTS, max_steps=10, seed=0)
+    task = PretrainingLosses(
+        model, STAGES[stage], weights, config or TaskConfig(), max_text_slots=TEXT_SLOTS, max_steps=10, seed=0
+    )
     if batch.region_features_BRF is not None:
         batch = replace(batch, region_features_BRF=batch.region_features_BRF.to(dtype))
-    parts = task.objectives(batch, RandomDraws.keyed(0, 0, 0, len(batch), TEXT_SLOTS))
+    parts = task.sums(batch, RandomDraws.keyed(0, 0, 0, len(batch), TEXT_SLOTS))
     torch.stack([part.sum for part in parts.values()]).sum().backward()
     out = {f"{name} {kind}": getattr(part, kind) for name, part in parts.items() for kind in ("sum", "count")}
     return out | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -163,7 +166,7 @@ def test_an_encoder_computes_the_rows_that_are_read(lengths: list[int], data: An
     weights = torch.randn(len(marks), 16, generator=generator, dtype=torch.float64)
     encoder = tiny_model(num_text_layers=2).double().text_encoder
 
-    def run(execution: str, read: Packed | None, checkpointing: bool = False) -> list[Tensor]:
+    def run(execution: str, needed: Packed | None, checkpointing: bool = False) -> list[Tensor]:
         encoder.execution, encoder.activation_checkpointing = execution, checkpointing
         given = rows.clone().requires_grad_()
         states = encoder(Packed(given, tuple(lengths)), read).rows

@@ -14,8 +14,11 @@ import torch
 from mvptr_ds.config import Config, load_config
 from mvptr_ds.data.collate import collate
 from mvptr_ds.ds_config import load_ds_config
-from mvptr_ds.monitoring.flops import Lengths, rows_read
-from mvptr_ds.objectives.task import Task
+from mvptr_ds.monitoring.flops import last_layer_rows
+from mvptr_ds.objectives.lengths import Lengths
+from mvptr_ds.objectives.pretraining import PretrainingLosses
+from mvptr_ds.objectives.stages import ALIGNING, STAGES
+from mvptr_ds.objectives.table import Chosen
 from mvptr_ds.planning.cost import GPUS, Assumptions, traffic
 from mvptr_ds.planning.lengths import Ranges, drawn, measured
 from mvptr_ds.planning.memory import Zero, activation_bytes, largest_state_bytes, state_bytes
@@ -28,7 +31,7 @@ BASE = load_config("base")
 SHARE = {"parameters", "gradients", "optimizer"}
 
 
-def saved_bytes(task: Task, lengths: tuple[int, int, int, int]) -> tuple[int, Lengths]:
+def saved_bytes(task: PretrainingLosses, lengths: tuple[int, int, int, int]) -> tuple[int, Lengths]:
     """What autograd keeps of a forward pass, weights aside: unique storages of all saved tensors."""
     tokens, phrases, tags, regions = lengths
     batch = collate([sample(i, i, tokens, phrases, tags, regions) for i in range(8)])
@@ -54,11 +57,13 @@ def test_activations_are_what_autograd_keeps(dtype: torch.dtype, dropout: float)
     layers = {"num_text_layers": 3, "num_visual_layers": 2, "num_cross_layers": 2}
     model = tiny_model(**sizes, **layers, hidden_dropout=dropout, attention_dropout=0.0).to(dtype)  # type: ignore[arg-type]
     weights = Config().stage2.weights
-    task = Task(model, "stage2", weights, Config().task, max_text_slots=16, max_steps=4, seed=0).train()
+    task = PretrainingLosses(
+        model, STAGES["stage2"], weights, Config().task, max_text_slots=16, max_steps=4, seed=0
+    ).train()
     found, lengths = saved_bytes(task, (8, 3, 4, 12))
     parts = frozenset(task.trained_parts())
     masks = {"checkpointing": False, "num_groundings": 4, "mask_bytes": dtype.itemsize}  # of a CPU
-    read = rows_read(lengths, task.weights, task.reads)
+    read = last_layer_rows(lengths, task.objectives)
     planned = activation_bytes(lengths, model.config, parts, 2, read, dtype.itemsize, **masks)  # type: ignore[arg-type]
     assert planned == pytest.approx(found, rel=0.1)
 
@@ -97,12 +102,13 @@ def test_what_is_sent() -> None:
         samples=4, text=40, text_pairs=0, visual=0, visual_pairs=0, cross=0, cross_pairs=0, regions=80
     )  # fmt: skip
     zero = Zero.of({"zero_optimization": {"stage": 2}})
-    sent = traffic(1000, 16, 2, zero, 4, 2, lengths, frozenset({"vsc", "itm", "wpg"}))
+    chosen = Chosen.of(("vsc", "itm", "wpg"), ALIGNING, aligned=True, wpg_states="uni")
+    sent = traffic(1000, 16, 2, zero, 4, 2, lengths, chosen)
     assert sent.gradients == 2 * 1000 * 2 * 0.75  # each micro-batch's are reduced
     assert sent.parameters == 1000 * 2 * 0.75
     assert sent.contrast == 2 * 4 * 16 * 0.75 * 16 * 4  # two states and their gradients, of 16 samples, float32
     assert sent.exchanged == 2 * 2 * ((40 + 80) / 2 + 80) * 0.75 * 16 * 2
-    alone = traffic(1000, 16, 2, zero, 1, 2, lengths, frozenset({"vsc", "itm", "wpg"}))
+    alone = traffic(1000, 16, 2, zero, 1, 2, lengths, chosen)
     assert alone.total == 0.0
 
 

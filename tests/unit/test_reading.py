@@ -12,7 +12,8 @@ from mvptr_ds.config import Config, TaskConfig, WeightsConfig, WpgConfig
 from mvptr_ds.model.encoder import Encoder
 from mvptr_ds.model.packed import Packed
 from mvptr_ds.objectives.hard_negatives import RandomDraws
-from mvptr_ds.objectives.task import STAGE1_OBJECTIVES, STAGE2_OBJECTIVES, Task
+from mvptr_ds.objectives.pretraining import PretrainingLosses
+from mvptr_ds.objectives.stages import ALIGNING, SINGLE_MODALITY, STAGES
 from tests.support.tiny_models import TEXT_SLOTS, tiny_model, whole_batch
 
 BATCH = whole_batch()
@@ -22,23 +23,23 @@ run_encoder = Encoder.forward
 
 @pytest.fixture(autouse=True)
 def unread_rows_are_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    def forward(encoder: Encoder, packed: Packed, read: Packed | None = None) -> Packed:
-        states = run_encoder(encoder, packed, read)
-        return states if read is None else states.like(states.rows.masked_fill(~read.rows[:, None], float("nan")))
+    def forward(encoder: Encoder, packed: Packed, needed: Packed | None = None) -> Packed:
+        states = run_encoder(encoder, packed, needed)
+        return states if needed is None else states.like(states.rows.masked_fill(~needed.rows[:, None], float("nan")))
 
     monkeypatch.setattr(Encoder, "forward", forward)
 
 
-def tasks(stage: str, states: str, every: tuple[WeightsConfig, ...]) -> Iterator[Task]:
+def tasks(stage: str, states: str, every: tuple[WeightsConfig, ...]) -> Iterator[PretrainingLosses]:
     model, config = tiny_model(), TaskConfig(wpg=WpgConfig(states=states))
     for weights in every:
-        yield Task(model, stage, weights, config, max_text_slots=TEXT_SLOTS, max_steps=10, seed=0)
+        yield PretrainingLosses(model, STAGES[stage], weights, config, max_text_slots=TEXT_SLOTS, max_steps=10, seed=0)
 
 
 @torch.no_grad()
-def not_finite(task: Task) -> list[str]:
+def not_finite(task: PretrainingLosses) -> list[str]:
     """Objectives whose sum is not a finite number above zero."""
-    parts = task.objectives(BATCH, DRAWS)
+    parts = task.sums(BATCH, DRAWS)
     assert parts.keys() == task.weights.keys()
     return [name for name, part in parts.items() if not (part.sum.isfinite() and part.sum > 0)]
 
@@ -52,10 +53,10 @@ def subsets(names: tuple[str, ...]) -> tuple[WeightsConfig, ...]:
 @pytest.mark.parametrize(
     ("stage", "states", "every"),
     [
-        ("stage1", "auto", subsets(STAGE1_OBJECTIVES)),
-        ("stage2", "uni", subsets(STAGE2_OBJECTIVES)),
-        ("stage2", "cross", tuple(weights for weights in subsets(STAGE2_OBJECTIVES) if weights.wpg)),
-        ("joint", "auto", (Config().joint.weights, *subsets(STAGE2_OBJECTIVES)[:7])),
+        ("stage1", "auto", subsets(SINGLE_MODALITY)),
+        ("stage2", "uni", subsets(ALIGNING)),
+        ("stage2", "cross", tuple(weights for weights in subsets(ALIGNING) if weights.wpg)),
+        ("joint", "auto", (Config().joint.weights, *subsets(ALIGNING)[:7])),
     ],
 )
 def test_no_objective_reads_a_row_that_is_not_listed(stage: str, states: str, every: tuple[WeightsConfig, ...]) -> None:
@@ -64,12 +65,12 @@ def test_no_objective_reads_a_row_that_is_not_listed(stage: str, states: str, ev
     assert {names: wrong for names, wrong in found.items() if wrong} == {}
 
 
-@pytest.mark.parametrize(("stage", "names"), [("stage1", STAGE1_OBJECTIVES), ("stage2", STAGE2_OBJECTIVES)])
+@pytest.mark.parametrize(("stage", "names"), [("stage1", SINGLE_MODALITY), ("stage2", ALIGNING)])
 def test_a_kind_that_is_not_listed_is_noticed(stage: str, names: tuple[str, ...]) -> None:
     (task,) = tasks(stage, "uni", (WeightsConfig(**dict.fromkeys(names, 1.0)),))
-    listed = task.reads
+    listed = task.output_rows
     kinds = [(encoder, kind) for encoder, kinds in listed.items() for kind in sorted(kinds)]
     assert len(kinds) == {"stage1": 4, "stage2": 9}[stage] and not_finite(task) == []
     for encoder, kind in kinds:
-        task.reads = {**listed, encoder: listed[encoder] - {kind}}
+        task.output_rows = {**listed, encoder: listed[encoder] - {kind}}
         assert not_finite(task) != [], (encoder, kind)

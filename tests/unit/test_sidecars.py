@@ -36,7 +36,8 @@ from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.errors import DataError
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.mvptr import Mvptr
-from mvptr_ds.objectives.task import Task
+from mvptr_ds.objectives.pretraining import PretrainingLosses
+from mvptr_ds.objectives.stages import STAGES
 from tests.support.batch_equality import assert_equal_batches
 from tests.unit.test_loader import _rows
 
@@ -617,7 +618,7 @@ def test_stage_1_learns_from_joined_data(
     )  # fmt: skip
     model.set_phrase_rows(torch.from_numpy(VOCAB.rows))
     weights = Config().stage("stage1").weights
-    task = Task(model, "stage1", weights, TaskConfig(), max_text_slots=40, max_steps=40, seed=0)
+    task = PretrainingLosses(model, STAGES["stage1"], weights, TaskConfig(), max_text_slots=40, max_steps=40, seed=0)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     losses = []
     for step, batch in enumerate(make_loader(dataset, Batches(8), 0, 40)):

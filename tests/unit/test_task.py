@@ -21,10 +21,9 @@ from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.objectives import hard_negatives
 from mvptr_ds.objectives.hard_negatives import RandomDraws
 from mvptr_ds.objectives.packed_batch import PackedBatch
-from mvptr_ds.objectives.task import STAGE1_OBJECTIVES, STAGE2_OBJECTIVES, Task
+from mvptr_ds.objectives.pretraining import PretrainingLosses
+from mvptr_ds.objectives.stages import ALIGNING, SINGLE_MODALITY, STAGES
 from tests.support.tiny_models import TEXT_SLOTS, sample, tiny_model, whole_batch
-
-STAGES = ("stage1", "stage2", "joint")
 
 BATCHES: dict[str, Callable[[], Batch]] = {
     "ordinary": whole_batch,
@@ -46,10 +45,10 @@ BATCHES: dict[str, Callable[[], Batch]] = {
 
 def build(
     stage: str, weights: WeightsConfig | None = None, config: TaskConfig | None = None, model: Mvptr | None = None
-) -> Task:
-    return Task(
+) -> PretrainingLosses:
+    return PretrainingLosses(
         model or tiny_model(),
-        stage,
+        STAGES[stage],
         weights or Config().stage(stage).weights,
         config or TaskConfig(),
         max_text_slots=TEXT_SLOTS,
@@ -149,7 +148,7 @@ def test_the_loss_is_the_weighted_sum_of_means() -> None:
     assert not any(p.sum.requires_grad for p in out.parts.values())
 
 
-def reached(task: Task, step: int) -> set[str]:
+def reached(task: PretrainingLosses, step: int) -> set[str]:
     task.zero_grad()
     task(whole_batch(), step).loss.backward()
     return {name for name, p in task.model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
@@ -157,7 +156,7 @@ def reached(task: Task, step: int) -> set[str]:
 
 def subsets(stage: str) -> list[WeightsConfig]:
     """All objectives, all but one, and each alone."""
-    known = STAGE1_OBJECTIVES if stage == "stage1" else STAGE2_OBJECTIVES
+    known = SINGLE_MODALITY if stage == "stage1" else ALIGNING
     return [only(*known), *(only(*(set(known) - {name})) for name in known), *(only(name) for name in known)]
 
 
@@ -258,7 +257,7 @@ def test_grounding_by_the_cross_encoder_compares_the_own_pair_with_the_mismatche
     ).double()
     model, batch = task.model, whole_batch()
     draws = RandomDraws.keyed(0, 0, 0, len(batch), TEXT_SLOTS)
-    found = task.objectives(batch, draws)["wpg_cross"]
+    found = task.sums(batch, draws)["wpg_cross"]
 
     same = batch.image_index_B[:, None] == batch.image_index_B[None, :]
     others = hard_negatives.choose("random", same.double(), same, draws.itm_N).tolist()
@@ -304,7 +303,7 @@ def test_margin_and_top_k_and_temperature_are_used() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_scale_is_capped_and_can_come_back(max_scale: float, dtype: torch.dtype) -> None:
     task = build("stage2", model=tiny_model(initial_temperature=0.001).to(dtype))  # type: ignore[arg-type]
-    task.config.vsc.max_scale = max_scale
+    task.max_scale = max_scale
     scale = task.scale()  # exp(logit_scale) would be 1000
     assert scale.item() == pytest.approx(max_scale, rel=1e-6)
     scale.backward()
@@ -346,8 +345,8 @@ def test_padding_changes_no_objective() -> None:
     task = build("stage1").double()
     samples = [sample(i, i, tokens=2 + i, phrases=i, tags=1 + i, regions=1 + i) for i in range(4)]
     draws = RandomDraws.keyed(0, 0, 0, 4, TEXT_SLOTS)
-    whole = task.objectives(collate(samples), draws)
-    alone = [task.objectives(collate([s]), draws) for s in samples]
+    whole = task.sums(collate(samples), draws)
+    alone = [task.sums(collate([s]), draws) for s in samples]
     for name, part in whole.items():
         # float64 of another order of sums
         torch.testing.assert_close(part.sum, torch.stack([a[name].sum for a in alone]).sum(), rtol=1e-9, atol=1e-9)

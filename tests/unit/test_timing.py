@@ -14,7 +14,8 @@ from mvptr_ds.distributed import collectives
 from mvptr_ds.monitoring.flops import StepFlops
 from mvptr_ds.monitoring.metrics import Meters
 from mvptr_ds.monitoring.timing import Peak, PhaseClock, ProfileWindow, device_peak, measured_tflops, vendor_tflops
-from mvptr_ds.objectives.task import Task
+from mvptr_ds.objectives.pretraining import PretrainingLosses
+from mvptr_ds.objectives.stages import STAGES
 from tests.support.tiny_models import tiny_model, whole_batch
 
 CPU = torch.device("cpu")
@@ -34,7 +35,9 @@ def test_phases_add_up_nest_and_are_read_once() -> None:
 
 def test_a_report_says_where_the_time_went() -> None:
     weights = Config().stage2.weights
-    task = Task(tiny_model(), "stage2", weights, Config().task, max_text_slots=12, max_steps=4, seed=0)
+    task = PretrainingLosses(
+        tiny_model(), STAGES["stage2"], weights, Config().task, max_text_slots=12, max_steps=4, seed=0
+    )
     flops = StepFlops(task, 1)
     meters = Meters(CPU, flops=flops, peak=Peak(2.0, "given"))
     started_s = time.perf_counter()

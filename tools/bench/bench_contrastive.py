@@ -198,7 +198,7 @@ def vsc_rows(setting: Setting) -> Callable[[], None]:
     def once() -> None:
         pool = pool_of(setting, setting.scores_mib)
         own_B = torch.arange(setting.per_rank) + pool.first
-        pairs = ((pool.own.text_ND, pool.all.image_ND), (pool.own.image_ND, pool.all.text_ND))
+        pairs = ((pool.local.text_ND, pool.all.image_ND), (pool.local.image_ND, pool.all.text_ND))
         losses = [F.cross_entropy(own_BD @ all_ND.T * scale, own_B, reduction="sum") for own_BD, all_ND in pairs]
         (0.5 * torch.stack(losses).sum()).backward()
 
@@ -223,7 +223,7 @@ def choice(setting: Setting, mode: str, scores_mib: float) -> Callable[[], Any]:
     pool = pool_of(setting, scores_mib)
     takes_image_B = torch.arange(setting.per_rank) % 2 == 0
     uniform_B = torch.rand(setting.per_rank, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    return lambda: pool.others(mode, takes_image_B, uniform_B, torch.tensor([14.0]))
+    return lambda: pool.negatives(mode, takes_image_B, uniform_B, torch.tensor([14.0]))
 
 
 SLOTS = ((TEXT_LENGTHS, TEXT_SLOTS), (REGION_LENGTHS, REGIONS))

@@ -70,7 +70,7 @@ def embedding_gradient(batch: int, rounds: int) -> None:
         return heads(table[:words], table[:words], F.embedding(text, table), F.embedding(tags, table))
 
     def together() -> Tensor:
-        rows, words_WD = kernels.ReadTable.apply(table, torch.cat([text, tags]), CONFIG.num_words)
+        rows, words_WD = kernels.TableLookup.apply(table, torch.cat([text, tags]), CONFIG.num_words)
         return heads(words_WD, words_WD, rows)
 
     title = f"two look-ups and two tied heads of {len(hidden_KD)} rows, a table of {tuple(table.shape)}"

@@ -24,7 +24,8 @@ from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.objectives import hard_negatives, losses
 from mvptr_ds.objectives.hard_negatives import RandomDraws
 from mvptr_ds.objectives.losses import LossSum
-from mvptr_ds.objectives.task import Task
+from mvptr_ds.objectives.pretraining import PretrainingLosses
+from mvptr_ds.objectives.stages import STAGES
 
 TEXT_SLOTS, TAG_SLOTS, REGIONS = 40, 20, 50  # of the published code
 OBJECTIVES = WeightsConfig(mcr_tags=1.0, mlm=1.0, vsc=1.0, wpg=1.0, itm=1.0)  # `joint`: the published sum
@@ -76,12 +77,14 @@ def _sample(
     )
 
 
-def build_task(config: MvptrConfig, execution: str) -> Task:
+def build_task(config: MvptrConfig, execution: str) -> PretrainingLosses:
     """Our task with the published sum of losses; the weights depend on the configuration alone."""
     torch.manual_seed(0)
     model = Mvptr(config)
     model.set_execution(execution)
-    return Task(model, "joint", OBJECTIVES, TaskConfig(), max_text_slots=TEXT_SLOTS, max_steps=1, seed=0)
+    return PretrainingLosses(
+        model, STAGES["joint"], OBJECTIVES, TaskConfig(), max_text_slots=TEXT_SLOTS, max_steps=1, seed=0
+    )
 
 
 def fixed_slots(batch: Batch) -> Batch:
@@ -108,7 +111,7 @@ class Reference(nn.Module):
     Every slot goes through the encoders, padding too; matched and mismatched pairs are two passes; heads read the
     picked slots and GELU is written out, as there. LayerNorm is torch's: the published code takes apex's, which on a
     CPU is torch's, and without apex computes it in five steps. Word heads are tied, as in the packaged `base`. The
-    random choices are those of `Task`, so that the losses are the same. Source: the published code.
+    random choices are those of `PretrainingLosses`, so that the losses are the same. Source: the published code.
     """
 
     def __init__(self, ours: Mvptr) -> None:
@@ -168,7 +171,7 @@ class Reference(nn.Module):
         out: Tensor = self.encoders[name](states_BLD, attention_mask=additive_B11L).last_hidden_state
         return out
 
-    def objectives(self, batch: Batch, draws: RandomDraws) -> dict[str, LossSum]:
+    def sums(self, batch: Batch, draws: RandomDraws) -> dict[str, LossSum]:
         """The five losses of `joint` on a batch of fixed slots."""
         assert batch.region_features_BRF is not None
         joined = torch.cat([batch.region_features_BRF, batch.region_geometry_BR6], -1)

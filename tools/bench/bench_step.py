@@ -114,7 +114,7 @@ def fixed(batch: Batch, way: str) -> Batch:
 
 def step(task: Any, batch: Batch, draws: RandomDraws) -> dict[str, Any]:
     task.zero_grad(set_to_none=True)
-    parts: dict[str, Any] = task.objectives(batch, draws)
+    parts: dict[str, Any] = task.sums(batch, draws)
     torch.stack([part.sum / part.count.clamp(min=1.0) for part in parts.values()]).sum().backward()
     return parts
 

@@ -18,7 +18,8 @@ if __name__ == "__main__":
     end_on_interrupt()
 
 from mvptr_ds import train
-from mvptr_ds.objectives.task import Task, TaskOutput
+from mvptr_ds.objectives.module import TaskOutput
+from mvptr_ds.objectives.pretraining import PretrainingLosses
 from mvptr_ds.user_io.terminal import accept_any_text
 
 
@@ -28,15 +29,15 @@ def main() -> int:
     parser.add_argument("--stage", required=True, help="stage1, stage2 or joint")
     parser.add_argument("--step", required=True, type=int, help="of that stage, counted from 0")
     arguments, sys.argv[1:] = parser.parse_known_args()
-    forward = Task.forward
+    forward = PretrainingLosses.forward
 
-    def poisoned(task: Task, batch: Any, step: int, *rest: Any, **named: Any) -> TaskOutput:
+    def poisoned(task: PretrainingLosses, batch: Any, step: int, *rest: Any, **named: Any) -> TaskOutput:
         output = forward(task, batch, step, *rest, **named)
-        if (task.stage, step) == (arguments.stage, arguments.step):
+        if (task.stage.name, step) == (arguments.stage, arguments.step):
             return output._replace(loss=output.loss * float("nan"))
         return output
 
-    Task.forward = poisoned  # type: ignore[method-assign,assignment]
+    PretrainingLosses.forward = poisoned  # type: ignore[method-assign,assignment]
     return train.main()
 
 

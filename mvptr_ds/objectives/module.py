@@ -1,0 +1,102 @@
+"""What the engine trains: the model, a task's own head if it has one, and the losses of a batch over both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mvptr_ds.data.collate import Batch
+from mvptr_ds.distributed import collectives
+from mvptr_ds.model.mvptr import Mvptr
+from mvptr_ds.objectives.losses import LossSum
+
+HEAD = "head."  # prefix of the names of a task's own weights, beside those of the model
+
+
+class TaskOutput(NamedTuple):  # a tuple: ZeRO-3 hooks the tensors of tuples, lists and dicts alone
+    """`loss` is what the engine differentiates; `parts` are this rank's detached sums and counts, for the meters."""
+
+    loss: Tensor
+    parts: dict[str, LossSum]
+
+
+class TaskModule(nn.Module):
+    """A model with the losses of one task; `tasks.Task.build` makes it.
+
+    Args:
+        head: weights that the task adds to the model; all of them are trained.
+        max_scale: cap of exp(logit_scale).
+    """
+
+    def __init__(self, model: Mvptr, head: nn.Module | None = None, max_scale: float = 100.0) -> None:
+        super().__init__()
+        self.model, self.head, self.max_scale = model, head, max_scale
+
+    def trained_parts(self) -> list[str]:
+        """The parts of the model (`Mvptr.parameters_of`) that the losses reach; the engine gets no others."""
+        raise NotImplementedError
+
+    def forward(self, batch: Batch, step: int, accumulation: int = 0) -> TaskOutput:
+        """The losses of one micro-batch, through `normalised`."""
+        raise NotImplementedError
+
+    def normalised(self, parts: Mapping[str, LossSum], weights: Mapping[str, float]) -> TaskOutput:
+        """The weighted sum of the losses, each divided by the count of all ranks.
+
+        The sum is multiplied by the number of ranks, because the engine averages gradients over them.
+
+        Args:
+            parts: sums and counts of this rank's samples, by name.
+            weights: of each.
+        """
+        counts = collectives.all_reduce_sum(torch.stack([part.count for part in parts.values()]))
+        terms = [
+            weights[name] * part.sum / count.clamp(min=1.0)
+            for (name, part), count in zip(parts.items(), counts, strict=True)
+        ]
+        loss = collectives.num_ranks() * torch.stack(terms).sum()
+        return TaskOutput(loss, {name: part.detach() for name, part in parts.items()})
+
+    def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All parameters: those of the model by their names there, those of the head behind `head.`."""
+        yield from self.model.named_parameters()
+        if self.head is not None:
+            yield from ((HEAD + name, parameter) for name, parameter in self.head.named_parameters())
+
+    def load_head(self, weights: Mapping[str, Tensor]) -> None:
+        """Gives the head its weights of `named_weights`, if there is one."""
+        if self.head is not None:
+            self.head.load_state_dict({n.removeprefix(HEAD): w for n, w in weights.items() if n.startswith(HEAD)})
+
+    def freeze_untrained(self) -> None:
+        """Lets the parameters of `trained_parts` and of the head ask for a gradient, and no others."""
+        trained = set(self.model.parameters_of(self.trained_parts()))
+        for name, parameter in self.named_weights():
+            parameter.requires_grad_(name in trained or name.startswith(HEAD))
+
+    def scale(self) -> Tensor:
+        """The factor of the contrastive logits, capped; one element, float32 (float64 for a float64 model).
+
+        The cap leaves the gradient alone, which would else be zero above it: the parameter could never come back.
+        """
+        log_scale: Tensor = self.model.logit_scale
+        log_scale = log_scale if log_scale.dtype == torch.float64 else log_scale.float()
+        above = (log_scale.detach() - self.max_log_scale).clamp(min=0)  # also where half precision rounds the cap up
+        return (log_scale - above).exp()
+
+    @property
+    def max_log_scale(self) -> float:
+        """The cap of the parameter `logit_scale`: the largest float32 that is not above ln(max_scale)."""
+        exact = math.log(self.max_scale)
+        nearest = np.float32(exact)
+        return float(nearest if float(nearest) <= exact else np.nextafter(nearest, np.float32(-np.inf)))
+
+    @torch.no_grad()
+    def cap_logit_scale(self) -> None:
+        """Takes the parameter back to the cap where a step has carried it above, as CLIP does."""
+        self.model.logit_scale.clamp_(max=self.max_log_scale)

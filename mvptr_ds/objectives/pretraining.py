@@ -1,0 +1,108 @@
+"""The losses of a pre-training stage over the model: what the engine differentiates.
+
+Sequences are packed (model/packed.py); only WPG's scores pad theirs, phrases by regions.
+"""
+
+from __future__ import annotations
+
+from mvptr_ds.config import TaskConfig, WeightsConfig
+from mvptr_ds.data.collate import Batch
+from mvptr_ds.distributed import collectives
+from mvptr_ds.model.mvptr import Mvptr
+from mvptr_ds.objectives.hard_negatives import RandomDraws
+from mvptr_ds.objectives.losses import LossSum
+from mvptr_ds.objectives.module import TaskModule, TaskOutput
+from mvptr_ds.objectives.packed_batch import PackedBatch
+from mvptr_ds.objectives.passes import AlignedPass, Choices, ModelPass
+from mvptr_ds.objectives.stages import Stage
+from mvptr_ds.objectives.table import Chosen
+
+
+class PretrainingLosses(TaskModule):
+    """The objectives of one stage over one model.
+
+    Args:
+        weights: of the objectives; those of weight 0 are not computed.
+        max_text_slots: the most that a sample has; WPG draws a number for each.
+        max_steps: of the stage; the schedule of ITM's negatives is a share of it.
+        seed: of the random choices of every step.
+        per_sample: whether masked predictions are also summed by sample, as a mixture's meters want them.
+
+    Raises:
+        ValueError: an objective has a weight that the stage cannot compute, or none has.
+    """
+
+    def __init__(
+        self,
+        model: Mvptr,
+        stage: Stage,
+        weights: WeightsConfig,
+        config: TaskConfig,
+        *,
+        max_text_slots: int,
+        max_steps: int,
+        seed: int,
+        per_sample: bool = False,
+    ) -> None:
+        super().__init__(model, max_scale=config.vsc.max_scale)
+        self.stage, self.config = stage, config
+        self.weights = {name: weight for name, weight in vars(weights).items() if weight}
+        self.max_text_slots, self.max_steps, self.seed = max_text_slots, max_steps, seed
+        self.per_sample = per_sample
+        if not self.weights or not set(self.weights) <= set(stage.objectives):
+            given = ", ".join(self.weights) or "nothing"
+            raise ValueError(f"{stage.name}.weights sets {given}; {stage.name} computes {', '.join(stage.objectives)}")
+        if "mcr_phrases" in self.weights and not model.config.num_phrases:
+            raise ValueError(
+                f"{stage.name}.weights.mcr_phrases is {weights.mcr_phrases}, but there is no phrase vocabulary: set "
+                f"data.phrase_vocab, or {stage.name}.weights.mcr_phrases=0"
+            )
+
+        def resolved(given: str, auto: str) -> str:
+            return auto if given == "auto" else given
+
+        self.wpg_states = resolved(config.wpg.states, stage.wpg_states)
+        self.wpg_negatives = resolved(config.wpg.negatives, stage.wpg_negatives)
+        self.itm_negatives = resolved(config.itm.negatives, stage.itm_negatives)
+        self.objectives = Chosen.of(self.weights, stage.objectives, stage.aligned, self.wpg_states)
+        self.output_rows = self.objectives.output_rows()
+
+    def trained_parts(self) -> list[str]:
+        """The parts of the model that the objectives reach; see `Chosen.trained_parts`."""
+        return self.objectives.trained_parts()
+
+    def forward(self, batch: Batch, step: int, accumulation: int = 0) -> TaskOutput:
+        """All objectives of one micro-batch, normalised over the global micro-batch."""
+        num = len(batch) * collectives.num_ranks()
+        draws = RandomDraws.keyed(self.seed, step, accumulation, num, self.max_text_slots)
+        return self.normalised(self.sums(batch, draws, step), self.weights)
+
+    def sums(self, batch: Batch, draws: RandomDraws, step: int = 0) -> dict[str, LossSum]:
+        """Sums and counts of this rank's samples, in the order of the stage; `draws` are those of all ranks."""
+        outputs = self.outputs(batch, draws, step)
+        return {name: objective.compute(outputs) for name, objective in self.objectives.by_name.items()}
+
+    def outputs(self, batch: Batch, draws: RandomDraws, step: int = 0) -> ModelPass:
+        """The pass of the model over a batch whose outputs the objectives share."""
+        packed = PackedBatch.of(batch, self.model.device)
+        if not self.stage.aligned:
+            with_phrases = "mcr_phrases" in self.weights
+            return ModelPass(
+                self.model, packed, self.output_rows, with_phrases=with_phrases, per_sample=self.per_sample
+            )
+        return AlignedPass(
+            self.model,
+            packed,
+            self.output_rows,
+            config=self.config,
+            choices=Choices(self._itm_negatives(step), self.wpg_negatives, self.wpg_states),
+            draws=draws.rows(collectives.rank() * len(batch), len(batch)),
+            scale=self.scale(),
+            needs_mismatched=self.objectives.needs_mismatched(),
+            per_sample=self.per_sample,
+        )
+
+    def _itm_negatives(self, step: int) -> str:
+        if self.itm_negatives != "schedule":
+            return self.itm_negatives
+        return "random" if step < self.config.itm.random_until * self.max_steps else "hardest"

@@ -1,0 +1,57 @@
+"""The stages of pre-training as tasks: stage 1, stage 2, and both objectives jointly."""
+
+from __future__ import annotations
+
+import torch
+
+from mvptr_ds.builders import SampleNeeds, Vocabs
+from mvptr_ds.config import Config
+from mvptr_ds.data.shards.index import SampleIndex
+from mvptr_ds.evaluation.report import evaluate_model, flatten_scores
+from mvptr_ds.model.mvptr import Mvptr
+from mvptr_ds.monitoring.flops import StepFlops
+from mvptr_ds.objectives.module import TaskModule
+from mvptr_ds.objectives.pretraining import PretrainingLosses
+from mvptr_ds.objectives.stages import STAGES, Stage
+from mvptr_ds.tasks.task import Task
+
+
+class Pretraining(Task):
+    """One stage of pre-training."""
+
+    def __init__(self, stage: Stage, follows: str | None = None) -> None:
+        self.stage, self.name, self.follows = stage, stage.name, follows
+
+    def sample_needs(self, config: Config) -> SampleNeeds:
+        section = config.stage(self.name)
+        return SampleNeeds(
+            pairs=self.stage.aligned,
+            masking=section.masking,
+            phrase_labels=not self.stage.aligned and section.weights.mcr_phrases > 0,
+        )
+
+    def build(self, config: Config, model: Mvptr, seed: int, per_sample: bool = False) -> PretrainingLosses:
+        section = config.stage(self.name)
+        return PretrainingLosses(
+            model,
+            self.stage,
+            section.weights,
+            config.task,
+            max_text_slots=config.data.max_text_slots,
+            max_steps=section.max_steps,
+            seed=seed,
+            per_sample=per_sample,
+        )
+
+    def step_flops(self, module: TaskModule, num_ranks: int) -> StepFlops | None:
+        return StepFlops(module, num_ranks) if isinstance(module, PretrainingLosses) else None
+
+    def evaluate(
+        self, module: TaskModule, vocabs: Vocabs, config: Config, index: SampleIndex, device: torch.device
+    ) -> dict[str, float]:
+        return flatten_scores(evaluate_model(module.model, vocabs, config, index, device))
+
+
+STAGE1 = Pretraining(STAGES["stage1"])
+STAGE2 = Pretraining(STAGES["stage2"], follows="stage1")
+JOINT = Pretraining(STAGES["joint"])

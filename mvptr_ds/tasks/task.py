@@ -1,0 +1,68 @@
+"""The seam between data and engine: what a stage of a run has to say of itself.
+
+Trainer, resume, checkpoints and preflight know this class alone. A task is one file beside this one, a section of the
+configuration that bears its name (config.py), and its name in `tasks/__init__.py`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+import torch
+
+from mvptr_ds.builders import SampleNeeds, Vocabs
+from mvptr_ds.config import Config
+from mvptr_ds.data.shards.index import SampleIndex
+from mvptr_ds.model.mvptr import Mvptr
+from mvptr_ds.monitoring.flops import StepFlops
+from mvptr_ds.objectives.module import TaskModule
+
+
+class Task(ABC):
+    """What stands between data and engine in one stage of a run.
+
+    Attributes:
+        name: of the section of the configuration (a `StageConfig`), of the folder below `run.dir`, and in `run.stages`.
+        follows: the stage whose finished weights it starts from with `run.init_from=auto`; None: fresh weights.
+        fresh_weights: prefixes of the names of weights that a model folder may lack. They then start fresh, and the
+            log lists them.
+    """
+
+    name: str
+    follows: str | None = None
+    fresh_weights: tuple[str, ...] = ()
+
+    @abstractmethod
+    def sample_needs(self, config: Config) -> SampleNeeds:
+        """Which samples it trains on, and what is masked in them."""
+
+    @abstractmethod
+    def build(self, config: Config, model: Mvptr, seed: int, per_sample: bool = False) -> TaskModule:
+        """The losses over `model`, and the head that the task adds to it.
+
+        Args:
+            seed: of all random choices.
+            per_sample: whether losses are also summed by sample, as the meters of a mixture want them.
+
+        Raises:
+            ValueError: the configuration asks for what the task cannot compute.
+        """
+
+    @abstractmethod
+    def evaluate(
+        self, module: TaskModule, vocabs: Vocabs, config: Config, index: SampleIndex, device: torch.device
+    ) -> dict[str, float]:
+        """Scores of a split, flat, with keys such as `eval/retrieval/t2i_r1`. Called on rank 0 alone.
+
+        Raises:
+            DataError: a sample cannot be read.
+        """
+
+    def step_flops(self, module: TaskModule, num_ranks: int) -> StepFlops | None:
+        """What counts the training FLOPs of a batch. None, the default: no FLOPs and no MFU are logged."""
+        return None
+
+    def write(self, folder: Path, config: Config) -> None:
+        """Writes what a user of the model folder needs beside its weights, such as the answers of a head."""
+        return

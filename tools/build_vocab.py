@@ -44,7 +44,7 @@ examples:
 
 Counts are exact. Memory holds the vocabulary and 200,000 phrases a process; OUT.parts on disk holds the rest.
 After an interruption, the same command resumes where it stopped. A FILE that holds something else is not replaced.
-docs/vocabulary.md has the figures of COCO.
+docs/measurements/vocabulary.md has the figures of COCO.
 Exit status: 0 done, 1 an error (one line on stderr), 2 wrong usage."""
 
 

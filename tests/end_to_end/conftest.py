@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPO
-from tests.distributed.launch import free_port, run
+from tests.support.launch import free_port, run
 
 LIMIT_S = 200.0  # of one launch; it takes 15 to 40 s
 SMALL = [

@@ -2,8 +2,8 @@
 
     python -m tests.support.golden_losses
 
-writes that file anew; `git diff` then shows what a change has done to the numbers. One process, no dropout, a tiny model:
-what differs between machines is the order of float32 sums.
+writes that file anew; `git diff` then shows what a change has done to the numbers. One process, no dropout, a tiny
+model: what differs between machines is the order of float32 sums.
 """
 
 from __future__ import annotations

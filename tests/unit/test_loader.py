@@ -183,13 +183,13 @@ def said_in_a_small_shm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
     if subprocess.run([*command, "true"], capture_output=True).returncode != 0:
         pytest.skip("a mount namespace of its own needs root")
     script = [sys.executable, "-c", IN_A_SMALL_SHM, str(folder)]
-    done = subprocess.run([*command, *script], cwd=REPO, capture_output=True, text=True, timeout=100)
+    done = subprocess.run([*command, *script], cwd=REPO, capture_output=True, text=True, timeout=200)
     lines = done.stdout.splitlines(keepends=True)
     assert len(lines) == 3, done.stderr
     return dict(zip(("", "forbidden", "full"), lines, strict=True))
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     ("memory", "said"),
     [

@@ -61,7 +61,7 @@ def can_fork(command: list[str], env: dict[str, str]) -> bool:
 
 
 def fork(command: list[str], log: Path, env: dict[str, str], cwd: Path) -> Forked:
-    """Starts the command in a session of its own, its output at the end of `log`."""
+    """Starts the command in a session of its own, its output in `log`."""
     forker, folder = _forker()
     assert forker.stdin is not None and forker.stdout is not None
     request = {"arguments": command[1:], "log": str(log), "env": env, "cwd": str(cwd)}
@@ -136,7 +136,7 @@ def become(request: dict[str, Any]) -> None:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
-    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (log, 1), (log, 2)):
         os.dup2(source, target)

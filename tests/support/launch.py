@@ -39,12 +39,12 @@ def free_port() -> int:
 
 @contextmanager
 def started(command: list[str], log: Path, env: dict[str, str], cwd: Path = REPO) -> Iterator[Process]:
-    """A process in a session of its own, all of which is ended on leaving, whatever happened; it appends to the log."""
+    """A process in a session of its own, all of which is ended on leaving, whatever happened."""
     process: Process
     if can_fork(command, env):
         process = fork(command, log, env, cwd)
     else:
-        with log.open("ab") as file:
+        with log.open("wb") as file:
             process = subprocess.Popen(
                 command, cwd=cwd, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
             )

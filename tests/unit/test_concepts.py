@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import sys
 import time
 import zipfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +33,11 @@ from mvptr_ds.data.schema import Phrase
 from mvptr_ds.errors import DataError
 from tests.conftest import REPO
 from tests.support.concept_sentences import SENTENCES
+from tests.support.tools import run_tool
 from tools.dev.parser.make_models import Settings, make_models
 from tools.dev.parser.training_trees import read_captions
 
 DEV = REPO.parent / "shared" / "phrases" / "dev.jsonl"
-TOOL = REPO / "tools" / "extract_phrases.py"
 
 
 @pytest.fixture(scope="module")
@@ -423,8 +422,7 @@ def test_marks_stand_under_their_words() -> None:
     assert lines == ["一 dog runs", "   ^^^ ^^^^  dog | run"]
 
 
-def _run(*args: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, TOOL, *args], capture_output=True, text=True, timeout=120)
+_run = partial(run_tool, "extract_phrases.py")
 
 
 def test_the_tool(tmp_path: Path) -> None:

@@ -74,6 +74,15 @@ def test_shares_are_kept_to_a_sample_and_places_come_once(
         assert mixture.taken_before(end)[source] == len(own)
 
 
+def test_what_is_left_of_a_block_goes_to_the_largest_remainder() -> None:
+    mixture = Mixture([1, 2], 4, seed=0)  # after four samples each should have had 1.33 and 2.67
+    assert [mixture.taken_before(4 * block) for block in (1, 2, 3)] == [[1, 3], [3, 5], [4, 8]]
+
+
+def test_each_source_draws_from_numbers_of_its_own() -> None:
+    assert len({source_seed(seed, name) for seed in (0, 1) for name in ("pairs", "texts")}) == 4
+
+
 def test_any_part_can_be_asked_for_alone() -> None:
     """What a resume and another number of ranks need."""
     mixture = Mixture([0.1, 0.3, 0.25], 37, seed=5)

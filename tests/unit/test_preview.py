@@ -2,10 +2,9 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -48,8 +47,8 @@ from mvptr_ds.data.shards.tar_writer import write_tar
 from mvptr_ds.data.shards.writer import write_shards
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.errors import DataError
-from tests.conftest import REPO
 from tests.support.preview_items import CAPTION, PHRASES, REGIONS, features, hostile_texts, items, jpeg
+from tests.support.tools import run_tool
 
 WORDS = WordPiece()
 
@@ -470,9 +469,7 @@ def test_a_bad_record_never_breaks_the_page(tmp_path: Path, old: bytes, new: byt
     assert "Sound." in page and "victim" in page and shown in " ".join(parsed.texts)
 
 
-def _tool(*arguments: str) -> subprocess.CompletedProcess[str]:
-    tool = [sys.executable, str(REPO / "tools" / "preview_shards.py")]
-    return subprocess.run([*tool, *arguments], capture_output=True, text=True, timeout=120)
+_tool = partial(run_tool, "preview_shards.py")
 
 
 def test_tool(folder: Path, tmp_path: Path) -> None:

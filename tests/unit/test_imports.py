@@ -132,7 +132,8 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 M, L, D, C = "mvptr_ds.model", "mvptr_ds.objectives.losses", "mvptr_ds.data", "mvptr_ds.corpus"
 NOT_THEIRS = (
-    "config", "ds_config", "batch_size", "objectives.pretraining", "objectives.table", "tasks", "engine", "trainer", "train", "distributed",
+    "config", "ds_config", "batch_size", "objectives.pretraining", "objectives.table", "tasks", "engine", "trainer",
+    "train", "distributed",
     "optim", "builders", "demo", "evaluation", "checkpoints", "monitoring", "preflight", "planning",
 )  # fmt: skip
 ABOVE = ("deepspeed", *(f"mvptr_ds.{name}" for name in NOT_THEIRS))

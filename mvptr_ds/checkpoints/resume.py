@@ -11,7 +11,8 @@ import yaml
 from mvptr_ds.builders import Vocabs
 from mvptr_ds.checkpoints import checkpoint as checkpointing
 from mvptr_ds.checkpoints import model_folder, reshard
-from mvptr_ds.config import Config, DataConfig
+from mvptr_ds.config import Config
+from mvptr_ds.config_data import DataConfig
 from mvptr_ds.data.sampling.mixture import differences
 from mvptr_ds.distributed import collectives
 from mvptr_ds.errors import CheckpointError
@@ -35,11 +36,9 @@ def find_checkpoint(
         model, vocabs: of this run; only names and shapes of the weights are looked at.
 
     Raises:
-        ValueError: there is no such mode.
         CheckpointError: it does not fit this run, which is found before the engine is built, or none of them is good.
         StorageError: none of them can be read.
     """
-    checkpointing.check_resume(config.train.resume)
     path = checkpointing.newest_good(stage_dir / "checkpoints") if config.train.resume == "auto" else None
     if path is None:
         return None

@@ -21,8 +21,8 @@ from mvptr_ds.data.collate import Batch
 from mvptr_ds.distributed import collectives
 from mvptr_ds.model.mvptr import Mvptr, TableRows
 from mvptr_ds.model.packed import Packed, concat, join, on_device
-from mvptr_ds.objectives import gather_rows, hard_negatives, losses, output_rows
-from mvptr_ds.objectives.candidates import SCOPES, Candidates, Globals
+from mvptr_ds.objectives import gather_rows, losses, output_rows
+from mvptr_ds.objectives.candidates import Candidates, Globals
 from mvptr_ds.objectives.hard_negatives import RandomDraws
 from mvptr_ds.objectives.losses import LossSum
 from mvptr_ds.objectives.packed_batch import MaskedTargets, PackedBatch
@@ -115,15 +115,6 @@ class Task(nn.Module):
             self.wpg_negatives = "random" if joint else "sampled"
         if self.itm_negatives == "auto":
             self.itm_negatives = "hardest" if joint else "schedule"
-        modes = hard_negatives.MODES
-        for key, given, found, known in (
-            ("wpg.states", config.wpg.states, self.wpg_states, ("uni", "cross", "auto")),
-            ("wpg.negatives", config.wpg.negatives, self.wpg_negatives, (*modes, "auto")),
-            ("itm.negatives", config.itm.negatives, self.itm_negatives, (*modes, "schedule", "auto")),
-            *((f"{name}.scope", scope, scope, SCOPES) for name, scope in self._scopes(config).items()),
-        ):
-            if found not in known:
-                raise ValueError(f"task.{key} is {given!r}; choose from {', '.join(known)}")
 
     @staticmethod
     def _scopes(config: TaskConfig) -> dict[str, str]:

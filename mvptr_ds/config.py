@@ -184,9 +184,9 @@ class StageConfig:
     max_steps: Positive = 100_000
     """Optimiser steps of the stage."""
     learning_rate: NotNegative = 5e-5
-    """Highest learning rate; it falls linearly to 0 at the last step."""
+    """Learning rate after the warm-up; it then falls linearly to 0 at max_steps."""
     warmup_steps: Count = 1_000
-    """Steps in which the learning rate rises linearly from 0."""
+    """Steps of the warm-up, in which the learning rate rises linearly from 0."""
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
 
@@ -242,7 +242,7 @@ class TrainConfig:
     evaluate_every_steps: Count = 0
     """Steps between two evaluations on data.held_out; another one follows the last step of a stage. 0: none."""
     profile_steps: list[Count] = field(default_factory=list)
-    """Traces the steps [first, stop) into STAGE/profile/, one file a rank."""
+    """Steps [first, stop) that torch's profiler traces into STAGE/profile/, one file a rank. []: none."""
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,10 @@ class DataConfig:
     """Shards, vocabularies, the loader, and the sizes and noise of a sample."""
 
     train: PathText | None = "runs/demo/shards/train"
-    """Folder or URL of the shards to train on. Their index (manifest.json) is built when it is missing."""
+    """Folder or URL of the shards to train on. Their index (manifest.json) is built when it is missing. null: the
+    shards of data.sources."""
     held_out: PathText | None = "runs/demo/shards/held_out"
-    """Folder or URL of the shards to evaluate on."""
+    """Folder or URL of the shards to evaluate on. null: none."""
     sidecars: list[PathText] = field(default_factory=list)
     """Folders of regions, features or phrases that join the records by key."""
     sources: dict[str, SourceConfig] = field(default_factory=dict)

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from mvptr_ds import ds_config
-from mvptr_ds.config import Config, DataConfig, MaskingConfig, SourceConfig
+from mvptr_ds.config import Config, MaskingConfig
+from mvptr_ds.config_data import DataConfig, SourceConfig
 from mvptr_ds.data.dataset import MixedDataset, SampleDataset, ShardDataset
 from mvptr_ds.data.features import SampleBuilder, SampleOptions
 from mvptr_ds.data.lengths import Lengths, lengths_are_there, lengths_path, measure, write_lengths

@@ -12,7 +12,7 @@ import math
 import tokenize
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -27,7 +27,6 @@ from mvptr_ds.data.shards.tar_reader import IMAGE_EXTENSIONS
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.errors import DataError
 
-VISUAL_SOURCES = ("features", "image")
 _MAX_KNOWN_TAGS, _MAX_KNOWN_CHARS = 100_000, 64
 _NO_CAPTION = Caption("")  # of an image-only record
 _NO_GEOMETRY = np.zeros((0, 6), dtype=np.float32)
@@ -38,7 +37,7 @@ _NPY_ERRORS = (OSError, ValueError, EOFError, SyntaxError, OverflowError, TypeEr
 class SampleOptions:
     """Sizes and probabilities of a SampleBuilder; in an evaluation all probabilities are 0."""
 
-    visual_source: str = "features"  # features: KEY.npy | image: pixels
+    visual_source: Literal["features", "image"] = "features"  # features: KEY.npy | image: pixels
     feature_dim: int | None = None  # F of KEY.npy; None accepts any
     image_size: int = 224  # pixels, square
     grid_size: int = 4  # regions a side for an image without boxes
@@ -57,8 +56,6 @@ class SampleOptions:
     tag_list: Sequence[str] = field(default=())  # tags that a wrong one is drawn from (those of the manifest)
 
     def __post_init__(self) -> None:
-        if self.visual_source not in VISUAL_SOURCES:
-            raise ValueError(f"visual_source is {self.visual_source!r}, expected one of {', '.join(VISUAL_SOURCES)}")
         for name in ("word_prob", "phrase_prob", "tag_prob", "tag_drop_prob", "tag_wrong_prob", "tag_withhold_prob"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a probability")

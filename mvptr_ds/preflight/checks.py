@@ -22,7 +22,7 @@ import yaml
 
 from mvptr_ds import builders, ds_config
 from mvptr_ds.checkpoints import hand_over, model_folder, resume
-from mvptr_ds.checkpoints.checkpoint import check_resume, newest_good
+from mvptr_ds.checkpoints.checkpoint import newest_good
 from mvptr_ds.config import Config
 from mvptr_ds.data.phrases import Vocabs
 from mvptr_ds.data.shards.index import Index, SampleIndex
@@ -35,8 +35,6 @@ from mvptr_ds.errors import DataError, PreflightError
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.monitoring.timing import ProfileWindow
 from mvptr_ds.monitoring.versions import code_sha256, versions
-from mvptr_ds.monitoring.wandb_run import check_mode
-from mvptr_ds.optim.optimizer import optimizer_choice
 from mvptr_ds.preflight import sample_checks
 from mvptr_ds.preflight.loader_memory import loader_memory
 from mvptr_ds.preflight.rank_checks import (
@@ -125,18 +123,15 @@ def _fingerprints(config: Config, ds_content: dict[str, Any]) -> dict[str, str]:
 
 
 def _settings(config: Config) -> Iterator[Finding]:
-    """Checks each choice by itself, so that several wrong ones are reported together."""
-    choices: list[Callable[[], Any]] = [
-        lambda: check_mode(config.wandb.mode),
-        lambda: check_resume(config.train.resume),
-        lambda: optimizer_choice(config.optim, torch.device("cpu")),  # which knows the names
+    """The two lists of which not every content has a meaning, both told together; then what keys say together."""
+    lists: list[Callable[[], Any]] = [
         lambda: ProfileWindow(config.train.profile_steps, Path(config.run.dir)),
         lambda: config.stage_names,
     ]
     wrong = False
-    for choice in choices:
+    for look in lists:
         try:
-            choice()
+            look()
         except ValueError as error:
             wrong = True
             yield Finding("configuration", ERROR, str(error))

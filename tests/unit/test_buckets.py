@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mvptr_ds import builders
-from mvptr_ds.config import Config
+from mvptr_ds.config import Config, override_config
 from mvptr_ds.data.collate import Sample, collate
 from mvptr_ds.data.dataset import MixedDataset, SampleDataset, ShardDataset
 from mvptr_ds.data.lengths import Lengths, lengths_path, measure
@@ -138,9 +138,8 @@ def lengths_built(sample: Sample) -> list[int]:
 
 @pytest.mark.parametrize("name", ["pairs", "texts", "images"])
 def test_lengths_are_those_of_the_built_samples(folders: dict[str, Path], name: str) -> None:
-    config = config_of(folders)
-    config.data.max_tokens, config.data.max_text_slots, config.data.max_tag_slots = 9, 12, 4
-    config.data.max_regions = 3
+    caps = ["max_tokens=9", "max_text_slots=12", "max_tag_slots=4", "max_regions=3"]
+    config = override_config(config_of(folders), [f"data.{cap}" for cap in caps])
     index = Index.open(folders[name])
     builder = builders.build_samples(config, VOCABS, index, builders.NO_MASKING, False, tag_noise=False)
     table = measure(index, builder, range(index.num_records), show_progress=False)
@@ -156,8 +155,7 @@ def test_lengths_are_those_of_the_built_samples(folders: dict[str, Path], name: 
 
 
 def test_lengths_are_kept_for_these_samples_vocabularies_and_caps(folders: dict[str, Path], tmp_path: Path) -> None:
-    config = config_of(folders, pairs=1, images=1)
-    config.data.bucket_batches = 4
+    config = override_config(config_of(folders, pairs=1, images=1), ["data.bucket_batches=4"])
     joins = tmp_path / "joins"
     dataset = builders.build_dataset(config, VOCABS, "stage1", 0, joins)
     assert isinstance(dataset, MixedDataset)
@@ -169,7 +167,7 @@ def test_lengths_are_kept_for_these_samples_vocabularies_and_caps(folders: dict[
     assert [path.stat().st_mtime_ns for path in paths] == times
     source = dataset.sources[0]
     one = lengths_path(source.index, source.builder, joins)
-    config.data.max_tokens -= 1
+    config = override_config(config, [f"data.max_tokens={config.data.max_tokens - 1}"])
     other = builders.build_samples(config, VOCABS, source.index, builders.NO_MASKING, False, tag_noise=False)
     assert one in paths and lengths_path(source.index, other, joins) not in paths
     assert lengths_path(dataset.sources[1].index, source.builder, joins) != one
@@ -205,8 +203,7 @@ def npy_of(lengths_N3: np.ndarray) -> bytes:
 def test_damaged_lengths_are_measured_again(
     folders: dict[str, Path], tmp_path: Path, damage: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = config_of(folders, pairs=1)
-    config.data.bucket_batches = 4
+    config = override_config(config_of(folders, pairs=1), ["data.bucket_batches=4"])
     dataset = builders.build_dataset(config, VOCABS, "stage1", 0, tmp_path)
     first = builders.build_batches(config, dataset, 0, tmp_path).of_step(0)
     (path,) = tmp_path.glob("lengths-*.npy")
@@ -220,8 +217,7 @@ def test_damaged_lengths_are_measured_again(
 
 def test_lengths_of_an_older_version_are_taken(folders: dict[str, Path], tmp_path: Path) -> None:
     """They have no checksum behind them."""
-    config = config_of(folders, pairs=1)
-    config.data.bucket_batches = 4
+    config = override_config(config_of(folders, pairs=1), ["data.bucket_batches=4"])
     dataset = builders.build_dataset(config, VOCABS, "stage1", 0, tmp_path)
     builders.build_batches(config, dataset, 0, tmp_path)
     (path,) = tmp_path.glob("lengths-*.npy")
@@ -248,10 +244,8 @@ def test_a_record_that_cannot_be_read_counts_as_empty(folders: dict[str, Path]) 
 
 
 def run_of(folders: dict[str, Path], tmp_path: Path, **weights: float) -> tuple[SampleDataset, Batches]:
-    config = config_of(folders, **weights)
-    if not weights:
-        config.data.train = str(folders["pairs"])
-    config.data.bucket_batches = 5
+    train = [] if weights else [f"data.train={folders['pairs']}"]
+    config = override_config(config_of(folders, **weights), ["data.bucket_batches=5", *train])
     dataset = builders.build_dataset(config, VOCABS, "stage1", 3, tmp_path / "joins")
     return dataset, builders.build_batches(config, dataset, 3, tmp_path / "joins")
 

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mvptr_ds import builders
-from mvptr_ds.config import Config, load_config, override_config, save_config
+from mvptr_ds.config import Config, TrainConfig, load_config, override_config, save_config
+from mvptr_ds.config_data import DataConfig, SourceConfig, VisualConfig
 from mvptr_ds.data.collate import Sample, collate
 from mvptr_ds.data.dataset import MixedDataset, ShardDataset, differences
 from mvptr_ds.data.loader import make_loader
@@ -141,14 +142,9 @@ def folders(tmp_path: Path) -> dict[str, Path]:
 
 
 def config_of(folders: dict[str, Path], **weights: float | None) -> Config:
-    config = Config()
-    config.data.train = config.data.held_out = config.data.phrase_vocab = None
-    config.data.block_samples, config.data.window_blocks = 4, 3
-    config.visual.feature_dim, config.train.batch_size = 4, BATCH
-    for name, weight in weights.items():
-        override_config(config, [f"data.sources.{name}.shards={folders[name]}"])
-        config.data.sources[name].weight = weight
-    return config
+    sources = {name: SourceConfig(str(folders[name]), weight) for name, weight in weights.items()}
+    data = DataConfig(train=None, held_out=None, phrase_vocab=None, block_samples=4, window_blocks=3, sources=sources)
+    return Config(data=data, visual=VisualConfig(feature_dim=4), train=TrainConfig(batch_size=BATCH))
 
 
 def dataset_of(config: Config, stage: str = "stage1") -> MixedDataset:
@@ -280,8 +276,7 @@ def test_sources_are_sections_that_the_user_names(tmp_path: Path) -> None:
 
 
 def test_the_one_source_shorthand_keeps_its_order_and_draws(folders: dict[str, Path]) -> None:
-    config = config_of(folders)
-    config.data.train = str(folders["pairs"])
+    config = override_config(config_of(folders), [f"data.train={folders['pairs']}"])
     dataset = builders.build_dataset(config, VOCABS, "stage1", 3, folders["pairs"])
     assert isinstance(dataset, ShardDataset) and dataset.plan.seed == 3 and dataset.names == ()
     assert dataset.fingerprint == Index.open(folders["pairs"]).fingerprint
@@ -294,11 +289,11 @@ def test_what_sources_cannot_be_is_said(folders: dict[str, Path]) -> None:
 
     refused(config_of(folders), "neither data.train nor data.sources is set")
     config = config_of(folders, pairs=1)
-    config.data.sidecars = ["boxes"]
-    refused(config, r"data\.sidecars=\['boxes'\] and data\.sources \(pairs\) are given both")
-    config.data.sidecars = []
-    config.data.sources["a.b"] = dataclasses.replace(config.data.sources["pairs"])
-    refused(config, r"a source 'a\.b': name it with letters")
+    with_sidecars = override_config(config, ["data.sidecars=[boxes]"])
+    refused(with_sidecars, r"data\.sidecars=\['boxes'\] and data\.sources \(pairs\) are given both")
+    sources = config.data.sources | {"a.b": config.data.sources["pairs"]}
+    data = dataclasses.replace(config.data, sources=sources)
+    refused(dataclasses.replace(config, data=data), r"a source 'a\.b': name it with letters")
     # text-only and image-only samples: stage 1 alone
     for stage in ("stage2", "joint"):
         refused(
@@ -329,6 +324,7 @@ def test_sources_and_held_out_need_one_extractor(folders: dict[str, Path], tmp_p
         items.append((key, dataclasses.replace(record, extractor=Extractor("detr", "3")), members))
     write_shards(tmp_path / "other", items, 4)
     builders.prepare_shards(config.data, 0, 1)  # texts have no regions that could differ
-    override_config(config, [f"data.sources.other.shards={tmp_path / 'other'}", "data.sources.other.weight=1"])
+    other = [f"data.sources.other.shards={tmp_path / 'other'}", "data.sources.other.weight=1"]
+    config = override_config(config, other)
     with pytest.raises(DataError, match=r"data\.sources\.pairs are of an unnamed .* data\.sources\.other of detr 3"):
         builders.prepare_shards(config.data, 0, 1)

@@ -66,6 +66,7 @@ def keys_of(sections: list[Any], prefix: str) -> Iterator[Key]:
 def kind_of(hint: Any) -> str:
     """What a value may be, in words."""
     marks = getattr(hint, "__metadata__", ())
+    allowed = range_of(hint) if marks else None
     hint = hint.__origin__ if marks else hint
     args = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Literal:
@@ -78,7 +79,6 @@ def kind_of(hint: Any) -> str:
         return "sections by name" if class_of_named_sections(hint) else "mapping"
     if PATH in marks:
         return "path"
-    allowed = range_of(typing.Annotated[(hint, *marks)]) if marks else None
     return f"{KINDS[hint]}, {allowed}" if allowed else KINDS[hint]
 
 

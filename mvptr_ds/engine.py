@@ -112,12 +112,18 @@ class Engine:
                     weights[name] = (parameter if whole is None else whole).detach().cpu().clone()
         return weights
 
-    def whole_model(self) -> Mvptr:
-        """The model as rank 0 can run it alone: with stage 3, which gathers partitions from all ranks, a copy."""
+    def whole_module(self, build: Callable[[Mvptr], TaskModule]) -> TaskModule:
+        """The module as rank 0 can run it alone: with stage 3, which gathers partitions from all ranks, a copy.
+
+        Args:
+            build: makes such a module over another model.
+        """
         weights = self.weights() if self.zero_stage == 3 else None
         if weights is None or not collectives.is_main():
-            return self.model
-        return model_folder.copy_of(self.model, weights, self.device)
+            return self.task
+        module = build(model_folder.copy_of(self.model, weights, self.device))
+        module.load_head(weights)
+        return module.to(self.device).eval()
 
     def save(self, path: Path) -> None:
         """Writes the files of all ranks below `path`.

@@ -197,12 +197,12 @@ class Trainer:
         """
         if self.held_out is None:
             return
-        model = self.engine.whole_model()
+        module = self.engine.whole_module(lambda model: self.task.build(self.config, model, self.seed))
         if not collectives.is_main():
             return
         try:
             with self.stop.interrupting():
-                scores = self.task.evaluate(self.module, model, self.vocabs, self.config, self.held_out, self.device)
+                scores = self.task.evaluate(module, self.vocabs, self.config, self.held_out, self.device)
             self.log.write_scores(self.step, scores)
         except (DataError, OSError) as error:
             logger.warning("%s %d not evaluated, training goes on: %s", self.dir.name, self.step, error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mvptr_ds.data.collate import Batch
+from mvptr_ds.distributed import collectives
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.objectives.losses import LossSum
 
@@ -41,17 +42,36 @@ class TaskModule(nn.Module):
         raise NotImplementedError
 
     def forward(self, batch: Batch, step: int, accumulation: int = 0) -> TaskOutput:
-        """The losses of one micro-batch, normalised over the global micro-batch and times the number of ranks.
-
-        The engine averages gradients over ranks, so that the factor makes their sum of them.
-        """
+        """The losses of one micro-batch, through `normalised`."""
         raise NotImplementedError
+
+    def normalised(self, parts: Mapping[str, LossSum], weights: Mapping[str, float]) -> TaskOutput:
+        """The weighted sum of the losses, each divided by the count of all ranks.
+
+        The sum is multiplied by the number of ranks, because the engine averages gradients over them.
+
+        Args:
+            parts: sums and counts of this rank's samples, by name.
+            weights: of each.
+        """
+        counts = collectives.all_reduce_sum(torch.stack([part.count for part in parts.values()]))
+        terms = [
+            weights[name] * part.sum / count.clamp(min=1.0)
+            for (name, part), count in zip(parts.items(), counts, strict=True)
+        ]
+        loss = collectives.num_ranks() * torch.stack(terms).sum()
+        return TaskOutput(loss, {name: part.detach() for name, part in parts.items()})
 
     def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
         """All parameters: those of the model by their names there, those of the head behind `head.`."""
         yield from self.model.named_parameters()
         if self.head is not None:
             yield from ((HEAD + name, parameter) for name, parameter in self.head.named_parameters())
+
+    def load_head(self, weights: Mapping[str, Tensor]) -> None:
+        """Gives the head its weights of `named_weights`, if there is one."""
+        if self.head is not None:
+            self.head.load_state_dict({n.removeprefix(HEAD): w for n, w in weights.items() if n.startswith(HEAD)})
 
     def freeze_untrained(self) -> None:
         """Lets the parameters of `trained_parts` and of the head ask for a gradient, and no others."""

@@ -5,8 +5,6 @@ Sequences are packed (model/packed.py); only WPG's scores pad theirs, phrases by
 
 from __future__ import annotations
 
-import torch
-
 from mvptr_ds.config import TaskConfig, WeightsConfig
 from mvptr_ds.data.collate import Batch
 from mvptr_ds.distributed import collectives
@@ -74,20 +72,10 @@ class PretrainingLosses(TaskModule):
         return self.objectives.trained_parts()
 
     def forward(self, batch: Batch, step: int, accumulation: int = 0) -> TaskOutput:
-        """All objectives of one micro-batch, normalised over the global micro-batch.
-
-        The loss is scaled by the number of ranks, because the engine averages gradients over them.
-        """
+        """All objectives of one micro-batch, normalised over the global micro-batch."""
         num = len(batch) * collectives.num_ranks()
         draws = RandomDraws.keyed(self.seed, step, accumulation, num, self.max_text_slots)
-        parts = self.sums(batch, draws, step)
-        counts = collectives.all_reduce_sum(torch.stack([part.count for part in parts.values()]))
-        terms = [
-            self.weights[name] * part.sum / count.clamp(min=1.0)
-            for (name, part), count in zip(parts.items(), counts, strict=True)
-        ]
-        loss = collectives.num_ranks() * torch.stack(terms).sum()
-        return TaskOutput(loss, {name: part.detach() for name, part in parts.items()})
+        return self.normalised(self.sums(batch, draws, step), self.weights)
 
     def sums(self, batch: Batch, draws: RandomDraws, step: int = 0) -> dict[str, LossSum]:
         """Sums and counts of this rank's samples, in the order of the stage; `draws` are those of all ranks."""

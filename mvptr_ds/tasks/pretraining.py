@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
 import torch
 
 from mvptr_ds.builders import SampleNeeds, Vocabs
@@ -16,19 +13,14 @@ from mvptr_ds.monitoring.flops import StepFlops
 from mvptr_ds.objectives.module import TaskModule
 from mvptr_ds.objectives.pretraining import PretrainingLosses
 from mvptr_ds.objectives.stages import STAGES, Stage
+from mvptr_ds.tasks.task import Task
 
 
-@dataclass(frozen=True)
-class Pretraining:
-    """One stage of pre-training; see `tasks.task.Task` for its methods."""
+class Pretraining(Task):
+    """One stage of pre-training."""
 
-    stage: Stage
-    follows: str | None = None
-    fresh_weights: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        return self.stage.name
+    def __init__(self, stage: Stage, follows: str | None = None) -> None:
+        self.stage, self.name, self.follows = stage, stage.name, follows
 
     def sample_needs(self, config: Config) -> SampleNeeds:
         section = config.stage(self.name)
@@ -55,12 +47,9 @@ class Pretraining:
         return StepFlops(module, num_ranks) if isinstance(module, PretrainingLosses) else None
 
     def evaluate(
-        self, module: TaskModule, model: Mvptr, vocabs: Vocabs, config: Config, index: SampleIndex, device: torch.device
+        self, module: TaskModule, vocabs: Vocabs, config: Config, index: SampleIndex, device: torch.device
     ) -> dict[str, float]:
-        return flatten_scores(evaluate_model(model, vocabs, config, index, device))
-
-    def write(self, folder: Path, config: Config) -> None:
-        """Writes nothing: the model folder holds all."""
+        return flatten_scores(evaluate_model(module.model, vocabs, config, index, device))
 
 
 STAGE1 = Pretraining(STAGES["stage1"])

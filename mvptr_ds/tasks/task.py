@@ -1,13 +1,13 @@
 """The seam between data and engine: what a stage of a run has to say of itself.
 
-The trainer, resume, checkpoints, preflight and evaluation know this protocol alone. A task is one file beside this
-one, a section of the configuration that bears its name (config.py), and a line in `tasks/__init__.py`.
+Trainer, resume, checkpoints and preflight know this class alone. A task is one file beside this one, a section of the
+configuration that bears its name (config.py), and its name in `tasks/__init__.py`.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -19,7 +19,7 @@ from mvptr_ds.monitoring.flops import StepFlops
 from mvptr_ds.objectives.module import TaskModule
 
 
-class Task(Protocol):
+class Task(ABC):
     """What stands between data and engine in one stage of a run.
 
     Attributes:
@@ -29,18 +29,15 @@ class Task(Protocol):
             log lists them.
     """
 
-    @property
-    def name(self) -> str: ...
+    name: str
+    follows: str | None = None
+    fresh_weights: tuple[str, ...] = ()
 
-    @property
-    def follows(self) -> str | None: ...
-
-    @property
-    def fresh_weights(self) -> tuple[str, ...]: ...
-
+    @abstractmethod
     def sample_needs(self, config: Config) -> SampleNeeds:
         """Which samples it trains on, and what is masked in them."""
 
+    @abstractmethod
     def build(self, config: Config, model: Mvptr, seed: int, per_sample: bool = False) -> TaskModule:
         """The losses over `model`, and the head that the task adds to it.
 
@@ -52,21 +49,20 @@ class Task(Protocol):
             ValueError: the configuration asks for what the task cannot compute.
         """
 
-    def step_flops(self, module: TaskModule, num_ranks: int) -> StepFlops | None:
-        """What counts the training FLOPs of a batch; None where nothing does, then no MFU is logged."""
-
+    @abstractmethod
     def evaluate(
-        self, module: TaskModule, model: Mvptr, vocabs: Vocabs, config: Config, index: SampleIndex, device: torch.device
+        self, module: TaskModule, vocabs: Vocabs, config: Config, index: SampleIndex, device: torch.device
     ) -> dict[str, float]:
         """Scores of a split, flat, with keys such as `eval/retrieval/t2i_r1`. Called on rank 0 alone.
-
-        Args:
-            module: the task under training, whose head is to be used.
-            model: the whole model, which with ZeRO 3 is a copy of the module's.
 
         Raises:
             DataError: a sample cannot be read.
         """
 
+    def step_flops(self, module: TaskModule, num_ranks: int) -> StepFlops | None:
+        """What counts the training FLOPs of a batch. None, the default: no FLOPs and no MFU are logged."""
+        return None
+
     def write(self, folder: Path, config: Config) -> None:
         """Writes what a user of the model folder needs beside its weights, such as the answers of a head."""
+        return

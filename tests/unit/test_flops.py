@@ -17,7 +17,8 @@ from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.monitoring.flops import StepFlops, backbone_flops, forward_flops
 from mvptr_ds.objectives.lengths import Lengths
 from mvptr_ds.objectives.pretraining import PretrainingLosses
-from mvptr_ds.objectives.stages import STAGES
+from mvptr_ds.objectives.stages import ALIGNING, STAGES
+from mvptr_ds.objectives.table import Chosen
 from tests.support.tiny_models import sample, tiny_model
 
 # Proportions as in the base model (FFN 4 x hidden, many words): what the formulas leave out is as small as there
@@ -81,7 +82,8 @@ def test_each_encoder_by_itself(stage: str) -> None:
     for ours_name, name in (("text", "text_encoder"), ("visual", "visual_encoder"), ("cross", "cross_encoder")):
         assert ours[ours_name] == pytest.approx(counted[name], rel=1e-6), name
     assert ours["regions"] == counted["region_embedding"]
-    assert ours["word_heads"] == counted["token_head"] + counted["tag_head"]
+    assert ours["mlm"] == counted["token_head"]
+    assert ours["mcr_tags"] + ours.get("mcr_regions", 0.0) == counted["tag_head"]
 
 
 def test_padding_asks_for_nothing() -> None:
@@ -97,10 +99,13 @@ def test_the_base_model_by_hand() -> None:
         samples=1, text=20, text_pairs=400, visual=50, visual_pairs=2500, cross=55, cross_pairs=3025, regions=35,
         picked_tokens=2,
     )  # fmt: skip
-    out = forward_flops(lengths, MvptrConfig(), ("text", "visual", "cross"), ("mlm", "vsc"), 1024, {})
+    chosen = Chosen.of(("mlm", "vsc"), ALIGNING, aligned=True, wpg_states="uni")
+    out = forward_flops(lengths, MvptrConfig(), chosen, 1024)
     assert out["text"] == pytest.approx(6 * (20 * 14.155776e6 + 400 * 3072))
-    assert out["word_heads"] == pytest.approx(2 * 2 * (768 * 768 + 768 * 30522))
-    assert sum(out.values()) == pytest.approx(1.09e10, rel=0.01)
+    # the last layer of the cross encoder goes on behind its attention at the two masked words alone
+    qkv, rest = 2 * 3 * 768**2, 2 * (768**2 + 2 * 768 * 3072)
+    assert out["cross"] == pytest.approx(6 * (55 * qkv + 3025 * 3072) + (5 * 55 + 2) * rest)
+    assert out["mlm"] == pytest.approx(2 * 2 * (768 * 768 + 768 * 30522))
 
 
 def test_a_backbone_is_counted_without_memory() -> None:

@@ -70,7 +70,7 @@ def test_model_losses_and_data_know_neither_each_other_nor_what_is_above(part: s
 
 
 def test_streams_know_nothing() -> None:
-    assert set(imported("mvptr_ds.streams")) == {"__future__", "__future__.annotations", "enum", "numpy"} | {
+    assert set(imported("mvptr_ds.streams")) == {"__future__", "__future__.annotations", "enum", "hashlib", "numpy"} | {
         f"enum.{name}" for name in ("IntEnum", "unique")
     }
 
@@ -92,10 +92,10 @@ def test_only_engine_grad_norm_and_parallel_import_deepspeed() -> None:
     assert offenders(("mvptr_ds.distributed.collectives",), ("deepspeed",)) != []
 
 
-def test_only_the_task_joins_model_and_losses() -> None:
+def test_only_the_objectives_join_model_and_losses() -> None:
     names = {m: list(imported(m)) for m in MODULES}
     both = [m for m, used in names.items() if any(under(n, L) for n in used) and any(under(n, M) for n in used)]
-    assert both == ["mvptr_ds.objectives.task"]
+    assert both != [] and all(under(module, "mvptr_ds.objectives") for module in both)
 
 
 def test_nothing_in_the_package_imports_tools_or_tests() -> None:

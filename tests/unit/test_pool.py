@@ -50,26 +50,26 @@ def test_no_more_than_a_chunk_of_similarities_is_there(rows: int) -> None:
     with Shapes() as shapes:
         candidates.vsc(SCALE).sum.backward()
         for mode in MODES:
-            candidates.others(mode, torch.arange(NUM) % 2 == 0, torch.rand(NUM, dtype=torch.float64), SCALE)
+            candidates.negatives(mode, torch.arange(NUM) % 2 == 0, torch.rand(NUM, dtype=torch.float64), SCALE)
     similarities = {shape for shape in shapes.seen if NUM in shape and DIM not in shape and len(shape) == 2}
     assert max(min(shape) if rows < NUM else max(shape) for shape in similarities) == rows
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_others_are_chosen_from_the_whole_matrix(mode: str) -> None:
+def test_negatives_are_chosen_from_the_whole_matrix(mode: str) -> None:
     generator = torch.Generator().manual_seed(1)
     takes_image = torch.rand(NUM, generator=generator) < 0.5
     draw = torch.rand(NUM, generator=generator, dtype=torch.float64)
-    own = pool(1).own
+    own = pool(1).local
     sim = (own.text_ND @ own.image_ND.T).detach()
     sim = torch.where(takes_image[:, None], sim, sim.T)
     wanted = choose(mode, sim, IMAGE_N[:, None] == IMAGE_N, draw, SCALE)
     for rows in CHUNKS:
-        found = pool(rows).others(mode, takes_image, draw, SCALE)
+        found = pool(rows).negatives(mode, takes_image, draw, SCALE)
         assert torch.equal(found, wanted)
         assert (IMAGE_N[found] != IMAGE_N).all()
     assert not torch.equal(wanted, choose(mode, sim.T, IMAGE_N[:, None] == IMAGE_N, draw, SCALE)) or mode == "random"
 
 
 def test_a_chunk_holds_one_sample_at_least() -> None:
-    assert Candidates(pool(1).own, "local", 0.0).rows_at_once == 1
+    assert Candidates(pool(1).local, "local", 0.0).rows_at_once == 1

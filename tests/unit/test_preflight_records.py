@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 
 from mvptr_ds.builders import Vocabs
-from mvptr_ds.config import Config, WeightsConfig, load_config
+from mvptr_ds.config import Config, load_config
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.schema import Caption, Extractor, Phrase, Record, Region
 from mvptr_ds.data.shards.index import Index
@@ -20,6 +19,7 @@ from mvptr_ds.data.shards.sidecars import sidecar_json
 from mvptr_ds.data.shards.tar_writer import write_tar
 from mvptr_ds.data.shards.writer import write_shards
 from mvptr_ds.data.wordpiece import WordPiece
+from mvptr_ds.objectives.table import OBJECTIVES
 from mvptr_ds.preflight import checks, sample_checks
 from mvptr_ds.preflight.rank_checks import Finding
 
@@ -157,8 +157,8 @@ def test_a_held_out_sidecar_of_other_keys(tmp_path: Path) -> None:
         assert found_level == level and "has a partner in the sidecar" in text
 
 
-def test_every_objective_has_its_needs() -> None:
-    assert set(sample_checks.NEEDS) == {field.name for field in dataclasses.fields(WeightsConfig)}
+def test_what_objectives_need_is_what_is_looked_for() -> None:
+    assert {kind for objective in OBJECTIVES.values() for kind in objective.needs} == set(sample_checks.REMEDIES)
 
 
 def test_a_warm_up_or_a_trace_behind_the_end_of_a_stage_and_several_wrong_choices() -> None:

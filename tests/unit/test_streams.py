@@ -17,16 +17,16 @@ MAKERS = {"default_rng", "SeedSequence", "RandomState", "PCG64", "PCG64DXSM", "P
 MAKERS |= {"Random", "seed", "manual_seed", "manual_seed_all"}
 ELSEWHERE = {
     "builders.py": "the first weights",
-    "checkpoint.py": "torch's own state, for dropout",
+    "checkpoints/checkpoint.py": "torch's own state, for dropout",
     "corpus/concepts/silver.py": "what the shipped parser was trained on",
     "corpus/concepts/templates.py": "what the shipped parser was trained on",
     "corpus/concepts/training.py": "the shipped parser's training",
     "corpus/preview/measures.py": "the records of a page",
     "demo/scene.py": "the scenes of the demo, which stay as they are",
     "planning/lengths.py": "lengths to plan with, always the same",
-    "sample_checks.py": "a masking that nobody trains on",
+    "preflight/sample_checks.py": "a masking that nobody trains on",
     "streams.py": "here",
-    "timing.py": "numbers to measure a device with",
+    "monitoring/timing.py": "numbers to measure a device with",
 }
 
 

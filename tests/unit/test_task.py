@@ -303,7 +303,7 @@ def test_margin_and_top_k_and_temperature_are_used() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_scale_is_capped_and_can_come_back(max_scale: float, dtype: torch.dtype) -> None:
     task = build("stage2", model=tiny_model(initial_temperature=0.001).to(dtype))  # type: ignore[arg-type]
-    task.config.vsc.max_scale = max_scale
+    task.max_scale = max_scale
     scale = task.scale()  # exp(logit_scale) would be 1000
     assert scale.item() == pytest.approx(max_scale, rel=1e-6)
     scale.backward()

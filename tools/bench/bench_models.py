@@ -171,7 +171,7 @@ class Reference(nn.Module):
         out: Tensor = self.encoders[name](states_BLD, attention_mask=additive_B11L).last_hidden_state
         return out
 
-    def objectives(self, batch: Batch, draws: RandomDraws) -> dict[str, LossSum]:
+    def sums(self, batch: Batch, draws: RandomDraws) -> dict[str, LossSum]:
         """The five losses of `joint` on a batch of fixed slots."""
         assert batch.region_features_BRF is not None
         joined = torch.cat([batch.region_features_BRF, batch.region_geometry_BR6], -1)

@@ -50,7 +50,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["mvptr_ds", "mvptr_ds.*"]),
-    package_data={"mvptr_ds": ["configs/*.yaml", "data/*.txt", "corpus/preview/page.*", "corpus/concepts/models/*"]},
+    package_data={"mvptr_ds": ["py.typed", "configs/*.yaml", "data/*.txt", "corpus/preview/page.*", "corpus/concepts/models/*"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
 )

@@ -11,6 +11,7 @@ REQUIRES = [
     "nltk>=3.9",  # phrase parsing
     "fsspec>=2024.6",  # shards behind a URL; torch needs it, too
     "msgspec>=0.20",  # the JSON of a record, parsed into checked fields in a third of the time
+    "jinja2>=3.1",  # the page of preview_shards.py: every text is escaped; torch needs it, too
     "numpy>=1.26",  # the index, masking, keyed randomness
     "pillow>=10.1",  # image decoding
     # the same for JPEG, 1.5 times as fast (tools/bench/bench_loader.py); Pillow does it where there is no wheel
@@ -50,7 +51,15 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["mvptr_ds", "mvptr_ds.*"]),
-    package_data={"mvptr_ds": ["py.typed", "configs/*.yaml", "data/*.txt", "corpus/preview/page.*", "corpus/concepts/models/*"]},
+    package_data={
+        "mvptr_ds": [
+            "py.typed",
+            "configs/*.yaml",
+            "data/*.txt",
+            "corpus/preview/templates/*",
+            "corpus/concepts/models/*",
+        ]
+    },
     install_requires=REQUIRES,
     extras_require=EXTRAS,
 )

@@ -15,19 +15,19 @@ import torch
 
 from mvptr_ds import ds_config
 from mvptr_ds.config import Config, DataConfig, MaskingConfig, SourceConfig
+from mvptr_ds.data.dataset import MixedDataset, SampleDataset, ShardDataset
 from mvptr_ds.data.features import SampleBuilder, SampleOptions
 from mvptr_ds.data.lengths import Lengths, lengths_are_there, lengths_path, measure, write_lengths
-from mvptr_ds.data.loader import SampleDataset, ShardDataset
-from mvptr_ds.data.phrases import PhraseVocab
+from mvptr_ds.data.phrases import PhraseVocab, Vocabs
 from mvptr_ds.data.sampling.batches import Batches
 from mvptr_ds.data.sampling.buckets import BucketedBatches
-from mvptr_ds.data.sampling.mixture import MixedDataset, Mixture, default_block, source_seed
+from mvptr_ds.data.sampling.mixture import Mixture, default_block, source_seed
 from mvptr_ds.data.sampling.plan import Plan
 from mvptr_ds.data.schema import SCHEMA_VERSION
 from mvptr_ds.data.shards.index import Index, SampleIndex
 from mvptr_ds.data.shards.index_builder import ensure_index
 from mvptr_ds.data.shards.sidecar_join import JoinedIndex, check_extractors, check_kinds, ensure_join, visual_extractors
-from mvptr_ds.data.shards.storage import ReadOptions, is_url
+from mvptr_ds.data.shards.urls import ReadOptions, is_url
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.demo import build
 from mvptr_ds.demo.build import FolderTakenError, build_demo_shards
@@ -57,12 +57,6 @@ class SampleNeeds:
     pairs: bool = True
     masking: MaskingConfig = field(default_factory=lambda: NO_MASKING)
     phrase_labels: bool = False
-
-
-@dataclass
-class Vocabs:
-    words: WordPiece
-    phrases: PhraseVocab
 
 
 def read_options(data: DataConfig) -> ReadOptions:

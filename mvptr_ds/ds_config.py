@@ -1,8 +1,8 @@
-"""The DeepSpeed JSON: fills what is `"auto"` or absent, and lists every disagreement with the configuration.
+"""Completes the DeepSpeed JSON: fills what is `"auto"` or absent, and lists every conflict with the configuration.
 
-Batch sizes, clipping, optimiser and schedule belong to the configuration; ZeRO, precision and communication to the
-JSON. `"bf16": {"enabled": "auto"}` and the same for `fp16` ask the device: bf16 where it computes it, else fp16 on a
-GPU, else float32.
+The configuration sets batch sizes, clipping, optimiser and schedule. The JSON sets ZeRO, precision and communication.
+`"bf16": {"enabled": "auto"}` and the same for `fp16` follow the device: bf16 where it is supported, else fp16 on a GPU,
+else float32.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from mvptr_ds.batch_size import micro_batch_size
 from mvptr_ds.config import OptimConfig, TrainConfig
 from mvptr_ds.user_io.user_files import expanded, parse_json, read_text
 
@@ -20,7 +21,7 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float1
 
 
 def load_ds_config(path: str | Path) -> dict[str, Any]:
-    """The JSON object in `path`.
+    """Reads the JSON object in `path`.
 
     Raises:
         ValueError: there is no such file, it is no JSON object, or a key comes twice in it.
@@ -34,32 +35,6 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def micro_batch_size(train: TrainConfig, num_ranks: int) -> int:
-    """Samples of one forward pass on one rank.
-
-    Raises:
-        ValueError: the batch does not divide, with numbers that would.
-    """
-    batch, accumulation = train.batch_size, train.accumulation_steps
-    if batch < 1 or accumulation < 1:
-        raise ValueError(f"train.batch_size is {batch}, train.accumulation_steps {accumulation}; both are at least 1")
-    if batch % (num_ranks * accumulation):
-        valid = [n for n in range(1, min(batch, 4096) + 1) if batch % (n * accumulation) == 0]
-        unit = num_ranks * accumulation
-        raise ValueError(
-            f"train.batch_size={batch} cannot be shared by {num_ranks} ranks x {accumulation} accumulation steps; "
-            f"use {', '.join(map(str, valid[-8:])) or 'no'} ranks, or a batch of {batch // unit * unit or unit} or "
-            f"{(batch // unit + 1) * unit}"
-        )
-    return batch // (num_ranks * accumulation)
-
-
-def rounded_batch_size(train: TrainConfig, num_ranks: int) -> int:
-    """The multiple of ranks x accumulation steps that is nearest to `train.batch_size`."""
-    unit = num_ranks * train.accumulation_steps
-    return max(1, round(train.batch_size / unit)) * unit
-
-
 def fill_ds_config(
     content: dict[str, Any],
     train: TrainConfig,
@@ -69,7 +44,7 @@ def fill_ds_config(
     bf16_supported: bool,
     fp16_supported: bool,
 ) -> dict[str, Any]:
-    """The JSON that the engine gets.
+    """Returns the JSON that the engine gets.
 
     Raises:
         ValueError: every disagreement at once, each with both values.
@@ -95,7 +70,7 @@ def fill_ds_config(
             problems.append(f"{key!r} is set in the JSON, but belongs to {owner}: remove it from the JSON")
     problems += _fill_precision(filled, bf16_supported=bf16_supported, fp16_supported=fp16_supported)
     problems += _zero_problems(filled, optim)
-    if optim.name == "lamb":  # DeepSpeed steps by ZeRO what it knows, and what it is told to
+    if optim.name == "lamb":  # under ZeRO, DeepSpeed takes only optimisers that it knows, unless it is forced
         filled["zero_allow_untested_optimizer"] = True
     problems += [f'{key} is "auto", which nothing here fills: give a value' for key in _autos(filled)]
     if problems:
@@ -104,30 +79,30 @@ def fill_ds_config(
 
 
 def precision_supported() -> tuple[bool, bool]:
-    """Whether this process's device trains in bf16 and in fp16 at full speed (a CPU is asked for neither)."""
+    """Returns whether this device trains in bf16 and in fp16 at full speed. A CPU counts as neither."""
     if not torch.cuda.is_available():
         return False, False
     return torch.cuda.is_bf16_supported(including_emulation=False), True
 
 
 def precision_of(filled: dict[str, Any]) -> str:
-    """What the engine computes in: bf16, fp16 or float32."""
+    """Returns the precision that the engine computes in: bf16, fp16 or float32."""
     return next((name for name in ("bf16", "fp16") if filled[name].get("enabled")), "float32")
 
 
 def zero_stage_of(filled: dict[str, Any]) -> int:
-    """How much ZeRO cuts among the ranks: 1 the optimiser's state, 2 gradients too, 3 weights too."""
+    """Returns what ZeRO divides among the ranks: 1 the optimiser's state, 2 also gradients, 3 also weights."""
     return int(filled["zero_optimization"]["stage"])
 
 
 def optimizer_device(filled: dict[str, Any], device: torch.device) -> torch.device:
-    """Where the optimiser steps: on the engine's device, or on the host where the JSON offloads it."""
+    """Returns where the optimiser steps: on the engine's device, or on the host where the JSON offloads it."""
     offload = filled["zero_optimization"].get("offload_optimizer") or {}
     return device if offload.get("device", "none") == "none" else torch.device("cpu")
 
 
 def _zero_problems(filled: dict[str, Any], optim: OptimConfig) -> list[str]:
-    """What deepspeed 0.19.8 does wrong with some settings of ZeRO, and LAMB cannot do with stage 3."""
+    """Lists settings of ZeRO that deepspeed 0.19.8 gets wrong, and LAMB with stage 3, which is not supported."""
     zero = filled.get("zero_optimization", {})
     if not isinstance(zero, dict):
         return [f'zero_optimization is {zero!r}, expected an object such as {{"stage": 2}}']

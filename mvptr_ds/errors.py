@@ -7,6 +7,7 @@ package and keeps its traceback.
 from __future__ import annotations
 
 import errno
+import pickle
 import socket
 
 EXIT_PASSING = 1  # the same command may do better later
@@ -81,3 +82,19 @@ def may_pass(error: BaseException) -> bool:
 def exit_code(error: BaseException) -> int:
     """What a command ends with after a user's error: 1 where it may pass by itself, else 2."""
     return EXIT_PASSING if may_pass(error) else EXIT_USER
+
+
+def portable(error: BaseException) -> BaseException:
+    """Returns the error, or one that says the same where it cannot be sent to another process.
+
+    The cause of an error is not sent along with it. Where the cause is what may pass by itself, the error is marked.
+    """
+    if may_pass(error):
+        error.__dict__["passes"] = True
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever its own constructor or contents raise
+        if isinstance(error, DataError):
+            return PassingError(str(error)) if may_pass(error) else DataError(str(error))
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

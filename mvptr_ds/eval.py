@@ -30,6 +30,7 @@ from mvptr_ds.evaluation.curves import draw_curves, draw_scores, read_metrics, w
 from mvptr_ds.evaluation.pictures import draw_grounding
 from mvptr_ds.evaluation.report import evaluate_split
 from mvptr_ds.evaluation.table import table
+from mvptr_ds.user_io.atomic import partial_path, replacing
 from mvptr_ds.user_io.terminal import accept_any_text
 from mvptr_ds.user_io.user_files import user_path
 
@@ -85,7 +86,7 @@ def _check_writable(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        partial = _partial(path)
+        partial = partial_path(path)
         partial.touch()
         partial.unlink()
     except OSError as error:
@@ -95,15 +96,11 @@ def _check_writable(path: Path) -> None:
 def _write_report(path: Path, content: str) -> None:
     """Replaces the report as a whole; one that cannot be written (no space left) goes to standard output."""
     try:
-        _partial(path).write_text(content, encoding="utf-8")
-        os.replace(_partial(path), path)
+        with replacing(path) as partial:
+            partial.write_text(content, encoding="utf-8")
     except OSError:
         sys.stdout.write(content)
         raise
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
 
 
 def _draw(path: Path, draw: Callable[[Path], object]) -> None:

@@ -1,4 +1,4 @@
-"""What interrupts a run: a rank that hangs, gradients that are not finite."""
+"""Ends a run whose rank hangs, or whose gradients are not finite."""
 
 from __future__ import annotations
 
@@ -20,28 +20,29 @@ logger = logging.getLogger(__name__)
 
 
 def any_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:
-    """Each flag on all ranks: whether any rank has it set. One collective of a few numbers."""
-    if collectives.num_ranks() == 1:  # nobody to ask, and nothing to wait for
+    """Returns for each flag whether any rank has it set. It takes one collective of a few numbers."""
+    if collectives.num_ranks() == 1:  # one rank: no collective is needed
         return list(flags)
     counts = collectives.all_reduce_sum(torch.tensor([float(flag) for flag in flags], device=device))
     return [count > 0 for count in counts.tolist()]
 
 
 def collectives_timeout_s(*guard_limits_s: float) -> float:
-    """How long a collective may wait: longer than Watchdog, which says where it hung; a week if that has no limit."""
+    """Returns how long a collective may wait: longer than Watchdog, so that its stacks come first, or a week."""
     return max(guard_limits_s) + 600.0 if all(limit_s > 0 for limit_s in guard_limits_s) else 7 * 86_400.0
 
 
 class Watchdog:
-    """Ends this process with the stacks of its threads when `alive` was not called for `timeout_s`.
+    """Ends this process with the stacks of its threads when `alive` was not called for `timeout_s` seconds.
 
-    Until its first call the limit is `start_timeout_s` (None: the same), anew with each call of `starting`.
+    The limit is `start_timeout_s` until the first call of `alive`, and None means `timeout_s`. Each call of `starting`
+    restarts it.
 
-    The timer is a C thread of the interpreter's own, so that it also fires while a kernel or a collective holds the
-    process. A rank that hangs stops the others in their next collective: every one of them writes its stacks, or, if
-    another one's end made that collective fail before its own time was up, where it waited.
+    The timer is a C thread of the interpreter, so it also fires while a kernel or a collective holds the process.
+    When one rank hangs, the others block in their next collective and write their stacks too. Another rank's end may
+    make that collective fail earlier. Then they write where they waited.
 
-    What an earlier start wrote stays, as `stacks-rank0.1.txt` and so on, the newest with the lowest number.
+    Stacks of earlier starts are kept as `stacks-rank0.1.txt` and so on, the newest with the lowest number.
     """
 
     KEPT = 5
@@ -66,11 +67,11 @@ class Watchdog:
                 os.replace(newer, older)
 
     def alive(self) -> None:
-        """Starts the time anew. 0 seconds means no limit."""
+        """Restarts the time. 0 seconds means no limit."""
         self._start(self.timeout_s)
 
     def starting(self) -> None:
-        """Starts the time of the start-up anew, whose long parts wait in short turns."""
+        """Restarts the time of the start-up, whose long parts wait in short intervals."""
         self._start(self.start_timeout_s)
 
     def _start(self, timeout_s: float) -> None:
@@ -92,17 +93,17 @@ class Watchdog:
 
 @dataclass(frozen=True)
 class LossScale:
-    """fp16's dynamic loss scale after a step, and the least that it may fall to."""
+    """Holds fp16's dynamic loss scale after a step, and the least value that it may have."""
 
     value: float
     minimum: float
 
 
 class SkippedSteps:
-    """Counts the steps that the engine left out because their gradient was not finite, on all ranks alike.
+    """Counts the steps that the engine skipped because their gradient was not finite, on all ranks alike.
 
-    With fp16 a step is also left out where the loss scale was too high and is lowered, at the start several times in a
-    row: those are counted, but do not end the run. Without a lower scale left they do, at once.
+    fp16 also skips a step when the loss scale was too high and is lowered, at the start several times in a row. Such
+    steps are counted and do not end the run. When no lower scale is left, the run ends at once.
     """
 
     def __init__(self, max_in_row: int) -> None:
@@ -110,7 +111,7 @@ class SkippedSteps:
         self.in_row, self.total = 0, 0
 
     def count(self, step: int, applied: bool, loss_scale: LossScale | None = None) -> None:
-        """Raises TrainingError after `max_in_row` left out one after the other, or when fp16 finds no loss scale."""
+        """Raises TrainingError after `max_in_row` skipped steps in a row, or when fp16 finds no loss scale."""
         if applied:
             self.in_row = 0
             return

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ if __name__ == "__main__":  # a script's own folder comes first on the path, whe
 
 import torch
 
+from mvptr_ds.batch_size import fit_batch_to_ranks
 from mvptr_ds.builders import prepare_shards
 from mvptr_ds.checkpoints.hand_over import finished_model, first_model, newest_state, set_aside
-from mvptr_ds.checkpoints.reshard import fit_batch_to_ranks
 from mvptr_ds.checkpoints.run_lock import only_start
 from mvptr_ds.config import Config, load_config, save_config
 from mvptr_ds.distributed import collectives
@@ -81,7 +82,8 @@ def _run(
     resumes = config.train.resume == "auto"
     with deadline(limit_s, f"looking for a checkpoint in {config.run.dir}"):
         saved = newest_state(Path(config.run.dir), config.stage_names) if resumes else None
-    fit_batch_to_ranks(config.train, saved, collectives.num_ranks())
+    split = saved.batch_split if saved is not None else None
+    config = replace(config, train=fit_batch_to_ranks(config.train, split, collectives.num_ranks()))
     if looks:
         only = config.train.preflight_only
         checks.conclude(checks.examine(config, ds_content, device, prepare=not only), show_all=only)

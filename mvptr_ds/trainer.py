@@ -14,9 +14,11 @@ from typing import Any
 import torch
 
 from mvptr_ds import builders, ds_config
-from mvptr_ds.checkpoints import checkpoint as checkpointing
 from mvptr_ds.checkpoints import model_folder, reshard
+from mvptr_ds.checkpoints.checkpoint import CheckpointWriter
 from mvptr_ds.checkpoints.resume import find_checkpoint
+from mvptr_ds.checkpoints.rng import begin_rng, restore_rng, seed_rng
+from mvptr_ds.checkpoints.state import CheckpointState, SampleCounts, read_state
 from mvptr_ds.config import Config
 from mvptr_ds.data.collate import Batch
 from mvptr_ds.data.loader import make_loader
@@ -218,29 +220,10 @@ class Trainer:
             CheckpointError, StorageError: it cannot be written and `must`, since the run ends with it.
         """
         collectives.of_main(self.check_alone)
-        state = {
-            "stage": self.dir.name,
-            **self._must_match(),
-            "optimizer": self.config.optim.name,
-            "parameter_order": PARAMETER_ORDER,
-            "accumulation_steps": self.config.train.accumulation_steps,
-            "samples_seen": self.step * self.config.train.batch_size,
-            "skipped_steps": self.skipped.total,
-            "samples": {"read": self.bad_samples.read, "bad": self.bad_samples.bad},
-            "wandb_id": self.log.wandb_id,
-            "versions": versions(),
-        }
-        weights = self.engine.weights()
-        path = checkpointing.save(
-            self.dir / "checkpoints",
-            self.step,
-            state,
-            self.engine.save,
-            lambda path: self._write_model(path, weights),
-            self.config.train.keep_checkpoints,
-            self.config.train.keep_every_steps,
-            must,
-        )
+        train, weights = self.config.train, self.engine.weights()
+        writer = CheckpointWriter(self.dir / "checkpoints", train.keep_checkpoints, train.keep_every_steps)
+        state = self._state(self.log.wandb_id)
+        path = writer.save(state, self.engine.save, lambda path: self._write_model(path, weights), must)
         if path is not None:
             self.saved_step = self.step
 
@@ -277,7 +260,7 @@ class Trainer:
 
     def _start_engine(self, filled: dict[str, Any], init_from: Path | None) -> None:
         """Builds the engine as it was at the newest checkpoint; without one, with the weights of another model."""
-        checkpoint = find_checkpoint(self.dir, self._must_match(), self.config, self.module.model, self.vocabs)
+        checkpoint = find_checkpoint(self.dir, self._state(), self.config, self.module.model, self.vocabs)
         if checkpoint is not None:
             self._resume(checkpoint, filled)
             return
@@ -288,21 +271,33 @@ class Trainer:
                 logger.info("%s starts with fresh weights for %s", self.dir.name, ", ".join(fresh))
         self._build_engine(filled)
 
-    def _must_match(self) -> dict[str, Any]:
-        """What a checkpoint holds of the run that wrote it, and resume.py compares with the run that goes on."""
-        return {
-            "batch_size": self.config.train.batch_size,
-            "bucket_batches": self.config.data.bucket_batches,
-            "zero_stage": self.zero_stage,
-            "precision": self.precision,
-            "data": self.dataset.fingerprint,
-            "trained_parts": self.module.trained_parts(),
-        }
+    def _state(self, wandb_id: str | None = None) -> CheckpointState:
+        """The state at this step, which a checkpoint holds and a resume compares with a saved one."""
+        train = self.config.train
+        return CheckpointState(
+            step=self.step,
+            num_ranks=collectives.num_ranks(),
+            stage=self.dir.name,
+            batch_size=train.batch_size,
+            bucket_batches=self.config.data.bucket_batches,
+            zero_stage=self.zero_stage,
+            precision=self.precision,
+            data=self.dataset.fingerprint,
+            trained_parts=self.module.trained_parts(),
+            optimizer=self.config.optim.name,
+            parameter_order=PARAMETER_ORDER,
+            accumulation_steps=train.accumulation_steps,
+            samples_seen=self.step * train.batch_size,
+            skipped_steps=self.skipped.total,
+            samples=SampleCounts(read=self.bad_samples.read, bad=self.bad_samples.bad),
+            wandb_id=wandb_id,
+            versions=versions(),
+        )
 
     def _build_engine(self, filled: dict[str, Any]) -> None:
         config = self.config
         self.engine = Engine(self.module, filled, config.optim, self.stage.learning_rate, self.device)
-        checkpointing.begin_rng(self.seed)
+        begin_rng(self.seed)
         steps_on = ds_config.optimizer_device(filled, self.device)
         for line in builders.kernel_report(config, self.device, ds_config.DTYPES[self.precision], steps_on):
             logger.info("%s", line)
@@ -314,27 +309,27 @@ class Trainer:
 
     def _resume(self, path: Path, filled: dict[str, Any]) -> None:
         """Builds the engine as it was at a checkpoint."""
-        state, num_ranks = checkpointing.read_state(path), collectives.num_ranks()
+        saved, num_ranks = read_state(path), collectives.num_ranks()
         model_folder.load_weights(self.module, path / "model")  # what is not trained is in no file of the engine's
-        if reshard.needs_conversion(path, state, num_ranks, self.zero_stage):
+        if reshard.needs_conversion(path, saved, num_ranks, self.zero_stage):
             universal = reshard.convert(path, self.dir / reshard.FOLDER, self.starting)
             self._build_engine(filled | UNIVERSAL)
-            self.engine.load(universal / "engine", universal_steps=state["step"] - state["skipped_steps"])
+            self.engine.load(universal / "engine", universal_steps=saved.step - saved.skipped_steps)
         else:
             self._build_engine(filled)
             self.engine.load(path / "engine", universal_steps=None)
-        before, here = state.get("optimizer", "adamw"), self.config.optim.name
-        if before != here:
-            logger.info("optim.name=%s instead of %s goes on with its moments; mind learning_rate", here, before)
-        self.step = self.saved_step = state["step"]
-        if state["num_ranks"] == num_ranks:
-            checkpointing.restore_rng(path)
+        before, now = saved.optimizer, self.config.optim.name
+        if before != now:
+            logger.info("optim.name=%s instead of %s goes on with its moments; mind learning_rate", now, before)
+        self.step = self.saved_step = saved.step
+        if saved.num_ranks == num_ranks:
+            restore_rng(path)
         else:
-            checkpointing.seed_rng(self.seed, self.step)
+            seed_rng(self.seed, self.step)
         collectives.barrier()
         collectives.run_on_rank_zero(lambda: shutil.rmtree(self.dir / reshard.FOLDER, ignore_errors=True))
-        self.skipped.total = state["skipped_steps"]
-        self.bad_samples.count(state["samples"]["bad"], state["samples"]["read"])
+        self.skipped.total = saved.skipped_steps
+        self.bad_samples.count(saved.samples.bad, saved.samples.read)
         if self.step < self.stage.max_steps:
             logger.info("%s goes on from step %d (%s)", self.dir.name, self.step, path)
             return

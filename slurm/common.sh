@@ -1,27 +1,27 @@
-# What the jobs share: the environment of a rank, and when a job starts itself again. Sourced by them, with MVPTR_DIR set.
-# Every variable with `:-` may be set from outside; slurm/README.md says what each does.
+# Shared by the jobs, which source this file with MVPTR_DIR set: the environment of a rank, and when a job is requeued.
+# Every variable with `:-` may be set from outside. slurm/README.md says what each does.
 
 say() { echo "$(date '+%F %T') [job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}] $*"; }
 die() { say "error: $*"; exit 2; }
 
 [ -n "${SLURM_JOB_ID-}" ] || { echo "this runs inside a job: sbatch $0"; exit 2; }
 
-if [ -n "${SETUP-}" ]; then source "$SETUP" || die "SETUP=$SETUP failed"; fi  # may set any of what follows
+if [ -n "${SETUP-}" ]; then source "$SETUP" || die "SETUP=$SETUP failed"; fi  # it may set any variable below
 
 CONFIG=${CONFIG:-demo}
 RUN_DIR=${RUN_DIR:-runs/$(basename "$CONFIG" .yaml)}
-gpus=${SLURM_GPUS_ON_NODE:-${SLURM_GPUS_PER_NODE:-1}}  # below salloc only the latter is set, perhaps as h100:8
+gpus=${SLURM_GPUS_ON_NODE:-${SLURM_GPUS_PER_NODE:-1}}  # salloc sets only the latter, perhaps as h100:8
 case $gpus in *,*) ;; *) gpus=${gpus##*:} ;; esac
 RANKS_PER_NODE=${RANKS_PER_NODE:-$gpus}
 [ "$RANKS_PER_NODE" != 0 ] ||
   die "a node has no rank: SLURM gave the job no GPU, or RANKS_PER_NODE is 0; ask for GPUs (sbatch --gpus-per-node=8), or set RANKS_PER_NODE to train on CPUs"
 [[ $RANKS_PER_NODE =~ ^[1-9][0-9]*$ ]] || die "there are '$RANKS_PER_NODE' ranks a node, expected a number: set RANKS_PER_NODE"
 MAX_NO_PROGRESS=${MAX_NO_PROGRESS:-3}
-node_disk=${SLURM_TMPDIR:-${TMPDIR-}}  # not /tmp, where others could lay kernels ready for us to load
+node_disk=${SLURM_TMPDIR:-${TMPDIR-}}  # not /tmp: other users could place kernels there for us to load
 LOCAL_CACHE=${LOCAL_CACHE:-${node_disk:+$node_disk/mvptr-$(id -un)}}
 for argument in "$@"; do case $argument in run.dir=*) RUN_DIR=${argument#run.dir=} ;; esac; done
 
-# ---- the site's modules, conda, container
+# ---- modules, conda and container of the site
 for module in ${MODULES-}; do module load "$module" || die "module load $module failed (MODULES)"; done
 if [ -n "${CONDA_ENV-}" ]; then
   eval "$(conda shell.bash hook)" && conda activate "$CONDA_ENV" || die "conda activate $CONDA_ENV failed (CONDA_ENV)"
@@ -37,23 +37,24 @@ case ${CONTAINER-} in
 esac
 
 # ---- environment of the ranks
-cpus=  # of the node that has the fewest, since srun asks all for as many
-for node in ${SLURM_JOB_CPUS_PER_NODE//,/ }; do  # as 64(x2),32
+cpus=  # CPUs of the smallest node, since srun requests the same number on every node
+for node in ${SLURM_JOB_CPUS_PER_NODE//,/ }; do  # written as 64(x2),32
   node=${node%%[!0-9]*}; [ "${cpus:-$node}" -lt "$node" ] || cpus=$node
 done
 cpus=$((${cpus:-1} / RANKS_PER_NODE)); [ "$cpus" -ge 1 ] || cpus=1
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
-# what is compiled at run time is kept on the node: hundreds of ranks locking files of one network folder do not get far
+# Kernels compiled at run time are kept on the node. Hundreds of ranks that lock files of one network folder would block each other.
 if [ -n "$LOCAL_CACHE" ]; then
   export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$LOCAL_CACHE/triton}
   export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$LOCAL_CACHE/inductor}
   export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$LOCAL_CACHE/extensions}
 fi
-export NCCL_DEBUG=${NCCL_DEBUG:-WARN}  # says why a connection fails, nothing else
-unset SLURM_CPUS_PER_GPU  # newer versions refuse it beside --cpus-per-task
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}  # prints why a connection fails, and nothing else
+unset SLURM_CPUS_PER_GPU  # newer versions of SLURM refuse it together with --cpus-per-task
 
-# ranks NODES RANKS_PER_NODE COMMAND...: becomes srun, with a task a rank. A rank that ends leaves the others 30 s to end, too.
+# ranks NODES RANKS_PER_NODE COMMAND...
+# Replaces this process by srun, which starts one task a rank. When a rank ends, the others have 30 s to end as well.
 ranks() {
   local nodes=$1 per_node=$2; shift 2
   exec srun --nodes="$nodes" --ntasks-per-node="$per_node" --ntasks=$((nodes * per_node)) --cpus-per-task="$cpus" \
@@ -61,14 +62,15 @@ ranks() {
     "${srun_container[@]}" ${SRUN_ARGS-} "${inside[@]}" "$@"
 }
 
-# The newest checkpoint of each stage that this job runs, in one line.
+# Prints the newest checkpoint of each stage that this job runs, in one line.
 progress() {
   local stage; for stage in $stage_dirs; do
     ls -d "$RUN_DIR/$stage"/checkpoints/step-*/checksums.json 2>/dev/null | tail -n 1
   done | paste -s -d' ' -
 }
 
-# train STAGE [section.key=value ...]: until the stage is done, over as many starts of this job as it takes.
+# train STAGE [section.key=value ...]
+# Trains the stage until it is done. The job may be requeued and started again many times.
 train() {
   local stage=$1 log=$RUN_DIR/logs/stage$1-rank%t.log code srun_pid= guard_pid= argument; shift
   [ "${NODES:-$SLURM_JOB_NUM_NODES}" = "$SLURM_JOB_NUM_NODES" ] ||
@@ -86,7 +88,7 @@ train() {
   fi
   mkdir -p "$RUN_DIR/logs" || exit 2
   count_start "$RUN_DIR/logs/stage$stage-starts"
-  # before the time limit SLURM sends USR1 (#SBATCH --signal) here, srun hands it to the ranks, and these save and end
+  # Before the time limit SLURM sends USR1 to this script (#SBATCH --signal). srun passes it to the ranks, which save and end.
   trap 'say "the time limit is near: the ranks are told to save"; kill -USR1 $srun_pid; end_in_time $srun_pid & guard_pid=$!' USR1
   say "stage $stage: $SLURM_JOB_NUM_NODES nodes x $RANKS_PER_NODE ranks, output of rank 0 in ${log/\%t/0}"
   ranks "$SLURM_JOB_NUM_NODES" "$RANKS_PER_NODE" "$PYTHON" "$MVPTR_DIR/mvptr_ds/train.py" \
@@ -105,7 +107,7 @@ train() {
   start_again "$code"
 }
 
-# Starts of this job in a row that saved no step: `fruitless`, of those before this one.
+# Sets `fruitless`: how many earlier starts of this job in a row have saved no step.
 count_start() {
   starts_file=$1 before=$(progress) fruitless=0
   if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ -f "$starts_file" ]; then
@@ -118,16 +120,17 @@ count_start() {
 start_again() {  # CODE
   [ "$(progress)" != "$before" ] || [ "$fruitless" -lt "$MAX_NO_PROGRESS" ] || {
     say "not started again: $fruitless restarts have saved no step (MAX_NO_PROGRESS=$MAX_NO_PROGRESS)"; exit "$1"; }
-  # a job that its user has cancelled is not RUNNING any more; nor one that is preempted, which SLURM requeues itself
+  # A cancelled job is not RUNNING any more. A preempted one is not either: SLURM requeues it itself.
   local state; state=$(squeue -h -j "$SLURM_JOB_ID" -o %T)
   [ "$state" = RUNNING ] || { say "not started again from here: the job is $state"; exit "$1"; }
   say "back into the queue"
   scontrol requeue "$SLURM_JOB_ID" || { say "cannot be requeued here: submit it again, it goes on from what is saved"; exit "$1"; }
-  sleep 120  # SLURM ends this script meanwhile; if not, the job has still not ended well
+  sleep 120  # SLURM ends this script meanwhile. Otherwise the job must end with an error.
   exit "$1"
 }
 
-# end_in_time PID: ends srun 20 s before the limit, so that this script still can requeue, from the save before.
+# end_in_time PID
+# Ends srun 20 s before the time limit. This script then still has time to requeue the job, which resumes from the save before.
 end_in_time() {
   local end left; end=$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s) || return
   left=$((end - $(date +%s) - 20))

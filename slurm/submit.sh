@@ -1,5 +1,6 @@
 #!/bin/bash
-# Submits stage 1, stage 2 and the evaluation, each after the one before it has succeeded; prints the three ids.
+# Submits stage 1, stage 2 and the evaluation, and prints their three ids.
+# Each job starts after the one before it has succeeded.
 #   NODES=4 SBATCH_GPUS_PER_NODE=8 slurm/submit.sh [section.key=value ...]
 set -euo pipefail
 export MVPTR_DIR=${MVPTR_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
@@ -8,7 +9,7 @@ job() {  # SCRIPT [options of sbatch ...] -- [overrides ...]
   local script=$MVPTR_DIR/slurm/$1 options=(); shift
   while [ "$1" != -- ]; do options+=("$1"); shift; done; shift
   local id; id=$(sbatch --parsable ${options[@]+"${options[@]}"} "$script" "$@")
-  echo "${id%%;*}"  # of several clusters, sbatch adds the name
+  echo "${id%%;*}"  # sbatch appends the cluster's name where there are several clusters
 }
 after() { echo "--dependency=afterok:$1 --kill-on-invalid-dep=yes"; }
 

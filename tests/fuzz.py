@@ -35,7 +35,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from webdataset import tariterators
 
-from mvptr_ds.corpus.building.pictures import PictureError, PictureOptions, check_picture
+from mvptr_ds.corpus.building.source_images import ImageError, ImageOptions, check_image
 from mvptr_ds.corpus.validating.record_checks import check_content
 from mvptr_ds.corpus.validating.repair import Break, Piece, pieces
 from mvptr_ds.data import schema
@@ -425,8 +425,8 @@ def store_a_picture(data: bytes) -> bool:
 
     def read(reencode: int | None) -> None:
         try:
-            stored = check_picture(data, PictureOptions(reencode=reencode))
-        except PictureError as error:
+            stored = check_image(data, ImageOptions(reencode=reencode))
+        except ImageError as error:
             raise DataError(str(error)) from error
         assert decode_image({stored.extension: stored.content}, 8).shape == (3, 8, 8)
 

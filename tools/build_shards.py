@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Builds shards from annotations and pictures: OUT/SPLIT/shard-000000.tar ... with manifest and index."""
+"""Builds shards from annotations and images: OUT/SPLIT/shard-000000.tar ... with manifest and index."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if __name__ == "__main__":
     end_on_interrupt("interrupted; the same command goes on from here")
 
 from mvptr_ds.corpus.building.build import BuildOptions, build_listed, build_streamed, finish, parse_shares
-from mvptr_ds.corpus.building.pictures import PictureOptions
+from mvptr_ds.corpus.building.source_images import ImageOptions
 from mvptr_ds.corpus.record_keys import KEY_SCHEMES
 from mvptr_ds.corpus.resumable_jobs import Summary
 from mvptr_ds.corpus.sources.annotations import read_coco, read_flickr30k, read_karpathy, read_visual_genome
@@ -29,20 +29,20 @@ from mvptr_ds.corpus.sources.rows import Row
 from mvptr_ds.corpus.sources.tables import read_csv, read_jsonl, read_parquet
 from mvptr_ds.errors import USER_ERRORS, DataError
 from mvptr_ds.user_io.terminal import accept_any_text
-from mvptr_ds.user_io.user_files import user_path
+from mvptr_ds.user_io.user_files import user_path, whole_number
 
 FORMATS = {
-    "coco": "captions JSON of COCO: captions_train2014.json and its like; keys are the image ids in twelve digits",
+    "coco": "captions JSON of COCO, such as captions_train2014.json; keys are the image ids in twelve digits",
     "karpathy": "Karpathy's dataset_coco.json, dataset_flickr30k.json, dataset_flickr8k.json, with their own splits",
     "flickr30k": "results_20130124.token (NAME.jpg#0<TAB>caption), or results.csv (NAME.jpg| 0| caption)",
-    "visual-genome": "region_descriptions.json: the description of each region is a caption of its image",
-    "img2dataset": "tars of KEY.jpg KEY.txt KEY.json, or folders of them; a shard of each split for every tar",
+    "visual-genome": "region_descriptions.json; the description of each region is a caption of its image",
+    "img2dataset": "tars of KEY.jpg KEY.txt KEY.json, or folders of them; every tar gives a shard of each split",
     "jsonl": "one JSON object a line, or a JSON array of them (ALBEF, BLIP), with an image and a caption field; a "
     "caption field may hold a list",
     "csv": "a table with a heading (.tsv: separated by tabs); a caption cell may hold a JSON list",
     "parquet": "a table in Parquet (needs pyarrow); the image column holds paths, a caption cell may hold a list",
-    "text": "one sentence a line, for stage 1: records without pictures",
-    "image-folder": "every picture below a folder and what it links to, for stage 1: records without captions",
+    "text": "one sentence a line; makes records without images, for stage 1",
+    "image-folder": "every image below a folder, links followed; makes records without captions, for stage 1",
 }
 TABLES: dict[str, Callable[[Path, str, str, Summary], Iterator[Row]]] = {
     "jsonl": read_jsonl,
@@ -53,15 +53,15 @@ EXAMPLES = """\
 examples:
   build_shards.py karpathy dataset_coco.json --images coco/ --out shards/coco
   build_shards.py coco captions_train2017.json --images train2017/ --out shards/coco17 --split train=0.98,held_out=0.02
-  build_shards.py coco captions_train2014.json --images none --out shards/coco     (features come from a sidecar)
+  build_shards.py coco captions_train2014.json --images none --out shards/coco     (regions come from a sidecar)
   build_shards.py csv Train_GCC.tsv --image-column path --images cc3m/ --out shards/cc3m --reencode 90 --max-side 512
   build_shards.py text sentences.txt --out shards/text
 
-Rows of one image become one record; an id of two pictures becomes none, and is counted. Interrupted, the same command
-goes on where it stopped and gives the same bytes.
-Memory: the plan is made on disk (OUT/.plan, twice the text of the corpus), 1/128 of it in memory at a time, and
-8 bytes a record; coco holds the list of images besides, a few hundred bytes each.
-Exit status: 0 done, whatever was dropped; 1 nothing left, more dropped than allowed, or something is wrong;
+All captions of an image become one record. An id that names two images is dropped and counted.
+After an interruption, the same command resumes where it stopped and gives the same bytes.
+The plan needs disk space in OUT/.plan, twice the text of the corpus. Memory holds 1/128 of it at a time and 8 bytes a
+record; coco also holds the list of images, a few hundred bytes each.
+Exit status: 0 done, whatever was dropped; 1 nothing is left, more was dropped than allowed, or an error;
 2 wrong usage.
 """
 
@@ -69,7 +69,9 @@ Exit status: 0 done, whatever was dropped; 1 nothing left, more dropped than all
 def parse_arguments() -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=raw)
-    formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT", help="FORMAT --help tells more")
+    formats = parser.add_subparsers(
+        dest="format", required=True, metavar="FORMAT", help="FORMAT --help lists its options"
+    )
     for name, text in FORMATS.items():
         _add_arguments(name, formats.add_parser(name, help=text, description=text))
     arguments = parser.parse_args()
@@ -80,61 +82,79 @@ def parse_arguments() -> argparse.Namespace:
 
 def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("source", type=user_path, nargs=1 if name == "image-folder" else "+", metavar="SOURCE", help="as said above")
-    add("--out", type=user_path, required=True, metavar="DIR", help="folder of the shards, below it one folder a split")
+    add(
+        "source",
+        type=user_path,
+        nargs=1 if name == "image-folder" else "+",
+        metavar="SOURCE",
+        help="files or folders of this format",
+    )
+    add("--out", type=user_path, required=True, metavar="DIR", help="folder to write; each split gets a folder in it")
     if name not in ("img2dataset", "text", "image-folder"):
         add(
             "--images",
             type=user_path,
             required=True,
             metavar="DIR",
-            help="folder of the pictures; none: without pictures",
+            help="folder of the images; none: records without images",
         )
     if name == "karpathy":
-        add("--no-restval", action="store_true", help="leave restval out, which joins train otherwise")
+        add("--no-restval", action="store_true", help="leave restval out; by default it joins train")
     else:
         add(
             "--split",
             type=_shares,
             default=(),
             metavar="NAME=SHARE,...",
-            help="by a hash of the image id (all is train)",
+            help="splits and their shares, drawn by a hash of the image id (default: all is train)",
         )
     if name == "visual-genome":
-        add("--image-data", type=user_path, metavar="FILE", help="image_data.json: sizes and folders of the pictures")
+        add("--image-data", type=user_path, metavar="FILE", help="image_data.json: sizes and folders of the images")
     if name in TABLES:
-        add("--image-column", default="image", metavar="NAME", help="paths below --images (%(default)s)")
-        add("--caption-column", default="caption", metavar="NAME", help="(%(default)s)")
-    keys = "the source's own id, a running number, or a hash of the id (%(default)s)"
+        add("--image-column", default="image", metavar="NAME", help="column of the paths below --images (%(default)s)")
+        add("--caption-column", default="caption", metavar="NAME", help="column of the captions (%(default)s)")
+    keys = "how records are named: the source's id, a running number, or a hash of the id (%(default)s)"
     add("--keys", choices=KEY_SCHEMES, default=KEY_SCHEMES[0], help=keys)
     if name != "img2dataset":
-        add("--records-per-shard", type=_number(1), default=10_000, metavar="N", help="(%(default)s)")
-        add("--shuffle-seed", type=int, default=0, metavar="S", help="of the order of the records (%(default)s)")
-    if name != "image-folder":
-        add("--max-caption-chars", type=_number(1), default=1000, metavar="N", help="longer ones go (%(default)s)")
-    if name != "text":
-        add("--min-side", type=_number(1), default=1, metavar="PX", help="smaller pictures are dropped (%(default)s)")
-        reencode = (
-            "store every picture as JPEG of this quality, 1 to 100, turned as EXIF says, transparency on white; "
-            "without it JPEG, PNG and "
+        add(
+            "--records-per-shard",
+            type=whole_number(1),
+            default=10_000,
+            metavar="N",
+            help="records of a shard (%(default)s)",
         )
-        add("--reencode", type=_number(1, 100), metavar="QUALITY", help=reencode + "WebP are stored byte by byte")
-        add("--max-side", type=_number(1), metavar="PX", help="with --reencode: shrink to this longer side")
-    limit = "exit 1 when more of the captions (pictures) are dropped (%(default)s)"
+        add("--shuffle-seed", type=int, default=0, metavar="S", help="seed of the order of the records (%(default)s)")
+    if name != "image-folder":
+        add(
+            "--max-caption-chars",
+            type=whole_number(1),
+            default=1000,
+            metavar="N",
+            help="drop longer captions (%(default)s)",
+        )
+    if name != "text":
+        add(
+            "--min-side",
+            type=whole_number(1),
+            default=1,
+            metavar="PX",
+            help="drop images with a shorter side (%(default)s)",
+        )
+        reencode = (
+            "store every image as JPEG of this quality (1 to 100), turned as EXIF says, transparency on white; "
+            "by default JPEG, PNG and WebP are stored unchanged"
+        )
+        add("--reencode", type=whole_number(1, 100), metavar="QUALITY", help=reencode)
+        add("--max-side", type=whole_number(1), metavar="PX", help="with --reencode: shrink images to this longer side")
+    limit = "end with 1 when a larger share of the captions (or images) is dropped (%(default)s)"
     add("--max-dropped-fraction", type=_fraction, default=0.5, metavar="X", help=limit)
-    add("--processes", type=_number(1), default=os.cpu_count() or 1, metavar="P", help="(%(default)s)")
-
-
-def _number(least: int, most: int | None = None) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        value = int(text)
-        if value < least or (most is not None and value > most):
-            raise argparse.ArgumentTypeError(
-                f"{value} is not at least {least}" + (f" and at most {most}" if most else "")
-            )
-        return value
-
-    return number
+    add(
+        "--processes",
+        type=whole_number(1),
+        default=os.cpu_count() or 1,
+        metavar="P",
+        help="processes that work (%(default)s, the cores here)",
+    )
 
 
 def _fraction(text: str) -> float:
@@ -152,7 +172,7 @@ def _shares(text: str) -> tuple[tuple[str, float], ...]:
 
 
 def rows_of(arguments: argparse.Namespace, images: Path | None, source: Path, summary: Summary) -> Iterator[Row]:
-    """The rows of one source."""
+    """Returns the rows of one source."""
     match arguments.format:
         case "coco":
             return read_coco(source, summary)
@@ -170,7 +190,7 @@ def rows_of(arguments: argparse.Namespace, images: Path | None, source: Path, su
 
 
 def build(arguments: argparse.Namespace) -> Summary:
-    """Builds the shards the arguments ask for."""
+    """Builds the shards that the arguments describe."""
     image_folder = arguments.source[0] if arguments.format == "image-folder" else getattr(arguments, "images", "none")
     images = None if str(image_folder) == "none" else Path(image_folder)
     if images is not None and not images.is_dir():
@@ -184,7 +204,7 @@ def build(arguments: argparse.Namespace) -> Summary:
         seed=getattr(arguments, "shuffle_seed", defaults.seed),
         max_caption_chars=getattr(arguments, "max_caption_chars", defaults.max_caption_chars),
         image_only=arguments.format == "image-folder",
-        pictures=PictureOptions(
+        pictures=ImageOptions(
             min_side=getattr(arguments, "min_side", defaults.pictures.min_side),
             reencode=getattr(arguments, "reencode", None),
             max_side=getattr(arguments, "max_side", None),

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Builds the phrase vocabulary: the phrases in enough captions, each with its row of the embedding table."""
+"""Builds the phrase vocabulary: the frequent phrases, each with its row of the embedding table."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.errors import USER_ERRORS
 from mvptr_ds.user_io.terminal import accept_any_text
-from mvptr_ds.user_io.user_files import user_path
+from mvptr_ds.user_io.user_files import user_path, whole_number
 
 EPILOG = """\
-INPUT: a folder of shards whose captions have phrases, a sidecar folder, or a .jsonl file, as extract_phrases.py writes
-them; any number, each caption once (shards or their sidecar, not both).
+INPUT is a folder of shards whose captions have phrases, or a sidecar folder or .jsonl file of extract_phrases.py.
+Several may be given. Each caption must come once: give the shards or their sidecar, not both.
 
 examples:
   %(prog)s sidecars/phrases/train --out phrase_vocab.json
   %(prog)s sidecars/coco sidecars/sbu cc3m.jsonl --out phrase_vocab.json --min-count 50 --max-phrases 60000
   %(prog)s sidecars/phrases/train --out phrase_vocab.json --stats --held-out sidecars/phrases/held_out
-  %(prog)s --from-id2phrase id2phrase_new.json --out phrase_vocab.json    (the published list, with its rows)
+  %(prog)s --from-id2phrase id2phrase_new.json --out phrase_vocab.json    (the published list keeps its rows)
   %(prog)s --merge phrase_vocab.json other.json --out merged.json         (phrases of the first keep their rows)
   %(prog)s --merge phrase_vocab.json --out copy.json --export-id2phrase id2phrase.json
 
-Counts are exact; memory holds 200,000 phrases a process and the vocabulary, the disk (OUT.parts, while counting) the
-rest. Interrupted, the same command goes on where it stopped. A FILE that holds something else is not replaced.
-docs/vocabulary.md has the figures of COCO.
-Exit status: 0 done, 1 something is wrong (one line on stderr), 2 wrong usage."""
+Counts are exact. Memory holds the vocabulary and 200,000 phrases a process; OUT.parts on disk holds the rest.
+After an interruption, the same command resumes where it stopped. A FILE that holds something else is not replaced.
+docs/measurements/vocabulary.md has the figures of COCO.
+Exit status: 0 done, 1 an error (one line on stderr), 2 wrong usage."""
 
 
 def main() -> int:
@@ -81,7 +81,7 @@ def main() -> int:
 
 
 def _write(out: Path, write: Callable[[Path], None]) -> None:
-    """Raises DataError where `out` holds something else; what was counted is kept, so that the command can go on."""
+    """Writes `out`, or raises DataError where it holds something else; the counts are kept for another try."""
     finished = out.with_name(out.name + ".new")
     write(finished)
     put_in_place(finished, out)
@@ -100,7 +100,7 @@ def _make_vocab(args: argparse.Namespace, words: WordPiece, parts: Path) -> tupl
 
 
 def _resources(start_s: float) -> str:
-    """Time and memory so far, of this process and those it started."""
+    """Returns the time and memory so far, of this process and those it started."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     cpu_s = sum(usage.ru_utime + usage.ru_stime for usage in usages)
     peak_mib = max(usage.ru_maxrss for usage in usages) / 1024
@@ -114,37 +114,52 @@ def _parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("inputs", type=user_path, nargs="*", metavar="INPUT", help="shards, sidecars or .jsonl files with phrases")
     add("--out", type=user_path, required=True, metavar="FILE", help="vocabulary to write (data.phrase_vocab)")
-    add("--min-count", type=_number(1), metavar="N", default=50, help="captions of a phrase (%(default)s)")
-    add("--max-phrases", type=_number(1), metavar="N", help="keep the most frequent so many (no limit)")
-    add("--merge", type=user_path, nargs="+", metavar="FILE", help="instead of INPUT: vocabularies to put together")
+    add(
+        "--min-count",
+        type=whole_number(1),
+        metavar="N",
+        default=50,
+        help="keep phrases in at least N captions (%(default)s)",
+    )
+    add("--max-phrases", type=whole_number(1), metavar="N", help="keep at most the N most frequent phrases (no limit)")
+    add("--merge", type=user_path, nargs="+", metavar="FILE", help="instead of INPUT: vocabularies to merge")
     add(
         "--from-id2phrase",
         type=user_path,
         metavar="FILE",
         help="instead of INPUT: a phrase list in the published layout",
     )
-    add("--export-id2phrase", type=user_path, metavar="FILE", help="write the vocabulary in the published layout, too")
-    add("--word-vocab", type=user_path, metavar="FILE", help="wordpieces, data.word_vocab (bert-base-uncased)")
-    add("--stats", action="store_true", help="most frequent phrases; captions of the inputs by number of kept phrases")
-    add("--most-frequent", type=_number(1), metavar="N", default=20, help="of each kind, for --stats (%(default)s)")
-    add("--held-out", type=user_path, nargs="+", default=(), metavar="INPUT", help="measure coverage of other captions")
-    add("--processes", type=_number(1), default=os.cpu_count() or 1, metavar="P", help="(%(default)s, the cores here)")
+    add("--export-id2phrase", type=user_path, metavar="FILE", help="also write the vocabulary in the published layout")
+    add("--word-vocab", type=user_path, metavar="FILE", help="wordpieces, as data.word_vocab (bert-base-uncased)")
+    add("--stats", action="store_true", help="print the most frequent phrases and the coverage of the inputs")
+    add(
+        "--most-frequent",
+        type=whole_number(1),
+        metavar="N",
+        default=20,
+        help="phrases of each kind that --stats prints (%(default)s)",
+    )
+    add(
+        "--held-out",
+        type=user_path,
+        nargs="+",
+        default=(),
+        metavar="INPUT",
+        help="print the coverage of other captions",
+    )
+    add(
+        "--processes",
+        type=whole_number(1),
+        default=os.cpu_count() or 1,
+        metavar="P",
+        help="processes (%(default)s, the cores here)",
+    )
     args = parser.parse_args()
     if [bool(args.inputs), args.merge is not None, args.from_id2phrase is not None].count(True) != 1:
         parser.error("give one of INPUT..., --merge and --from-id2phrase")
     if args.stats and not args.inputs:
         parser.error("--stats needs INPUT; --held-out measures what is made otherwise")
     return args
-
-
-def _number(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value} is not at least {least}")
-        return value
-
-    return number
 
 
 if __name__ == "__main__":

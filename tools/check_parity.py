@@ -49,7 +49,7 @@ ROWS = "word_embeddings_rows"
 
 
 def make_batch(inputs: dict[str, Tensor], feature_dim: int, dtype: torch.dtype) -> Batch:
-    """The recorded keyword arguments as a Batch."""
+    """Returns the recorded keyword arguments as a Batch."""
     num_tags = inputs["input_ids_b"].shape[1]
     text_ids_BT, phrase_range_B2 = inputs["input_ids_a"], inputs["phrase_index"]
     slots_T = torch.arange(text_ids_BT.shape[1])
@@ -89,7 +89,7 @@ def make_batch(inputs: dict[str, Tensor], feature_dim: int, dtype: torch.dtype) 
 
 
 def recorded_draws(random: dict[str, Any], batch: Batch, top_k: int) -> RandomDraws:
-    """The recorded choices as the uniform numbers that lead to them (the middle of each choice's interval)."""
+    """Returns the recorded choices as the uniform numbers that lead to them (the middle of each choice's interval)."""
     num, num_slots = batch.text_ids_BT.shape
     draws = RandomDraws.keyed(0, 0, 0, num, num_slots)
     draws.itm_takes_image_N[:] = False
@@ -109,7 +109,7 @@ def recorded_draws(random: dict[str, Any], batch: Batch, top_k: int) -> RandomDr
 
 
 def compute(model: Mvptr, task: PretrainingLosses, batch: Batch, draws: RandomDraws, dice: Tensor) -> dict[str, Tensor]:
-    """Every recorded tensor of the forward pass, by the reference's name."""
+    """Returns every recorded tensor of the forward pass, by the reference's name."""
     packed = PackedBatch.of(batch)
     embedded = model.embed_regions(packed.features, None, packed.geometry)
     text = model.encode_text(packed.text_ids)

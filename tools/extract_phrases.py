@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Finds the phrase concepts of captions: (noun), (noun, attribute), (subject, relation, object), with their spans."""
+"""Finds the phrases of captions, (noun), (noun, attribute) and (subject, relation, object), with their spans."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if __name__ == "__main__":
     end_on_interrupt()
 
 from mvptr_ds.corpus.concepts.backends import BACKENDS
+from mvptr_ds.corpus.concepts.caption_files import extract_file
 from mvptr_ds.corpus.concepts.marking import mark
 from mvptr_ds.corpus.concepts.parser import PhraseParser
 from mvptr_ds.corpus.concepts.scoring import read_known, score
 from mvptr_ds.corpus.concepts.spice import import_spice
-from mvptr_ds.corpus.concepts.text_files import extract_file
 from mvptr_ds.corpus.phrases.phrase_sidecar import extract_phrases
 from mvptr_ds.data.schema import Phrase
 from mvptr_ds.errors import USER_ERRORS
 from mvptr_ds.user_io.progress import progress_bar
 from mvptr_ds.user_io.terminal import accept_any_text
-from mvptr_ds.user_io.user_files import user_path
+from mvptr_ds.user_io.user_files import user_path, whole_number
 
 EPILOG = """examples:
   python tools/extract_phrases.py shards/train sidecars/phrases/train
@@ -39,10 +39,10 @@ EPILOG = """examples:
   python tools/extract_phrases.py --score dev.jsonl
   python tools/extract_phrases.py spice_input.json phrases.jsonl --spice spice_output.json
 
-Of a folder of shards the phrases go to a sidecar, which is joined by key (data.sidecars=[OUT]).
-A text file holds one caption a line; JSON lines hold "caption": text or "captions": [text, ...], and keep their other
-fields. An interrupted run goes on when it is started again. A file that holds
-something else is not replaced. Exit status 1 and one line when something is wrong."""
+The phrases of a folder of shards go to a sidecar, which training joins by key (data.sidecars=[OUT]).
+A text file holds one caption a line. JSON lines hold "caption": text or "captions": [text, ...]; other fields are kept.
+After an interruption, the same command resumes where it stopped. A file that holds something else is not replaced.
+Exit status: 0 done, 1 an error (one line on stderr), 2 wrong usage."""
 
 
 def main() -> int:
@@ -55,27 +55,39 @@ def main() -> int:
         "source", type=user_path, nargs="?", metavar="IN", help="captions: .txt, .jsonl or a folder of shards"
     )
     parser.add_argument("out", type=user_path, nargs="?", metavar="OUT", help="JSON lines or folder to write")
-    parser.add_argument("--parser", choices=sorted(BACKENDS), default="default", help="default: %(default)s")
     parser.add_argument(
-        "--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="default: %(default)s, the cores here"
+        "--parser", choices=sorted(BACKENDS), default="default", help="parser of the captions (%(default)s)"
     )
     parser.add_argument(
-        "--spice", type=user_path, metavar="FILE", help="take the tuples that SPICE wrote for its input IN"
+        "--processes",
+        type=whole_number(1),
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="processes (%(default)s, the cores here)",
     )
-    parser.add_argument("--show", action="append", metavar="TEXT", help="mark the phrases of a text; may be repeated")
+    parser.add_argument(
+        "--spice", type=user_path, metavar="FILE", help="use the tuples that SPICE wrote for its input IN"
+    )
+    parser.add_argument(
+        "--show", action="append", metavar="TEXT", help="print a text with its phrases marked; may be repeated"
+    )
     parser.add_argument(
         "--score",
         type=user_path,
         metavar="FILE",
-        help='compare with JSON lines {"caption", "tuples"}; last line is JSON',
+        help='compare the phrases with JSON lines {"caption", "tuples"}; the last line printed is JSON',
     )
-    parser.add_argument("--examples", type=int, default=20, metavar="N", help="captions with errors that --score shows")
+    parser.add_argument(
+        "--examples",
+        type=whole_number(0),
+        default=20,
+        metavar="N",
+        help="captions with errors that --score prints (%(default)s)",
+    )
     args = parser.parse_args()
     modes = [args.show is not None, args.score is not None, args.source is not None]
     if sum(modes) != 1 or (args.source is None) != (args.out is None):
         parser.error("give IN and OUT, or --show TEXT, or --score FILE")
-    if args.processes < 1:
-        parser.error("--processes must be at least 1")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         if args.show is not None:
@@ -103,7 +115,7 @@ def show(texts: list[str], backend: str) -> None:
 
 
 def show_score(path: Path, backend: str, num_examples: int) -> None:
-    """Prints figures of each kind, captions with errors, and as the last line JSON."""
+    """Prints the figures of each kind, captions with errors, and JSON as the last line."""
     known = read_known(path)
     parser = PhraseParser(backend)
     parser.parse(["A warm-up."])

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Runs an object detector over image shards and writes a sidecar: boxes, tags, scores, region features if asked for."""
+"""Runs an object detector over image shards and writes a sidecar of boxes, tags, scores and, if asked, features."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ if __name__ == "__main__":
 from mvptr_ds.corpus.regions.detection import RegionChoice
 from mvptr_ds.errors import USER_ERRORS
 from mvptr_ds.user_io.terminal import accept_any_text
-from mvptr_ds.user_io.user_files import expanded, user_path
+from mvptr_ds.user_io.user_files import expanded, user_path, whole_number
 
 EPILOG = """\
-MODEL is a local folder (config.json, preprocessor_config.json, weights), for which the network is never asked, or a
-name on the Hugging Face hub. The sidecar is joined to the shards by key (data.sidecars=[DIR]).
+MODEL is a local folder (config.json, preprocessor_config.json, weights) or a name on the Hugging Face hub. A local
+folder needs no network. Training joins the sidecar to the shards by key (data.sidecars=[DIR]).
 
   %(prog)s shards/train --model PekingU/rtdetr_r50vd_coco_o365 --out sidecars/train_rtdetr --features
-  %(prog)s shards/train --model models/detr --out try --limit 100    # what will it cost?
+  %(prog)s shards/train --model models/detr --out try --limit 100    # to see what it costs
 
-Interrupted, the same command goes on with the missing shards. docs/regions.md names models, and says what is dropped.
-Exit status: 0 done, 1 something is wrong (one line on stderr), 2 wrong usage."""
+After an interruption, the same command resumes with the missing shards. docs/regions.md names models, and says what is
+dropped.
+Exit status: 0 done, 1 an error (one line on stderr), 2 wrong usage."""
 
 
 def main() -> int:
@@ -35,9 +36,6 @@ def main() -> int:
     accept_any_text()
     parser = _parser()
     args = parser.parse_args()
-    for name in ("batch_size", "processes", "limit"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, must be at least 1")
     try:
         choice = RegionChoice(args.score_threshold, args.nms_iou, args.max_regions)
     except ValueError as error:
@@ -77,32 +75,40 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=expanded, required=True, help="detector: folder or hub name")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub model")
     parser.add_argument("--out", type=user_path, required=True, metavar="DIR", help="folder of the sidecar")
-    parser.add_argument("--features", action="store_true", help="write KEY.npy: the last decoder state of each region")
-    parser.add_argument("--score-threshold", type=float, default=0.3, metavar="X", help="default %(default)s")
+    parser.add_argument(
+        "--features", action="store_true", help="also write KEY.npy, the last decoder state of each region"
+    )
+    parser.add_argument(
+        "--score-threshold", type=float, default=0.3, metavar="X", help="drop boxes with a lower score (%(default)s)"
+    )
     parser.add_argument(
         "--nms-iou",
         type=float,
         default=0.5,
         metavar="X",
-        help="of two boxes of one tag that overlap more, the better stays (default %(default)s; 1 keeps all)",
+        help="of two boxes of one tag with a higher overlap, keep the better (%(default)s; 1 keeps all)",
     )
-    parser.add_argument("--max-regions", type=int, default=50, metavar="N", help="of a picture (default %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures (default %(default)s)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default %(default)s")
+    parser.add_argument("--max-regions", type=int, default=50, metavar="N", help="regions of an image (%(default)s)")
+    parser.add_argument(
+        "--batch-size", type=whole_number(1), default=8, metavar="N", help="images of a batch (%(default)s)"
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is a GPU"
+    )
     parser.add_argument(
         "--precision",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="auto: bfloat16 on a GPU that computes it",
+        help="auto: bfloat16 on a GPU that supports it, else float32",
     )
     parser.add_argument(
         "--processes",
-        type=int,
+        type=whole_number(1),
         default=1,
         metavar="N",
-        help="each with the model, also on a GPU, where 2 to 4 keep it busy while pictures are decoded (default 1)",
+        help="processes, each with a copy of the model (1); 2 to 4 keep a GPU busy while images are decoded",
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N records only")
+    parser.add_argument("--limit", type=whole_number(1), metavar="N", help="read the first N records only")
     return parser
 
 

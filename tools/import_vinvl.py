@@ -17,19 +17,19 @@ if __name__ == "__main__":
 from mvptr_ds.corpus.regions.vinvl import FEATURE_DIM, KeyRule, import_vinvl
 from mvptr_ds.errors import USER_ERRORS
 from mvptr_ds.user_io.terminal import accept_any_text
-from mvptr_ds.user_io.user_files import user_path
+from mvptr_ds.user_io.user_files import user_path, whole_number
 
 EPILOG = """\
-The sidecar is joined to image shards by key (data.sidecars), so --keys must be what build_shards.py was given. COCO's
-keys have twelve digits, while these files say 391895: --key-width 12.
+Training joins the sidecar to image shards by key (data.sidecars), so give --keys the value that build_shards.py had.
+COCO's keys have twelve digits, but these files write 391895: give --key-width 12.
 
   %(prog)s --features coco/features.tsv --predictions coco/predictions.tsv --key-width 12 \\
       --version x152c4 --out sidecars/coco_vinvl
   %(prog)s --predictions gqa/predictions.tsv --version x152c4 --out sidecars/gqa_tags    # boxes and tags only
 
-.lineidx files and imageid2idx.json beside the .tsv files are used and checked; they may be absent. Interrupted, the
-same command goes on with what is missing. docs/regions.md says what is dropped and why.
-Exit status: 0 done, 1 something is wrong (one line on stderr), 2 wrong usage."""
+.lineidx files and imageid2idx.json beside the .tsv files are optional; they are used and checked where they exist.
+After an interruption, the same command resumes with what is missing. docs/regions.md says what is dropped and why.
+Exit status: 0 done, 1 an error (one line on stderr), 2 wrong usage."""
 
 
 def main() -> int:
@@ -45,29 +45,36 @@ def main() -> int:
         "--features", type=user_path, metavar="TSV", help="features.tsv; without it, boxes and tags only"
     )
     parser.add_argument("--out", type=user_path, required=True, metavar="DIR", help="folder of the sidecar")
-    parser.add_argument("--version", required=True, help="of the extractor (whose name is vinvl), e.g. x152c4")
+    parser.add_argument("--version", required=True, help="version of the extractor vinvl, such as x152c4")
     parser.add_argument(
         "--feature-dim",
-        type=int,
+        type=whole_number(7),
         default=FEATURE_DIM,
         metavar="N",
-        help="numbers a box in features.tsv, the 6 of its geometry included (default %(default)s)",
+        help="numbers of a box in features.tsv, with the 6 of its geometry (%(default)s)",
     )
-    parser.add_argument("--keys", choices=("image-id", "hash"), default="image-id", help="as the shards were built")
-    parser.add_argument("--key-width", type=int, default=0, metavar="N", help="digits of a key (COCO: 12)")
-    parser.add_argument("--max-regions", type=int, default=50, metavar="N", help="of a picture (default %(default)s)")
-    parser.add_argument("--records-per-shard", type=int, default=10_000, metavar="N", help="default %(default)s")
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="default %(default)s")
+    parser.add_argument(
+        "--keys", choices=("image-id", "hash"), default="image-id", help="--keys of build_shards.py (%(default)s)"
+    )
+    parser.add_argument(
+        "--key-width",
+        type=whole_number(0),
+        default=0,
+        metavar="N",
+        help="digits of a key (%(default)s: as the files write it; COCO: 12)",
+    )
+    parser.add_argument(
+        "--max-regions", type=whole_number(1), default=50, metavar="N", help="regions of an image (%(default)s)"
+    )
+    parser.add_argument(
+        "--records-per-shard",
+        type=whole_number(1),
+        default=10_000,
+        metavar="N",
+        help="records of a shard (%(default)s)",
+    )
+    parser.add_argument("--processes", type=whole_number(1), default=1, metavar="N", help="processes (%(default)s)")
     args = parser.parse_args()
-    for name, least in (
-        ("feature_dim", 7),
-        ("key_width", 0),
-        ("max_regions", 1),
-        ("records_per_shard", 1),
-        ("processes", 1),
-    ):
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, must be at least {least}")
     try:
         summary = import_vinvl(
             args.predictions,

@@ -28,15 +28,20 @@ def parse_arguments() -> argparse.Namespace:
         "--source",
         choices=SOURCES,
         default="shapes",
-        help="shapes: drawn, images only, no download. stamps: photo cut-outs of Debian's tuxpaint-stamps-default with "
-        "region features; found through MVPTR_STAMPS or /usr/share/tuxpaint/stamps, else fetched into .cache/",
+        help="shapes: drawn shapes, images only, no download. stamps: photo cut-outs of Debian's "
+        "tuxpaint-stamps-default with region features, from MVPTR_STAMPS or /usr/share/tuxpaint/stamps, or downloaded "
+        "into .cache/ (default: %(default)s)",
     )
-    parser.add_argument("--out", type=user_path, required=True, help="folder of the shards, where nothing else may lie")
+    parser.add_argument("--out", type=user_path, required=True, help="folder of the shards; it must hold nothing else")
     parser.add_argument("--train", type=int, default=6000, metavar="N", help="training scenes (%(default)s)")
     parser.add_argument("--held-out", type=int, default=500, metavar="N", help="held-out scenes (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of every scene (%(default)s)")
     parser.add_argument(
-        "--processes", type=int, default=os.cpu_count() or 1, metavar="P", help="drawing processes (%(default)s)"
+        "--processes",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="P",
+        help="processes that draw (%(default)s, the cores here)",
     )
     return parser.parse_args()
 

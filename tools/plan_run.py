@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Plans a run before it is started: memory of a GPU, bytes sent, time of a step, GPU-hours, loader cores."""
+"""Estimates a run before it starts: memory of a GPU, bytes sent, time of a step, GPU-hours, loader cores."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ EPILOG = """\
   %(prog)s --config large --deepspeed ds_configs/z3.json --gpu H100 --nodes 2 train.batch_size=1024
   %(prog)s --config base --measure 2000 data.train=shards/train data.phrase_vocab=shards/phrase_vocab.json
 
-Prints a table with every assumption by name; the last line is the same as JSON. Weights, gradients and optimiser follow
-DeepSpeed's own layout and agree with measured bytes; time and MFU rest on assumptions (docs/planning.md).
-Exit status: 0 done, 1 something is wrong (one line on stderr), 2 wrong usage."""
+Prints a table and every assumption by name; the last line is the same as JSON. The bytes of weights, gradients and
+optimiser are computed and agree with measurements. Time and MFU rest on assumptions (docs/planning.md).
+Exit status: 0 done, 1 an error (one line on stderr), 2 wrong usage."""
 
 
 def main() -> int:
@@ -78,7 +78,8 @@ def _plan(args: argparse.Namespace, nodes: list[int]) -> None:
     for num_nodes in nodes:
         cluster = Cluster(GPUS[args.gpu], num_nodes, args.gpus_per_node)
         if args.micro_batch:
-            config.train.batch_size = args.micro_batch * cluster.num_gpus * config.train.accumulation_steps
+            batch_size = args.micro_batch * cluster.num_gpus * config.train.accumulation_steps
+            config = replace(config, train=replace(config.train, batch_size=batch_size))
         plans.append(make_plan(config, stage, task, content, cluster, mean, assumed, num_samples))
     print(table(plans, mean, assumed))
     if not has_vocab:
@@ -106,14 +107,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--nodes", default="1", metavar="N[,N...]", help="one plan for each number of nodes (default: 1)")
     add("--gpus-per-node", type=int, default=8, metavar="N", help="default: 8")
     add("--micro-batch", type=int, metavar="N", help="samples a GPU and forward pass; default: from train.batch_size")
-    add("--measure", type=int, metavar="N", help="lengths and loader speed from the first N samples of data.train")
+    add(
+        "--measure", type=int, metavar="N", help="measure lengths and loader speed on the first N samples of data.train"
+    )
     assumed = parser.add_argument_group("assumptions, each with a default that docs/planning.md explains")
     for name, meaning in (
         ("efficiency", "share of the vendor's matrix-product peak that forward and backward reach"),
         ("overlap", "share of the backward pass that may hide the gradients' communication"),
         ("link-efficiency", "share of the links' speed that collectives reach"),
-        ("loader-samples-per-core-s", "samples that one loader core makes ready in a second"),
-        ("host-s", "seconds that Python needs to launch a micro-batch's kernels, however fast they are"),
+        ("loader-samples-per-core-s", "samples that one loader core prepares in a second"),
+        ("host-s", "seconds that Python needs to launch the kernels of a micro-batch"),
         ("overhead-gib", "CUDA's context, NCCL's buffers, fragmentation"),
     ):
         assumed.add_argument(f"--{name}", type=float, metavar="X", help=meaning)

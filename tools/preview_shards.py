@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes one HTML page of a folder of shards: records with their boxes and phrases, and statistics."""
+"""Writes an HTML page of a folder of shards: records with their boxes and phrases, and statistics."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if __name__ == "__main__":
 from mvptr_ds.corpus.preview.page import write_preview
 from mvptr_ds.errors import USER_ERRORS
 from mvptr_ds.user_io.terminal import accept_any_text
-from mvptr_ds.user_io.user_files import user_path
+from mvptr_ds.user_io.user_files import user_path, whole_number
 
 _MAX_BAD_LINES = 5
 EPILOG = """\
@@ -27,27 +27,12 @@ examples:
   python tools/preview_shards.py shards/train --out preview.html --num 60 --seed 7 --stats-records 20000 --processes 4
   python tools/preview_shards.py shards/train --out preview.html --sidecars shards/regions shards/phrases
 
-The page opens from the disk, in any browser and without a network; the pictures are inside, scaled to 480 pixels.
-A record or picture that cannot be read is shown with the reason. With sidecars the page shows what training reads:
-records with a partner in each. A folder gets its index when it has none.
+The page is one file for any browser and needs no network; images are inside, scaled to 480 pixels.
+A record or image that cannot be read is shown with the reason. With sidecars the page shows what training reads:
+records that every sidecar has. A folder without an index gets one.
 
-exit status: 0 done, 1 something is wrong (one line on stderr), 2 wrong usage
+Exit status: 0 done, 1 an error (one line on stderr), 2 wrong usage.
 """
-
-
-def _count(least: int, text: str) -> int:
-    number = int(text)
-    if number < least:
-        raise argparse.ArgumentTypeError(f"{number} is below {least}")
-    return number
-
-
-def _natural(text: str) -> int:
-    return _count(0, text)
-
-
-def _positive(text: str) -> int:
-    return _count(1, text)
 
 
 def _arguments() -> argparse.Namespace:
@@ -58,21 +43,33 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--out", type=user_path, required=True, metavar="FILE", help="the page to write, such as preview.html"
     )
-    parser.add_argument("--num", type=_natural, default=24, metavar="N", help="records to show (default: %(default)s)")
-    parser.add_argument("--seed", type=_natural, default=0, help="draws the records (default: %(default)s)")
+    parser.add_argument(
+        "--num", type=whole_number(0), default=24, metavar="N", help="records to show (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=whole_number(0), default=0, help="seed of the records drawn (default: %(default)s)"
+    )
     parser.add_argument(
         "--sidecars",
         type=user_path,
         nargs="+",
         default=[],
         metavar="DIR",
-        help="folders joined to it by key, as in training",
+        help="sidecar folders to join by key, as in training",
     )
     parser.add_argument(
-        "--stats-records", type=_natural, default=2000, metavar="N", help="records to count (default: %(default)s)"
+        "--stats-records",
+        type=whole_number(0),
+        default=2000,
+        metavar="N",
+        help="records to draw for the statistics (default: %(default)s)",
     )
     parser.add_argument(
-        "--processes", type=_positive, default=1, metavar="N", help="that count records (default: %(default)s)"
+        "--processes",
+        type=whole_number(1),
+        default=1,
+        metavar="N",
+        help="processes that read them (default: %(default)s)",
     )
     return parser.parse_args()
 

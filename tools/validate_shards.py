@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Validates a folder of shards or of sidecar tars; writes its index, or a folder of what is sound in it.
+"""Validates a folder of shards or sidecar tars; writes its index, or a folder of what is sound in it.
 
-Every tar is walked to its end, behind damage too, every record is read and its picture decoded. All that is wrong is
+Every tar is read to its end, also behind damage. Every record is read and its image decoded. All that is wrong is
 counted, with examples that name shard, byte and key.
 """
 
@@ -28,13 +28,13 @@ from mvptr_ds.user_io.terminal import accept_any_text
 from mvptr_ds.user_io.user_files import user_path
 
 EPILOG = """examples:
-  python tools/validate_shards.py shards/train                         index it, if nothing is wrong
-  python tools/validate_shards.py shards/train --repair shards/sound   what is sound, in a folder of its own
+  python tools/validate_shards.py shards/train                         writes the index if nothing is wrong
+  python tools/validate_shards.py shards/train --repair shards/sound   copies what is sound into another folder
   python tools/validate_shards.py /mnt/shards --out indices/train      the index elsewhere: data.train=indices/train
-  python tools/validate_shards.py shards/train --no-decode             quicker: of pictures, only the headers
+  python tools/validate_shards.py shards/train --no-decode             quicker: reads only the headers of images
 
-Exit status: 0 nothing is wrong and the index is written, or the repair is; 1 something is wrong; 2 wrong usage.
-An interrupted run goes on where it was, given the same command and the same tars.
+After an interruption, the same command resumes where it stopped if the tars are the same.
+Exit status: 0 the index or the repaired folder is written, 1 something is wrong, 2 wrong usage.
 """
 
 
@@ -44,24 +44,34 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("folder", type=user_path, metavar="FOLDER", help="folder that holds the .tar files")
     target = parser.add_mutually_exclusive_group()
-    target.add_argument("--out", type=user_path, metavar="DIR", help="write the index there, when FOLDER is read-only")
+    target.add_argument(
+        "--out", type=user_path, metavar="DIR", help="write the index there, for a FOLDER that is read-only"
+    )
     target.add_argument(
         "--repair",
         type=user_path,
         metavar="OUT",
-        help="write the sound records there, members as they are, and their index",
+        help="write the sound records and their index there, members unchanged",
     )
     parser.add_argument(
         "--decode",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="decode every picture to its end (%(default)s)",
+        help="decode every image to its end (%(default)s)",
     )
     parser.add_argument(
-        "--processes", type=int, default=os.cpu_count() or 1, metavar="P", help="processes, a tar each (%(default)s)"
+        "--processes",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="P",
+        help="processes, each reads a tar at a time (%(default)s)",
     )
     parser.add_argument(
-        "--max-examples", type=int, default=5, metavar="N", help="cases shown of each reason, at most 5 of one shard"
+        "--max-examples",
+        type=int,
+        default=5,
+        metavar="N",
+        help="examples of each reason, at most 5 of a shard (%(default)s)",
     )
     return parser.parse_args()
 

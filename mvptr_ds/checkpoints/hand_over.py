@@ -1,6 +1,6 @@
 """What a run starts from: a stage's own checkpoint, the stage before, another run, or nothing.
 
-Every function here is called by all ranks together.
+All ranks call every function here together.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
-from typing import Any
 
-from mvptr_ds.checkpoints import checkpoint as checkpointing
-from mvptr_ds.checkpoints.checkpoint import CHECKSUMS, complete, newest_good, read_state
+from mvptr_ds.checkpoints.checkpoint import CHECKSUMS, complete, damaged, newest_good, verify
+from mvptr_ds.checkpoints.state import CheckpointState, read_state
 from mvptr_ds.config import STAGES, Config, load_config
 from mvptr_ds.distributed import collectives
 from mvptr_ds.errors import CheckpointError
@@ -26,10 +25,10 @@ LAST_FIRST = (*(name for name in reversed(STAGES) if name not in _PRETRAINING), 
 NAME_ANOTHER = "name another stage folder, checkpoint or model folder"
 
 
-def newest_state(run_dir: Path, stages: Sequence[str]) -> dict[str, Any] | None:
-    """`state.json` of the newest checkpoint of the last stage that has one; nothing is verified. None without any."""
+def newest_state(run_dir: Path, stages: Sequence[str]) -> CheckpointState | None:
+    """The state of the newest checkpoint of the last stage that has one, None without any. Nothing is verified."""
 
-    def read() -> dict[str, Any] | None:
+    def read() -> CheckpointState | None:
         state = None
         for path in (path for stage in stages for path in reversed(complete(run_dir / stage / "checkpoints"))):
             with suppress(OSError, ValueError):
@@ -60,18 +59,18 @@ def find_model(path: Path) -> Path:
 
 
 def _check_whole(model: Path) -> None:
-    """Raises CheckpointError or StorageError for the model folder of a checkpoint that is damaged or not complete."""
+    """Raises CheckpointError or StorageError where the model folder is of a damaged or incomplete checkpoint."""
     checkpoint = model.parent
     if collectives.of_main(lambda: (checkpoint / CHECKSUMS).exists()):
-        problem = checkpointing.verify(checkpoint, model.name)
+        problem = verify(checkpoint, model.name)
         if problem is not None:
-            raise checkpointing.damaged(f"{checkpoint} is damaged ({problem}): ", [problem], NAME_ANOTHER)
+            raise damaged(f"{checkpoint} is damaged ({problem}): ", [problem], NAME_ANOTHER)
     elif collectives.of_main(lambda: (checkpoint / "engine").is_dir()):
         raise CheckpointError(f"{checkpoint} is not complete, its save was interrupted: {NAME_ANOTHER}")
 
 
 def resumes(config: Config) -> bool:
-    """Whether the first of `run.stages` has checkpoints of its own to go on from."""
+    """Whether the first of `run.stages` has checkpoints of its own to resume from."""
     own = Path(config.run.dir) / config.stage_names[0] / "checkpoints"
     return config.train.resume == "auto" and collectives.of_main(lambda: bool(complete(own)))
 
@@ -105,7 +104,7 @@ def first_model(config: Config, follows: str | None) -> Path | None:
             f"{starts}, and {before} holds no complete checkpoint: train it first ({alone}), name another start "
             "(run.init_from=...), or begin with fresh weights (run.init_from=null)"
         )
-    step, max_steps = read_state(newest)["step"], load_config(newest / "model/mvptr.yaml").stage(follows).max_steps
+    step, max_steps = read_state(newest).step, load_config(newest / "model/mvptr.yaml").stage(follows).max_steps
     if step < max_steps:
         raise CheckpointError(
             f"{starts}, and that of {run_dir} is at step {step} of {max_steps}: let it finish first ({alone}), or take "
@@ -127,7 +126,7 @@ def finished_model(stage_dir: Path, num_steps: int) -> Path:
         StorageError: none can be read.
     """
     newest = newest_good(stage_dir / "checkpoints")
-    step = 0 if newest is None else read_state(newest)["step"]
+    step = 0 if newest is None else read_state(newest).step
     if newest is None or step < num_steps:
         raise CheckpointError(
             f"{stage_dir} has ended at step {num_steps}, but its newest good checkpoint is of step {step}: start "
@@ -137,7 +136,7 @@ def finished_model(stage_dir: Path, num_steps: int) -> Path:
 
 
 def set_aside(run_dir: Path, stages: Sequence[str], init_from: Path | None) -> None:
-    """Moves what earlier starts have left of these stages to `RUN/before-N`; nothing is deleted.
+    """Moves what earlier starts have left of these stages to `RUN/before-N`. Nothing is deleted.
 
     Raises:
         CheckpointError: `init_from`, whose weights the run is to start from, is among it.

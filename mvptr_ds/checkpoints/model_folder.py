@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from mvptr_ds.builders import Vocabs
 from mvptr_ds.config import Config, load_config, save_config
-from mvptr_ds.data.phrases import PhraseVocab
+from mvptr_ds.data.phrases import PhraseVocab, Vocabs
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.errors import CheckpointError
 from mvptr_ds.model.config import MvptrConfig

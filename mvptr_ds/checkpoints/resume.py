@@ -1,61 +1,56 @@
-"""Whether a stage goes on from its newest checkpoint: what has to be as it was."""
+"""Whether a stage can resume from its newest checkpoint: compares the checkpoint with this run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from mvptr_ds.builders import Vocabs
-from mvptr_ds.checkpoints import checkpoint as checkpointing
 from mvptr_ds.checkpoints import model_folder, reshard
+from mvptr_ds.checkpoints.checkpoint import check_resume, newest_good
+from mvptr_ds.checkpoints.state import BUCKET_ORDER, MUST_MATCH, SAMPLE_ORDER, CheckpointState, read_state
 from mvptr_ds.config import Config, DataConfig
-from mvptr_ds.data.sampling.mixture import differences
-from mvptr_ds.distributed import collectives
+from mvptr_ds.data.dataset import differences
+from mvptr_ds.data.phrases import Vocabs
 from mvptr_ds.errors import CheckpointError
 from mvptr_ds.model.mvptr import Mvptr
 
-AS_IT_WAS = ("batch_size", "bucket_batches", "precision")
-# with shards, mixture, batch size and vocabularies, which state.json holds, what decides which samples a step has
-ORDER = ("run.seed", "data.block_samples", "data.window_blocks")
-ORDER_OF_BUCKETS = (  # the caps of the lengths that buckets are drawn by
-    "data.max_tokens", "data.max_text_slots", "data.max_tag_slots", "data.max_regions", "visual.grid_size",
-)  # fmt: skip
-
 
 def find_checkpoint(
-    stage_dir: Path, written: Mapping[str, Any], config: Config, model: Mvptr, vocabs: Vocabs
+    stage_dir: Path, current: CheckpointState, config: Config, model: Mvptr, vocabs: Vocabs
 ) -> Path | None:
-    """The checkpoint to go on from, None for a fresh start. All ranks call it.
+    """The checkpoint that a stage resumes from, None for a fresh start. All ranks call it.
+
+    The engine is not needed: what does not fit is found before it is built.
 
     Args:
-        written: what this run would write into `state.json`, in the same words.
-        model, vocabs: of this run; only names and shapes of the weights are looked at.
+        current: the state that this run would save.
+        model, vocabs: of this run; of the model, only names and shapes of the weights are compared.
 
     Raises:
-        ValueError: there is no such mode.
-        CheckpointError: it does not fit this run, which is found before the engine is built, or none of them is good.
+        ValueError: `train.resume` is none of its choices.
+        CheckpointError: the checkpoint does not fit this run, or none of several is good.
         StorageError: none of them can be read.
     """
-    checkpointing.check_resume(config.train.resume)
-    path = checkpointing.newest_good(stage_dir / "checkpoints") if config.train.resume == "auto" else None
+    check_resume(config.train.resume)
+    path = newest_good(stage_dir / "checkpoints") if config.train.resume == "auto" else None
     if path is None:
         return None
-    state = {"bucket_batches": 0, **checkpointing.read_state(path)}
-    for name in AS_IT_WAS:
-        if state.get(name, written[name]) != written[name]:
+    saved = read_state(path)
+    for name in MUST_MATCH:
+        before, now = getattr(saved, name), getattr(current, name)
+        if before not in (None, now):
             raise CheckpointError(
-                f"{path} was written with {name} {state[name]}, this run has {written[name]}: start it with "
-                f"{state[name]}, or elsewhere with run.init_from={stage_dir}"
+                f"{path} was written with {name} {before}, this run has {now}: start it with {before}, or elsewhere "
+                f"with run.init_from={stage_dir}"
             )
-    reshard.needs_conversion(path, state, collectives.num_ranks(), written["zero_stage"])
-    _check_data(path, state["data"], written["data"], config.data, stage_dir)
+    reshard.needs_conversion(path, saved, current.num_ranks, current.zero_stage)
+    _check_data(path, saved, current, config.data, stage_dir)
     _check_order(path, config, stage_dir)
     problems = model_folder.differences(model, vocabs, path / "model")
-    if state["trained_parts"] != written["trained_parts"]:
-        problems.append(f"trained: {state['trained_parts']} there, {written['trained_parts']} here")
+    if saved.trained_parts != current.trained_parts:
+        problems.append(f"trained: {saved.trained_parts} there, {current.trained_parts} here")
     refuse(path, problems)
     return path
 
@@ -70,13 +65,16 @@ def refuse(path: Path, problems: Sequence[str]) -> None:
         )
 
 
-def _check_data(path: Path, there: Any, here: Any, data: DataConfig, stage_dir: Path) -> None:
-    if there == here and list(there) == list(here):  # of a mixture, the order of its sources counts too
+def _check_data(
+    path: Path, saved: CheckpointState, current: CheckpointState, data: DataConfig, stage_dir: Path
+) -> None:
+    """Raises CheckpointError where a run reads other samples than its checkpoint was trained on."""
+    if saved.has_data_of(current):
         return
     what = f"other shards than {data.train} holds now (a repaired or rebuilt folder is another one): bring them back"
-    if data.sources or not isinstance(there, str):
-        in_order = [f"order: {', '.join(there)} there, {', '.join(here)} here"]
-        changes = "\n  - ".join(differences(there, here) or in_order)
+    if data.sources or not isinstance(saved.data, str):
+        in_order = [f"order: {', '.join(saved.data)} there, {', '.join(current.data)} here"]
+        changes = "\n  - ".join(differences(saved.data, current.data) or in_order)
         what = f"another mixture:\n  - {changes}\n  bring data.sources back"
     raise CheckpointError(
         f"{path} was trained on {what}, or start elsewhere with run.dir=... run.init_from={stage_dir}"
@@ -84,18 +82,21 @@ def _check_data(path: Path, there: Any, here: Any, data: DataConfig, stage_dir: 
 
 
 def _check_order(path: Path, config: Config, stage_dir: Path) -> None:
-    """The checkpoint's own mvptr.yaml tells how it was, also one of a version that compared nothing of it."""
+    """Raises CheckpointError where the samples would come in another order than the checkpoint's mvptr.yaml says.
+
+    A key that the file lacks is of a later version than the checkpoint, and is not compared.
+    """
     saved = yaml.safe_load((path / "model/mvptr.yaml").read_text(encoding="utf-8"))
     changed = {}
-    for key in ORDER + (ORDER_OF_BUCKETS if config.data.bucket_batches else ()):
+    for key in SAMPLE_ORDER + (BUCKET_ORDER if config.data.bucket_batches else ()):
         section, name = key.split(".")
-        here = getattr(getattr(config, section), name)
-        there = saved.get(section, {}).get(name, here)
-        if there != here:
-            changed[key] = (there, here)
+        now = getattr(getattr(config, section), name)
+        before = saved.get(section, {}).get(name, now)
+        if before != now:
+            changed[key] = (before, now)
     if changed:
-        lines = [f"{key}: {there} there, {here} here" for key, (there, here) in changed.items()]
-        back = " ".join(f"{key}={there}" for key, (there, _) in changed.items())
+        lines = [f"{key}: {before} there, {now} here" for key, (before, now) in changed.items()]
+        back = " ".join(f"{key}={before}" for key, (before, _) in changed.items())
         raise CheckpointError(
             f"{path} was trained on the samples in another order:\n  - "
             + "\n  - ".join(lines)

@@ -25,6 +25,7 @@ from typing import Any
 
 from mvptr_ds.distributed import collectives
 from mvptr_ds.errors import RunLockError
+from mvptr_ds.user_io.atomic import replacing
 
 logger = logging.getLogger(__name__)
 NAME = "lock"
@@ -165,7 +166,7 @@ class RunLock:
 
     def _take_over(self, held: Held) -> bool:
         """Puts this lock in the place of that one; False where another start is quicker."""
-        taking, partial = (self.path.with_name(f"{NAME}-{name}") for name in ("taking", self.token))
+        taking = self.path.with_name(f"{NAME}-taking")
         try:
             os.close(os.open(taking, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         except FileExistsError:
@@ -177,10 +178,9 @@ class RunLock:
             now = self._read()
             if now is None or now.text != held.text:
                 return False
-            partial.write_text(self._text, encoding="utf-8")
-            os.replace(partial, self.path)  # nobody can make one in between
+            with replacing(self.path, self.token) as partial:  # nobody can make one in between
+                partial.write_text(self._text, encoding="utf-8")
         finally:
-            partial.unlink(missing_ok=True)
             taking.unlink(missing_ok=True)
         return True
 

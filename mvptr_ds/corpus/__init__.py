@@ -1,1 +1,5 @@
-"""What makes, checks and shows shards and sidecars: the package behind `tools/`. Training imports nothing of it."""
+"""Makes, checks and shows shards and sidecars: the code behind `tools/`, a folder for each tool.
+
+Training imports none of it. resumable_jobs.py runs the units of such work in processes, so that an interruption loses
+no finished unit.
+"""

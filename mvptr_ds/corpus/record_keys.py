@@ -1,4 +1,4 @@
-"""Keys of records, made from what the source calls the image."""
+"""Makes the keys of records from what the source calls the image."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _SUFFIX = re.compile(r"\.(jpe?g|jpe|png|webp|gif|bmp|tiff?)$", re.IGNORECASE)
 
 
 def make_key(scheme: str, image_id: str, number: int) -> str:
-    """Key of a record: unique where `image_id` is, except for `image-id`, where two ids may come to one key.
+    """Returns the key of a record; unless the scheme is `image-id`, different ids have different keys.
 
     image-id: the id without a picture's suffix, each character but A-Z a-z 0-9 _ - as "_". number: nine digits of
     `number`. hash: 32 hexadecimal digits of the id's BLAKE2b, the same in every build.

@@ -1,4 +1,4 @@
-"""Work in several processes that an interruption does not lose, with counts of everything that was dropped and why.
+"""Runs work in several processes so that an interruption loses no finished unit; counts what was dropped and why.
 
 out/.progress/arguments.json   what the work was started with
 out/.progress/000012.json      the summary of unit 12: it is done
@@ -13,21 +13,22 @@ import json
 import logging
 import multiprocessing
 import os
-import pickle
 import shutil
 import signal
 import threading
-import traceback
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from itertools import islice
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-from mvptr_ds.errors import DataError
+from mvptr_ds.errors import DataError, portable
+from mvptr_ds.user_io.atomic import replacing
 from mvptr_ds.user_io.progress import progress_bar
 from mvptr_ds.user_io.signals import blocked, end_with_parent
 
@@ -42,7 +43,7 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @dataclass
 class Summary:
-    """What some work did, and what it dropped and why."""
+    """Counts what some work did, and what it dropped and why."""
 
     counts: Counter[str] = field(default_factory=Counter)  # "records", "captions", ...
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> number
@@ -71,7 +72,7 @@ class Summary:
         return cls(Counter(content["counts"]), Counter(content["dropped"]), examples)
 
     def lines(self) -> list[str]:
-        """For people: the counts, then each reason with its number and an example, the most frequent first."""
+        """Returns lines to print: the counts, then each reason with number and example, the most frequent first."""
         out = [f"{name}: {number:,}" for name, number in self.counts.items()]
         for reason, number in sorted(self.dropped.items(), key=lambda item: (-item[1], item[0])):
             example = next(iter(self.examples.get(reason, ())), None)
@@ -87,11 +88,11 @@ def run_units(
     num_processes: int,
     desc: str,
 ) -> Summary:
-    """work(unit) for every unit, each in any order; returns the sum of the summaries, in the order of the units.
+    """Runs work(unit) for every unit, in any order; returns the sum of the summaries in the order of the units.
 
     A unit writes its own output files atomically. What is finished is remembered in `out`, so that an interrupted run
-    goes on with the missing units; a finished folder returns its summary at once. `work` and the units must be
-    picklable unless `num_processes` is 1, when all is done in this process.
+    resumes with the missing units; a finished folder returns its summary at once. `work` and the units must be
+    picklable unless `num_processes` is 1: then all is done in this process.
 
     Raises:
         DataError: `out` was started or finished with other arguments, or a process was killed.
@@ -129,7 +130,7 @@ def run_units(
 
 
 def refuse_foreign_tars(out: Path, *inputs: Path) -> None:
-    """For work that writes tars into `out`: nothing that something else has written there may be lost.
+    """Keeps work that writes tars into `out` from writing over the tars of something else.
 
     Raises:
         DataError: `out` is one of the inputs, or holds tars that no work of this kind has begun there.
@@ -155,7 +156,7 @@ def put_in_place(finished: Path, out: Path) -> None:
 
 
 def finished_summary(out: Path, arguments: dict[str, Any]) -> Summary | None:
-    """The summary of a finished folder, None for one that is not.
+    """Returns the summary of a finished folder, None for one that is not.
 
     Raises:
         DataError: it was finished with other arguments.
@@ -210,14 +211,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", errors="replace")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", errors="replace")
 
 
 @contextlib.contextmanager
 def _stop_on_signals() -> Iterator[None]:
-    """SIGINT and SIGTERM raise SystemExit in the main thread, so that everything on the way out is closed."""
+    """Makes SIGINT and SIGTERM raise SystemExit in the main thread, so that all that is open is closed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -246,74 +246,61 @@ def _run_here(
 def _run_spawned(
     units: Sequence[Unit], todo: Sequence[int], work: Callable[[Unit], Summary], num_processes: int
 ) -> _Results:
-    """One pipe a process: a dead process is noticed at once, and none outlives this one."""
-    context = multiprocessing.get_context("spawn")
+    """Runs the units in a pool of processes; no more units than processes are submitted at a time."""
+    others = set(multiprocessing.active_children())
+    workers: set[BaseProcess] = set()  # the pool starts one when a unit is submitted and no worker is idle
     waiting = iter(todo)
-    processes: dict[Connection, SpawnProcess] = {}
+    running: dict[Future[Summary], int] = {}
+    pool = ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn"), _begin_worker, (work,))
+
+    def submit(num: int) -> None:
+        for number in islice(waiting, num):
+            with blocked([signal.SIGINT]):  # which a terminal sends to all: the parent ends the workers
+                running[pool.submit(_work_on, units[number])] = number
+            remember_workers()
+
+    def remember_workers() -> None:
+        workers.update(set(multiprocessing.active_children()) - others)
+
     try:
-        for _ in range(num_processes):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, work), daemon=True)
-            processes[ours] = process
-            with blocked([signal.SIGINT]):  # which a terminal sends to all: the parent ends this process
-                process.start()
-            theirs.close()
-        busy = {connection for connection in processes if _send_next(connection, units, waiting)}
-        while busy:
-            for connection in wait(list(busy)):
-                assert isinstance(connection, Connection)
-                yield _receive(connection, processes[connection])
-                if not _send_next(connection, units, waiting):
-                    busy.remove(connection)
-    finally:
-        for connection, process in processes.items():
-            if process.pid is not None:
-                process.terminate()
-                process.join()
-            connection.close()
-
-
-def _send_next(connection: Connection, units: Sequence[Unit], waiting: Iterator[int]) -> bool:
-    number = next(waiting, None)
-    if number is None:
-        return False
-    with contextlib.suppress(BrokenPipeError):  # receiving says that the process is dead, and how it died
-        connection.send((number, units[number]))
-    return True
-
-
-def _receive(connection: Connection, process: SpawnProcess) -> tuple[int, Summary]:
-    try:
-        number, result, trace = connection.recv()
-    except (EOFError, ConnectionError) as error:
-        process.join()
+        submit(num_processes)
+        while running:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
+                submit(1)
+    except BrokenProcessPool as error:
+        pool.shutdown()
         raise DataError(
-            f"a process ended in its work (exit code {process.exitcode}; -9 is mostly a lack of memory); start the "
-            "same command again, it goes on with the missing units, with fewer processes if memory is short"
+            f"a process ended in its work (exit code {_first_exit_code(workers)}; -9 is mostly a lack of memory); "
+            "start the same command again, it goes on with the missing units, with fewer processes if memory is short"
         ) from error
-    if isinstance(result, Summary):
-        return number, result
-    raise result from RuntimeError(f"in a process of its own:\n{trace}")
+    finally:
+        remember_workers()  # a signal may have come while one was started
+        for worker in workers:
+            worker.terminate()  # after an error or a signal, units are still in work
+        pool.shutdown()
 
 
-def _serve(connection: Connection, work: Callable[[Any], Summary]) -> None:
-    """A process: units from the pipe, summaries or errors back, until the pipe is closed."""
+def _first_exit_code(workers: Iterable[BaseProcess]) -> int | None:
+    """Returns the exit code of the worker that broke the pool, which then ends the others by SIGTERM."""
+    codes = [worker.exitcode for worker in workers]
+    return next((code for code in codes if code not in (None, 0, -signal.SIGTERM)), codes[0])
+
+
+_work: Callable[[Any], Summary]  # of a worker, which gets it once: it may hold what takes long to load
+
+
+def _begin_worker(work: Callable[[Any], Summary]) -> None:
+    global _work
     end_with_parent()  # it would write beside the next run that does the same unit
-    with contextlib.suppress(EOFError, ConnectionError):
-        while True:
-            number, unit = connection.recv()
-            try:
-                connection.send((number, work(unit), None))
-            except Exception as error:  # raised again in the parent
-                connection.send((number, _portable(error), traceback.format_exc()))
+    _work = work
 
 
-def _portable(error: Exception) -> Exception:
-    """The error, or one that says the same where it cannot be sent to another process."""
+def _work_on(unit: Any) -> Summary:
     try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever its own constructor or contents raise
-        return (
-            DataError(str(error)) if isinstance(error, DataError) else RuntimeError(f"{type(error).__name__}: {error}")
-        )
-    return error
+        return _work(unit)
+    except Exception as error:
+        sendable = portable(error)
+        if sendable is error:
+            raise
+        raise sendable from error

@@ -1,4 +1,4 @@
-"""Which phrases of a caption take part in training, and the characters that give each away."""
+"""Chooses the phrases of a caption that take part in training, with the characters that give each away."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ class CaptionPhrases:
     """The phrases of a caption that get a slot, in the order of the caption's list."""
 
     indices: list[int] = field(default_factory=list)  # in the vocabulary
-    spans: list[Spans] = field(default_factory=list)  # what says each of them
-    slots: list[int | None] = field(default_factory=list)  # of every phrase of the list, which of these it is
-    num_dropped: int = 0  # not in the vocabulary, or said nowhere that could be found
+    spans: list[Spans] = field(default_factory=list)  # characters of the caption that say each of them
+    slots: list[int | None] = field(default_factory=list)  # for every phrase of the caption's list, its slot or None
+    num_dropped: int = 0  # not in the vocabulary, or not found in the caption's text
 
 
 def phrases_with_slots(caption: Caption, vocab: PhraseVocab, most: int) -> CaptionPhrases:
-    """The first `most` phrases of a caption that the vocabulary knows.
+    """Returns the first `most` phrases of a caption that the vocabulary knows.
 
-    One without spans is looked for in the text, and left out where it cannot be found: its words could not be masked.
-    One that a caption says twice has a slot each time.
+    A phrase without spans is searched in the text. It is left out where it is not found: its words could not be masked.
+    A phrase that the list holds twice gets two slots.
     """
     out = CaptionPhrases()
     for phrase in caption.phrases:

@@ -1,6 +1,6 @@
-"""Samples -> Batch: padding to the longest of the batch, named fields, no positional tuples.
+"""Collates samples into a Batch with named fields, padded to the longest of the batch.
 
-Legend: B samples, T text slots, G tag slots, R regions, F feature size, H W image size.
+Legend: B samples of a batch, T text slots, G tag slots, R regions, F feature size, H W image size.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ IGNORE = -100  # label of a slot that is not predicted
 
 
 class BadSample(NamedTuple):
-    """One that cannot be used, with the place of its record."""
+    """A sample that cannot be used: its place in the run and on the disk, and the reason."""
 
-    position: int  # place in the run, where another one stands for it
+    position: int  # place in the run, where a substitute stands for it
     shard: str
     key: str  # `?` where it cannot be read either
     byte: int  # of the shard, where the record begins
@@ -42,15 +42,14 @@ class Sample:
     tag_ids_G: np.ndarray  # int64 [CLS] tags [SEP], masked
     tag_labels_G: np.ndarray  # int64 wordpiece, or IGNORE
     region_geometry_R6: np.ndarray  # float32 x1/W y1/H x2/W y2/H w/W h/H
-    region_features_RF: (
-        np.ndarray | None
-    )  # float16 or float32, as stored; None when regions are pooled from the image; R = 0: any F
+    # float16 or float32, as stored; None where regions are pooled from the image; without regions F may be any
+    region_features_RF: np.ndarray | None
     image_3HW: np.ndarray | None  # uint8; None when features are given
     image_index: int  # number of the record among those of all sources: equal for captions of one image
     position: int  # place of the sample in the run (epoch x samples + position in the epoch)
-    num_oov_phrases: int  # phrases dropped: not in the vocabulary, or the caption does not say their words
+    num_oov_phrases: int  # phrases dropped: not in the vocabulary, or their words are not found in the caption
     num_phrases: int  # phrases kept
-    bad: tuple[BadSample, ...] = ()  # those in whose place this one stands
+    bad: tuple[BadSample, ...] = ()  # samples for which this one is the substitute
     source: int = 0  # number of the source it comes from
 
     @property
@@ -73,22 +72,24 @@ class Batch:
     region_geometry_BR6: Tensor  # float32
     region_mask_BR: Tensor  # bool
     region_features_BRF: Tensor | None  # float16, or float32 where a sample's are
-    images_B3HW: Tensor | None  # uint8, the channels of a pixel beside each other in memory (torch.channels_last)
+    images_B3HW: Tensor | None  # uint8, memory format channels_last
     image_index_B: Tensor  # int64
     position_B: Tensor  # int64
     num_oov_phrases_B: Tensor  # int64
     num_phrases_B: Tensor  # int64
     num_bad_B: Tensor  # int64
     source_B: Tensor  # int64
-    text_lengths: tuple[int, ...]  # real slots of each sample, on the host: nothing waits for a device to know them
+    text_lengths: tuple[int, ...]  # real slots of each sample; on the host, so that reading them waits for no device
     tag_lengths: tuple[int, ...]
     region_lengths: tuple[int, ...]
     bad: tuple[BadSample, ...] = ()  # of all samples, in their order
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
+        """Returns the batch with its tensors on a device."""
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> Batch:  # the name DataLoader(pin_memory=True) looks for
+    def pin_memory(self) -> Batch:
+        """Returns the batch in pinned memory (DataLoader looks for this name)."""
         return self._map(lambda t: t.pin_memory())
 
     def _map(self, function) -> Batch:  # type: ignore[no-untyped-def]
@@ -100,7 +101,7 @@ class Batch:
 
 
 def _pad(rows: Sequence[np.ndarray], fill: float, dtype: np.dtype | None = None) -> Tensor:
-    # at least one slot, though every sample be without regions: kernels differ in what they make of no slot at all
+    # at least one slot, even where no sample has regions: kernels differ in what they make of no slot at all
     longest = max(1, *(len(row) for row in rows))
     shape = (len(rows), longest, *rows[0].shape[1:])
     dtype = dtype or rows[0].dtype
@@ -116,14 +117,14 @@ def _mask(rows: Sequence[np.ndarray]) -> Tensor:
 
 
 def _pad_features(rows: Sequence[np.ndarray]) -> Tensor:
-    """[B, R, F]; a sample without regions does not know F."""
+    """Pads features to [B, R, F]; a sample without regions does not know F."""
     feature_dim = max(row.shape[1] for row in rows)
     dtype = np.result_type(*{row.dtype for row in rows})
     return _pad([row if len(row) else row.reshape(0, feature_dim) for row in rows], 0.0, dtype)
 
 
 def _stack(images: Sequence[np.ndarray]) -> Tensor:
-    """[B, 3, H, W], with the channels of a pixel beside each other, as decoders give them."""
+    """Stacks images to uint8 [B, 3, H, W] in memory format channels_last, as decoders give them."""
     _, height, width = images[0].shape
     out_BHW3 = np.empty((len(images), height, width, 3), dtype=np.uint8)
     np.stack([image_3HW.transpose(1, 2, 0) for image_3HW in images], out=out_BHW3)

@@ -1,6 +1,6 @@
-"""One record's members -> one masked, unpadded Sample.
+"""Builds one masked, unpadded Sample from the members of one record.
 
-Legend: T text slots, P phrases kept, N tokens, S spans, G tag slots, R regions, F feature size, H W image size.
+Legend: T text slots, P phrases of the caption, G tag slots, R regions, F feature size, H W image size.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _NPY_ERRORS = (OSError, ValueError, EOFError, SyntaxError, OverflowError, TypeEr
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """Sizes and chances of a SampleBuilder; all probabilities 0 is evaluation."""
+    """Sizes and probabilities of a SampleBuilder; in an evaluation all probabilities are 0."""
 
     visual_source: str = "features"  # features: KEY.npy | image: pixels
     feature_dim: int | None = None  # F of KEY.npy; None accepts any
@@ -54,7 +54,7 @@ class SampleOptions:
     tag_wrong_prob: float = 0.0  # one tag is replaced by a random other one
     tag_withhold_prob: float = 0.0  # all tags are left out
     needs_regions: bool = False  # a sample with nothing to see cannot be used
-    tag_list: Sequence[str] = field(default=())  # what a wrong tag is drawn from (the manifest's)
+    tag_list: Sequence[str] = field(default=())  # tags that a wrong one is drawn from (those of the manifest)
 
     def __post_init__(self) -> None:
         if self.visual_source not in VISUAL_SOURCES:
@@ -70,7 +70,7 @@ class SampleOptions:
 
 
 class SampleBuilder:
-    """Turns the members of a record and the number of a caption into a Sample."""
+    """Builds a Sample from the members of a record and the number of a caption."""
 
     def __init__(self, words: WordPiece, phrases: PhraseVocab, options: SampleOptions) -> None:
         self.words = words
@@ -95,12 +95,12 @@ class SampleBuilder:
         rng: np.random.Generator,
         record: Record | None = None,
     ) -> Sample:
-        """The sample of caption `caption_number`; all chance is drawn from `rng`.
+        """Builds the sample of caption `caption_number`; every draw is made from `rng`.
 
-        A record without captions gives the text `[CLS] [SEP]`, one with nothing to see no regions at all.
+        A record without captions gives the text `[CLS] [SEP]`. One with nothing to see gives no regions.
 
         Args:
-            record: what the members say, where that has been read already; else the json member is parsed.
+            record: the record, where it has been parsed already; else the json member is.
 
         Raises:
             DataError: the record, its features or its image cannot be used, with the reason.
@@ -110,7 +110,7 @@ class SampleBuilder:
                 raise DataError(f"the record has no json member, only {sorted(members)}")
             record = parse_record(members["json"])
         sample = self.begin(record, members, caption_number, image_index, position, rng)
-        self.add_picture(sample, members)
+        self.add_visual(sample, members)
         return sample
 
     def begin(
@@ -122,7 +122,10 @@ class SampleBuilder:
         position: int,
         rng: np.random.Generator,
     ) -> Sample:
-        """The sample without features or image. Every draw is made here, and none depends on how these are stored."""
+        """Builds the sample without features or image.
+
+        Every draw is made here, and none depends on how features and images are stored.
+        """
         captions = record.captions or (_NO_CAPTION,)
         if not 0 <= caption_number < len(captions):
             raise DataError(f"caption {caption_number} of a record with {len(captions)}; rebuild the index")
@@ -153,8 +156,8 @@ class SampleBuilder:
             num_phrases=text.num_phrases,
         )
 
-    def add_picture(self, sample: Sample, members: Mapping[str, bytes]) -> None:
-        """Features or the image; no regions where there is nothing to see."""
+    def add_visual(self, sample: Sample, members: Mapping[str, bytes]) -> None:
+        """Adds the features or the image; a sample with nothing to see has no regions."""
         options = self.options
         num_regions = len(sample.region_geometry_R6)
         if options.visual_source == "features":
@@ -188,7 +191,7 @@ class SampleBuilder:
         return _Text(*masked, phrase_mask_T, chosen.num_dropped, len(indices_P))
 
     def _tags(self, record: Record, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Tag ids and labels, int64 [G] each, after tag noise and masking."""
+        """Returns tag ids and labels, int64 [G] each, after tag noise and masking."""
         options = self.options
         tags = self.tags_of(record)
         wrong = self._add_noise(tags, rng)
@@ -205,7 +208,7 @@ class SampleBuilder:
         return mask_words(ids_G, candidates_G, rng, options.tag_prob, self.words.mask_id, self.words.ordinary_ids)
 
     def _add_noise(self, tags: list[str], rng: np.random.Generator) -> int | None:
-        """Changes the list in place; returns the number of the wrong tag: what is not there is no target of MCR."""
+        """Changes the list in place; returns the number of the wrong tag, which is no target of MCR."""
         options = self.options
         drop, wrong, withhold = rng.random(3).tolist()
         if withhold < options.tag_withhold_prob:
@@ -222,7 +225,7 @@ class SampleBuilder:
         return number
 
     def tags_of(self, record: Record) -> list[str]:
-        """The tags of a record's regions, of those that are one to the model ("Dog", "dog") the first alone.
+        """Returns the tags of a record's regions, without those that equal another to the model ("Dog", "dog").
 
         A masked tag could be read off its equal.
         """
@@ -233,7 +236,7 @@ class SampleBuilder:
         return list(tags.values())
 
     def pieces_of(self, tag: str) -> tuple[int, ...]:
-        """Wordpiece ids of a tag; most tags come again and again."""
+        """Returns the wordpiece ids of a tag. Cached: most tags come again and again."""
         pieces = self._tag_pieces.get(tag)
         if pieces is None:
             pieces = tuple(self.words.encode(tag)[0])
@@ -245,7 +248,7 @@ class SampleBuilder:
 
 
 def can_be_seen(record: Record, members: Collection[str]) -> bool:
-    """Whether a record with these members has something to see; else it is text-only."""
+    """Tells whether a record with these members has something to see; else it is text-only."""
     return bool(record.regions) or "npy" in members or any(extension in members for extension in IMAGE_EXTENSIONS)
 
 
@@ -261,7 +264,11 @@ class _Text(NamedTuple):
 def _words_of_phrases(
     spans_of_phrases: Sequence[Spans], offsets: Sequence[tuple[int, int]], num_slots: int
 ) -> np.ndarray:
-    """bool [P, T]: the slots whose token shares a character with one of the phrase's spans; slot 0 is [CLS]."""
+    """Returns bool [P, T]: the slots whose token shares a character with one of the phrase's spans.
+
+    Args:
+        offsets: characters of each token, half open; token n stands in slot n + 1, behind [CLS].
+    """
     words_of_PT = np.zeros((len(spans_of_phrases), num_slots), dtype=bool)
     starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
     for row_T, spans in zip(words_of_PT, spans_of_phrases, strict=True):
@@ -271,9 +278,11 @@ def _words_of_phrases(
 
 
 def region_geometry(record: Record, grid_size: int) -> np.ndarray:
-    """float32 [R, 6]: x1/W y1/H x2/W y2/H w/W h/H of the boxes clipped to the picture, each within 0..1.
+    """Returns float32 [R, 6]: x1/W y1/H x2/W y2/H w/W h/H of the boxes clipped to the image, each within 0..1.
 
-    Without boxes the cells of a grid_size x grid_size grid, row by row. Source: the published code, Inputs.
+    A record without boxes gets the cells of a grid_size x grid_size grid, row by row.
+
+    Source: the published code, Inputs.
     """
     if not record.regions:
         return _grid(grid_size)
@@ -294,12 +303,13 @@ def _with_sizes(corners_R4: np.ndarray) -> np.ndarray:
 
 
 def read_features(members: Mapping[str, bytes], num_regions: int, feature_dim: int | None) -> np.ndarray:
-    """`KEY.npy` [R, F], one row a region, float16 or float32 as it is stored: a view of the member, not to be written.
+    """Reads `KEY.npy` [R, F], one row a region, float16 or float32 as it is stored.
 
-    The model widens them, on its own device.
+    The array is a view of the member and must not be written. The model widens it, on its own device.
 
     Raises:
-        DataError: absent, not a plain array, of another shape than the regions and `feature_dim` ask, or not finite.
+        DataError: the member is absent, no plain array, of a shape that fits neither regions nor `feature_dim`, or not
+            finite.
     """
     if "npy" not in members:
         raise DataError(f"the record has no npy features, only {sorted(members)}; use visual.source=image")
@@ -324,15 +334,18 @@ def read_features(members: Mapping[str, bytes], num_regions: int, feature_dim: i
 
 
 def _all_finite(numbers: np.ndarray) -> bool:
+    """Has for float16 a fast path of `np.isfinite`, which is the specification."""
     if numbers.dtype != np.float16:
         return bool(np.isfinite(numbers).all())
-    # numpy widens float16 one by one; as integers NaN and infinity are the largest of either sign
+    # numpy widens float16 one by one; as integers, NaN and infinity are the largest of either sign
     return bool(numbers.view(np.int16).max(initial=0) < 0x7C00 and numbers.view(np.uint16).max(initial=0) < 0xFC00)
 
 
 @functools.lru_cache(maxsize=1024)
 def _npy_layout(header: bytes) -> tuple[np.dtype, tuple[int, int], int]:
-    """dtype, shape and start of the content of an npy file, by numpy's own parser; cached, for it compiles the header.
+    """Returns dtype, shape and start of the content of an npy file, by numpy's own parser.
+
+    Cached, because that compiles the header as Python. Fast path of `np.load`, which is the specification.
 
     Raises:
         ValueError: not an npy of version 1, or not floats of at most 32 bits [R, F] in C order (so never objects).

@@ -1,8 +1,8 @@
-"""A record's image member -> a square of pixels. Pictures come from anywhere: see docs/hostile_input.md.
+"""Decodes a record's image to a square of pixels. Images come from anywhere: see docs/hostile_input.md.
 
-A JPEG is decoded at 1/2, 1/4 or 1/8 where that leaves enough of it, by libjpeg-turbo itself (simplejpeg) where that is
-installed; whatever it does not take without a complaint is Pillow's to read or to refuse, so the two accept the same.
-All else than JPEG is Pillow's: pixels.py says what it makes of alpha and of 16 bits, before anything is resized.
+A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves enough of it. libjpeg-turbo does that (simplejpeg),
+where it is installed. Whatever it does not take without a complaint, and every other format, Pillow reads or refuses.
+So both ways accept the same files. pixels.py says what becomes of alpha and of 16 bits, before anything is resized.
 """
 
 from __future__ import annotations
@@ -23,29 +23,31 @@ try:
 except ImportError:  # there are no wheels for this machine
     simplejpeg = None
 
-_JPEG_COLOURS = ("YCbCr", "Gray", "RGB")  # others (CMYK) are not the same in all programs: Pillow's way
+_JPEG_COLOURS = ("YCbCr", "Gray", "RGB")  # programs differ in others (CMYK), which are left to Pillow
 _MAX_EXACT_SIDE = 1_000_000  # pixels; of a longer side, means are taken before it is resized
-_REDUCTIONS = (8, 4, 2, 1)  # with kernels of their own; fractions between them cost more than they save
+_REDUCTIONS = (8, 4, 2, 1)  # libjpeg has kernels for these; fractions between them cost more than they save
 
 
 class Square(NamedTuple):
-    image_3HW: np.ndarray  # uint8, RGB; the channels need not lie one behind the other in memory
+    """A square image, and what was changed to show it."""
+
+    image_3HW: np.ndarray  # uint8, RGB; strides may be those of channels_last
     changes: tuple[str, ...]  # see pixels.Rgb
 
 
 def decode_image(members: Mapping[str, bytes], image_size: int) -> np.ndarray:
-    """The image member as RGB, uint8 [3, image_size, image_size], resized by antialiased bicubic interpolation.
+    """Decodes the image member to RGB, uint8 [3, image_size, image_size]; strides may be those of channels_last.
 
-    The channels need not lie one behind the other in memory.
+    It is resized by antialiased bicubic interpolation.
 
     Raises:
-        DataError: no image member, not JPEG, PNG or WebP, cut, or above MAX_IMAGE_PIXELS.
+        DataError: there is no image member, or it is not JPEG, PNG or WebP, is cut, or is above MAX_IMAGE_PIXELS.
     """
     return decode_square(image_content(members), image_size).image_3HW
 
 
 def image_content(members: Mapping[str, bytes]) -> bytes:
-    """Raises DataError where there is no image member."""
+    """Returns the bytes of the image member. Raises DataError where there is none."""
     content = next((members[ext] for ext in IMAGE_EXTENSIONS if ext in members), None)
     if content is None:
         raise DataError(f"the record has no image, only {sorted(members)}; use visual.source=features")
@@ -53,7 +55,7 @@ def image_content(members: Mapping[str, bytes]) -> bytes:
 
 
 def decode_square(content: bytes, image_size: int) -> Square:
-    """`decode_image` of a picture, and what was done to show it."""
+    """Decodes an image as `decode_image` does, and says what was changed to show it."""
     if simplejpeg is not None and content.startswith(b"\xff\xd8"):
         image_HW3 = _decode_jpeg(content, image_size)
         if image_HW3 is not None:
@@ -62,7 +64,10 @@ def decode_square(content: bytes, image_size: int) -> Square:
 
 
 def _decode_jpeg(content: bytes, image_size: int) -> np.ndarray | None:
-    """uint8 [H, W, 3], H and W at least image_size where the picture is; None when Pillow is to be asked."""
+    """Fast path of `_decode`, which is the specification of what is accepted; returns None where Pillow is to decode.
+
+    The image is uint8 [H, W, 3]; H and W are at least image_size where its own are.
+    """
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
         if colours not in _JPEG_COLOURS:
@@ -70,7 +75,7 @@ def _decode_jpeg(content: bytes, image_size: int) -> np.ndarray | None:
         check_pixels(width, height, MAX_IMAGE_PIXELS)
         by = next((by for by in _REDUCTIONS if min(height, width) >= by * image_size), 1)
         least = {"min_height": height // by, "min_width": width // by, "min_factor": by}
-        # strict: a picture that is cut would be grey below the cut otherwise
+        # strict: else a file that is cut gives an image that is grey below the cut
         return simplejpeg.decode_jpeg(content, colorspace="RGB", strict=True, **least)
     except ValueError as error:
         if isinstance(error, DataError):
@@ -79,8 +84,8 @@ def _decode_jpeg(content: bytes, image_size: int) -> np.ndarray | None:
 
 
 def _resize(image_HW3: np.ndarray, image_size: int) -> np.ndarray:
-    # torch's kernel for bytes gives Pillow's numbers in half the time. Unless the strides of the batch of one, too, say
-    # that its channels lie beside each other, it sorts them apart and together again, for a quarter of that
+    # Fast path of Pillow's resize: torch's kernel for bytes gives its numbers in half the time. The batch of one must
+    # be channels_last by its strides, too, or the kernel copies to another layout and back, a quarter of that time.
     image_13HW = torch.from_numpy(image_HW3)[None].permute(0, 3, 1, 2)
     size = (image_size, image_size)
     out = torch.nn.functional.interpolate(image_13HW, size, mode="bicubic", antialias=True, align_corners=False)

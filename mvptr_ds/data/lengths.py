@@ -1,11 +1,13 @@
-"""How many slots each sample fills, known before it is read: what buckets are drawn by.
+"""Measures how many slots each sample fills, by which buckets are drawn before the samples are read.
 
     DIR/lengths-0123456789abcdef.npy    uint8 [samples, 3]: slots of text, slots of tags, regions
 
-The name is a hash of the samples, of the vocabularies and of the caps. The json of every record is read once to make
-the file, no features nor pixels; it is then mapped. Tag noise is left out, and a record that cannot be read counts as
-empty: buckets need no more. A sha256 of the lengths stands behind them (older versions wrote none): with other lengths
-a run would go on in another order.
+The name is a hash of the samples, of the vocabularies and of the caps. To make the file the json of every record is
+read once, no features nor pixels. The file is then mapped. Tag noise is left out, and a record that cannot be read
+counts as empty: buckets need no more. A sha256 of the lengths stands behind them, because a run with other lengths
+would resume in another order. Older versions wrote none.
+
+Legend: N samples.
 """
 
 from __future__ import annotations
@@ -20,12 +22,13 @@ from pathlib import Path
 import numpy as np
 
 from mvptr_ds.data.caption_phrases import phrases_with_slots
+from mvptr_ds.data.dataset import SampleDataset
 from mvptr_ds.data.features import SampleBuilder, can_be_seen
-from mvptr_ds.data.loader import SampleDataset
 from mvptr_ds.data.schema import Caption, Record
 from mvptr_ds.data.sequence_layout import num_phrases_that_fit
 from mvptr_ds.data.shards.index import SampleIndex
 from mvptr_ds.errors import DataError
+from mvptr_ds.user_io.atomic import replacing
 from mvptr_ds.user_io.progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -35,7 +38,7 @@ _MOST = np.iinfo(np.uint8).max
 
 
 def lengths_path(index: SampleIndex, builder: SampleBuilder, folder: str | Path) -> Path:
-    """Where the lengths of these samples are kept."""
+    """Returns the path of the lengths of these samples."""
     options = builder.options
     caps = [options.max_tokens, options.max_text_slots, options.max_tag_slots, options.max_regions, options.grid_size]
     content = [_VERSION, index.fingerprint, builder.phrases.fingerprint, caps]
@@ -43,7 +46,7 @@ def lengths_path(index: SampleIndex, builder: SampleBuilder, folder: str | Path)
 
 
 def sample_lengths(record: Record, visual: bool, builder: SampleBuilder) -> np.ndarray:
-    """Slots of text, slots of tags and regions of each sample of a record, int64 [captions (at least 1), 3].
+    """Counts slots of text, slots of tags and regions of each sample of a record: int64 [N, 3], N at least 1.
 
     Args:
         visual: whether there is something to see (`can_be_seen`).
@@ -63,7 +66,7 @@ def sample_lengths(record: Record, visual: bool, builder: SampleBuilder) -> np.n
 
 
 def measure(index: SampleIndex, builder: SampleBuilder, records: range, show_progress: bool) -> np.ndarray:
-    """Lengths of the samples of these records (neighbours), uint8 [samples, 3]."""
+    """Measures the samples of these records, which are neighbours: uint8 [N, 3]."""
     out: list[np.ndarray] = []
     for number in progress_bar(records, unit="record", desc="lengths", delay=2.0, disable=not show_progress):
         num_samples = len(index.samples_of(number))
@@ -73,23 +76,21 @@ def measure(index: SampleIndex, builder: SampleBuilder, records: range, show_pro
             found_N3 = sample_lengths(record, can_be_seen(record, members), builder)
             lengths_N3[: len(found_N3)] = found_N3[:num_samples]
         except (DataError, OSError):
-            pass  # told of when its sample is read
+            pass  # reported when its sample is read
         out.append(np.minimum(lengths_N3, _MOST).astype(np.uint8))
     return np.concatenate(out) if out else np.zeros((0, 3), dtype=np.uint8)
 
 
 def write_lengths(path: Path, lengths_N3: np.ndarray) -> None:
-    """Writes the file through a temporary name, so that no reader sees half of it."""
+    """Writes the lengths uint8 [N, 3] and their sha256."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
+    with replacing(path, os.getpid()) as partial, partial.open("wb") as file:
         np.save(file, lengths_N3)
         file.write(hashlib.sha256(lengths_N3.tobytes()).digest())
-    os.replace(partial, path)
 
 
 def lengths_are_there(path: Path, num_samples: int) -> bool:
-    """Whether the file holds the lengths of so many samples as they were written; one that is damaged is reported."""
+    """Tells whether the file holds the lengths of so many samples as they were written. Logs one that is damaged."""
     if not path.is_file():
         return False
     try:
@@ -110,13 +111,17 @@ def lengths_are_there(path: Path, num_samples: int) -> bool:
 
 
 class Lengths:
-    """Of the samples at positions of a run. `tables`: the mapped file of each source, in their order."""
+    """Looks up the lengths of samples by their positions in a run.
+
+    Args:
+        tables: the mapped file of each source, uint8 [samples, 3], in the order of the sources.
+    """
 
     def __init__(self, dataset: SampleDataset, tables: Sequence[np.ndarray]) -> None:
         self.dataset, self.tables = dataset, tables
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
-        """uint8 [N, 3] at positions int64 [N]."""
+        """Returns the lengths uint8 [N, 3] at positions int64 [N]."""
         sources_N, numbers_N = self.dataset.numbers_at(positions)
         out = np.empty((len(positions), 3), dtype=np.uint8)
         for source, table in enumerate(self.tables):

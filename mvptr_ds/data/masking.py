@@ -1,6 +1,7 @@
-"""Masking of words, tags and phrases: numpy, pure, all chance from the generator handed in.
+"""Masks words, tags and phrases: pure functions in numpy, which draw from the generator that they are given.
 
 Probabilities of 0 leave the input as it is (evaluation).
+
 Legend: N slots of any sequence, T text slots, P phrases of the caption.
 """
 
@@ -24,7 +25,7 @@ def mask_words(
     mask_id: int,
     random_ids: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """BERT's masking: masked ids int64 [N] and labels int64 [N] (IGNORE where nothing was picked).
+    """Masks as BERT does: returns masked ids int64 [N] and labels int64 [N] (IGNORE where nothing was picked).
 
     Each candidate (bool [N]) is picked with `prob`; 80 % of the picked become `mask_id`, 10 % one of `random_ids`.
     """
@@ -37,7 +38,7 @@ def mask_words(
 def _replace(
     ids_N: np.ndarray, slots: np.ndarray, rng: np.random.Generator, mask_id: int, random_ids: np.ndarray
 ) -> np.ndarray:
-    """The picked slots replaced. A few of them at a time, so a loop takes less than numpy's calls."""
+    """Replaces the picked slots. They are few, so a loop is faster than calls of numpy."""
     out_N = ids_N.copy()
     if not len(slots):
         return out_N
@@ -54,13 +55,13 @@ def _replace(
 
 def _no_labels(num_slots: int) -> np.ndarray:
     labels_N = np.empty(num_slots, dtype=np.int64)
-    labels_N.fill(IGNORE)  # in a third of the time of np.full
+    labels_N.fill(IGNORE)  # fast path of np.full: a third of its time
     return labels_N
 
 
 @dataclass(frozen=True)
 class TextMasking:
-    """What masking a caption needs to know besides the caption."""
+    """Settings of the masking of captions."""
 
     word_prob: float
     phrase_prob: float
@@ -78,15 +79,20 @@ def mask_text(
     rng: np.random.Generator,
     how: TextMasking,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Masks a laid-out caption: ids int64 [T], word labels int64 [T], phrase labels int64 [T].
+    """Masks a laid-out caption: returns ids, word labels and phrase labels, int64 [T] each.
 
-    ids_T int64, phrase_mask_T bool: from `layout_text`. words_of_PT bool: the slots of each phrase's own tokens.
-    phrase_indices_P int64: label indices. The order of the phrases is that of their slots.
+    Leak rule: a phrase any of whose tokens was picked becomes [MASK], or it would give the answer away. The other
+    phrases are picked with `phrase_prob`, 80/10/10, without labels.
 
-    A phrase any of whose tokens was picked becomes [MASK], whatever became of the token, or it would give the answer
-    away (leak rule). The others are picked with `phrase_prob`, 80/10/10, without labels. With `predict_phrases` the
-    picked ones are drawn first and carry labels: for half of them the words stay visible, for half all words are
-    [MASK] and predicted too; phrases that share words share that choice, or one's rule would break the other's.
+    With `predict_phrases` the picked phrases are drawn first and carry labels. For half of them the words stay visible.
+    For the other half all words are [MASK] and predicted, too. Phrases that share words share that choice, or the rule
+    of one would break that of the other.
+
+    Args:
+        ids_T: int64, from `layout_text`.
+        phrase_mask_T: bool, from `layout_text`.
+        words_of_PT: bool, the slots of the tokens of each phrase; phrases stand in the order of their slots.
+        phrase_indices_P: int64, index of each phrase in the vocabulary.
 
     Source: the published code, Losses (masking of phrases) and ours (phrase MCR).
     """
@@ -108,7 +114,7 @@ def mask_text(
 
     phrase_labels_T = _no_labels(len(ids_T))
     if len(slots_P):
-        leak_P = words_of_PT @ (word_labels_T != IGNORE)  # of bools: whether any of the phrase's words is
+        leak_P = words_of_PT @ (word_labels_T != IGNORE)  # a product of bools is an "any": of the phrase's own words
         if labelled:
             phrase_labels_T[slots_P[picked_P]] = phrase_indices_P[picked_P]
             leak_P &= ~picked_P
@@ -118,13 +124,14 @@ def mask_text(
 
 
 def _shared_coin(words_of_PT: np.ndarray, picked_P: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """bool [P], True: hide the words. One fair coin for each group of picked phrases linked by common words."""
+    """Draws one fair coin for each group of picked phrases linked by common words: bool [P], True hides the words."""
     coin_P = rng.random(len(picked_P)) >= VISIBLE_SHARE
     if picked_P.sum() == 1:
         return coin_P
     linked_PP = (words_of_PT.astype(np.int8) @ words_of_PT.T.astype(np.int8)) > 0
     linked_PP &= picked_P[:, None] & picked_P[None, :]
     np.fill_diagonal(linked_PP, True)
+    # the groups are connected components: each phrase takes the lowest number among its neighbours until none changes
     group_P = np.arange(len(picked_P))
     while True:
         lowest_P = np.where(linked_PP, group_P[None, :], len(group_P)).min(axis=1)

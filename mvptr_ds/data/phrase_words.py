@@ -1,12 +1,12 @@
-"""Where a caption says the words of a phrase, which are lemmas where the caption has inflected forms.
+"""Finds where a caption says the words of a phrase: these are lemmas, and the caption has inflected forms.
 
-`wrong_spans` is what validation asks. `words_said` is what training hides: all that would give a masked phrase away,
-whatever its spans are.
+`wrong_spans` serves validation. `words_said` serves training: it returns all characters that would give a masked phrase
+away, whatever its spans are.
 
-What is to be caught are spans of another caption, of a text that was changed afterwards, or counted in bytes or tokens.
-What must pass is any inflection. Hence a span must hold whole words, and its word must begin like the lemma (two
-letters: dogs - dog, holding - hold), or have its letters but for the vowels (men - man, held - hold), or be one of the
-few English forms that do neither (is - be, mice - mouse).
+Spans of another caption, of a text that was changed afterwards, or counted in bytes or tokens must be caught. Any
+inflection must pass. So a span must hold whole words, and its word must begin like the lemma (two letters: dogs - dog,
+holding - hold), or have its letters but for the vowels (men - man, held - hold), or be one of the few English forms
+that do neither (is - be, mice - mouse).
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _VOWELS = dict.fromkeys(map(ord, "aeiou"))
 
 
 def is_form_of(text: str, lemma: str) -> bool:
-    """Whether `text`, as it stands in a caption, can be the words of `lemma`."""
+    """Tells whether `text`, as it stands in a caption, can be the words of `lemma`."""
     forms, lemmas = plain(text).split(), plain(lemma).split()
     if len(forms) != len(lemmas):
         forms, lemmas = forms[:1], lemmas[:1]
@@ -99,7 +99,7 @@ def _cuts_at_end(text: str, end: int) -> bool:
 
 
 def wrong_spans(text: str, phrase: Phrase) -> str | None:
-    """What is wrong between a phrase's words and its spans; None when all is well.
+    """Says what is wrong between a phrase's words and its spans; None when all is well.
 
     The spans may stand in any order. There is one a word of the tuple, or more where one has several parts that stand
     apart ("ride down" in "rides a horse down the road").
@@ -116,7 +116,7 @@ def wrong_spans(text: str, phrase: Phrase) -> str | None:
 
 
 def _says(parts: Sequence[str], words: Sequence[str]) -> bool:
-    """Whether the parts, one after the other, are forms of the words."""
+    """Tells whether the parts, one after the other, are forms of the words."""
     if len(parts) == len(words):
         return all(map(is_form_of, parts, words))
     forms = plain(" ".join(parts)).split()
@@ -125,10 +125,10 @@ def _says(parts: Sequence[str], words: Sequence[str]) -> bool:
 
 
 def words_said(text: str, phrase: Phrase) -> Spans | None:
-    """Characters of a caption that give a phrase away: its own spans where they say its words, as they mostly do.
+    """Returns the characters of a caption that give a phrase away: its own spans where they say its words.
 
-    Else the whole words that these touch, and every place where the caption says a word that they do not say. None
-    where that cannot be told: the phrase has no spans, and one of its words no place.
+    Else these are the whole words that the spans touch, and every place where the caption says a word that they do not
+    say. None where that cannot be told: the phrase has no spans, and one of its words is not found.
     """
     if _are_usual(text, phrase):
         return phrase.spans
@@ -145,7 +145,7 @@ def words_said(text: str, phrase: Phrase) -> Spans | None:
 
 
 def _are_usual(text: str, phrase: Phrase) -> bool:
-    """Whether the spans are whole words and say the phrase; run for each phrase of each sample, hence its form."""
+    """Tells whether the spans are whole words and say the phrase; written for speed: it runs for every phrase."""
     num_chars, text_len = 0, len(text)
     for start, end in phrase.spans:
         num_chars += end - start
@@ -163,7 +163,7 @@ def _are_said(parts: tuple[str, ...], words: Words) -> bool:
 
 
 def _widened(text: str, start: int, end: int) -> tuple[int, int]:
-    """The range with the rest of the words that it cuts."""
+    """Returns the range with the rest of the words that it cuts."""
     while _cuts_a_word(text, start):
         start -= 1
     while _cuts_at_end(text, end):
@@ -172,7 +172,7 @@ def _widened(text: str, start: int, end: int) -> tuple[int, int]:
 
 
 def plain(text: str) -> str:
-    """A word as the word table sees it: lower case, without accents and what is not seen; never empty."""
+    """Returns a word as the word table has it: lower case, without accents and invisible characters; never empty."""
     if text.isascii():
         return text.lower()
     kept = [c for c in unicodedata.normalize("NFD", text.lower()) if unicodedata.category(c) not in _UNSEEN]
@@ -180,7 +180,7 @@ def plain(text: str) -> str:
 
 
 def _places(text: str, word: str) -> list[tuple[int, int]]:
-    """Where a caption says a word: its likely forms, and only where there is none whatever may be a form of it."""
+    """Returns where a caption says a word: its likely forms, and where there are none, all possible forms."""
     found = [match.span() for match in re.finditer(re.escape(word), text, re.IGNORECASE)]
     likely = [(start, end) for start, end in found if not (_cuts_a_word(text, start) or _cuts_a_word(text, end))]
     lemma = plain(word)
@@ -190,7 +190,7 @@ def _places(text: str, word: str) -> list[tuple[int, int]]:
 
 @functools.lru_cache(maxsize=1)
 def _tokens(text: str) -> list[tuple[tuple[int, int], str]]:
-    """Words and clitics ("'s") with their characters, as `plain` has them."""
+    """Splits a text into words and clitics ("'s"), in the form of `plain`, each with its characters."""
     out = []
     start = 0
     for is_word, run in itertools.groupby(text, _is_of_a_word):

@@ -1,14 +1,16 @@
 """The phrase vocabulary: phrase tuples <-> label index (0..P-1) <-> row of the embedding table.
 
-A shard holds phrases as strings; they become ids only here, so shards outlive a vocabulary.
+Shards hold phrases as strings, which become ids only here. So a shard outlives a vocabulary.
+
+Legend: P phrases of the vocabulary.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import numpy as np
 
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.errors import DataError
+from mvptr_ds.user_io.atomic import replacing
 
 _SCHEMA = 1
 PhraseTuple = tuple[str, ...]
@@ -23,10 +26,12 @@ KINDS = {1: "objects", 2: "attributes", 3: "relations"}  # by the number of word
 
 
 class PhraseVocab:
-    """Phrases in a fixed order; `rows[i]` is the embedding row of phrase i (int64 [P]).
+    """Holds phrases in a fixed order; `rows[i]` is the embedding row of phrase i (int64 [P]).
 
-    A one-word phrase whose word is a single wordpiece shares that wordpiece's row; all others own a row each, from
-    `len(words)` on. Source: the published code, Inputs. A published list may leave some of these rows unused.
+    A one-word phrase whose word is a single wordpiece shares that wordpiece's row. Every other phrase owns a row, from
+    `len(words)` on. A published list may leave some of these rows unused.
+
+    Source: the published code, Inputs.
     """
 
     def __init__(
@@ -49,14 +54,14 @@ class PhraseVocab:
 
     @classmethod
     def build(cls, counts: Mapping[PhraseTuple, int], words: WordPiece, min_count: int) -> PhraseVocab:
-        """The phrases seen at least `min_count` times, most frequent first, equal counts by tuple."""
+        """Builds a vocabulary of the phrases seen at least `min_count` times, most frequent first, then by tuple."""
         kept = sorted((p for p, count in counts.items() if count >= min_count), key=lambda p: (-counts[p], p))
         return cls.empty(words).extended({phrase: counts[phrase] for phrase in kept}, words)
 
     def extended(self, counts: Mapping[PhraseTuple, int], words: WordPiece) -> PhraseVocab:
-        """This vocabulary with more phrases: its own keep label index and row, new ones come behind in their order.
+        """Returns this vocabulary with more phrases behind its own, which keep label index and row.
 
-        Counts of a phrase that is there already are added.
+        New phrases stand in their order. Counts of a phrase that is there already are added.
         """
         tuples, rows = list(self.tuples), self.rows.tolist()
         total = dict(zip(self.tuples, self.counts, strict=True))
@@ -68,7 +73,7 @@ class PhraseVocab:
                 continue
             total[phrase] = count
             row = shared_row(phrase, words)
-            # "Dog" and "dog" are one wordpiece: the second comer owns a row, or two labels would share one decoder row
+            # "Dog" and "dog" are one wordpiece: the second one owns a row, or two labels would share one decoder row
             if row is None or row in taken:
                 row, next_row = next_row, next_row + 1
             taken.add(row)
@@ -78,7 +83,7 @@ class PhraseVocab:
 
     @classmethod
     def merge(cls, vocabs: Sequence[PhraseVocab], words: WordPiece) -> PhraseVocab:
-        """All phrases of several vocabularies of the same words; those of the first keep label index and row."""
+        """Merges several vocabularies of the same words; phrases of the first keep label index and row."""
         merged = vocabs[0]
         for other in vocabs[1:]:
             merged = merged.extended(dict(zip(other.tuples, other.counts, strict=True)), words)
@@ -86,18 +91,18 @@ class PhraseVocab:
 
     @classmethod
     def empty(cls, words: WordPiece) -> PhraseVocab:
-        """A vocabulary without phrases: every phrase of a shard is dropped and counted."""
+        """Returns a vocabulary without phrases: every phrase of a shard is dropped and counted."""
         return cls([], [], [], len(words), words.fingerprint)
 
     def __len__(self) -> int:
         return len(self.tuples)
 
     def index_of(self, phrase: PhraseTuple) -> int | None:
-        """Label index of a phrase, None when the vocabulary lacks it."""
+        """Returns the label index of a phrase, None when the vocabulary lacks it."""
         return self._index.get(phrase)
 
     def pieces(self, words: WordPiece) -> list[list[int]]:
-        """Wordpiece rows of each phrase's words, aligned with `rows` (a fresh phrase row starts as their mean)."""
+        """Returns the wordpiece rows of each phrase's words, aligned with `rows`; a new row starts as their mean."""
         known: dict[str, list[int]] = {}
         out = []
         for phrase in self.tuples:
@@ -108,7 +113,7 @@ class PhraseVocab:
         return out
 
     def save(self, path: str | Path) -> None:
-        """Writes the JSON file through a temporary name, so that no reader sees half of it."""
+        """Writes the JSON file, whole or not at all."""
         content: dict[str, Any] = {
             "schema": _SCHEMA,
             "num_words": self.num_words,
@@ -122,16 +127,15 @@ class PhraseVocab:
         ]
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(content, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(content, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path, words: WordPiece) -> PhraseVocab:
         """Reads the JSON file and checks it against the word vocabulary.
 
         Raises:
-            DataError: unreadable, of another schema, inconsistent, or made for another word vocabulary.
+            DataError: the file is unreadable, of another schema, inconsistent, or made for another word vocabulary.
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
@@ -157,7 +161,7 @@ class PhraseVocab:
         return vocab
 
     def num_unused_rows(self) -> int:
-        """Rows behind the words that no phrase owns."""
+        """Counts the rows behind the words that no phrase owns."""
         return self.num_rows - self.num_words - int((self.rows >= self.num_words).sum())
 
     def _check(self, path: str | Path, words: WordPiece, num_rows: Any) -> None:
@@ -176,6 +180,14 @@ class PhraseVocab:
 
 
 def shared_row(phrase: PhraseTuple, words: WordPiece) -> int | None:
-    """The wordpiece row that a phrase of one word shares, None where the word is no single wordpiece."""
+    """Returns the wordpiece row that a phrase of one word shares, None where the word is no single wordpiece."""
     pieces = words.encode_words(phrase)[0] if len(phrase) == 1 else []
     return pieces[0] if len(pieces) == 1 and pieces[0] != words.unk_id else None
+
+
+@dataclass
+class Vocabs:
+    """The two vocabularies of a model: rows of its word table, and phrases over the same words."""
+
+    words: WordPiece
+    phrases: PhraseVocab

@@ -1,16 +1,16 @@
-"""Bytes of a picture -> RGB, by Pillow: the one way in which the whole package opens and reads pictures.
+"""Reads an image as RGB by Pillow; the whole package opens images here.
 
-What a picture shows is decided here, for each mode in which Pillow hands pixels over:
+This file decides what an image shows, for each mode of Pillow:
 
 - 1, L, P, RGB, CMYK, YCbCr, HSV and LAB are converted; a colour profile is not applied.
 - An alpha channel, a palette with alpha and a transparent colour are drawn on white. Dropped, they would show the
-  colour that is hidden under what is transparent, which is black more often than not.
+  colour that is hidden under what is transparent, which mostly is black.
 - 16-bit grey is scaled to 8 bit, 12 bit too. Pillow's own conversion makes all of its numbers above 255 white.
 - I, integers of 32 bit, are taken for 16-bit grey where the largest lies within 256 ... 65535 and none is negative.
-- All others are refused by their name: nobody says which number is white in floats (F) and in other integers (I).
+- All others are refused by their name: nothing says which number is white in floats (F) and in other integers (I).
 
-Pillow warns of some of this, once a process and in the middle of other lines. What it warns of is decided here, so that
-its warnings are left out.
+Pillow warns of some of this, once a process and in the middle of other lines. Its warnings are silenced, because this
+file decides what they are about.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from PIL import Image, UnidentifiedImageError
 
 from mvptr_ds.errors import DataError
 
-MAX_IMAGE_PIXELS = 64_000_000  # a larger picture is refused before it is decoded (decompression bombs)
-STORED_FORMATS = ("JPEG", "PNG", "WEBP")  # of shards; Pillow's others start programs or read what nobody tested
+MAX_IMAGE_PIXELS = 64_000_000  # a larger image is refused before it is decoded (decompression bombs)
+STORED_FORMATS = ("JPEG", "PNG", "WEBP")  # of shards; Pillow's others start programs, or their readers are not tested
 TRANSPARENT = "pictures with transparency, drawn on white"
 WIDE_GREY = "pictures of 16-bit grey, scaled to 8 bit"
 
-DECODE_ERRORS = (  # what Pillow raises on damaged or hostile pictures
+DECODE_ERRORS = (  # what Pillow raises on damaged or hostile images
     *(OSError, ValueError, TypeError, SyntaxError, EOFError, LookupError, struct.error, zlib.error),
     *(ArithmeticError, AssertionError, AttributeError, ImportError, RuntimeError),
     Image.DecompressionBombError,
@@ -47,7 +47,7 @@ _PILLOW_IS_QUIET = ("ignore", None, Warning, re.compile(_PILLOW), 0)
 
 
 class PixelsError(DataError):
-    """A picture cannot be shown; `reason` is one of a few, for counting, and `detail` is of this one."""
+    """An image cannot be shown; `reason` is one of a few, for counting, and `detail` is this one's own."""
 
     def __init__(self, message: str, reason: str = "", detail: str = "") -> None:
         super().__init__(message)  # alone: loader processes send an error on as its class and a message
@@ -56,12 +56,14 @@ class PixelsError(DataError):
 
 
 class Rgb(NamedTuple):
+    """An image as RGB, and what was changed to show it."""
+
     image: Image.Image  # of mode RGB
     changes: tuple[str, ...]  # what was done to show it, for counting: TRANSPARENT, WIDE_GREY
 
 
 def open_image(content: bytes, max_pixels: int, formats: tuple[str, ...] = STORED_FORMATS) -> Image.Image:
-    """The picture with its header read, and its pixels not yet.
+    """Opens an image: its header is read, its pixels are not yet.
 
     Raises:
         PixelsError: its format is not one of `formats`, its header is damaged, or it has more than `max_pixels`.
@@ -85,13 +87,13 @@ def check_pixels(width: int, height: int, max_pixels: int) -> None:
 
 
 def read_rgb(image: Image.Image, least_side: int | None = None) -> Rgb:
-    """The pixels of an image of `open_image`, which stays open for its metadata.
+    """Reads the pixels of an image of `open_image`, which stays open for its metadata.
 
     Args:
-        least_side: a JPEG is decoded at 1/2, 1/4 or 1/8 where that leaves so many pixels of either side.
+        least_side: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves so many pixels of either side.
 
     Raises:
-        PixelsError: it is cut or damaged, or its mode has no meaning as a picture.
+        PixelsError: the image is cut or damaged, or its mode has no meaning as an image.
     """
     _silence_pillow()
     try:
@@ -111,7 +113,7 @@ def read_rgb(image: Image.Image, least_side: int | None = None) -> Rgb:
 
 
 def _raw_mode(image: Image.Image) -> str:
-    """How the file holds its pixels, where its reader says so: `RGB;16B`, `L;4`. Known until they are loaded."""
+    """Returns how the file holds its pixels, such as `RGB;16B` or `L;4`; Pillow forgets it once they are loaded."""
     arguments = image.tile[0][3] if image.tile else ""  # type: ignore[attr-defined]  # of ImageFile
     return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
 
@@ -135,9 +137,9 @@ def _pasted_on_white(image: Image.Image, mask: Image.Image) -> Image.Image:
 
 
 def _at_8_bits(colour: int | tuple[int, ...], raw_mode: str) -> int | tuple[int, ...]:
-    """The transparent colour of a PNG as its pixels are once loaded; it is given in the file's own depth.
+    """Converts the transparent colour of a PNG from the depth of the file to that of the loaded pixels.
 
-    Pillow leaves it in that depth, where no pixel equals it. (Of one bit Pillow sees to it.)
+    Pillow converts it for one bit alone. In any other depth of the file no loaded pixel would equal it.
     """
     if isinstance(colour, tuple):
         return tuple(value >> 8 if raw_mode.startswith("RGB;16") else value & 255 for value in colour)
@@ -146,7 +148,7 @@ def _at_8_bits(colour: int | tuple[int, ...], raw_mode: str) -> int | tuple[int,
 
 
 def _narrowed(image: Image.Image, raw_mode: str) -> Rgb:
-    """16-bit grey as RGB: 0 becomes 0, and the largest number of its depth 255."""
+    """Scales 16-bit grey to RGB: 0 becomes 0, and the largest number of its depth 255."""
     wide = image.convert("I")
     if image.mode == "I" and image.format != "PNG":  # older versions of Pillow read PNG's 16 bits as I
         extrema: Any = wide.getextrema()
@@ -166,7 +168,7 @@ def _narrowed(image: Image.Image, raw_mode: str) -> Rgb:
 
 @functools.cache
 def _to_8_bits(most: int, from_white: bool) -> list[int]:
-    """For each 16-bit number its 8-bit one, `most` being white, or black where 0 is white."""
+    """Returns the 8-bit number of each 16-bit one, `most` being white, or black where 0 is white."""
     table = [min(255, (2 * 255 * value + most) // (2 * most)) for value in range(65536)]
     return [255 - value for value in table] if from_white else table
 
@@ -176,7 +178,7 @@ def _over(max_pixels: int) -> str:
 
 
 def _damaged(error: Exception) -> PixelsError:
-    # without the address in memory that Pillow names where it knows no format
+    # Pillow's own text of an unknown format holds an address in memory
     detail = "its format is not known" if isinstance(error, UnidentifiedImageError) else str(error)
     return PixelsError(f"the image cannot be decoded: {detail}; replace or remove it", "cannot be decoded", detail)
 
@@ -187,6 +189,6 @@ def _meaningless(mode: str, detail: str = "") -> PixelsError:
 
 
 def _silence_pillow() -> None:
-    # in front, once: catch_warnings is not for threads, and lets what others warn of once come again and again
+    # one filter in front of all: catch_warnings is not safe in threads, and makes other warnings repeat
     if warnings.filters[:1] != [_PILLOW_IS_QUIET]:
         warnings.filterwarnings("ignore", module=_PILLOW)

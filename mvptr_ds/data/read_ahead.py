@@ -1,9 +1,8 @@
-"""What the next micro-batches need of remote shards, fetched before they ask: neighbours in one request, many at once.
+"""Fetches from remote shards what the next micro-batches need, with few requests and bounded memory.
 
-A process looks as far ahead as the memory it may use reaches. It takes the micro-batches of one half of that memory,
-brings together what they need by place (records of a shard with little between them become one run), and has a few
-threads fetch the runs, those first that are needed first; meanwhile the other half is on its way. So memory is bounded,
-and an order that is shuffled within windows of blocks is read in runs:
+Double buffering: while one half of the memory budget is consumed, the other is fetched. Records that are neighbours in
+a shard are merged into one range request. Threads fetch the ranges, those first that are needed first. An order that is
+shuffled within windows of blocks is read in runs:
 
     needed, by time      d7 a1 c4 | a2 d8 a9        a-d shards, numbers records
     runs                 [d7 d8] [a1 a2] [c4] [a9]
@@ -18,15 +17,18 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch.utils.data import Dataset, get_worker_info
 
 from mvptr_ds.data.collate import Sample
-from mvptr_ds.data.loader import SampleDataset
+from mvptr_ds.data.dataset import SampleDataset
+from mvptr_ds.data.pickling import PicklesWithoutCaches
 from mvptr_ds.data.shards.index import ByteRange
-from mvptr_ds.data.shards.remote import RemoteFiles
 from mvptr_ds.data.shards.tar_reader import WHOLE_BYTES
+
+if TYPE_CHECKING:  # it imports fsspec, which local shards do without
+    from mvptr_ds.data.shards.remote import RemoteFiles
 
 NUM_THREADS = 8  # requests of a process at once
 MAX_GAP_BYTES = 64 << 10  # between neighbours of one run, read along because a request costs more; see `_gap`
@@ -36,6 +38,8 @@ _MAX_BATCHES = 64  # ahead in one half, however small they are
 
 @dataclass
 class _Run:
+    """A range of a shard that one request fetches, with the records in it."""
+
     files: RemoteFiles
     path: str
     start: int
@@ -44,7 +48,7 @@ class _Run:
     first_needed: int
 
     def join(self, extent: ByteRange) -> bool:
-        """Takes the extent in, if it lies right behind what is there."""
+        """Adds the extent if it lies close behind the run; returns whether it does."""
         end = extent.offset + extent.num_bytes
         is_near = (extent.files, extent.path) == (self.files, self.path) and extent.offset - self.end <= _gap(extent)
         if not is_near or end - self.start > MAX_RUN_BYTES:
@@ -55,12 +59,12 @@ class _Run:
 
 
 def _gap(extent: ByteRange) -> int:
-    """What may lie unused before it in a run: no more than it has itself, so that half of what is read is used."""
+    """Returns how many bytes may lie unused before an extent: no more than its own, so that half of a run is used."""
     return min(MAX_GAP_BYTES, extent.num_bytes)
 
 
 def runs_of(extents: Sequence[ByteRange]) -> list[_Run]:
-    """The extents, given in the order in which they are needed, as runs of neighbours in the order of the first."""
+    """Merges extents, given in the order in which they are needed, into runs of neighbours, ordered by first need."""
     needed: dict[ByteRange, int] = {}
     for number, extent in enumerate(extents):
         needed.setdefault(extent, number)
@@ -75,7 +79,7 @@ def runs_of(extents: Sequence[ByteRange]) -> list[_Run]:
 
 
 class _Threads:
-    """A few threads that fetch; daemons, because a request that stalls must not hold up the end of the process."""
+    """Threads that fetch runs; daemons, because a request that stalls must not hold up the end of the process."""
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[tuple[Future[bytes], _Run]] = queue.SimpleQueue()
@@ -94,15 +98,15 @@ class _Threads:
                 continue
             try:
                 future.set_result(run.files.fetch(run.path, run.start, run.end))
-            except Exception as error:  # raised where the record is asked for
+            except Exception as error:  # raised where the record is read
                 future.set_exception(error)
 
 
 @dataclass
 class _Half:
-    """Consecutive micro-batches and what was fetched for them."""
+    """One half of the memory: consecutive micro-batches, and the runs fetched for them."""
 
-    end: int  # number of the micro-batch behind them
+    end: int  # number of the micro-batch behind the last
     runs: list[tuple[_Run, Future[bytes]]] = field(default_factory=list)
 
     def release(self) -> None:
@@ -117,8 +121,8 @@ class ReadAhead:
     """Keeps what is about to be read in the `held` of the files.
 
     Args:
-        extents_at: what micro-batch number n reads, in its order; None behind the last.
-        max_bytes: of what is held, at most.
+        extents_at: returns what micro-batch number n reads, in its order; None behind the last.
+        max_bytes: how much may be held.
     """
 
     def __init__(self, extents_at: Callable[[int], list[ByteRange] | None], max_bytes: int) -> None:
@@ -128,7 +132,7 @@ class ReadAhead:
         self._threads = _Threads()
 
     def reach(self, number: int) -> None:
-        """To be called before micro-batch `number` is read; the numbers rise by one from call to call."""
+        """Prepares micro-batch `number`; called before each is read, with numbers that rise by one."""
         while self._halves and self._halves[0].end <= number:
             self._halves.popleft().release()
         while len(self._halves) < 2:
@@ -162,51 +166,46 @@ class ReadAhead:
         return half
 
     def close(self) -> None:
-        """Lets go of everything."""
+        """Releases everything that is held."""
         while self._halves:
             self._halves.popleft().release()
 
 
 class MicroBatches(Protocol):
-    """Positions of each micro-batch by its number."""
+    """The positions of each micro-batch, by its number."""
 
     def __getitem__(self, number: int) -> list[int]: ...
 
     def __len__(self) -> int: ...
 
 
-class ReadAheadDataset(Dataset[Sample]):
-    """A dataset whose micro-batches are asked for in their order, one by one or in turn by the workers.
+class ReadAheadDataset(PicklesWithoutCaches, Dataset[Sample]):
+    """A dataset that fetches ahead: its micro-batches are read in their order, one by one or in turn by the workers.
 
     Args:
-        max_bytes: what each process may hold.
+        max_bytes: how much each process may hold.
     """
+
+    _CACHES = ("_pid", "_ahead", "_number")
 
     def __init__(self, dataset: SampleDataset, micro_batches: MicroBatches, max_bytes: int) -> None:
         self.dataset = dataset
         self.micro_batches = micro_batches
         self.max_bytes = max_bytes
-        self._forget()
+        self._init_caches()
 
-    def _forget(self) -> None:
+    def _init_caches(self) -> None:
         self._pid = os.getpid()
         self._ahead: ReadAhead | None = None
         self._number = 0
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_pid", "_ahead", "_number")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget()
-
     def __getitems__(self, positions: list[int]) -> list[Sample]:
-        """Samples of a whole micro-batch (the name DataLoader looks for)."""
+        """Returns the samples of a whole micro-batch (DataLoader looks for this name)."""
         if self._pid != os.getpid():  # a loader process inherits no threads
-            self._forget()
+            self._init_caches()
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        if self._ahead is None or positions == self.micro_batches[first]:  # also when they are gone through again
+        if self._ahead is None or positions == self.micro_batches[first]:  # the first: also of another iteration
             self._begin(first, step)
         assert self._ahead is not None
         self._ahead.reach(self._number)

@@ -1,20 +1,18 @@
-"""What one record of a shard says: `KEY.json` of schema 1, read and checked; and one entry of a sidecar.
+"""Reads and checks `KEY.json` of schema 1: one record of a shard, or one entry of a sidecar.
 
     {"schema": 1, "image_id": "...", "width": 640, "height": 480,
      "captions": [{"text": "A brown dog.", "phrases": [{"tuple": ["dog", "brown"], "spans": [[2, 7], [8, 11]]}]}],
      "regions": [{"box": [x1, y1, x2, y2], "tag": "dog", "score": 0.9}]}
 
 Boxes are pixels of the original image, spans are half-open character ranges of the caption. A phrase may name the
-regions it refers to (`"regions": [0]`, indices into the record's list): training never looks at them, the evaluation
-of phrase grounding does.
-
-A field that the schema does not know may stand anywhere: nobody reads it.
+regions it refers to (`"regions": [0]`, indices into the record's list). Training never looks at them, but the
+evaluation of phrase grounding does. Fields that the schema does not know may stand anywhere and are ignored.
 
 `captions` may be empty (an image-only record), and width and height may be 0 where there is nothing to see (a text-only
 record). `"extractor": {"name": "...", "version": "..."}` says what made the regions, features or phrases.
 
-An entry of a sidecar has no image_id but an extractor, and any of width and height, regions, captions: what it has
-takes the place of the record's (data.sidecars).
+An entry of a sidecar has no image_id but an extractor, and any of width and height, regions, captions. What it has
+takes the place of the record's (shards/sidecars.py).
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ import msgspec
 from mvptr_ds.errors import DataError
 
 SCHEMA_VERSION = 1
-MAX_SIDE_PX = 1_000_000  # of a picture
+MAX_SIDE_PX = 1_000_000  # of an image
 MAX_TEXT_CHARS = 100_000  # of a caption or tag: all of it is tokenised, and a character may take 600 bytes for that
 _MAX_DIGITS = 600  # of a whole number, far more than a float can hold and fewer than Python reads
 Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT_CHARS)]
@@ -40,27 +38,33 @@ Spans = tuple[tuple[int, int], ...]
 Numbers = tuple[int, ...]
 
 
-# Phrase, Caption and Region are structs of msgspec, not dataclasses: dozens come in a record, made by its parser. They
-# make no cycles, so the garbage collector need not see them (gc=False), which took 5 % of the loader's time.
+# Phrase, Caption and Region are structs of msgspec, not dataclasses, because its parser makes dozens of them a record.
+# They form no cycles, so the garbage collector need not track them (gc=False): tracking took 5 % of the loader's time.
 class Phrase(msgspec.Struct, frozen=True, gc=False):
+    """A phrase concept of a caption: its words as lemmas, and where the caption says them."""
+
     tuple: Words  # (noun) | (noun, attribute) | (subject, relation, object)
     spans: Spans  # characters of the caption, half open
     regions: Numbers = ()  # ground truth of grounding, where it is known
 
 
 class Caption(msgspec.Struct, frozen=True, gc=False):
+    """A text about an image, with its phrases."""
+
     text: Text
     phrases: tuple[Phrase, ...] = ()
 
 
 class Region(msgspec.Struct, frozen=True, gc=False):
+    """A box of an image with its object tag."""
+
     box: tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels
     tag: Text
     score: float = 1.0
 
 
 class Extractor(NamedTuple):
-    """Who made regions, features or phrases: what is to be told apart bears another name or version."""
+    """What made regions, features or phrases: those that do not fit each other bear another name or version."""
 
     name: str
     version: str
@@ -71,6 +75,8 @@ class Extractor(NamedTuple):
 
 @dataclass(frozen=True)
 class Record:
+    """One image with its captions and regions."""
+
     image_id: str
     width: int
     height: int
@@ -79,7 +85,7 @@ class Record:
     extractor: Extractor | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object written as `KEY.json`."""
+        """Returns the JSON object written as `KEY.json`."""
         out: dict[str, Any] = {
             "schema": SCHEMA_VERSION,
             "image_id": self.image_id,
@@ -95,7 +101,7 @@ class Record:
 
 @dataclass(frozen=True)
 class SidecarEntry:
-    """What a sidecar says of one record; None is what it says nothing of."""
+    """What a sidecar says of one record; it says nothing of what is None."""
 
     extractor: Extractor
     width: int | None = None
@@ -104,7 +110,7 @@ class SidecarEntry:
     regions: tuple[Region, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object written as `KEY.json`."""
+        """Returns the JSON object written as `KEY.json`."""
         out: dict[str, Any] = {"schema": SCHEMA_VERSION, "extractor": self.extractor._asdict()}
         if self.width is not None and self.height is not None:
             out |= {"width": self.width, "height": self.height}
@@ -116,6 +122,7 @@ class SidecarEntry:
 
 
 def captions_json(captions: Sequence[Caption]) -> list[dict[str, Any]]:
+    """Returns captions as they stand in `KEY.json`."""
     out: list[dict[str, Any]] = msgspec.to_builtins(captions)
     for phrase in (phrase for caption in out for phrase in caption["phrases"]):
         if not phrase["regions"]:
@@ -127,16 +134,16 @@ def parse_record(content: bytes | dict[str, Any]) -> Record:
     """Reads one `KEY.json` of a record.
 
     Raises:
-        DataError: for anything that is not a record of schema 1, naming the field and its value.
+        DataError: the content is no record of schema 1; the message names the field and its value.
     """
     return _usual_record(content, slice(None)) or _record(load_json(content))
 
 
 def parse_sample_record(content: bytes, caption: int) -> Record:
-    """Like `parse_record`, with one of the captions alone (none where the record has none); the others may be bad.
+    """Reads like `parse_record`, with one of the captions alone (none where the record has none); others may be bad.
 
     Raises:
-        DataError: also where there is no such caption.
+        DataError: as `parse_record`, or there is no such caption.
     """
     record = _usual_record(content, slice(caption, caption + 1))
     if record is not None:
@@ -154,7 +161,7 @@ def parse_entry(content: bytes | dict[str, Any]) -> Record | SidecarEntry:
     """Reads one `KEY.json`, of a record or of a sidecar.
 
     Raises:
-        DataError: for anything that is neither, naming the field and its value.
+        DataError: the content is neither; the message names the field and its value.
     """
     record = _usual_record(content, slice(None))
     if record is not None:
@@ -164,14 +171,14 @@ def parse_entry(content: bytes | dict[str, Any]) -> Record | SidecarEntry:
 
 
 class _Maker(msgspec.Struct):
-    """An extractor as it stands in a record."""
+    """An extractor as it stands in a record, for the fast path."""
 
     name: str
     version: str
 
 
 class _Usual(msgspec.Struct):
-    """`KEY.json` of a record with every field of its own type; fields that the schema does not know are passed over."""
+    """`KEY.json` of a record with every field of its own type, for the fast path; unknown fields are ignored."""
 
     schema: Literal[1]
     image_id: str
@@ -187,16 +194,16 @@ _FAR_PX = 1e300
 
 
 def _usual_record(content: bytes | dict[str, Any], captions: slice) -> Record | None:
-    """The record of a `KEY.json` that is as most are, with a slice of its captions, in a third of `_record`'s time.
+    """Fast path of `_record`, which is the specification; takes a third of its time.
 
-    None for whatever is out of the ordinary: `_record` takes it or says what is wrong. So this may be strict, and must
-    never take what that would refuse, nor read anything else out of it.
+    Returns the record with a slice of its captions, or None for anything unusual, which `_record` then parses or
+    reports. Must accept a subset of what `_record` accepts, with equal results.
     """
     if not isinstance(content, bytes):
         return None
     try:
         if not content.isascii():
-            content.decode()  # the parser passes over text of unknown fields without a look at its bytes
+            content.decode()  # the parser does not look at the bytes of text in unknown fields
         fields = _usual_decoder.decode(content)
         made_by = fields.extractor
         extractor = _extractor(msgspec.structs.asdict(made_by)) if isinstance(made_by, _Maker) else None
@@ -231,7 +238,7 @@ def _is_usual(caption: Caption, num_regions: int) -> bool:
 
 
 def load_json(content: bytes | dict[str, Any]) -> dict[str, Any]:
-    """The JSON object of a `KEY.json` of this schema; its fields are still to be checked."""
+    """Decodes the JSON object of a `KEY.json` of this schema; its fields are still to be checked."""
     if isinstance(content, bytes):
         try:
             content = json.loads(content, parse_int=_whole_number)
@@ -245,7 +252,7 @@ def load_json(content: bytes | dict[str, Any]) -> dict[str, Any]:
 
 
 def _whole_number(digits: str) -> int | float:
-    """The number, infinity where it has so many digits that Python refuses them: no field of ours takes either."""
+    """Decodes a number; one of so many digits that Python refuses becomes infinity, which every field refuses."""
     return int(digits) if len(digits) <= _MAX_DIGITS else float(digits)
 
 
@@ -292,7 +299,7 @@ def _naming_the_field() -> Iterator[None]:
 
 
 def check_size(width: int, height: int) -> None:
-    """Raises DataError for a picture without an area."""
+    """Raises DataError for an image without an area."""
     if width < 1 or height < 1:
         raise DataError(f"width x height is {width} x {height}, both must be at least 1")
 
@@ -341,7 +348,7 @@ def _caption(content: dict[str, Any]) -> Caption:
 
 
 def _phrase(content: dict[str, Any], text_len: int) -> Phrase:
-    # lists and loops, where generators read better: this is run for each phrase of each sample
+    # lists and loops, where generators read better: this runs for each phrase of each sample
     words = tuple(content["tuple"])
     if not 1 <= len(words) <= 3 or not all([_text(word, "phrase word") for word in words]):
         raise DataError(f"phrase tuple is {words!r}, expected one to three words")

@@ -1,6 +1,7 @@
-"""Where tokens, phrases and tags stand in their sequences, before masking and padding.
+"""Lays tokens, phrases and tags out in their sequences, before masking and padding.
 
-Positions run 0.. over the slots and segments are constant (text 0, tag slots 1), so the model makes both itself.
+Position ids count the slots and segment ids are constant (text 0, tags 1), so the model makes both itself.
+
 Legend: T text slots, G tag slots.
 """
 
@@ -12,7 +13,7 @@ import numpy as np
 
 
 def num_phrases_that_fit(num_tokens: int, max_tokens: int = 33, max_slots: int = 40) -> int:
-    """How many phrases a caption of `num_tokens` wordpieces may carry: a short caption may carry more."""
+    """Returns how many phrases a caption of `num_tokens` wordpieces may carry: a short caption may carry more."""
     return max(0, max_slots - 2 - min(num_tokens, max_tokens))
 
 
@@ -24,9 +25,11 @@ def layout_text(
     max_tokens: int = 33,
     max_slots: int = 40,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`[CLS] tokens phrases [SEP]`: ids int64 [T] and the phrase slots bool [T]; T <= max_slots.
+    """Lays out `[CLS] tokens phrases [SEP]`: returns ids int64 [T] and the phrase slots bool [T]; T <= max_slots.
 
-    Tokens are cut to `max_tokens`, phrases to what is left. Source: the published code, Inputs.
+    Tokens are cut to `max_tokens`, phrases to what is left.
+
+    Source: the published code, Inputs.
     """
     tokens = token_ids[: min(max_tokens, max_slots - 2)]
     phrases = phrase_rows[: num_phrases_that_fit(len(token_ids), max_tokens, max_slots)]
@@ -37,7 +40,7 @@ def layout_text(
 
 
 def layout_tags(tag_ids: Sequence[int], cls_id: int, sep_id: int, max_slots: int = 20) -> np.ndarray:
-    """`[CLS] tags [SEP]`: ids int64 [G], G <= max_slots; tags are cut to `max_slots - 2` wordpieces.
+    """Lays out `[CLS] tags [SEP]`: returns ids int64 [G], G <= max_slots; tags are cut to `max_slots - 2` wordpieces.
 
     Source: the published code, Inputs.
     """

@@ -1,7 +1,7 @@
-"""The way of a batch from a loader process to its rank: one piece of shared memory, and little besides.
+"""Sends a batch from a loader process to its rank, in one piece of shared memory.
 
-Everything that may fail on this way fails in the loader process's main thread, from where an exception reaches the
-rank. What fails in the thread that feeds the queue is printed there, and the rank would wait for ever for that batch.
+Everything that may fail does so in the main thread of the loader process, from where an exception reaches the rank. An
+exception in the thread that feeds the queue is printed there alone, and the rank would wait for that batch for ever.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _ALIGNMENT = 64  # bytes
 
 
 class SentBatch:
-    """A batch ready to be sent; the process that unpickles it gets a `Batch`.
+    """Holds a batch ready to be sent; the process that unpickles it gets a `Batch`.
 
-    All tensors go as one: each would take a file descriptor, handed over at 0.3 ms. So the batch that arrives lies on
-    the host, whatever device this one is of.
+    All tensors are sent as one, because each would take a file descriptor and 0.3 ms. So the batch that arrives lies
+    on the host, on whatever device this one lies.
 
     Raises:
         OSError, RuntimeError: there is no shared memory for it, or no file descriptor.
@@ -47,7 +47,7 @@ class SentBatch:
         parts: list[Any] = []
         for value, start in zip(values, starts[:-1], strict=True):
             if isinstance(value, Tensor):
-                # where the value is dense, its own strides (channels may lie together); a view's reach beyond its bytes
+                # a dense tensor keeps its strides (channels_last, too); a view gets dense ones, its own reach further
                 stride = torch.empty_like(value, device="meta").stride()
                 part = _Part(start, value.dtype, value.shape, stride)
                 part.of(whole).copy_(value)
@@ -62,16 +62,16 @@ class SentBatch:
 
 @dataclass(frozen=True)
 class CollateAndSend:
-    """`collate` of a loader process.
+    """Collates and sends: the `collate_fn` of a loader process.
 
     Args:
-        num_ready: batches that the loader processes of a rank hold ready.
+        num_ready: how many batches the loader processes of a rank hold ready, for the message.
     """
 
     num_ready: int
 
     def __call__(self, samples: list[Sample]) -> SentBatch:
-        """Raises DataError where the batch finds no room, with what is there and what is needed."""
+        """Raises DataError where the batch finds no room; the message says what there is and what is needed."""
         batch = collate(samples)
         try:
             return SentBatch(batch)
@@ -94,7 +94,7 @@ def _no_room(error: Exception, batch_bytes: int, num_ready: int) -> str:
 
 
 def shared_folder() -> str:
-    """Size and free room of /dev/shm, in words."""
+    """Says size and free room of /dev/shm, for messages."""
     try:
         found = os.statvfs(SHARED_FOLDER)
     except OSError as error:
@@ -103,7 +103,7 @@ def shared_folder() -> str:
 
 
 def free_shared_bytes() -> int:
-    """Of /dev/shm; 0 where there is none."""
+    """Returns the free bytes of /dev/shm, 0 where there is none."""
     try:
         found = os.statvfs(SHARED_FOLDER)
     except OSError:
@@ -116,7 +116,7 @@ def _mib(num_bytes: int) -> str:
 
 
 class _Part(NamedTuple):
-    """Where a tensor lies among the bytes of a batch."""
+    """The place and layout of a tensor among the bytes of a batch."""
 
     start: int
     dtype: torch.dtype
@@ -133,11 +133,11 @@ def _room(value: Any) -> int:
 
 
 def _shared_bytes(num_bytes: int) -> Tensor:
-    """Bytes that another process can map; all of them are there, so that no write can fail later (SIGBUS).
+    """Allocates bytes that another process can map; all at once, so that no later write fails (SIGBUS).
 
-    They are no file of /dev/shm, which containers keep small (Docker: 64 MiB), where the system gives memory without.
+    Where the system allows it they are no file of /dev/shm, which containers keep small (Docker: 64 MiB).
     """
-    # private names, which torch's own collation and reductions use: what lies elsewhere would be copied once more
+    # private names of torch, by which its own collation allocates: memory from elsewhere would be copied once more
     storage: Any = torch.UntypedStorage
     if without_folder():
         file = os.memfd_create("mvptr_ds")
@@ -150,7 +150,7 @@ def _shared_bytes(num_bytes: int) -> Tensor:
 
 
 def without_folder() -> bool:
-    """Whether memory can be shared here without /dev/shm: on Linux, unless a sandbox forbids it."""
+    """Tells whether memory can be shared here without /dev/shm: on Linux, unless a sandbox forbids it."""
     if not hasattr(os, "memfd_create") or torch.multiprocessing.get_sharing_strategy() != "file_descriptor":
         return False
     try:

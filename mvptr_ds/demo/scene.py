@@ -1,4 +1,4 @@
-"""One demo scene: objects planned, drawn, placed and described. A pure function of (seed, split, number).
+"""Makes one demo scene, a pure function of (seed, split, number): plans, draws, places and describes its objects.
 
 Legend: H W image size.
 """
@@ -31,15 +31,15 @@ class Source(Protocol):
     catalogue: Catalogue
 
     def sprite(self, kind: Kind, size_px: float, rng: np.random.Generator) -> np.ndarray:
-        """uint8 [h, w, 4] RGBA with straight alpha, cropped to its opaque pixels; h x w is about size_px squared."""
+        """Returns a sprite, uint8 [h, w, 4]: RGBA with straight alpha, cropped; h x w is about size_px squared."""
         ...
 
     def background(self, rng: np.random.Generator) -> tuple[np.ndarray, str]:
-        """uint8 [H, W, 3] and the noun for it."""
+        """Returns a background, uint8 [H, W, 3], and its noun."""
         ...
 
     def region_features(self, scenes: Sequence[Scene]) -> list[np.ndarray] | None:
-        """For each scene float [R, F], a row a region of its record; None when the source has images only."""
+        """Returns float [R, F] for each scene, a row for each region; None when the source has images only."""
         ...
 
 
@@ -77,7 +77,7 @@ def make_scene(source: Source, rule: SplitRule, number: int) -> Scene:
 
 
 def _place(rng: np.random.Generator, sprites: Sequence[np.ndarray]) -> list[tuple[int, int]]:
-    """Upper left corners (x, y) of sprites that overlap little; drops the last sprite when there is no room for all."""
+    """Returns the upper left corners (x, y) of sprites that overlap little, without the last ones for lack of room."""
     for num_sprites in range(len(sprites), 1, -1):
         for _ in range(12):
             boxes: list[Box] = []
@@ -106,7 +106,7 @@ def area(box: Box) -> int:
 
 
 def overlap(first: Box, second: Box) -> int:
-    """Common area of two boxes in pixels."""
+    """Returns the common area of two boxes in pixels."""
     width = min(first[2], second[2]) - max(first[0], second[0])
     height = min(first[3], second[3]) - max(first[1], second[1])
     return max(width, 0) * max(height, 0)
@@ -150,7 +150,7 @@ def _visible_box(owner_HW: np.ndarray, index: int) -> Box:
 def _regions(
     rng: np.random.Generator, plans: Sequence[ObjectPlan], boxes: Sequence[Box], background_name: str
 ) -> tuple[list[Region], list[int]]:
-    """The objects' boxes with distractors among them, shuffled, and where each object's own box went."""
+    """Returns the objects' boxes with distractors among them, shuffled, and where each object's own box went."""
     num_regions = int(rng.integers(max(6, len(boxes) + 1), 11))
     num_distractors = num_regions - len(boxes)
     num_parts = int(rng.integers(0, min(3, num_distractors) + 1))
@@ -168,7 +168,7 @@ def _regions(
 
 
 def _part_box(rng: np.random.Generator, box: Box) -> Box:
-    """A box of 40 to 60 % of the object's sides at one of its corners or edges."""
+    """Returns a box of 40 to 60 % of the object's sides at one of its corners or edges."""
     sides = []
     for start, end in ((box[0], box[2]), (box[1], box[3])):
         length = max(2, round((end - start) * rng.uniform(0.4, 0.6)))
@@ -178,7 +178,7 @@ def _part_box(rng: np.random.Generator, box: Box) -> Box:
 
 
 def _background_box(rng: np.random.Generator, boxes: Sequence[Box]) -> Box:
-    """A box that shows mostly background: the best of a few random ones."""
+    """Returns a box that shows mostly background: the best of a few random ones."""
     best: Box | None = None
     best_share = 2.0
     for _ in range(12):

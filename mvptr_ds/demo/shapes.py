@@ -1,4 +1,4 @@
-"""Drawn objects: a shape in a colour, antialiased, on a softly textured background. Needs no download.
+"""Draws objects: a shape in a colour, antialiased, on a softly textured background. It needs no download.
 
 Legend: H W image size.
 """
@@ -95,7 +95,7 @@ class ShapesSource:
         self.catalogue = Catalogue([Kind(noun, colour) for noun in SHAPES for colour in COLOURS_RGB])
 
     def sprite(self, kind: Kind, size_px: float, rng: np.random.Generator) -> np.ndarray:
-        """uint8 [h, w, 4]: the shape, turned by up to 12 degrees, its colour varied a little and shaded."""
+        """Returns uint8 [h, w, 4]: the shape, turned by up to 12 degrees, its colour varied a little and shaded."""
         assert kind.attribute is not None
         angle = np.deg2rad(rng.uniform(-12, 12))
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
@@ -117,7 +117,7 @@ class ShapesSource:
         return crop_to_opaque(sprite)
 
     def background(self, rng: np.random.Generator) -> tuple[np.ndarray, str]:
-        """uint8 [H, W, 3]: a gradient with soft blotches and fine grain."""
+        """Returns uint8 [H, W, 3]: a gradient with soft blotches and fine grain."""
         names = list(BACKGROUNDS_RGB)
         name = names[rng.integers(len(names))]
         top, bottom = (np.array(rgb, dtype=np.float32) for rgb in BACKGROUNDS_RGB[name])
@@ -131,5 +131,5 @@ class ShapesSource:
         return np.clip(pixels, 0, 255).astype(np.uint8), name
 
     def region_features(self, scenes: Sequence[Scene]) -> None:
-        """None: the regions of shapes are pooled from the image."""
+        """Returns None: the regions of shapes are pooled from the image."""
         return None

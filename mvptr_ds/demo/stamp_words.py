@@ -1,4 +1,4 @@
-"""What a stamp shows: (noun, attribute) from its English description, and which stamps are photographs.
+"""Tells what a stamp shows, (noun, attribute) from its English description, and which stamps are photographs.
 
 The table of exceptions is about Debian's `tuxpaint-stamps-default`: descriptions that are whole sentences or name the
 thing in an order that the rule cannot follow, and drawings that lie among the photographs.
@@ -57,12 +57,12 @@ _PLURAL = re.compile(r"(?<![sui])s$")
 
 
 def is_photo(path: str) -> bool:
-    """Whether a stamp, by its path below the stamps' folder, is a photograph of one thing."""
+    """Returns whether a stamp, by its path below the stamps' folder, is a photograph of one thing."""
     return path.endswith(".png") and _NOT_PHOTOS.search(path) is None
 
 
 def parse_description(path: str, line: str) -> Words | None:
-    """(noun, attribute | None) of the first line of a stamp's text; None when it cannot be told.
+    """Returns (noun, attribute | None) from the first line of a stamp's text; None when it does not say.
 
     "A Sumatran tiger." -> ("tiger", "sumatran"); "A head of red lettuce." -> ("lettuce", "red"); sizes do not count.
     """

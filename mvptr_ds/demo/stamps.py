@@ -1,4 +1,4 @@
-"""Photo cut-outs: the stamps of Debian's `tuxpaint-stamps-default` on photographic textures, with region features.
+"""Draws photo cut-outs, the stamps of Debian's `tuxpaint-stamps-default`, on textures; has region features.
 
 Legend: H W image size, R regions, F feature size.
 """
@@ -22,6 +22,7 @@ from mvptr_ds.demo.plan import Catalogue, Kind
 from mvptr_ds.demo.scene import IMAGE_SIZE_PX, Scene, crop_to_opaque
 from mvptr_ds.demo.stamp_words import is_photo, parse_description
 from mvptr_ds.errors import DataError
+from mvptr_ds.user_io.atomic import replacing_folder
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ TEXTURES = {
 
 
 def find_stamps() -> Path:
-    """The folder of the stamps: MVPTR_STAMPS, the installed package, or a copy fetched into .cache/ (once, 160 MB).
+    """Returns the folder of the stamps: MVPTR_STAMPS, the installed package, or a copy fetched into .cache/ (160 MB).
 
     Raises:
         DataError: MVPTR_STAMPS names no folder, or the package cannot be fetched.
@@ -66,12 +67,9 @@ def find_stamps() -> Path:
 
 
 def _fetch() -> Path:
-    partial = CACHE_DIR.with_name(f"{CACHE_DIR.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     download = ["apt-get", "download", PACKAGE]
     logger.info("fetching %s (160 MB) into %s", PACKAGE, CACHE_DIR)
-    try:
+    with replacing_folder(CACHE_DIR) as partial:
         done = _run(download, partial)
         if done.returncode != 0 and os.geteuid() == 0:  # the package lists may be missing or stale
             _run(["apt-get", "update"], partial)
@@ -86,9 +84,6 @@ def _fetch() -> Path:
             )
         debs[0].unlink()
         shutil.rmtree(CACHE_DIR, ignore_errors=True)
-        os.replace(partial, CACHE_DIR)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return CACHE_DIR / STAMPS_BELOW
 
 
@@ -108,7 +103,7 @@ class Stamp:
 
 
 def load_stamps(folder: Path) -> list[Stamp]:
-    """Every stamp that is a photograph with alpha and whose description tells its noun, in the order of their paths."""
+    """Returns the stamps that are photographs with alpha and whose description tells their noun, sorted by path."""
     stamps = []
     for file in sorted(folder.rglob("*.png")):
         path = file.relative_to(folder).as_posix()
@@ -128,7 +123,7 @@ def load_stamps(folder: Path) -> list[Stamp]:
 
 
 def _load_photo(file: Path) -> Image.Image | None:
-    """The stamp as RGBa of at most MAX_STAMP_PX, cut to its opaque pixels; None for drawings and opaque pictures."""
+    """Returns the stamp as RGBa of at most MAX_STAMP_PX, cropped; None for drawings and opaque images."""
     with Image.open(file, formats=("PNG",)) as opened:
         if opened.mode not in ("RGBA", "P"):
             return None
@@ -145,7 +140,7 @@ def _load_photo(file: Path) -> Image.Image | None:
 
 
 def dominant_colour(pixels: np.ndarray) -> str | None:
-    """The colour that most opaque pixels of uint8 [h, w, 4] have, None when no colour has COLOUR_SHARE of them."""
+    """Returns the colour that COLOUR_SHARE of the opaque pixels of uint8 [h, w, 4] have, or None."""
     opaque = pixels[pixels[:, :, 3] >= 200][:, :3]
     if len(opaque) == 0:
         return None
@@ -172,7 +167,7 @@ def dominant_colour(pixels: np.ndarray) -> str | None:
 
 
 def opaque_square(image: Image.Image) -> Image.Image:
-    """The largest square of an RGBa stamp that is almost wholly opaque, as RGB."""
+    """Returns the largest square of an RGBa stamp that is almost wholly opaque, as RGB."""
     pixels = np.asarray(image)
     sums = np.pad((pixels[:, :, 3] >= 250).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
     for side in range(min(image.size), 15, -2):
@@ -205,7 +200,7 @@ class StampsSource:
         self._extractor: RegionExtractor | None = None
 
     def sprite(self, kind: Kind, size_px: float, rng: np.random.Generator) -> np.ndarray:
-        """uint8 [h, w, 4]: one of the kind's stamps, scaled, mirrored half of the time, brightness and shape varied."""
+        """Returns uint8 [h, w, 4]: a stamp of the kind, scaled, mirrored at random, brightness and shape varied."""
         choices = self.stamps[kind]
         image = choices[rng.integers(len(choices))].image
         stretch = rng.uniform(0.92, 1.08)
@@ -222,7 +217,7 @@ class StampsSource:
         return crop_to_opaque(sprite.astype(np.uint8))
 
     def background(self, rng: np.random.Generator) -> tuple[np.ndarray, str]:
-        """uint8 [H, W, 3]: a turned, enlarged, softened piece of a texture, its contrast lowered."""
+        """Returns uint8 [H, W, 3]: a turned, enlarged, softened piece of a texture, its contrast lowered."""
         name = list(TEXTURES)[rng.integers(len(TEXTURES))]
         choices = [texture for texture_name, texture in self.textures if texture_name == name]
         name, texture = (name, choices[rng.integers(len(choices))]) if choices else self.textures[0]
@@ -239,7 +234,7 @@ class StampsSource:
         return np.clip(pixels, 0, 255).astype(np.uint8), name
 
     def region_features(self, scenes: Sequence[Scene]) -> list[np.ndarray]:
-        """For each scene float32 [R, F]: the frozen network's features of its regions."""
+        """Returns float32 [R, F] for each scene: the frozen network's features of its regions."""
         num_threads = torch.get_num_threads()
         torch.set_num_threads(1)  # sums must not depend on how many threads share them
         try:

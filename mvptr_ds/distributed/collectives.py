@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import re
 import socket
 import warnings
@@ -22,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mvptr_ds.distributed.rendezvous import check_place, deadline, rendezvous
-from mvptr_ds.errors import may_pass
+from mvptr_ds.errors import portable
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -200,7 +199,7 @@ def of_main(function: Callable[[], T]) -> T:
         try:
             value = function()
         except Exception as caught:  # whatever it is: the others wait
-            error = _portable(caught)
+            error = portable(caught)
     value, error = broadcast_object((value, error))
     if error is not None:
         raise error
@@ -223,7 +222,7 @@ def run_on_rank_zero(function: Callable[[], object], alive: Callable[[], None] |
         work = pool.submit(function) if is_main() else None
         wait_for_all(work, alive)
     error = None if work is None else work.exception()
-    error = broadcast_object(None if error is None else _portable(error))
+    error = broadcast_object(None if error is None else portable(error))
     if error is not None:
         raise error
 
@@ -241,20 +240,6 @@ def wait_for_all(work: Future[Any] | None, alive: Callable[[], None] | None = No
         done = all(gather_objects(work is None or bool(wait([work], POLL_S).done)))
         if alive is not None:
             alive()
-
-
-def _portable(error: BaseException) -> BaseException:
-    """The error, or one that says the same where it cannot be sent to another process.
-
-    Its cause, which is not sent along, may be what says that it is of the moment.
-    """
-    if may_pass(error):
-        error.__dict__["passes"] = True
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever its own constructor or contents raise
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:

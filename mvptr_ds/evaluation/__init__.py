@@ -1,0 +1,1 @@
+"""Evaluates a model on a split: retrieval, grounding, matching and recovery, with the report, curves and pictures."""

@@ -1,4 +1,4 @@
-"""Curves of a run: losses and, where it was evaluated at intervals, scores, as PNG."""
+"""Draws the curves of a run as PNG: losses, and scores where it was evaluated at intervals."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ Line = tuple[list[int], list[float]]  # steps, values
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The reports of a `metrics.jsonl`; a line that a killed run left cut, or that is no report, is passed over."""
+    """Reads the reports of a `metrics.jsonl`. It skips a line that a killed run cut off, or that is no report."""
     reports = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -59,13 +59,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def wall_s(reports: Sequence[Mapping[str, Any]]) -> float | None:
-    """Seconds that a stage took, by its last report that says so."""
+    """Returns the seconds that a stage took, from its last report that holds them."""
     return next((float(r["wall_s"]) for r in reversed(reports) if isinstance(r.get("wall_s"), int | float)), None)
 
 
 @plain_figures()
 def draw_curves(stage_dirs: Sequence[Path], path: Path) -> None:
-    """One panel an objective; the stages one after the other on the axis of steps."""
+    """Draws one panel for each objective, with the stages in sequence on the axis of steps."""
     panels: dict[str, list[tuple[str, Line]]] = defaultdict(list)
     for stage, start, reports in _stages(stage_dirs):
         for name in sorted({k for r in reports for k in r if k.startswith("loss/")}):
@@ -85,7 +85,7 @@ def draw_curves(stage_dirs: Sequence[Path], path: Path) -> None:
 
 @plain_figures()
 def draw_scores(stage_dirs: Sequence[Path], path: Path) -> bool:
-    """One panel a kind of score, of the evaluations while training; False, and no file, where there were none."""
+    """Draws one panel for each kind of score of the evaluations while training. Without any it returns False."""
     panels: dict[str, dict[str, Line]] = {}
     ends = []
     for _, start, reports in _stages(stage_dirs):
@@ -116,7 +116,7 @@ def draw_scores(stage_dirs: Sequence[Path], path: Path) -> bool:
 
 
 def _stages(stage_dirs: Sequence[Path]) -> list[tuple[str, int, list[dict[str, Any]]]]:
-    """(name, steps before it, reports) of the stages that have reports."""
+    """Returns (name, steps before it, reports) of the stages that have reports."""
     out = []
     start = 0
     for folder in stage_dirs:
@@ -133,7 +133,7 @@ def _line(reports: Sequence[Mapping[str, Any]], key: str, start: int) -> Line:
 
 
 def _panels(names: Sequence[str]) -> tuple[Any, dict[str, Any]]:
-    """A figure with a titled panel for each name."""
+    """Makes a figure with a titled panel for each name."""
     columns = min(_COLUMNS, len(names))
     rows = -(-len(names) // columns)
     size = (3.3 * columns, 2.5 * rows + 0.3)

@@ -29,7 +29,7 @@ from mvptr_ds.user_io.progress import progress_bar
 
 @dataclass
 class SplitInput:
-    """The text side of a split encoded, its visual side ready for the visual encoder; all on the CPU, padded."""
+    """Holds a split on the CPU, padded: texts are encoded, and images are ready for the visual encoder."""
 
     text_CTD: Tensor
     text_mask_CT: Tensor
@@ -43,13 +43,13 @@ class SplitInput:
 
     @property
     def num_tags(self) -> int:
-        """Their wordpieces over all images; each image has two more slots, [CLS] and [SEP]."""
+        """Returns the wordpieces of tags over all images. Each image has two more slots, [CLS] and [SEP]."""
         return int(self.tag_mask_IG.sum()) - 2 * len(self.tag_mask_IG)
 
 
 @dataclass
 class EncodedSplit:
-    """States of a whole split on the CPU, padded to its longest; masks are True where a slot is real."""
+    """Holds the states of a whole split on the CPU, padded to its longest. Masks are True where a slot is real."""
 
     text_CTD: Tensor
     text_mask_CT: Tensor
@@ -62,22 +62,22 @@ class EncodedSplit:
 
     @property
     def sim_CI(self) -> Tensor:
-        """Cosine similarity of the global states, float32."""
+        """Returns the cosine similarity of the global states, float32."""
         return self.text_global_CD @ self.image_global_ID.T
 
 
 @dataclass
 class CrossStates:
-    """A batch of pairs after the cross encoder, on the model's device."""
+    """Holds a batch of pairs after the cross encoder, on the model's device."""
 
-    rows_B: Tensor  # int64, which of the pairs asked for, on the CPU
+    rows_B: Tensor  # int64 numbers of the requested pairs, on the CPU
     text: Packed
     regions: Packed
 
 
 @contextmanager
 def evaluating(model: Mvptr) -> Iterator[None]:
-    """Evaluation mode without gradients; the model leaves as it came, so that training can go on."""
+    """Sets evaluation mode without gradients. The model leaves in the mode it came in, so training can continue."""
     was_training = model.training
     model.eval()
     try:
@@ -88,10 +88,10 @@ def evaluating(model: Mvptr) -> Iterator[None]:
 
 
 def new_images(batch: Batch, seen: int) -> list[int]:
-    """Rows of a batch that show an image for the first time; captions of one image stand side by side.
+    """Returns the rows of a batch that show an image for the first time. Captions of one image are neighbours.
 
     Args:
-        seen: images of the batches before.
+        seen: images of the previous batches.
     """
     numbers = batch.image_index_B.tolist()
     return [i for i, n in enumerate(numbers) if n >= seen and (i == 0 or numbers[i - 1] != n)]
@@ -137,16 +137,16 @@ def read_split(
 
 
 def without_tags(split: SplitInput, cls_id: int, sep_id: int) -> SplitInput:
-    """The same split with all tags withheld: `[CLS] [SEP]` is left of them, as training with withheld tags sees it."""
+    """Returns the split with all tags withheld. `[CLS] [SEP]` remain, as in training with withheld tags."""
     tag_ids_IG = torch.tensor([cls_id, sep_id]).repeat(len(split.tag_ids_IG), 1)
     return replace(split, tag_ids_IG=tag_ids_IG, tag_mask_IG=torch.ones_like(tag_ids_IG, dtype=torch.bool))
 
 
 def permute_regions(split: SplitInput, seed: int) -> SplitInput:
-    """The same split with its regions (feature and geometry together) shuffled among all images and all places.
+    """Returns the split with its regions shuffled among all images. A region keeps its feature with its geometry.
 
-    Every image keeps its number of regions. Shuffling within batches would not do: an image would keep company with
-    its own regions, and retrieval among 500 would stay above chance.
+    Every image keeps its number of regions. Shuffling within batches would not suffice: a batch would keep its own
+    regions, and retrieval among 500 images would stay above chance.
     """
     real_ND = split.embedded_IRD[split.region_mask_IR]
     order_N = generator(Stream.PERMUTED_REGIONS, seed).permutation(len(real_ND))
@@ -190,11 +190,11 @@ def cross_states(
     name: str = "cross",
     firsts_alone: bool = False,
 ) -> Iterator[CrossStates]:
-    """Batches of the pairs (captions_M[m], images_M[m]), int64 each, in order.
+    """Yields batches of the pairs (captions_M[m], images_M[m]), int64 each, in order.
 
     Args:
-        name: of the progress bar.
-        firsts_alone: slot 0 of the texts is all that is wanted; the other states come back as zeros.
+        name: name of the progress bar.
+        firsts_alone: whether only slot 0 of the texts is needed. The other states are then zeros.
     """
     for rows in progress_bar(torch.arange(len(captions_M)).split(batch_size), desc=name, leave=False):
         captions, images = captions_M[rows], images_M[rows]
@@ -206,7 +206,7 @@ def cross_states(
 
 
 def _pack(slots_BLx: Tensor, mask_BL: Tensor) -> Packed:
-    """The real slots, which stand before the padding."""
+    """Packs the real slots, which precede the padding."""
     return Packed.of_padded(slots_BLx, mask_BL.sum(1).tolist())
 
 

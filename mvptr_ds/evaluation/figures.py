@@ -1,4 +1,4 @@
-"""Figures with texts that come from data: drawn as they stand, never parsed, in the one font that matplotlib brings."""
+"""Draws figures whose texts come from data: literally, never parsed, in the font that matplotlib brings."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _NO_GLYPH = "□"
 
 @contextmanager
 def plain_figures() -> Iterator[None]:
-    """Of what makes and saves a figure: no text in it is parsed, those of axes and legends included."""
-    # `$` is a dollar: mathematics that do not parse would end the program. Nor is TeX started, whatever a user has set
+    """Wraps what makes and saves a figure. No text in it is parsed, not even those of axes and legends."""
+    # A `$` stays a dollar: mathematics that do not parse would end the program. TeX is never used, whatever a user set.
     with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False, "font.family": _FONT}):
         yield
 
 
 def drawable(text: str, max_chars: int) -> str:
-    """The text on one line, at most `max_chars` long: what the font lacks is a box, control characters a space."""
+    """Returns the text on one line of at most `max_chars`. Characters that the font lacks become boxes."""
     shown = "".join(map(_drawable_char, text[: 2 * max_chars]))
     shown = " ".join(shown.split())
     return shown if len(shown) <= max_chars and len(text) <= 2 * max_chars else shown[: max_chars - 1] + "…"
@@ -33,7 +33,7 @@ def drawable(text: str, max_chars: int) -> str:
 
 def _drawable_char(char: str) -> str:
     kind = unicodedata.category(char)
-    if kind == "Cf":  # invisible; some turn the direction of what follows
+    if kind == "Cf":  # invisible characters, some of which change the direction of text
         return ""
     if kind[0] in "CZ":
         return " "
@@ -42,6 +42,6 @@ def _drawable_char(char: str) -> str:
 
 @functools.cache
 def _glyphs() -> frozenset[int]:
-    """Code points that the font has. matplotlib warns of each of the others, in every figure."""
+    """Returns the code points of the font. matplotlib warns of each other one, in every figure."""
     path = font_manager.findfont(font_manager.FontProperties(family=_FONT))
     return frozenset(font_manager.get_font(path).get_charmap())

@@ -1,4 +1,4 @@
-"""Phrase grounding: which region of its own image is most similar to a phrase, and is it one of the right object.
+"""Evaluates phrase grounding: which region of its own image is most similar to a phrase, and is it a right one.
 
 Legend: C captions, I images, T text slots, P phrases, R regions, D hidden.
 """
@@ -14,30 +14,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvptr_ds.data.caption_phrases import phrases_with_slots
-from mvptr_ds.data.loader import read_sample_record
+from mvptr_ds.data.dataset import read_sample_record
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.schema import Numbers, Phrase, Record
 from mvptr_ds.data.shards.index import SampleIndex
 from mvptr_ds.evaluation.encode import EncodedSplit
 
-SIZES = ("small", "medium", "large")  # thirds of the asked phrases by the area of the box they name
+SIZES = ("small", "medium", "large")  # thirds of the phrases by the area of the box they name
 _CHUNK = 4096  # phrases whose regions are gathered at once
 
 
 @dataclass(frozen=True)
 class AskedPhrase:
-    """A (noun) or (noun, attribute) phrase of a caption that has a slot, on an image with boxes."""
+    """Holds a (noun) or (noun, attribute) phrase of a caption that has a slot, on an image with boxes."""
 
     caption: int  # sample number
     slot: int
     phrase: Phrase
     same_noun: Numbers  # the regions whose tag is the phrase's noun
-    area_frac: float  # of the picture, of the largest box the phrase names; 0 where it names none
+    area_frac: float  # share of the picture of the largest box that the phrase names, 0 without one
 
 
 @dataclass(frozen=True)
 class GroundedPhrase:
-    """A phrase of a caption and the region that the model finds for it."""
+    """Holds a phrase of a caption and the region that the model finds for it."""
 
     caption: int  # sample number
     phrase: Phrase
@@ -45,15 +45,15 @@ class GroundedPhrase:
 
     @property
     def right(self) -> bool | None:
-        """Whether the region is one that the record names; None where it names none."""
+        """Returns whether the record names this region for the phrase, or None where it names none."""
         return self.region in self.phrase.regions if self.phrase.regions else None
 
 
 def list_phrases(split: EncodedSplit, index: SampleIndex, vocab: PhraseVocab) -> tuple[list[AskedPhrase], int]:
-    """The phrases to ground, by caption and slot; and how many with ground truth have no slot.
+    """Returns the phrases to ground, by caption and slot, and how many with ground truth have no slot.
 
-    Those are outside the vocabulary, are not said by their caption or did not fit the sequence. Relations are left out,
-    and so are images without boxes: the cells of a grid are no regions of the record.
+    Phrases without a slot are not in the vocabulary, are not said by their caption, or did not fit the sequence.
+    Relations are left out. Images without boxes are too, since the cells of a grid are no regions of the record.
     """
     asked: list[AskedPhrase] = []
     num_without_slot = 0
@@ -80,7 +80,7 @@ def _area_frac(record: Record, phrase: Phrase) -> float:
 
 
 def similarities(split: EncodedSplit, asked: Sequence[AskedPhrase]) -> Tensor:
-    """Cosine of each phrase's state and those of its image's regions by the uni-modal encoders.
+    """Returns the cosines of each phrase's state and its image's regions, by the uni-modal encoders.
 
     Returns:
         float32 [P, R], -inf where there is no region.
@@ -94,22 +94,22 @@ def similarities(split: EncodedSplit, asked: Sequence[AskedPhrase]) -> Tensor:
 
 
 def cosines(phrases_PD: Tensor, regions_PRD: Tensor, region_mask_PR: Tensor) -> Tensor:
-    """float32 [P, R] of one phrase state a row and the regions of its image, -inf where there is no region."""
+    """Returns float32 [P, R]: cosines of a row's phrase state and its image's regions, -inf without a region."""
     phrases_PD, regions_PRD = F.normalize(phrases_PD.float(), dim=-1), F.normalize(regions_PRD.float(), dim=-1)
     return (regions_PRD @ phrases_PD.unsqueeze(-1)).squeeze(-1).masked_fill(~region_mask_PR, float("-inf"))
 
 
 def ground(sim_PR: Tensor, asked: Sequence[AskedPhrase]) -> list[GroundedPhrase]:
-    """The most similar region of every phrase."""
+    """Returns the most similar region of every phrase."""
     best = sim_PR.argmax(-1).tolist() if len(asked) else []
     return [GroundedPhrase(a.caption, a.phrase, region) for a, region in zip(asked, best, strict=True)]
 
 
 def score_grounding(sim_PR: Tensor, asked: Sequence[AskedPhrase]) -> dict[str, Any]:
-    """Accuracy, chance and number of phrases: all, by kind, by size, and attributes among the boxes of one noun.
+    """Returns accuracy, chance and number of phrases: all, by kind, by size, and attributes among one noun's boxes.
 
-    A phrase is right when one of the boxes it names is more similar than every other; a tie or NaN is wrong. Chance
-    is the share of the named boxes among those to choose from. Phrases without ground truth are not counted. A
+    A phrase is right when one of the boxes it names is more similar than every other one. A tie or NaN is wrong.
+    Chance is the share of the named boxes among those to choose from. Phrases without ground truth are not counted. A
     named box that the model does not see (`data.max_regions`) cannot be found.
 
     Args:
@@ -124,7 +124,7 @@ def score_grounding(sim_PR: Tensor, asked: Sequence[AskedPhrase]) -> dict[str, A
     area_P = torch.tensor([a.area_frac for a in asked], dtype=torch.float64)
     right_P, chance_P = _right(sim_PR, named_PR, seen_PR)
     every_P = torch.ones_like(right_P)
-    # one noun: a choice is left only where some of its boxes are right and some are not
+    # a choice among one noun's boxes exists only where some are right and some are not
     choice_P = (kind_P == 2) & (named_PR & noun_PR).any(1) & (noun_PR & ~named_PR).any(1)
     out: dict[str, Any] = _share(right_P, chance_P, every_P)
     out["noun"] = _share(right_P, chance_P, kind_P == 1)
@@ -137,7 +137,7 @@ def score_grounding(sim_PR: Tensor, asked: Sequence[AskedPhrase]) -> dict[str, A
 
 
 def size_bounds(asked: Sequence[AskedPhrase]) -> list[float]:
-    """The two area shares that part the phrases with ground truth into thirds (small <= first < medium <= second)."""
+    """Returns the two area shares that divide phrases into thirds: small <= first < medium <= second."""
     area = [a.area_frac for a in asked if a.phrase.regions]
     if not area:
         return []
@@ -147,12 +147,12 @@ def size_bounds(asked: Sequence[AskedPhrase]) -> list[float]:
 def _as_mask(numbers: Sequence[Numbers], like_PR: Tensor) -> Tensor:
     mask_PR = torch.zeros(like_PR.shape, dtype=torch.bool)
     for row_R, regions in zip(mask_PR, numbers, strict=True):
-        row_R[[r for r in regions if r < len(row_R)]] = True  # those beyond were cut, the model does not see them
+        row_R[[r for r in regions if r < len(row_R)]] = True  # regions beyond were cut and are not seen by the model
     return mask_PR
 
 
 def _right(sim_PR: Tensor, named_PR: Tensor, among_PR: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether a named region wins among `among_PR`, bool [P], and the chance that it would, float64 [P]."""
+    """Returns whether a named region wins among `among_PR`, bool [P], and its chance, float64 [P]."""
     named_PR = named_PR & among_PR
     if not sim_PR.shape[1]:
         return torch.zeros(len(sim_PR), dtype=torch.bool), torch.zeros(len(sim_PR), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Image-text matching: every caption with its own image, and with the other image that looks most like it.
+"""Evaluates image-text matching: every caption with its own image, and with the most similar other image.
 
 Legend: C captions, I images, T text slots, P phrases, R regions, D hidden.
 """
@@ -21,7 +21,7 @@ from mvptr_ds.model.mvptr import Mvptr
 def cross_with_own(
     model: Mvptr, split: EncodedSplit, asked: Sequence[AskedPhrase], batch_size: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """One cross pass of every caption with its own image, shared by ITM and by grounding on the cross states.
+    """Runs one cross pass of every caption with its own image, which ITM and grounding on cross states share.
 
     Returns:
         The probability of a match, float64 [C], and the similarities of phrases and regions, float32 [P, R] with
@@ -43,7 +43,7 @@ def cross_with_own(
 
 
 def hardest_images(split: EncodedSplit) -> tuple[Tensor, Tensor]:
-    """The captions that have another image, and for each the most similar one by the global states; int64 [C] each."""
+    """Returns the captions that have another image, and for each the most similar one, int64 [C] each."""
     own_CI = split.image_of_C[:, None] == torch.arange(len(split.image_global_ID))[None, :]
     captions_C = (~own_CI).any(1).nonzero().flatten()
     return captions_C, split.sim_CI.masked_fill(own_CI, float("-inf"))[captions_C].argmax(1)
@@ -52,10 +52,10 @@ def hardest_images(split: EncodedSplit) -> tuple[Tensor, Tensor]:
 def score_matching(
     model: Mvptr, split: EncodedSplit, match_C: Tensor, batch_size: int, device: torch.device
 ) -> dict[str, Any]:
-    """`accuracy` over both kinds of pairs, `match` and `mismatch` apart, `n` pairs.
+    """Returns `accuracy` over both kinds of pairs, `match` and `mismatch` apart, and the number of pairs `n`.
 
     Args:
-        match_C: from `cross_with_own`. A probability of one half, or NaN, is wrong either way.
+        match_C: from `cross_with_own`. A probability of one half, or NaN, is wrong in either case.
     """
     captions_C, images_C = hardest_images(split)
     match_right = match_C > 0.5

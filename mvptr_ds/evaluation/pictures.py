@@ -1,4 +1,4 @@
-"""Pictures of what a model finds, as PNG."""
+"""Draws pictures of what a model finds, as PNG."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ _COLUMNS = 4
 _MAX_PHRASES = len(COLOURS)
 Box = tuple[float, float, float, float]
 _MARK = {True: "right", False: "wrong", None: ""}
-_MAX_SIDE = 640  # pixels; a picture is drawn some 300 wide
+_MAX_SIDE = 640  # pixels, for a picture that is drawn some 300 pixels wide
 _CAPTION_LINE, _CAPTION_LINES = 42, 3  # characters of a line, lines
 _MAX_PHRASE = 32  # characters
 Scene = tuple[int, list[GroundedPhrase]]  # caption, its phrases
 
 
 def draw_grounding(index: SampleIndex, found: Sequence[GroundedPhrase], num_pictures: int, path: Path) -> None:
-    """Scenes with the region found for each phrase: solid where it is right, dashed where it is wrong.
+    """Draws scenes with the region found for each phrase: solid where it is right, dashed where it is wrong.
 
     Dots show a box that the phrase names and the model missed. Phrases without ground truth are left out unless the
-    split has none. Half of the scenes have a phrase that went wrong, as far as there are, whatever their real share.
-    A scene that cannot be read or drawn is left out, and the log says so.
+    split has none. If possible, half of the scenes have a wrong phrase, whatever their real share. A scene that
+    cannot be read or drawn is left out, and the log says so.
     """
     left_out: list[str] = []
     scenes = choose_scenes(index, found, num_pictures, left_out)
     try:
         content = _figure(index, scenes)
-    except Exception:  # matplotlib raises whatever its numbers come to; whose numbers, each scene alone shows
+    except Exception:  # matplotlib raises for bad numbers: each scene is tried alone to find the culprit
         scenes = [scene for scene in scenes if _can_be_drawn(index, scene, left_out)]
         content = _figure(index, scenes)
     path.write_bytes(content)
@@ -66,9 +66,9 @@ def _can_be_drawn(index: SampleIndex, scene: Scene, left_out: list[str]) -> bool
 
 @plain_figures()
 def _figure(index: SampleIndex, scenes: Sequence[Scene], columns: int = _COLUMNS) -> bytes:
-    """The scenes as a PNG."""
+    """Draws the scenes as a PNG."""
     rows = -(-len(scenes) // columns) or 1
-    # caption, picture and list have their own axes: none can run into its neighbour
+    # caption, picture and list have their own axes, so none overlaps its neighbour
     figure, axes = plt.subplots(
         3 * rows, columns, figsize=(3.3 * columns, 5.1 * rows), squeeze=False, layout="constrained",
         gridspec_kw={"height_ratios": (0.55, 3.4, 1.1) * rows},
@@ -89,14 +89,14 @@ def _figure(index: SampleIndex, scenes: Sequence[Scene], columns: int = _COLUMNS
 
 
 def _draw_scene(axes: Iterable[Any], index: SampleIndex, scene: Scene) -> None:
-    """Args: axes: of the caption, the picture and the list of phrases."""
+    """Draws one scene on the axes of the caption, the picture and the list of phrases."""
     title, picture, listing = axes
     caption, phrases = scene
     place = index.locate(caption)
     record, members = index.read(place)
     text = drawable(record.captions[place.caption].text, _CAPTION_LINES * _CAPTION_LINE)
     text = "\n".join(textwrap.wrap(text, _CAPTION_LINE, max_lines=_CAPTION_LINES))
-    # clipped, a text of wide letters takes no room from the others' pictures
+    # a clipped text of wide letters takes no space from other pictures
     title.text(0.5, 0.05, text, fontsize=9, ha="center", va="bottom", transform=title.transAxes, clip_on=True)
     picture.imshow(small_picture(members), extent=(0, record.width, record.height, 0))
     boxes = [_within(region.box, record) for region in record.regions]
@@ -106,10 +106,10 @@ def _draw_scene(axes: Iterable[Any], index: SampleIndex, scene: Scene) -> None:
 def choose_scenes(
     index: SampleIndex, found: Sequence[GroundedPhrase], num_pictures: int, left_out: list[str] | None = None
 ) -> list[Scene]:
-    """(caption, phrases) by scene: one caption of each image, those with and without a wrong phrase in turn.
+    """Returns (caption, phrases) by scene: one caption of each image, with and without a wrong phrase in turn.
 
     Args:
-        left_out: a line is added for each record whose picture cannot be read.
+        left_out: receives a line for each record whose picture cannot be read.
     """
     left_out = [] if left_out is None else left_out
     shown = [g for g in found if g.right is not None] or found
@@ -135,7 +135,7 @@ def choose_scenes(
 
 
 def small_picture(members: Mapping[str, bytes]) -> Image.Image | None:
-    """The picture, at most _MAX_SIDE a side; None where the record has none.
+    """Returns the picture, at most _MAX_SIDE a side, or None where the record has none.
 
     Raises:
         DataError: it cannot be decoded.
@@ -151,7 +151,7 @@ def small_picture(members: Mapping[str, bytes]) -> Image.Image | None:
 def _draw_phrases(
     picture: Any, listing: Any, boxes: Sequence[Box], phrases: Sequence[GroundedPhrase], step_px: float
 ) -> None:
-    """Args: step_px: how far boxes of several phrases on one region lie apart."""
+    """Draws the boxes of phrases. Those of several phrases on one region lie `step_px` apart."""
     for i, grounded in enumerate(phrases):
         colour, inset = COLOURS[i], step_px * i
         picture.add_patch(_rectangle(boxes[grounded.region], inset, colour, "--" if grounded.right is False else "-"))

@@ -1,4 +1,4 @@
-"""Masked concept recovering (MCR): are masked tags found from the regions, masked phrases from the caption.
+"""Evaluates masked concept recovering (MCR): masked tags from the regions, masked phrases from the caption.
 
 Legend: B samples, N rows of all samples, K asked rows.
 """
@@ -25,15 +25,15 @@ from mvptr_ds.user_io.progress import progress_bar
 def recover_concepts(
     model: Mvptr, split: SplitInput, index: SampleIndex, samples: SampleBuilder, batch_size: int, device: torch.device
 ) -> dict[str, Any]:
-    """`accuracy`, `majority` and `n` of tag wordpieces, each image once; `phrases`: the same of phrases, each caption.
+    """Returns `accuracy`, `majority` and `n` of tag wordpieces, each image once, and in `phrases` those of phrases.
 
-    Every asked slot is `[MASK]`: training leaves a tenth of them as they are, and those could be copied. Of half of the
-    phrases the words stay visible, of half they are masked too, as in training. The majority is the share of the most
-    frequent answer. The masks depend on the sample's number alone and are the same in every evaluation.
+    Every masked slot is `[MASK]`. Training leaves a tenth of them as they are, and those could be copied. The words of
+    half of the phrases stay visible, and the words of the others are masked too, as in training. The majority is the
+    share of the most frequent answer. The masks depend only on the sample's number, so every evaluation has the same.
 
     Args:
         model: in evaluation mode.
-        samples: masks tags and phrases, with `predict_phrases`.
+        samples: the builder of samples, which masks tags and phrases (`predict_phrases`).
     """
     tags: list[tuple[Tensor, Tensor]] = []
     phrases: list[tuple[Tensor, Tensor]] = []
@@ -61,7 +61,7 @@ def recover_concepts(
 
 
 def _accuracy(parts: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """Of (answers, labels), int64 [N] each."""
+    """Returns the scores of (answers, labels), int64 [N] each."""
     num = sum(len(labels) for _, labels in parts)
     if not num:
         return {"accuracy": None, "majority": None, "n": 0}

@@ -1,4 +1,4 @@
-"""The whole evaluation of a model on a split, as one report; by `eval.py`, and by the trainer at intervals.
+"""Evaluates a model on a split and returns one report, for `eval.py` and for the trainer at intervals.
 
 Legend: C captions, I images, P phrases, R regions.
 """
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvptr_ds.builders import NO_MASKING, Vocabs, build_samples
+from mvptr_ds.builders import NO_MASKING, build_samples
 from mvptr_ds.config import Config, EvalConfig, MaskingConfig
+from mvptr_ds.data.phrases import Vocabs
 from mvptr_ds.data.shards.index import SampleIndex
 from mvptr_ds.evaluation.encode import (
     EncodedSplit,
@@ -39,40 +40,40 @@ from mvptr_ds.evaluation.retrieval import chance_recalls, recalls, rerank
 from mvptr_ds.model.mvptr import Mvptr
 
 MCR_MASKING = MaskingConfig(word_prob=0.0, phrase_prob=0.5, tag_prob=0.5)
-_CROSS_BATCHES = 4  # a cross pass has no heads over the words and takes more samples at once
+_CROSS_BATCHES = 4  # a cross pass has no word heads, so it takes more samples at once
 
 
 @dataclass
 class Evaluation:
     report: dict[str, Any]
-    grounded: list[GroundedPhrase]  # by the uni-modal encoders, with tags
+    grounded: list[GroundedPhrase]  # states of the uni-modal encoders, with tags
 
 
 def evaluate_model(
     model: Mvptr, vocabs: Vocabs, config: Config, index: SampleIndex, device: torch.device, seed: int = 0
 ) -> dict[str, Any]:
-    """The report alone: see `evaluate_split`."""
+    """Returns the report of `evaluate_split` alone."""
     return evaluate_split(model, vocabs, config, index, device, seed).report
 
 
 def evaluate_split(
     model: Mvptr, vocabs: Vocabs, config: Config, index: SampleIndex, device: torch.device, seed: int = 0
 ) -> Evaluation:
-    """Retrieval, re-ranking, grounding, ITM and MCR; again without tags; again with permuted regions.
+    """Evaluates retrieval, re-ranking, grounding, ITM and MCR, then again without tags and with permuted regions.
 
-    Shares are fractions of 1; what nothing was asked for is None. The model leaves in the mode it came in, and the
-    global random state is not touched. The report:
+    Shares are fractions of 1, and None where nothing was asked. The model keeps its mode, and the global random state
+    is not touched. The report:
 
         num_scenes, num_captions, num_tags, chance (of retrieval), wall_s
         retrieval, rerank      t2i_r1 ... i2t_r10
         grounding              of `uni` and `cross` states: accuracy, chance, n, noun, attribute, by_size,
                                attribute_among_one_noun; accuracy and chance of `uni` once more on top
         mcr, itm
-        without_tags           retrieval, rerank, grounding with all tags withheld; the same as above without any
+        without_tags           retrieval, rerank, grounding with all tags withheld. Without any tags, as above
         permuted_regions       retrieval, grounding with all tags withheld and the regions shuffled: must be chance
 
     Args:
-        seed: of the permutation of the regions.
+        seed: seed of the permutation of the regions.
 
     Raises:
         DataError: a sample of the split cannot be read.
@@ -115,7 +116,7 @@ def evaluate_split(
 
 
 class _Setting:
-    """The scores of one encoding of a split: with tags, without, or with permuted regions."""
+    """Computes the scores of one encoding of a split: with tags, without, or with permuted regions."""
 
     def __init__(
         self,
@@ -132,11 +133,11 @@ class _Setting:
         self._own: tuple[Tensor, Tensor] | None = None
 
     def on(self, split: EncodedSplit) -> _Setting:
-        """The same phrases on another encoding."""
+        """Returns the same phrases on another encoding."""
         return _Setting(self.model, split, self.asked, self.num_without_slot, self.config, self.device)
 
     def own_pairs(self) -> tuple[Tensor, Tensor]:
-        """`cross_with_own`, computed once."""
+        """Returns `cross_with_own`, computed once."""
         if self._own is None:
             self._own = cross_with_own(self.model, self.split, self.asked, self.batch_size, self.device)
         return self._own
@@ -161,9 +162,9 @@ class _Setting:
 
 
 def flatten_scores(report: Mapping[str, Any]) -> dict[str, float]:
-    """The shares of a report as flat keys for logs, such as `eval/grounding/uni/accuracy`.
+    """Returns the shares of a report under flat keys for logs, such as `eval/grounding/uni/accuracy`.
 
-    Counts, bounds and times, which do not change while training, and what is None are left out.
+    Counts, bounds and times do not change while training and are left out. Values of None are left out too.
     """
     return dict(_flatten("eval", {name: part for name, part in report.items() if name != "wall_s"}))
 

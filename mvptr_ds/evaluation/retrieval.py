@@ -1,4 +1,4 @@
-"""Retrieval: recall at 1, 5, 10 from the global states, and after re-ranking the best with the cross encoder.
+"""Evaluates retrieval: recall at 1, 5, 10 by the global states, and after re-ranking with the cross encoder.
 
 Legend: C captions, I images, M scored pairs, B pairs of a batch, K re-ranked candidates.
 """
@@ -18,10 +18,10 @@ RANKS = (1, 5, 10)
 
 
 def recalls(scores_CI: Tensor, image_of_C: Tensor) -> dict[str, float]:
-    """`t2i_r1` ... `i2t_r10`, fractions of 1.
+    """Returns `t2i_r1` ... `i2t_r10`, fractions of 1.
 
-    A caption counts when its image is among the first K; an image when any of its captions is (COCO's protocol).
-    Candidates that tie with the right one stand before it, so that a constant score earns nothing; nor does NaN.
+    A caption counts when its image is among the first K. An image counts when any of its captions is, as in COCO's
+    protocol. Candidates that tie with the right one precede it, so a constant score earns nothing. NaN earns nothing.
     """
     num_captions, num_images = scores_CI.shape
     own_CI = image_of_C[:, None] == torch.arange(num_images)[None, :]
@@ -34,9 +34,9 @@ def recalls(scores_CI: Tensor, image_of_C: Tensor) -> dict[str, float]:
 
 
 def chance_recalls(image_of_C: Tensor, num_images: int) -> dict[str, float]:
-    """What random scores earn: `t2i_r1` ... `i2t_r10`, as `recalls`."""
+    """Returns what random scores earn: `t2i_r1` ... `i2t_r10`, as `recalls` does."""
     num_captions = len(image_of_C)
-    own = Counter(Counter(image_of_C.tolist()).values())  # how many images have how many captions
+    own = Counter(Counter(image_of_C.tolist()).values())  # number of images by their number of captions
     out = {f"t2i_r{k}": min(k, num_images) / num_images for k in RANKS}
     for k in RANKS:
         drawn = min(k, num_captions)
@@ -49,10 +49,10 @@ def chance_recalls(image_of_C: Tensor, num_images: int) -> dict[str, float]:
 def rerank(
     model: Mvptr, split: EncodedSplit, top_k: int, batch_size: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Scores for text->image and for image->text, [C, I] each, float64.
+    """Returns the re-ranked scores for text->image and for image->text, [C, I] each, float64.
 
-    The `top_k` best of every caption (of every image) by global similarity are ordered by the ITM head; all others
-    keep their order behind them. A pair that both directions ask for is scored once.
+    The ITM head orders the `top_k` best of every caption, or of every image, by global similarity. All others keep
+    their order behind them. A pair that both directions need is scored once.
     """
     sim_CI = split.sim_CI
     best_t2i = sim_CI.topk(min(top_k, sim_CI.shape[1]), dim=1).indices
@@ -63,7 +63,7 @@ def rerank(
     match_M = score_pairs(model, split, captions_M, images_M, batch_size, device)
     match_CI = torch.zeros_like(sim_CI, dtype=torch.float64)
     match_CI[captions_M, images_M] = match_M
-    # cosines lie in [-1, 1] and probabilities of a match in [0, 1]: with 2 added, all that were asked for come first
+    # cosines lie in [-1, 1] and probabilities of a match in [0, 1]: adding 2 puts all re-ranked pairs first
     return torch.where(asked_t2i_CI, 2.0 + match_CI, sim_CI), torch.where(asked_i2t_CI, 2.0 + match_CI, sim_CI)
 
 
@@ -71,13 +71,13 @@ def rerank(
 def score_pairs(
     model: Mvptr, split: EncodedSplit, captions_M: Tensor, images_M: Tensor, batch_size: int, device: torch.device
 ) -> Tensor:
-    """Probability of a match of each pair by the cross encoder, float64 [M] on the CPU."""
+    """Returns the probability of a match of each pair by the cross encoder, float64 [M] on the CPU."""
     pairs = cross_states(model, split, captions_M, images_M, batch_size, device, "score pairs", firsts_alone=True)
     return torch.cat([torch.empty(0, dtype=torch.float64), *(match_probability(model, cross) for cross in pairs)])
 
 
 def match_probability(model: Mvptr, cross: CrossStates) -> Tensor:
-    """Probability of a match of each pair by the ITM head, float64 [B] on the CPU."""
+    """Returns the probability of a match of each pair by the ITM head, float64 [B] on the CPU."""
     logits_B2 = model.itm_logits(model.pool(cross.text)).double()
-    # in float64: two probabilities close to 1 would tie in float32, and a tie counts as wrong
+    # in float64, since two probabilities close to 1 would tie in float32, and a tie counts as wrong
     return (logits_B2[:, 0] - logits_B2[:, 1]).sigmoid().cpu()

@@ -1,4 +1,4 @@
-"""A report as one page of text."""
+"""Renders a report as one page of text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _FIRST, _CELL = 34, 9  # widths of the columns
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """The report for a person: shares in percent with one decimal, a dash where nothing was asked."""
+    """Returns the report as text: shares in percent with one decimal, a dash where nothing was asked."""
     parts = [_retrieval(report), _grounding(report), _masked_and_matched(report)]
     tags = "" if report["num_tags"] else ", no tags"
     lines = [f"held out: {report['num_scenes']} scenes, {report['num_captions']} captions{tags}; shares in %"]

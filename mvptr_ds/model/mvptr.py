@@ -31,17 +31,18 @@ from mvptr_ds.model.vision import ImageBackbone, RegionEmbedding, backbone_struc
 
 disable_progress_bar()  # each of `from_pretrained` draws one, on any output, for weights that load in a second
 
-PARTS: dict[str, tuple[str, ...]] = {  # what a stage may train -> prefixes of parameter names
+# what a stage may train -> prefixes of parameter names; checkpoints record their parts in this order
+PARTS: dict[str, tuple[str, ...]] = {
     "embeddings": ("embeddings.",),
     "text": ("text_encoder.",),
     "visual": ("visual_encoder.",),
+    "regions": ("region_embedding.",),
     "cross": ("cross_encoder.",),
     "globals": ("text_proj", "visual_proj", "logit_scale"),
     "token_head": ("token_head.",),
     "tag_head": ("tag_head.",),
     "phrase_head": ("phrase_head.",),
     "itm": ("pooler.", "itm_head."),
-    "regions": ("region_embedding.",),
 }
 _UNSET_ROW = -1
 

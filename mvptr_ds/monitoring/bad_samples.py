@@ -1,4 +1,4 @@
-"""Samples that could not be used and were replaced: how many, which, and whether they are too many.
+"""Records samples that were unusable and replaced: how many, which, and whether they are too many.
 
 RUN/bad_samples.jsonl    one object a line: stage, step, position, shard, key, byte, caption, reason, time
 """
@@ -19,18 +19,18 @@ from mvptr_ds.errors import DataError
 logger = logging.getLogger(__name__)
 NAME = "bad_samples.jsonl"
 MAX_FILE_BYTES = 16 << 20
-MAX_NOTED = 1_000  # of a rank, between two reports
-MAX_CHARS = 1_000  # of a text
+MAX_NOTED = 1_000  # lines of a rank between two reports
+MAX_CHARS = 1_000  # characters of a text
 
 
 class BadSamples:
-    """Counts them over all ranks, writes down which they are, and ends the run when they are too many.
+    """Counts bad samples over all ranks, records which they are, and ends the run when they are too many.
 
     Args:
-        run_dir: of which rank 0 alone writes the file.
+        run_dir: the folder of the file, which only rank 0 writes.
     """
 
-    MIN_SAMPLES = 1_000  # what the fraction is at least taken of: one bad among the first few says nothing yet
+    MIN_SAMPLES = 1_000  # least number of samples for the fraction: one bad among few proves nothing
 
     def __init__(self, max_fraction: float, run_dir: Path) -> None:
         self.max_fraction, self.path = max_fraction, run_dir / NAME
@@ -39,14 +39,14 @@ class BadSamples:
         self._is_full = False
 
     def note(self, bad: Iterable[BadSample]) -> None:
-        """Keeps those of a batch of this rank until they are written."""
+        """Keeps the bad samples of a batch of this rank until they are written."""
         self._noted += list(bad)[: MAX_NOTED - len(self._noted)]
 
     def write(self, **more: Any) -> None:
-        """Appends what was noted since the last time; all ranks call it, rank 0 alone writes.
+        """Appends what was noted since the last call. All ranks call it, and only rank 0 writes.
 
         Args:
-            more: what each line holds besides.
+            more: further fields of each line.
         """
         noted = [bad for of_rank in collectives.gather_objects(self._noted) for bad in of_rank]
         self._noted = []
@@ -64,7 +64,7 @@ class BadSamples:
                         logger.warning("%s has %d bytes and gets no more lines", self.path, num_bytes)
                     self._is_full = True
                     return
-                if num_bytes:  # a start that was killed may have left part of a line
+                if num_bytes:  # a killed start may have left part of a line
                     file.seek(-1, 2)
                     lines = lines if file.read(1) == b"\n" else b"\n" + lines
                 file.write(lines)

@@ -1,12 +1,12 @@
-"""Model FLOPs: what a batch asks of the mathematics, whatever kernels do it.
+"""Counts model FLOPs: what a batch needs mathematically, whatever kernels compute it.
 
-Counted are matrix products on valid positions, and in an encoder's last layer those that a loss reads
-(output_rows.py). A multiplication and an addition are two. A training step is three times its forward pass: one for
-the forward, two for the backward.
+Matrix products on valid positions are counted, and in an encoder's last layer the rows that a loss uses
+(output_rows.py). A multiplication and an addition count as two. A training step is three times its forward pass: one
+for the forward, two for the backward.
 
 Not counted are padding, what activation checkpointing computes again, element-wise work, the embedding look-up,
 RoIAlign, and grounding's phrase-region products (below 0.1 % of the base model). The mismatched pairs of ITM are
-counted with the lengths of the matched ones: which pairs they are is known on the device only, and over a batch the
+counted with the lengths of the matched ones. Only the device knows which pairs they are, and over a batch the
 positions are nearly the same. Legend: D hidden, W word rows, P phrases.
 """
 
@@ -30,10 +30,10 @@ def forward_flops(lengths: Lengths, model: MvptrConfig, objectives: Chosen, num_
     """FLOPs of one forward pass by part of the model and by objective, without an image backbone.
 
     Args:
-        num_samples: of the global micro-batch, which contrast compares each sample with.
+        num_samples: samples of the global micro-batch, which contrast compares each sample with.
     """
     dim, parts = model.hidden_size, objectives.computed_parts()
-    before, after = 2 * 3 * dim**2, 2 * (dim**2 + 2 * dim * model.intermediate_size)  # of attention, a position
+    before, after = 2 * 3 * dim**2, 2 * (dim**2 + 2 * dim * model.intermediate_size)  # of attention, for each position
     a_pair = 4 * dim  # query x key, and probability x value
 
     def encoder(num_layers: int, positions: float, pairs: float, last: float) -> float:
@@ -65,7 +65,7 @@ def last_layer_rows(lengths: Lengths, objectives: Chosen) -> dict[str, float]:
 
 
 def backbone_flops(model: Mvptr) -> float:
-    """FLOPs of one image's forward pass through the backbone, counted on a copy without memory; 0 without one."""
+    """Returns the FLOPs of one image's forward pass through the backbone, or 0. It counts on a copy without memory."""
     backbone = model.region_embedding.backbone
     if backbone is None:
         return 0.0
@@ -86,7 +86,7 @@ class StepFlops:
         self.an_image = backbone_flops(losses.model) * (1 if self.model.freeze_backbone else FORWARD_AND_BACKWARD)
 
     def of(self, batch: Batch) -> float:
-        """Forward and backward of a micro-batch on the host."""
+        """Returns the FLOPs of forward and backward of a micro-batch on the host."""
         return self.of_lengths(Lengths.of(batch))
 
     def of_lengths(self, lengths: Lengths) -> float:

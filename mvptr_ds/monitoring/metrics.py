@@ -1,4 +1,4 @@
-"""What a run reports: loss meters that stay on the device, throughput, memory; console and `metrics.jsonl`."""
+"""Collects and writes what a run reports: losses, throughput and memory, on the console and in `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ from mvptr_ds.monitoring.timing import PHASES, Peak, PhaseClock
 from mvptr_ds.monitoring.wandb_run import WandbRun
 from mvptr_ds.objectives.losses import LossSum
 from mvptr_ds.objectives.table import OBJECTIVES
+from mvptr_ds.user_io.atomic import replacing
 
 logger = logging.getLogger(__name__)
 GIB = 2**30
 
 
 class Meters:
-    """Sums since the last report; nothing is read back from the device, nor exchanged, before `report`.
+    """Sums since the last report. Nothing is read from the device or exchanged before `report`.
 
     Args:
         sources: names of the sources of a mixture, which are also counted apart.
-        flops: what a batch asks for, which is then reported.
-        peak: what the device could do, of which the share is then reported, too.
+        flops: counts the FLOPs of a batch, which are then reported.
+        peak: what the device can do at most. The share of it is then reported, too.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Meters:
         self.since_s = time.perf_counter()
 
     def add_parts(self, parts: dict[str, LossSum], source_B: Tensor | None = None) -> None:
-        """Adds each objective's local sum and count, and those of each source where the samples' are known."""
+        """Adds each objective's local sum and count, and those of each source where they are known by sample."""
         for name, part in parts.items():
             self.sums[f"loss/{name}"] += torch.stack([part.sum, part.count]).double()
             if source_B is None or part.per_sample_B2 is None:
@@ -86,10 +87,10 @@ class Meters:
         self.counts[f"{prefix}bad_samples"] += int(batch.num_bad_B[chosen_B].sum())
 
     def report(self) -> dict[str, Any]:
-        """Means over all ranks since the last report; resets. Every rank calls it at the same step.
+        """Returns the means over all ranks since the last report, and resets. Every rank calls it at the same step.
 
-        A loss that no sample had a target of is None: unlike NaN, which tells that training diverges. Shares of time
-        are of the mean rank; `time/communication_frac` lies within the other phases.
+        A loss without a target is None, unlike NaN, which shows that training diverges. Shares of time are of the mean
+        rank. `time/communication_frac` lies within the other phases.
         """
         seconds = self.clock.read()
         self.counts |= {phase: seconds[phase] for phase in PHASES}
@@ -97,7 +98,7 @@ class Meters:
         names, count_names = sorted(self.sums), sorted(self.counts)
         counts = torch.tensor([self.counts[n] for n in count_names], dtype=torch.float64, device=self.device)
         packed = collectives.all_reduce_sum(torch.cat([*(self.sums[n] for n in names), counts])).tolist()
-        elapsed_s = time.perf_counter() - self.since_s  # the line above has waited for the device
+        elapsed_s = time.perf_counter() - self.since_s  # the line above waits for the device
         out: dict[str, Any] = {}
         for i, name in enumerate(names):
             total, count = packed[2 * i : 2 * i + 2]
@@ -138,19 +139,19 @@ def _oov_frac(totals: dict[str, float], prefix: str) -> float:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak of the device's allocated memory on CUDA, of this process's resident memory on a CPU."""
+    """Returns the peak of allocated memory on CUDA, or of this process's resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
 class MetricsLog:
-    """Rank 0's log of a stage: a line on the console, one JSON object a report in `metrics.jsonl`, and wandb.
+    """Writes rank 0's log of a stage: a line on the console, a JSON object for each report, and wandb.
 
-    What cannot be written (no space left) is kept and written with the first report that can be.
+    What cannot be written, for want of space, is kept and written with the first report that can be.
 
     Args:
-        resumed_at: the step that the run goes on from; reports after it belong to a lost part and are dropped.
+        resumed_at: the step that the run resumes from. Later reports belong to a lost part and are dropped.
         config: the resolved configuration, as wandb shows it.
     """
 
@@ -159,7 +160,7 @@ class MetricsLog:
         self.enabled = collectives.is_main()
         self.wandb_id: str | None = None
         self._pending: list[str] = []
-        self._seen: set[str] = set()  # losses that have had a target, or that were said to have none
+        self._seen: set[str] = set()  # losses that have had a target, or that were reported to have none
         if self.enabled:
             folder.mkdir(parents=True, exist_ok=True)
             _drop_lines_from(self.path, resumed_at)
@@ -167,7 +168,7 @@ class MetricsLog:
             self.wandb_id = self.wandb.id
 
     def write(self, step: int, max_steps: int, values: dict[str, Any]) -> None:
-        """Appends one report. None (no sample had a target of the objective), NaN and infinity become null."""
+        """Appends one report. None, of an objective without a target, and NaN and infinity become null."""
         if not self.enabled:
             return
         self._append(step, {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()})
@@ -217,7 +218,7 @@ class MetricsLog:
             self._pending.clear()
         except OSError as error:
             logger.error("%s: %s; kept until it can be written", self.path, error)
-            with suppress(OSError):  # the part of a line that fitted
+            with suppress(OSError):  # the part of the line that was written
                 os.truncate(self.path, num_bytes)
         self.wandb.log(step, values)
 
@@ -228,9 +229,9 @@ def _in_percent(scores: dict[str, float]) -> str:
 
 
 def _drop_lines_from(path: Path, step: int) -> None:
-    """Removes reports after `step`: those of a part of the run that was lost and is now repeated.
+    """Removes reports after `step`, which belong to a part of the run that is repeated.
 
-    What is no report is removed, too, and said, but for a last line that a killed run left cut.
+    Lines that are no report are removed and reported, except a last line that a killed run cut off.
     """
     if not path.exists():
         return
@@ -240,13 +241,12 @@ def _drop_lines_from(path: Path, step: int) -> None:
     if num_strange:
         logger.warning("%s: lines that are no reports are dropped (%d)", path, num_strange)
     kept = [line for line, found in zip((*whole, rest), steps, strict=True) if found is not None and found <= step]
-    partial = path.with_name(path.name + ".partial")  # a run killed here must not lose the lines before
-    partial.write_bytes(b"".join(line + b"\n" for line in kept))
-    os.replace(partial, path)
+    with replacing(path) as partial:  # a run killed here must not lose the lines before
+        partial.write_bytes(b"".join(line + b"\n" for line in kept))
 
 
 def _step_of(line: bytes) -> float | None:
-    """The step of a report; None where the line is none."""
+    """Returns the step of a report, or None for another line."""
     try:
         step = json.loads(line.decode())["step"]
     except (ValueError, LookupError, TypeError, RecursionError):

@@ -1,4 +1,4 @@
-"""Where the time of a step goes, how fast the device could be, and a window of it for torch's profiler."""
+"""Measures where a step's time goes and how fast the device can be, and traces a window with torch's profiler."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ PHASES = ("forward", "backward", "step", "communication")
 
 
 class PhaseClock:
-    """Seconds spent in each phase since last read, without making the device wait.
+    """Measures the seconds in each phase since the last read, without making the device wait.
 
-    On CUDA an event is recorded at either end and read at the report, so that a phase lasts as long as the device
-    takes, idling for the host included; on a CPU it is the wall clock. Phases may nest: `communication` (the
-    collectives of `parallel`, with the waiting for slower ranks) lies within the others.
+    On CUDA an event is recorded at either end and read at the report. A phase then lasts as long as the device takes,
+    including idling for the host. On a CPU it is the wall clock. Phases may nest: `communication` lies within the
+    others. It covers the package's collectives, with the waiting for slower ranks.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -50,7 +50,7 @@ class PhaseClock:
         return event
 
     def read(self) -> dict[str, float]:
-        """Seconds by phase; resets. On CUDA the device must have reached the last event, which a report waits for."""
+        """Returns the seconds by phase, and resets. On CUDA the device must have reached the last event."""
         spans, self._spans = self._spans, []
         seconds: dict[str, float] = defaultdict(float)
         for phase, start, end in spans:
@@ -64,14 +64,14 @@ class PhaseClock:
 
 @dataclass(frozen=True)
 class Peak:
-    """How fast a device multiplies matrices, and where the number is from."""
+    """Holds how fast a device multiplies matrices, and the source of the number."""
 
     tflops: float
     source: str
 
 
-# Vendors' dense figures in TFLOPS, float32 accumulation: half precision (fp16 and, where there is, bf16), float32
-# without TF32. A name is looked for as a whole word; the longer ones come first.
+# Vendors' dense figures in TFLOPS with float32 accumulation, for half precision and for float32 without TF32.
+# A name is searched as a whole word. The longer names come first.
 VENDOR_TFLOPS: dict[str, tuple[float, float]] = {
     "H100 PCIe": (756.0, 51.0),
     "H100 NVL": (835.0, 60.0),
@@ -92,7 +92,7 @@ VENDOR_TFLOPS: dict[str, tuple[float, float]] = {
 
 
 def vendor_tflops(name: str, dtype: torch.dtype) -> float | None:
-    """The vendor's figure for a device's name, None for one that is not in the table."""
+    """Returns the vendor's figure for a device's name, or None for a name that is not in the table."""
     for known, (half, single) in VENDOR_TFLOPS.items():
         if re.search(rf"\b{known}\b", name):
             return single if dtype == torch.float32 else half
@@ -100,8 +100,8 @@ def vendor_tflops(name: str, dtype: torch.dtype) -> float | None:
 
 
 def measured_tflops(device: torch.device, dtype: torch.dtype, size: int = 8192) -> float:
-    """The best of a few products of square matrices of this size by the model's kernel; on a GPU some milliseconds."""
-    generator = torch.Generator(device).manual_seed(0)  # its own: a resumed run has its random state back by now
+    """Measures the best of a few square matrix products by the model's kernel. On a GPU it takes milliseconds."""
+    generator = torch.Generator(device).manual_seed(0)  # its own: a resumed run has restored its random state
     left, right = (torch.randn(size, size, device=device, dtype=dtype, generator=generator) for _ in range(2))
     clock, best_s = PhaseClock(device), float("inf")
     for _ in range(5):
@@ -112,9 +112,9 @@ def measured_tflops(device: torch.device, dtype: torch.dtype, size: int = 8192) 
 
 
 def device_peak(device: torch.device, dtype: torch.dtype) -> Peak | None:
-    """What MFU is a share of: the vendor's figure for a known GPU, else the product measured here and now.
+    """Returns what MFU is a share of: the vendor's figure for a known GPU, or else a measured product.
 
-    None on a CPU, whose cores the ranks share with each other and with whatever else runs: a product that is measured
+    It is None on a CPU, whose cores the ranks share with each other and with other programs. A product measured
     there in one moment is no bound for the next.
     """
     if device.type != "cuda":
@@ -153,7 +153,7 @@ class ProfileWindow:
         return self
 
     def begin(self, step: int) -> None:
-        """Before step number `step` (from 0)."""
+        """Starts the trace before step number `step`, which counts from 0."""
         if self._profiler is None and self.first <= step < self.stop:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
             self._profiler = torch.profiler.profile(activities=activities)
@@ -161,12 +161,12 @@ class ProfileWindow:
             self._started_at = step
 
     def end(self, num_steps: int) -> None:
-        """After `num_steps` steps in all."""
+        """Ends the trace after `num_steps` steps in all."""
         if self._profiler is not None and num_steps >= self.stop:
             self._export(num_steps)
 
     def __exit__(self, *_: object) -> None:
-        if self._profiler is not None:  # stopped by a signal or an error within the window
+        if self._profiler is not None:  # a signal or an error ended the run within the window
             self._export("cut")
 
     def _export(self, stop: int | str) -> None:
@@ -177,7 +177,7 @@ class ProfileWindow:
             profiler.stop()
             self.folder.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)
-            profiler.export_chrome_trace(str(path))  # which prints what fails, and raises nothing
+            profiler.export_chrome_trace(str(path))  # it prints what fails and raises nothing
             _check_trace(path)
         except (OSError, RuntimeError) as error:
             logger.warning("the trace %s could not be written, training goes on without: %s", path, error)

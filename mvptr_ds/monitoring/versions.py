@@ -1,4 +1,4 @@
-"""Which code and which packages a run was made with."""
+"""Identifies the code and the packages that a run was made with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import platform
 import subprocess
 from pathlib import Path
 
-# simplejpeg decodes JPEG where it is installed, Pillow elsewhere: their pixels differ by a little
+# simplejpeg decodes JPEG where it is installed, else Pillow, and their pixels differ slightly
 PACKAGES = (
     "mvptr_ds",
     "torch",
@@ -25,12 +25,12 @@ PACKAGES = (
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a run, and the commit of a checkout (`+` when changed)."""
+    """Returns the versions of Python and of relevant packages, and the commit of a checkout, with `+` when changed."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        except importlib.metadata.PackageNotFoundError:  # it runs from a checkout that is not installed
             continue
     commit = _git("rev-parse", "--short=12", "HEAD")
     if commit:
@@ -39,7 +39,7 @@ def versions() -> dict[str, str]:
 
 
 def code_sha256() -> str:
-    """Of the package's sources and packaged configurations, as they lie on this machine."""
+    """Returns the SHA-256 of the package's sources and packaged configurations on this machine."""
     package = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
     for path in sorted(p for p in package.rglob("*") if p.suffix in (".py", ".yaml")):

@@ -1,4 +1,4 @@
-"""Weights & Biases: optional, the same run after a resume, never a reason for training to end."""
+"""Logs to Weights & Biases, if wanted: the same run after a resume, and never a reason for training to end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mvptr_ds.monitoring.versions import versions
 
 logger = logging.getLogger(__name__)
 MODES = ("online", "offline", "disabled")
-START_TIMEOUT_S = 30.0  # for the service to answer; the other ranks wait meanwhile
+START_TIMEOUT_S = 30.0  # seconds for the service to answer, while the other ranks wait
 
 
 def check_mode(mode: str) -> None:
@@ -22,10 +22,10 @@ def check_mode(mode: str) -> None:
 
 
 class WandbRun:
-    """One run a stage; its id is kept in `wandb_id`, so that a resume goes on in the same run.
+    """Makes one run for each stage. Its id is kept in `wandb_id`, so a resume continues the same run.
 
-    `online` without an account or without an answer becomes `offline` (files that `wandb sync` uploads later), and
-    whatever goes wrong inside the service is said once and ends the logging, not the training.
+    `online` without an account or without an answer becomes `offline`: files that `wandb sync` uploads later. Whatever
+    goes wrong inside the service is reported once and ends the logging, not the training.
     """
 
     def __init__(self, folder: Path, config: WandbConfig, content: dict[str, Any]) -> None:
@@ -41,7 +41,7 @@ class WandbRun:
             logger.warning("wandb could not start, training goes on without: %s", error)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """Sends one report. `step` is a value like the others: a resumed run may go back behind its last report."""
+        """Sends one report. `step` is a value like the others, since a resumed run may begin before its last report."""
         if self._run is None:
             return
         try:
@@ -51,7 +51,7 @@ class WandbRun:
             self._run = None
 
     def close(self) -> None:
-        """Writes out what is pending."""
+        """Writes what is pending."""
         run, self._run = self._run, None
         try:
             if run is not None:
@@ -67,7 +67,7 @@ def _run_id(path: Path) -> str:
 
 
 def _start(folder: Path, config: WandbConfig, content: dict[str, Any], run_id: str) -> Any:
-    import wandb  # only where it is used: the import takes a second
+    import wandb  # imported only where it is used, since the import takes a second
 
     settings = wandb.Settings(silent=True, console="off", init_timeout=START_TIMEOUT_S)
 

@@ -1,7 +1,7 @@
 """The model's outputs for one micro-batch, each computed once, when the first objective asks for it.
 
-`ModelPass` encodes each modality by itself (stage 1). `AlignedPass` encodes pairs, finds a negative for each, and runs
-the cross encoder on both (stage 2, joint).
+`ModelPass` encodes each modality by itself (stage 1). `PairPass` adds the cross encoder (downstream tasks).
+`AlignedPass` finds a negative for each sample, and runs the cross encoder on both pairs (stage 2, joint).
 
 Legend: B samples of this rank, N samples of all ranks, K rows with a label, D hidden.
 """
@@ -82,6 +82,54 @@ class ModelPass:
         return LossSum.of_slots(values_K, slots.owners().index_select(0, masked.rows_K), len(slots))
 
 
+class PairPass(ModelPass):
+    """The outputs of a batch of pairs: both encoders, and the cross encoder on each text and its image.
+
+    Downstream tasks read it with `rows={"visual": {"regions"}, "matched": {"first"}}` or the like.
+    """
+
+    def __init__(
+        self, model: Mvptr, packed: PackedBatch, rows: Mapping[str, frozenset[str]], *, per_sample: bool = False
+    ) -> None:
+        super().__init__(model, packed, rows, per_sample=per_sample)
+        # Both encoders run before any objective, visual first. The cross encoder takes all of their states, and this
+        # order fixes the order in which their gradients are added up.
+        regions = self.regions
+        self.matched_inputs = Pairs(self.text, packed.phrase_mask, regions)
+
+    @cached_property
+    def text(self) -> Packed:
+        """States of the text encoder [N, D], of all slots."""
+        return self.model.encode_text(self.packed.text_ids, self.table.text_ND)
+
+    @property
+    def word_states(self) -> Packed:
+        return self.matched.text
+
+    @property
+    def matched(self) -> Pairs:
+        """The cross encoder's states of the matched pairs."""
+        return self.cross[0]
+
+    @cached_property
+    def cross(self) -> tuple[Pairs, Pairs]:
+        """The cross encoder's states of the matched and of the mismatched pairs, from one call; here without those."""
+        return self._cross(None)
+
+    def _cross(self, mismatched: Pairs | None) -> tuple[Pairs, Pairs]:
+        packed, matched = self.packed, self.matched_inputs
+        text, phrase_mask, regions = matched.text, matched.phrase_mask, matched.regions
+        kinds = self.rows["matched"]
+        needed = join(output_rows.text_rows(kinds, packed), output_rows.region_rows(kinds, packed))
+        if mismatched is not None:
+            text, regions = concat([text, mismatched.text]), concat([regions, mismatched.regions])
+            phrase_mask = concat([phrase_mask, mismatched.phrase_mask])
+            lengths = mismatched.text.lengths, mismatched.regions.lengths
+            needed = concat([needed, output_rows.pair_rows(self.rows["mismatched"], *lengths)])
+        text, regions = self.model.encode_cross(text, regions, needed=needed)
+        return Pairs(text, phrase_mask, regions).split(len(matched.text))
+
+
 @dataclass(frozen=True)
 class Choices:
     """How a step takes its negatives, with every `auto` and every schedule resolved."""
@@ -91,8 +139,8 @@ class Choices:
     wpg_states: str
 
 
-class AlignedPass(ModelPass):
-    """The outputs of a batch of pairs: both encoders, the candidates for negatives, and the cross encoder.
+class AlignedPass(PairPass):
+    """The same with a negative for each sample: candidates, mismatched pairs, and the cross encoder on both kinds.
 
     What each sample is compared with is chosen from the global states alone. Token and region states are exchanged
     between ranks only for the negatives that were chosen.
@@ -116,23 +164,10 @@ class AlignedPass(ModelPass):
         needs_mismatched: bool,
         per_sample: bool = False,
     ) -> None:
-        super().__init__(model, packed, rows, per_sample=per_sample)
         self.config, self.choices, self.draws, self.scale = config, choices, draws, scale
         self.needs_mismatched = needs_mismatched
         self._candidates: dict[str, Candidates] = {}
-        # Both encoders run before any objective, visual first. The cross encoder takes all of their states, and this
-        # order fixes the order in which their gradients are added up.
-        regions = self.regions
-        self.matched_inputs = Pairs(self.text, packed.phrase_mask, regions)
-
-    @cached_property
-    def text(self) -> Packed:
-        """States of the text encoder [N, D], of all slots."""
-        return self.model.encode_text(self.packed.text_ids, self.table.text_ND)
-
-    @property
-    def word_states(self) -> Packed:
-        return self.cross[0].text
+        super().__init__(model, packed, rows, per_sample=per_sample)
 
     def candidates(self, scope: str) -> Candidates:
         """Among which samples of this rank (`local`) or of all ranks (`global`) negatives are chosen."""
@@ -156,18 +191,7 @@ class AlignedPass(ModelPass):
 
         Without `needs_mismatched` the second holds no pair.
         """
-        packed, matched = self.packed, self.matched_inputs
-        text, phrase_mask, regions = matched.text, matched.phrase_mask, matched.regions
-        kinds = self.rows["matched"]
-        needed = join(output_rows.text_rows(kinds, packed), output_rows.region_rows(kinds, packed))
-        if self.needs_mismatched:
-            mismatched = self._mismatched_inputs()
-            text, regions = concat([text, mismatched.text]), concat([regions, mismatched.regions])
-            phrase_mask = concat([phrase_mask, mismatched.phrase_mask])
-            lengths = mismatched.text.lengths, mismatched.regions.lengths
-            needed = concat([needed, output_rows.pair_rows(self.rows["mismatched"], *lengths)])
-        text, regions = self.model.encode_cross(text, regions, needed=needed)
-        return Pairs(text, phrase_mask, regions).split(len(matched.text))
+        return self._cross(self._mismatched_inputs() if self.needs_mismatched else None)
 
     def _mismatched_inputs(self) -> Pairs:
         """For each sample its own text beside another's image, or the other way round, before the cross encoder.

@@ -136,7 +136,7 @@ def _wpg(outputs: AlignedPass) -> LossSum:
     negative_index_B = candidates.negatives(
         choices.wpg_negatives, every_image_B, outputs.draws.wpg_image_N, outputs.scale
     )
-    pairs = outputs.cross[0] if choices.wpg_states == "cross" else outputs.matched_inputs
+    pairs = outputs.matched if choices.wpg_states == "cross" else outputs.matched_inputs
     positive_B, negative_B, can_be_B = grounding_scores(pairs, negative_index_B, outputs.draws, wpg)
     return losses.wpg(positive_B, negative_B, can_be_B & candidates.has_negative(), wpg.margin)
 

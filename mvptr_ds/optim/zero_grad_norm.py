@@ -21,7 +21,7 @@ def patch_zero_grad_norm(optimizer: Any) -> None:
     more, and skips the step for either. A norm is not finite where a gradient is not: the first look is left out, and
     the norms come from one multi-tensor kernel. Other optimisers (stage 3, offloading) stay as they are.
 
-    Source: measured on one H200, `docs/gpu.md`: 1,300 of the 2,900 kernels of a small model's step.
+    Source: measured on one H200, `docs/measurements/gpu.md`: 1,300 of the 2,900 kernels of a small model's step.
     """
     if not isinstance(optimizer, DeepSpeedZeroOptimizer) or optimizer.cpu_offload or not optimizer.compute_grad_norm:
         return

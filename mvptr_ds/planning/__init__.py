@@ -1,1 +1,1 @@
-"""What a run would need, before it is started: bytes, time, and every assumption by name."""
+"""Estimates what a run needs before it starts (`tools/plan_run.py`). Its files are cost, lengths, memory and plan."""

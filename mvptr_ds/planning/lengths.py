@@ -1,4 +1,4 @@
-"""Lengths to plan with: drawn from stated ranges, or measured on the samples of real shards."""
+"""Provides the lengths to plan with: drawn from stated ranges, or measured on the samples of real shards."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MEASURED_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Ranges:
-    """Uniform, both ends included. Defaults: captions and detections as on COCO with VinVL's detector."""
+    """Holds uniform ranges, both ends included. The defaults are as on COCO with VinVL's detector."""
 
     tokens: tuple[int, int] = (8, 20)
     phrases: tuple[int, int] = (0, 5)
@@ -31,7 +31,7 @@ class Ranges:
 
 
 def drawn(ranges: Ranges, data: DataConfig, masking: MaskingConfig, with_images: bool) -> Lengths:
-    """Means over drawn samples; always the same."""
+    """Returns the mean lengths of drawn samples. The draws are always the same."""
     rng = np.random.default_rng(0)
     tokens, phrases, tags, regions = (rng.integers(low, high + 1, NUM_DRAWN) for low, high in asdict(ranges).values())
     tokens, tags = np.minimum(tokens, data.max_tokens), np.minimum(tags, data.max_tag_slots)
@@ -60,20 +60,20 @@ def drawn(ranges: Ranges, data: DataConfig, masking: MaskingConfig, with_images:
 
 
 def measured(config: Config, stage: str, num_samples: int) -> tuple[Lengths, float]:
-    """Means over the first samples that a run would train on, and how many of them one core makes ready in a second.
+    """Returns the mean lengths of a run's first samples, and how many samples one core prepares in a second.
 
     Raises:
         DataError: the shards cannot be read.
     """
     torch.set_num_threads(1)
-    config.data.demo_source = config.data.held_out = None  # plans with what is there to train on
+    config.data.demo_source = config.data.held_out = None  # the plan uses only what exists to train on
     builders.prepare_shards(config.data, config.run.seed, 1)
     needs = TASKS[stage].sample_needs(config)
     with tempfile.TemporaryDirectory() as joins:
         dataset = builders.build_dataset(
             config, builders.build_vocabs(config.data), stage, needs, config.run.seed, Path(joins)
         )
-        dataset[0]  # opens files
+        dataset[0]  # opens the files, which is not timed
         started_s = time.process_time()
         samples = dataset.__getitems__(list(range(num_samples)))
         cpu_s = time.process_time() - started_s
@@ -87,5 +87,5 @@ def _means(total: Lengths) -> Lengths:
 
 
 def times(lengths: Lengths, factor: float) -> Lengths:
-    """Of so many samples."""
+    """Returns the lengths of `factor` samples."""
     return Lengths(**{name: value * factor for name, value in asdict(lengths).items()})

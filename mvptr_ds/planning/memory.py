@@ -1,8 +1,9 @@
-"""Bytes that a rank holds: what DeepSpeed keeps of a model, and what its encoders keep for the backward pass.
+"""Counts the bytes that a rank holds: what DeepSpeed keeps of a model, and what encoders keep for the backward pass.
 
-States follow DeepSpeed's own layout (runtime/zero/stage_1_and_2.py of the version in constraints.txt): the trained
-parameters of an optimiser group lie in one flat buffer, padded to twice the number of ranks; each rank owns an equal
-part of it, with float32 master weights and Adam's two moments, and the gradients of all parameters that reach into it.
+States follow DeepSpeed's own layout (runtime/zero/stage_1_and_2.py of the version in constraints.txt). The trained
+parameters of an optimiser group lie in one flat buffer, padded to twice the number of ranks. Each rank owns an equal
+part of it, with float32 master weights and Adam's two moments. It also holds the gradients of all parameters that reach
+into its part.
 
 Legend: D hidden, F feed-forward.
 """
@@ -19,13 +20,13 @@ from mvptr_ds.objectives.lengths import Lengths
 
 FLOAT32 = 4
 MASTER_AND_MOMENTS = 3 * FLOAT32
-ALIGNMENT = 2  # x ranks: what a flat buffer's length is a multiple of
+ALIGNMENT = 2  # times the ranks: the length of a flat buffer is a multiple of it
 DEFAULTS = {"reduce_bucket_size": 5e8, "stage3_param_persistence_threshold": 1e5}
 
 
 @dataclass(frozen=True)
 class Zero:
-    """What the DeepSpeed JSON says of memory, as `fill_ds_config` lets it pass."""
+    """Holds the DeepSpeed JSON's settings that affect memory, after `fill_ds_config`."""
 
     stage: int
     reduce_bucket_size: int  # elements
@@ -51,15 +52,15 @@ class Zero:
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Of one rank's device, between the backward pass and the optimiser's step."""
+    """Counts the bytes of states on one rank's device, between the backward pass and the optimiser's step."""
 
     parameters: int
     gradients: int
     optimizer: int  # float32 master weights and both moments
-    on_host: int  # what offloading keeps in the host's memory instead
-    all_gradients: int  # at the end of the backward pass: stage 1 holds those of every parameter until then
-    buckets: int  # DeepSpeed's buffers for gradients under way, during the backward pass
-    step: int  # float32 copy of the own gradients and what it is made from, during the optimiser's step
+    on_host: int  # what offloading moves to the host's memory
+    all_gradients: int  # end of the backward pass: until then stage 1 holds the gradients of every parameter
+    buckets: int  # DeepSpeed's buffers for gradients in transit, during the backward pass
+    step: int  # float32 copy of the rank's gradients and its source, during the optimiser's step
 
     @property
     def total(self) -> int:
@@ -69,12 +70,12 @@ class StateBytes:
 def state_bytes(
     groups: Sequence[Sequence[int]], frozen: int, element_bytes: int, zero: Zero, num_ranks: int, rank: int
 ) -> StateBytes:
-    """What a rank keeps of the weights.
+    """Returns the bytes that a rank keeps of the weights.
 
     Args:
-        groups: elements of each trained parameter, by optimiser group, in the optimiser's order.
-        frozen: elements that are not trained.
-        element_bytes: of a weight and its gradient: 2 for bf16 and fp16, 4 for float32.
+        groups: number of elements of each trained parameter, by optimiser group, in the optimiser's order.
+        frozen: number of elements that are not trained.
+        element_bytes: bytes of a weight and of its gradient: 2 for bf16 and fp16, 4 for float32.
     """
     parameters = frozen * element_bytes
     gradients = optimizer = largest = 0
@@ -104,7 +105,7 @@ def state_bytes(
 
 
 def _reaching_into(group: Sequence[int], first: int, stop: int) -> int:
-    """Elements of all parameters of which the part first..stop holds some: they are kept whole."""
+    """Returns the elements of all parameters that reach into the part first..stop, which are kept whole."""
     kept = start = 0
     for num in group:
         if start < stop and start + num > first:
@@ -116,7 +117,7 @@ def _reaching_into(group: Sequence[int], first: int, stop: int) -> int:
 def largest_state_bytes(
     groups: Sequence[Sequence[int]], frozen: int, element_bytes: int, zero: Zero, num_ranks: int
 ) -> StateBytes:
-    """Of the rank with the most."""
+    """Returns the bytes of the rank that keeps most."""
     every = (state_bytes(groups, frozen, element_bytes, zero, num_ranks, rank) for rank in range(num_ranks))
     return max(every, key=lambda held: held.total)
 
@@ -132,16 +133,16 @@ def activation_bytes(
     num_groundings: int = 0,
     mask_bytes: int = 1,
 ) -> int:
-    """What the encoders keep for the backward pass of a micro-batch of these lengths.
+    """Returns the bytes that the encoders keep for the backward pass of a micro-batch of these lengths.
 
-    A position of a layer keeps 9 D + 2 F elements: its input, query, key and value, attention's output (the kernel's
-    own); then, in the last layer only of the rows that are `read` (flops.rows_read), attention's output joined for the
-    next product, the input and output of the first norm, both sides of GELU, the input of the second norm; and
-    `mask_bytes` for each element that dropout decides on (a bool on CUDA, an element of the states on a CPU). With
-    activation checkpointing a layer keeps its input, and one layer at a time the rest.
+    A position of a layer keeps 9 D + 2 F elements. The first five are its input, query, key, value and the output of
+    attention's kernel. The others are attention's joined output, the input and output of the first norm, both sides of
+    GELU and the input of the second norm. In the last layer, only the rows of `read` (flops.rows_read) keep these.
+    Dropout keeps `mask_bytes` for each element that it decides on: a bool on CUDA, an element of the states on a CPU.
+    With activation checkpointing a layer keeps its input alone, and one layer at a time keeps the rest.
 
-    Each of `num_groundings` (phrases against an image's regions) keeps the normalised states in float32, and with half
-    precision their float32 copy.
+    Each of `num_groundings` compares phrases with an image's regions. It keeps the normalised states in float32, and in
+    half precision their float32 copy.
     """
     dim, ffn = model.hidden_size, model.intermediate_size
     dropped = dim * mask_bytes if model.hidden_dropout else 0  # bytes of one dropout's mask

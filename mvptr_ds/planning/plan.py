@@ -1,4 +1,4 @@
-"""One plan: a configuration, a DeepSpeed JSON and a cluster -> bytes, time, GPU-hours, loader cores."""
+"""Makes one plan: a configuration, a DeepSpeed JSON and a cluster give bytes, time, GPU-hours and loader cores."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from mvptr_ds import builders
+from mvptr_ds.batch_size import micro_batch_size
 from mvptr_ds.config import Config
-from mvptr_ds.data.phrases import PhraseVocab
+from mvptr_ds.data.phrases import PhraseVocab, Vocabs
 from mvptr_ds.data.wordpiece import WordPiece
-from mvptr_ds.ds_config import fill_ds_config, micro_batch_size, precision_of
+from mvptr_ds.ds_config import fill_ds_config, precision_of
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.monitoring.flops import StepFlops, last_layer_rows
 from mvptr_ds.monitoring.timing import vendor_tflops
@@ -40,22 +41,22 @@ class Cluster:
 
     @property
     def gb_per_s(self) -> float:
-        """Of the slowest link that a ring over all GPUs crosses."""
+        """Returns the speed of the slowest link that a ring over all GPUs crosses."""
         return self.gpu.node_gb_per_s if self.num_nodes == 1 else self.gpu.network_gb_per_s
 
 
 def task_without_memory(config: Config, stage: str, vocab: tuple[int, int] | None = None) -> PretrainingLosses:
-    """The task of a stage with its true shapes, on torch's meta device.
+    """Builds the task of a stage with its true shapes, on torch's meta device.
 
     Args:
-        vocab: rows of the embedding table and phrases, where there is no phrase vocabulary to ask.
+        vocab: rows of the embedding table and phrases, where there is no phrase vocabulary.
     """
     words = WordPiece(config.data.word_vocab)
     if vocab is None and config.data.phrase_vocab:
         phrases = PhraseVocab.load(config.data.phrase_vocab, words)
     else:
         phrases = PhraseVocab.empty(words)
-    model_config = builders.model_config(config, builders.Vocabs(words, phrases))
+    model_config = builders.model_config(config, Vocabs(words, phrases))
     if vocab is not None:
         model_config.num_rows, model_config.num_phrases = vocab
     with torch.device("meta"):
@@ -66,7 +67,7 @@ def task_without_memory(config: Config, stage: str, vocab: tuple[int, int] | Non
 
 
 def groups_of(task: PretrainingLosses, weight_decay: float) -> tuple[list[list[int]], int]:
-    """Elements of each trained parameter by optimiser group, and of all that are not trained."""
+    """Returns the number of elements of each trained parameter by optimiser group, and of all others together."""
     trained = set(task.model.parameters_of(task.trained_parts()))
     named = [(n, p) for n, p in task.model.named_parameters() if n in trained]
     groups = [[p.numel() for p in group["params"]] for group in parameter_groups(named, weight_decay)]
@@ -83,11 +84,11 @@ def make_plan(
     assumed: Assumptions,
     num_samples: float,
 ) -> dict[str, Any]:
-    """Everything that is foretold, as one flat JSON object; quantities end in their unit.
+    """Returns the whole plan as one flat JSON object, whose quantities end in their unit.
 
     Args:
-        mean: of one sample.
-        num_samples: that the stage sees, whatever the batch.
+        mean: mean lengths of one sample.
+        num_samples: number of samples that the stage sees, for any batch.
 
     Raises:
         ValueError: the batch cannot be shared by the GPUs, or the JSON does not fit the configuration.
@@ -172,7 +173,7 @@ ROWS: Sequence[tuple[str, str, str]] = (  # key, what the table calls it, format
 
 
 def table(plans: Sequence[dict[str, Any]], mean: Lengths, assumed: Assumptions) -> str:
-    """The plans side by side, and what they rest on."""
+    """Returns the plans side by side, and the assumptions that they rest on."""
     first = plans[0]
     rows = [("GPUs", [str(p["gpus"]) for p in plans])]
     for key, label, how in ROWS:

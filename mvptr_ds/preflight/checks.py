@@ -1,7 +1,7 @@
-"""What would go wrong later, found before the first step: all findings at once, each with what to do.
+"""Finds what would go wrong later before the first step, and reports all findings at once with their remedies.
 
-A training run begins with it (`train.preflight`), and `train.preflight_only=true` ends after it: with 0, or with 2
-where a finding is an error.
+A training run begins with it (`train.preflight`). With `train.preflight_only=true` the run ends after it: with 0, or
+with 2 where a finding is an error.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ import torch
 import yaml
 
 from mvptr_ds import builders, ds_config
-from mvptr_ds.builders import Vocabs
-from mvptr_ds.checkpoints import checkpoint as checkpointing
 from mvptr_ds.checkpoints import hand_over, model_folder, resume
+from mvptr_ds.checkpoints.checkpoint import check_resume, newest_good
 from mvptr_ds.config import Config
+from mvptr_ds.data.phrases import Vocabs
 from mvptr_ds.data.shards.index import Index, SampleIndex
 from mvptr_ds.data.shards.index_builder import check_first_record, where_tars_are
-from mvptr_ds.data.shards.storage import MANIFEST_NAME, is_url
+from mvptr_ds.data.shards.index_format import MANIFEST_NAME
+from mvptr_ds.data.shards.urls import is_url
 from mvptr_ds.distributed import collectives
 from mvptr_ds.distributed.rendezvous import deadline
 from mvptr_ds.errors import DataError, PreflightError
@@ -54,16 +55,16 @@ from mvptr_ds.preflight.rank_checks import (
 from mvptr_ds.tasks import TASKS
 
 logger = logging.getLogger(__name__)
-CONNECT_LIMIT_S = 180.0  # from the start of the last rank: with NCCL thousands of ranks make a communicator
+CONNECT_LIMIT_S = 180.0  # from the start of the last rank: thousands of ranks may make an NCCL communicator
 LIMIT_S = 60.0
 
 
 def examine(config: Config, ds_content: dict[str, Any], device: torch.device, prepare: bool) -> list[Finding]:
-    """All findings, the same on every rank; all ranks call it.
+    """Returns all findings, the same on every rank. All ranks call it.
 
     Args:
         ds_content: the DeepSpeed JSON as written.
-        prepare: build shards and indices that are missing, which may take long; else say that they are.
+        prepare: whether to build missing shards and indices, which may take long. Otherwise they are findings.
     """
     started_s = time.perf_counter()
     with deadline(LIMIT_S, "the exchange of preflight"):
@@ -72,7 +73,7 @@ def examine(config: Config, ds_content: dict[str, Any], device: torch.device, pr
         asked = alike("configuration", _fingerprints(config, ds_content), "give all ranks the same files and arguments")
         found += asked + run_folder(Path(config.run.dir))
     if any(finding.level == ERROR for finding in asked):
-        return found  # ranks that want different things cannot look any further together
+        return found  # ranks with different settings cannot check anything else together
     found += on_each("configuration", lambda: _settings(config))
     found += on_each("batch", lambda: _batch(config, ds_content))
     found += loader_memory(config)
@@ -89,7 +90,7 @@ def examine(config: Config, ds_content: dict[str, Any], device: torch.device, pr
 
 
 def conclude(findings: Iterable[Finding], show_all: bool) -> None:
-    """Logs what is not well, or everything.
+    """Logs the findings that are not well, or all of them.
 
     Raises:
         PreflightError: there are errors.
@@ -124,10 +125,10 @@ def _fingerprints(config: Config, ds_content: dict[str, Any]) -> dict[str, str]:
 
 
 def _settings(config: Config) -> Iterator[Finding]:
-    """Each choice by itself, so that several wrong ones are told together."""
+    """Checks each choice by itself, so that several wrong ones are reported together."""
     choices: list[Callable[[], Any]] = [
         lambda: check_mode(config.wandb.mode),
-        lambda: checkpointing.check_resume(config.train.resume),
+        lambda: check_resume(config.train.resume),
         lambda: optimizer_choice(config.optim, torch.device("cpu")),  # which knows the names
         lambda: ProfileWindow(config.train.profile_steps, Path(config.run.dir)),
         lambda: config.stage_names,
@@ -171,7 +172,7 @@ def _prepare(config: Config) -> list[Finding]:
 
 
 def _missing(config: Config) -> list[Finding]:
-    """What training would build first."""
+    """Returns findings on shards that training would build first."""
     data = config.data
 
     def check() -> Iterator[Finding]:
@@ -192,7 +193,7 @@ def _missing(config: Config) -> list[Finding]:
 
 
 def _without_index(folder: str, role: str, num_bytes: int) -> Finding:
-    """Of a folder of tars whose index the run would build first."""
+    """Returns the finding on a folder of tars without an index, which the run would build first."""
     try:
         check_first_record(folder)
     except (DataError, OSError) as error:
@@ -211,10 +212,10 @@ def _demo_to_be_drawn(config: Config) -> bool:
 
 
 def _shards(config: Config, indices: dict[str, SampleIndex]) -> list[Finding]:
-    """Every rank opens every folder; rank 0 compares the indices with their hashes; stages get what they need.
+    """Opens every folder on every rank, verifies indices on rank 0, and checks that stages get what they need.
 
     Args:
-        indices: gets the samples of each folder, by the key of the configuration that names it.
+        indices: receives the samples of each folder, by the key of the configuration that names it.
     """
     data, joins = config.data, Path(config.run.dir) / "joins"
     options = builders.read_options(data)
@@ -237,7 +238,7 @@ def _shards(config: Config, indices: dict[str, SampleIndex]) -> list[Finding]:
     if all(finding.level == OK for finding in found):
         found += on_first("shards", verified)
     if all(finding.level == OK for finding in found):
-        try:  # what follows is alike on all ranks, and some of it is done together
+        try:  # the rest is the same on all ranks, and parts of it are collective
             for stage in config.stage_names:
                 sources = builders.open_sources(data, stage, TASKS[stage].sample_needs(config), joins)
                 if data.sources:
@@ -252,7 +253,7 @@ def _shards(config: Config, indices: dict[str, SampleIndex]) -> list[Finding]:
 
 
 def _held_out(config: Config, joins: Path, indices: dict[str, SampleIndex]) -> list[Finding]:
-    """What only evaluation wants is no error of a run that does not evaluate."""
+    """Opens the held-out split. A problem is no error of a run that does not evaluate."""
     try:
         indices["data.held_out"] = builders.open_held_out(config.data, joins)
     except (ValueError, OSError) as error:
@@ -265,7 +266,7 @@ def _held_out(config: Config, joins: Path, indices: dict[str, SampleIndex]) -> l
 def _model(
     config: Config, ds_content: dict[str, Any], device: torch.device, indices: Mapping[str, SampleIndex]
 ) -> list[Finding]:
-    """Vocabularies, records, objectives, what runs, disk, hand-over: with a model that has shapes and no numbers."""
+    """Checks vocabularies, records, objectives, kernels, disk and hand-over, with a model on the meta device."""
     vocabs: list[Vocabs] = []
 
     def load() -> Iterator[Finding]:
@@ -306,7 +307,9 @@ def _shapes(config: Config, vocabs: Vocabs) -> Mvptr:
 
 
 def _num_bytes(config: Config, model: Mvptr, precision: str) -> dict[str, int]:
-    """Of a checkpoint of each stage: the model in float32 and as computed, and of what is trained 12 bytes a parameter.
+    """Returns the bytes of a checkpoint of each stage.
+
+    A checkpoint holds the model in float32 and in the precision of the run, and 12 bytes for each trained parameter.
 
     Raises:
         ValueError: a stage's objectives cannot be computed.
@@ -322,7 +325,7 @@ def _num_bytes(config: Config, model: Mvptr, precision: str) -> dict[str, int]:
 
 
 def _disk(config: Config, num_bytes: dict[str, int]) -> Iterator[Finding]:
-    """Space for the checkpoints that are kept, and one more while it is written."""
+    """Compares free space with the checkpoints that are kept, and one more while it is written."""
     train, run_dir = config.train, Path(config.run.dir)
     needed, next_needed = 0, None
     for name, size in num_bytes.items():
@@ -331,7 +334,7 @@ def _disk(config: Config, num_bytes: dict[str, int]) -> Iterator[Finding]:
         )
         own = run_dir / name / "checkpoints"
         there = sum(file.stat().st_size for file in own.rglob("*") if file.is_file())
-        there = there if train.resume == "auto" else 0  # else it stays beside the new ones
+        there = there if train.resume == "auto" else 0  # otherwise old checkpoints stay beside the new ones
         needed += max(0, (kept + 1) * size - there)
         next_needed = size if next_needed is None else next_needed
     free = shutil.disk_usage(run_dir if run_dir.exists() else Path(".")).free
@@ -346,14 +349,14 @@ def _disk(config: Config, num_bytes: dict[str, int]) -> Iterator[Finding]:
 
 
 def _hand_over(config: Config, vocabs: Vocabs) -> list[Finding]:
-    """What the first stage starts from; all ranks look for it together."""
+    """Finds what the first stage starts from. All ranks call it."""
     stage = config.stage_names[0]
     own = Path(config.run.dir) / stage / "checkpoints"
     try:
         resumes = hand_over.resumes(config)
-        if resumes and not config.train.preflight_only:  # the stage compares it as soon as it is built
+        if resumes and not config.train.preflight_only:  # the stage compares it after it is built
             return [Finding("hand-over", OK, f"{stage} goes on from its checkpoints in {own}")]
-        path = checkpointing.newest_good(own) if resumes else hand_over.first_model(config, TASKS[stage].follows)
+        path = newest_good(own) if resumes else hand_over.first_model(config, TASKS[stage].follows)
     except (ValueError, OSError) as error:
         return [Finding.of("hand-over", error)]
     if path is None:

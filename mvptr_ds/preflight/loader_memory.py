@@ -1,4 +1,4 @@
-"""The check of preflight that looks at the memory of the batches which loader processes hold ready."""
+"""Checks that there is memory for the batches that loader processes hold ready."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from mvptr_ds.data.sharing import SHARED_FOLDER, free_shared_bytes, without_fold
 from mvptr_ds.distributed import collectives
 from mvptr_ds.preflight.rank_checks import OK, WARNING, Finding, on_each
 
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container; `max` where there is none
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # the memory limit of a container, or `max`
 NAME = "loader memory"
 
 
 def loader_memory(config: Config) -> list[Finding]:
-    """Whether each node has room for the batches that all its loader processes hold ready. All ranks call it."""
+    """Checks that each node has room for the batches that its loader processes hold ready. All ranks call it."""
     hosts = collectives.gather_objects(socket.gethostname())
     own = [rank for rank, host in enumerate(hosts) if host == socket.gethostname()]
 
     def check() -> Iterator[Finding]:
-        if collectives.rank() == own[0]:  # for its node
+        if collectives.rank() == own[0]:  # one rank checks for its node
             yield _compare(config, len(own))
 
     return on_each(NAME, check)
@@ -49,7 +49,7 @@ def _compare(config: Config, num_ranks: int) -> Finding:
 
 
 def largest_batch_bytes(config: Config, micro_batch: int) -> int:
-    """Of a micro-batch whose every sample fills all its slots; features as float16, as shards are written."""
+    """Returns the bytes of a micro-batch whose samples fill all their slots, with features in float16 as in shards."""
     data, visual = config.data, config.visual
     text, tags = data.max_text_slots * (8 + 1 + 1 + 8 + 8), data.max_tag_slots * (8 + 1 + 8)
     pixels = 3 * visual.image_size**2 if visual.source == "image" else 0
@@ -59,7 +59,7 @@ def largest_batch_bytes(config: Config, micro_batch: int) -> int:
 
 
 def _free_memory_bytes() -> int:
-    """Of this machine, or of the container that this process may not exceed."""
+    """Returns the free memory of this machine, or of the container that limits this process."""
     with open("/proc/meminfo", encoding="ascii") as file:
         available = next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable:"))
     try:

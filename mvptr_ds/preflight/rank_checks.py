@@ -1,4 +1,4 @@
-"""The checks of preflight that several ranks make together: do they reach each other, are they alike."""
+"""Checks that ranks make together: whether they reach each other, and whether they are alike."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from mvptr_ds.errors import may_pass
 
 OK, WARNING, ERROR = "ok", "warning", "error"
 MAX_SKEW_S = 2.0
-SLOW_GB_PER_S = 1.0  # of NCCL: what an ordinary Ethernet gives
+SLOW_GB_PER_S = 1.0  # for NCCL: the speed of ordinary Ethernet
 SEEN_WITHIN_S = 5.0  # network storage may show a new file late
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: what was looked at, how it is, and where that is not well, what to do."""
+    """Holds one line of the report: the check, its level and text, and the remedy of a problem."""
 
     check: str
     level: str
     text: str
     remedy: str = ""
-    passes: bool = False  # an error that the same command may not meet later
+    passes: bool = False  # whether the same command may succeed later
 
     @classmethod
     def of(cls, check: str, error: Exception) -> Finding:
-        """An error that was raised."""
+        """Makes a finding of an error that was raised."""
         return cls(check, ERROR, str(error), passes=may_pass(error))
 
 
@@ -42,9 +42,9 @@ Check = Callable[[], Iterable[Finding]]
 
 
 def on_each(name: str, check: Check) -> list[Finding]:
-    """The findings of every rank, on every rank; those that not all have in common bear the ranks.
+    """Returns the findings of every rank, on every rank. Those that only some ranks have are prefixed with these ranks.
 
-    What a user did wrong (ValueError, OSError) is a finding like the others. `check` makes no collectives.
+    A ValueError or OSError, which a user causes, is a finding like the others. `check` makes no collectives.
     """
     mine = _caught(name, check)
     findings: dict[Finding, list[int]] = {}
@@ -62,7 +62,7 @@ def on_each(name: str, check: Check) -> list[Finding]:
 
 
 def on_first(name: str, check: Check) -> list[Finding]:
-    """The findings of rank 0 alone, on every rank."""
+    """Returns the findings of rank 0, on every rank."""
     found: list[Finding] = collectives.broadcast_object(_caught(name, check) if collectives.is_main() else None)
     return found
 
@@ -81,11 +81,11 @@ def _ranks(ranks: list[int], hosts: list[str]) -> str:
 
 
 def exchange(device: torch.device) -> list[Finding]:
-    """An all-reduce whose sum is known, and its speed."""
+    """Runs an all-reduce whose sum is known, and measures its speed."""
     num = collectives.num_ranks()
     if num == 1:
         return [Finding("all-reduce", OK, "one rank: nothing to exchange")]
-    num_floats = (256 if device.type == "cuda" else 16) * 2**18  # so many MiB of float32
+    num_floats = (256 if device.type == "cuda" else 16) * 2**18  # 256 or 16 MiB of float32
     wanted, taken_s = num * (num + 1) / 2, float("inf")
     right = True
     for _ in range(3):
@@ -93,7 +93,7 @@ def exchange(device: torch.device) -> list[Finding]:
         collectives.barrier()
         started_s = time.perf_counter()
         dist.all_reduce(values)
-        right = right and bool((values == wanted).all())  # also waits for the device
+        right = right and bool((values == wanted).all())  # this comparison waits for the device
         taken_s = min(taken_s, time.perf_counter() - started_s)
     wrong = [rank for rank, well in enumerate(collectives.gather_objects(right)) if not well]
     if wrong:
@@ -108,7 +108,7 @@ def exchange(device: torch.device) -> list[Finding]:
 
 
 def alike(name: str, values: Mapping[str, str], remedy: str) -> list[Finding]:
-    """Whether all ranks have the same values; each that differs, with who has which."""
+    """Checks that all ranks have the same values. A finding for each difference names the ranks."""
     all_values = collectives.gather_objects((socket.gethostname(), dict(values)))
     hosts, found = [host for host, _ in all_values], []
     for key in sorted({key for _, own in all_values for key in own}):
@@ -122,7 +122,7 @@ def alike(name: str, values: Mapping[str, str], remedy: str) -> list[Finding]:
 
 
 def run_folder(folder: Path) -> list[Finding]:
-    """Whether every rank can write there, and sees what rank 0 writes."""
+    """Checks that every rank can write to the run folder and sees what rank 0 writes."""
     name = collectives.broadcast_object(f".preflight-{secrets.token_hex(4)}")
 
     def write() -> Iterator[Finding]:
@@ -154,7 +154,7 @@ def run_folder(folder: Path) -> list[Finding]:
 
 
 def clocks() -> list[Finding]:
-    """How far the ranks' clocks are apart: the least of five looks, since each also holds the way of the barrier."""
+    """Measures how far the ranks' clocks are apart: the least of five tries, since each contains a barrier's delay."""
     hosts = collectives.gather_objects(socket.gethostname())
     apart_s = float("inf")
     for _ in range(5):
@@ -170,7 +170,7 @@ def clocks() -> list[Finding]:
 
 
 def devices(device: torch.device) -> list[Finding]:
-    """Whether every rank has a GPU of its own."""
+    """Checks that every rank has a GPU of its own, and that all GPUs are of one kind."""
     if device.type != "cuda":
         hosts = sorted(set(collectives.gather_objects(socket.gethostname())))
         return [Finding("devices", OK, f"{device.type} on {', '.join(hosts[:4])}{' ...' if len(hosts) > 4 else ''}")]

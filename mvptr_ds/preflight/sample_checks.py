@@ -1,4 +1,4 @@
-"""The check of preflight that looks at records: do they hold what the objectives of the run's stages need?"""
+"""Checks that records hold what the objectives of the run's stages need."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mvptr_ds import builders
-from mvptr_ds.builders import NO_MASKING, Vocabs
+from mvptr_ds.builders import NO_MASKING
 from mvptr_ds.config import Config
 from mvptr_ds.data.features import SampleBuilder
+from mvptr_ds.data.phrases import Vocabs
 from mvptr_ds.data.shards.index import SampleIndex
 from mvptr_ds.data.shards.tar_reader import IMAGE_EXTENSIONS
 from mvptr_ds.errors import DataError
 from mvptr_ds.objectives.table import OBJECTIVES, PHRASES, REGIONS, TAGS, WORDS
 from mvptr_ds.preflight.rank_checks import ERROR, OK, WARNING, Finding
 
-NUM_LOOKED_AT = 256  # samples of a folder of this machine, spread evenly over it
-NUM_REMOTE, REMOTE_LIMIT_S = 32, 20.0  # of one behind a URL, where each may take a request
-DECODE_EVERY = 4  # pictures take milliseconds to decode
+NUM_LOOKED_AT = 256  # samples of a local folder, spread evenly over it
+NUM_REMOTE, REMOTE_LIMIT_S = 32, 20.0  # the same behind a URL, where each sample may take a request
+DECODE_EVERY = 4  # one in so many pictures is decoded, which takes milliseconds
 HELD_OUT = "data.held_out"
 
 KINDS = ("pictures", "features", "regions", TAGS, PHRASES)
@@ -36,19 +37,19 @@ REMEDIES = {
 
 @dataclass
 class Seen:
-    """What the samples of one folder hold."""
+    """Counts what the samples of one folder hold."""
 
     num: int = 0
-    holds: Counter[str] = field(default_factory=Counter)  # samples by what they hold
-    targets: Counter[str] = field(default_factory=Counter)  # samples by what they hold enough for
-    unusable: list[str] = field(default_factory=list)  # reasons
+    holds: Counter[str] = field(default_factory=Counter)  # number of samples that hold each kind
+    targets: Counter[str] = field(default_factory=Counter)  # number of samples that suffice for each objective
+    unusable: list[str] = field(default_factory=list)  # why samples cannot be used
 
 
 def examine(config: Config, vocabs: Vocabs, indices: Mapping[str, SampleIndex]) -> Iterator[Finding]:
     """Looks at records of every folder.
 
     Args:
-        indices: of the run's folders, by the key of the configuration that names each.
+        indices: samples of the run's folders, by the key of the configuration that names each.
     """
     seen = {}
     for name, index in indices.items():
@@ -57,14 +58,14 @@ def examine(config: Config, vocabs: Vocabs, indices: Mapping[str, SampleIndex]) 
         yield from _shares(name, seen[name], config)
     trained_on = [of_folder for name, of_folder in seen.items() if name != HELD_OUT]
     if all(len(of_folder.unusable) == of_folder.num for of_folder in trained_on):
-        return  # which is said
+        return  # reported above
     targets = sum((of_folder.targets for of_folder in trained_on), Counter())
     for stage in config.stage_names:
         yield from _objectives(config, stage, targets)
 
 
 def look(index: SampleIndex, builder: SampleBuilder) -> Seen:
-    """Samples spread over the folder, the same at every call; fewer, and for a limited time, behind a URL."""
+    """Counts samples spread over the folder, the same at every call. Behind a URL it takes fewer, within a limit."""
     seen = Seen()
     remote = index.read_ahead_bytes > 0
     num = min(NUM_REMOTE if remote else NUM_LOOKED_AT, len(index))
@@ -95,19 +96,19 @@ def _look_at(index: SampleIndex, builder: SampleBuilder, sample: int, decode: bo
     }
     seen.holds.update(kind for kind, holds in held.items() if holds)
     if builder.options.visual_source == "features" or decode:
-        builder.add_picture(begun, members)
+        builder.add_visual(begun, members)
     seen.targets.update(name for name, row in OBJECTIVES.items() if all(held[kind] for kind in row.needs))
 
 
 def _shares(name: str, seen: Seen, config: Config) -> Iterator[Finding]:
-    """How much of a folder holds what, and whether it can be used."""
+    """Reports which share of a folder holds what, and whether the samples can be used."""
     shares = ", ".join(f"{kind} {100 * seen.holds[kind] / max(1, seen.num):.0f} %" for kind in KINDS)
     yield Finding("records", OK, f"{name}: {seen.num} samples looked at: {shares}")
     num_bad = len(seen.unusable)
     if not num_bad:
         return
     text = f"{name}: {num_bad} of {seen.num} samples looked at cannot be used; the first: {seen.unusable[0]}"
-    # above what chance would show of as many bad ones as are allowed
+    # three standard deviations above the bad samples that are allowed
     allowed = config.data.max_bad_fraction * seen.num
     too_many = num_bad == seen.num or num_bad > allowed + 3 * math.sqrt(allowed) + 1
     if name == HELD_OUT and config.train.evaluate_every_steps == 0:
@@ -121,7 +122,7 @@ def _shares(name: str, seen: Seen, config: Config) -> Iterator[Finding]:
 
 
 def _objectives(config: Config, stage: str, targets: Counter[str]) -> Iterator[Finding]:
-    """Objectives of a stage for which nothing was seen to learn from."""
+    """Reports the objectives of a stage for which no sample holds anything to learn."""
     section, data = config.stage(stage), config.data
     weights = {name: weight for name, weight in vars(section.weights).items() if weight > 0}
     idle = []

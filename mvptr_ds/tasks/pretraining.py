@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from mvptr_ds.builders import SampleNeeds, Vocabs
+from mvptr_ds.builders import SampleNeeds
 from mvptr_ds.config import Config
+from mvptr_ds.data.phrases import Vocabs
 from mvptr_ds.data.shards.index import SampleIndex
 from mvptr_ds.evaluation.report import evaluate_model, flatten_scores
 from mvptr_ds.model.mvptr import Mvptr

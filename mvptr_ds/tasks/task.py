@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
-from mvptr_ds.builders import SampleNeeds, Vocabs
+from mvptr_ds.builders import SampleNeeds
 from mvptr_ds.config import Config
+from mvptr_ds.data.phrases import Vocabs
 from mvptr_ds.data.shards.index import SampleIndex
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.monitoring.flops import StepFlops

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,6 +23,19 @@ def user_path(text: str) -> Path:
         return Path(expanded(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Returns a type for argparse: whole numbers from `least` to `most`."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least or (most is not None and value > most):
+            limits = f"at least {least}" if most is None else f"at least {least} and at most {most}"
+            raise argparse.ArgumentTypeError(f"{value} is not {limits}")
+        return value
+
+    return number
 
 
 def expanded(text: str) -> str:

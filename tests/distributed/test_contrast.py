@@ -13,7 +13,7 @@ from torch import Tensor
 from mvptr_ds.objectives.hard_negatives import RandomDraws
 from mvptr_ds.objectives.losses import LossSum
 from tests.distributed.contrast_cases import CASES, LOCAL, NUM_BATCHES, NUM_SAMPLES, build, part
-from tests.distributed.launch import run_ranks
+from tests.support.launch import run_ranks
 from tests.support.tiny_models import TEXT_SLOTS
 
 EXACT: dict[str, float] = {"rtol": 0, "atol": 1e-9}  # float64 in another order of sums; gradients are below 100

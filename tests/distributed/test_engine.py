@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.launch import run_ranks
 from tests.distributed.ranks_engine import BELOW, CASES, MAX_SCALE
+from tests.support.launch import run_ranks
 
 pytestmark = pytest.mark.timeout(600)
 Found = list[dict[str, Any]]  # by rank

@@ -10,9 +10,9 @@ from torch import nn
 
 from mvptr_ds.optim.lamb import Lamb
 from mvptr_ds.optim.optimizer import parameter_groups
-from tests.distributed.launch import run_ranks
 from tests.distributed.ranks_lamb import CASES, CLIP_NORM, NUM_STEPS, RATE, Small, batch_at
 from tests.support.lamb_reference import BETA1, BETA2, DECAY, EPS, Reference, clipped
+from tests.support.launch import run_ranks
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-6}  # float32: sums run in another order; a ratio of half a tensor shows at 1e-3
 FLOAT32 = [case for case in CASES if "bf16" not in case]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.launch import run_ranks
+from tests.support.launch import run_ranks
 
 TOLERANCE = 0.02  # the issue's
 

@@ -15,7 +15,7 @@ from mvptr_ds.model.packed import Packed
 from mvptr_ds.objectives.hard_negatives import RandomDraws
 from mvptr_ds.objectives.pretraining import PretrainingLosses
 from mvptr_ds.objectives.stages import STAGES
-from tests.distributed.launch import run, run_ranks
+from tests.support.launch import run, run_ranks
 from tests.support.tiny_models import tiny_model, whole_batch
 
 # bf16 keeps 8 bits: states of order 1 are off by 0.4 %. Over 24 micro-batches the runs part a little further, and a

@@ -9,8 +9,8 @@ import torch
 
 from mvptr_ds.monitoring.metrics import Meters
 from mvptr_ds.optim.optimizer import parameter_groups
-from tests.distributed.launch import run_ranks
 from tests.distributed.steps import CASES, NUM_STEPS, ONE_MODALITY, OPTIM, TRAIN, batch_of, build_task, learning_rate
+from tests.support.launch import run_ranks
 
 # float32: sums over ranks run in another order, about 1e-7 relative a step, which AdamW's division by a small root of
 # the second moment raises; steps are 1e-3, so that a wrong factor or a lost sample shows at 1e-4 and more

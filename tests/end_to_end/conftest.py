@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPO
-from tests.distributed.launch import free_port, run
+from tests.support.launch import free_port, run, run_on_ranks
 
 LIMIT_S = 200.0  # of one launch; it takes 15 to 40 s
 SMALL = [
@@ -62,15 +62,24 @@ def small(shards: Path) -> list[str]:
 
 @pytest.fixture(scope="session")
 def train(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    """`train(run_dir, *overrides, num_ranks)`: the real launcher; one rank runs as plain `python`, without it."""
+    """`train(run_dir, *overrides, num_ranks, launcher)`: exit code and output of a run, by DeepSpeed's launcher or not.
 
-    def launch(run_dir: Path, *overrides: str, num_ranks: int = 2) -> tuple[int, str]:
+    Without it, which takes as long to start as the ranks, the code is the first error's, and both ranks' output is
+    that of rank 0, then that of rank 1.
+    """
+
+    def launch(run_dir: Path, *overrides: str, num_ranks: int = 2, launcher: bool = False) -> tuple[int, str]:
         script = [str(REPO / "mvptr_ds/train.py"), "--deepspeed", str(REPO / "ds_configs/z2.json")]
-        starter = [sys.executable]
-        if num_ranks > 1:
+        command, logs = [*script, *small, f"run.dir={run_dir}", *overrides], tmp_path_factory.mktemp("launch")
+        if launcher:
             starter = ["deepspeed", "--master_port", str(free_port()), "--num_gpus", str(num_ranks)]
-        log = tmp_path_factory.mktemp("launch") / "log"
-        return run([*starter, *script, *small, f"run.dir={run_dir}", *overrides], log, LIMIT_S)
+            return run([*starter, *command], logs / "log", LIMIT_S)
+        if num_ranks == 1:
+            return run([sys.executable, *command], logs / "log", LIMIT_S)
+        codes = run_on_ranks(command, num_ranks, logs, LIMIT_S)
+        output = "".join((logs / f"rank{rank}.log").read_text(encoding="utf-8") for rank in range(num_ranks))
+        assert None not in codes or any(codes), f"still ran after {LIMIT_S:.0f} s\n{output}"
+        return next((code for code in codes if code), 0), output
 
     return launch
 
@@ -80,6 +89,6 @@ def trained(train: Launch, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Both stages, four steps each, checkpoints at two (kept for good) and four; nobody writes into it."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     kept = ["train.keep_checkpoints=1", "train.keep_every_steps=2"]
-    code, output = train(folder, "train.profile_steps=[2,3]", *kept)
+    code, output = train(folder, "train.profile_steps=[2,3]", *kept, launcher=True)
     assert code == 0, output
     return Run(folder, output)

@@ -25,8 +25,8 @@ from typing import Any
 from unittest.mock import patch
 
 from mvptr_ds import train
+from mvptr_ds.data.dataset import ShardDataset
 from mvptr_ds.data.features import SampleBuilder
-from mvptr_ds.data.loader import ShardDataset
 from mvptr_ds.data.shards.storage import LocalFiles
 from mvptr_ds.distributed import collectives
 from mvptr_ds.errors import DataError

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.distributed.launch import run_ranks
+from tests.support.launch import run_ranks
 
 
 def launch(scenarios: list[dict[str, Any]], num_ranks: int, folder: Path, limit_s: float) -> None:

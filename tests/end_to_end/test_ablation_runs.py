@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from tests.conftest import REPO
-from tests.distributed.launch import environment, run, started, tail
 from tests.end_to_end.conftest import SMALL
+from tests.support.launch import environment, run, started, tail
 
 
 @pytest.mark.timeout(600)

@@ -13,7 +13,7 @@ from mvptr_ds.demo.plan import SplitRule
 from mvptr_ds.demo.scene import make_scene
 from mvptr_ds.demo.shapes import ShapesSource
 from tests.conftest import REPO
-from tests.distributed.launch import free_port, run
+from tests.support.launch import free_port, run
 from tests.support.tiny_detector import save_detector
 
 DOC = REPO / "docs/corpus.md"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPO
-from tests.distributed.launch import run
+from tests.support.launch import run
 from tools.dev import small_runs
 from tools.dev.faults import FAULTS
 

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from mvptr_ds.checkpoints.checkpoint import verify
 from mvptr_ds.stopping import EXIT_STOPPED
 from tests.conftest import REPO
-from tests.distributed.launch import environment, free_port, run, run_ranks, started
 from tests.end_to_end.ranks_disturbed import FULL_STEP, HUNG_STEP, POISONED_STEPS, RANK1_STEP
+from tests.support.launch import environment, free_port, run, run_ranks, started
 from tools.dev import small_runs
 
 pytestmark = pytest.mark.timeout(600)

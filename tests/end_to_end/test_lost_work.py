@@ -10,7 +10,7 @@ import pytest
 
 from mvptr_ds.checkpoints.checkpoint import verify
 from tests.conftest import REPO
-from tests.distributed.launch import run_ranks
+from tests.support.launch import run_ranks
 
 pytestmark = pytest.mark.timeout(600)
 LIMIT_S = 400.0

@@ -20,8 +20,8 @@ from mvptr_ds.errors import PreflightError
 from mvptr_ds.preflight import checks
 from mvptr_ds.preflight.checks import Finding, conclude
 from tests.conftest import REPO
-from tests.distributed.launch import free_port, run, run_ranks
 from tests.end_to_end.conftest import Launch, Run
+from tests.support.launch import free_port, run, run_ranks
 
 LIMIT_S = 200.0
 SHORT_WARM_UP = ("stage1.warmup_steps=2", "stage2.warmup_steps=2")  # that of the demo is longer than tests train

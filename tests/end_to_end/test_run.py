@@ -18,8 +18,8 @@ from mvptr_ds.config import load_config, override_config
 from mvptr_ds.errors import CheckpointError
 from mvptr_ds.train import parse_arguments
 from tests.conftest import REPO
-from tests.distributed.launch import free_port, run
 from tests.end_to_end.conftest import LIMIT_S, SMALL, Launch, Run
+from tests.support.launch import free_port, run
 
 pytestmark = pytest.mark.timeout(600)
 

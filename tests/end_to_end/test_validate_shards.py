@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import io
-import subprocess
-import sys
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from mvptr_ds.data.shards.index import Index
-from tests.conftest import REPO
 from tests.support.hostile import picture, sound_folder
+from tests.support.tools import run_tool
 
-
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPO / "tools" / "validate_shards.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+run = partial(run_tool, "validate_shards.py")
 
 
 @pytest.fixture

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,20 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-REPO = Path(__file__).resolve().parents[2]
-
-
-sys.path.insert(0, str(REPO / "tools"))
-import check_parity  # noqa: E402
-
-
-def check(folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "tools/check_parity.py", str(folder)]
-    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120, check=False)
+from tests.support.tools import run_tool
 
 
 def test_every_tensor_loss_and_gradient_agrees(parity_folder: Path) -> None:
-    result = check(parity_folder)
+    result = run_tool("check_parity.py", parity_folder)
     assert result.returncode == 0, result.stdout + result.stderr
     lines = result.stdout.splitlines()
     names = set(load_file(parity_folder / "expected.safetensors"))
@@ -84,20 +73,17 @@ def test_a_spoiled_folder_fails(
     parity_folder: Path,
     tmp_path: Path,
     name: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = tmp_path / "spoiled"
     shutil.copytree(parity_folder, folder)
     for path in (folder, *folder.iterdir()):
         path.chmod(0o755)
     SPOILED[name](folder)
-    monkeypatch.setattr(sys, "argv", ["check_parity.py", str(folder)])
-    assert check_parity.main() == 1
-    assert "FAIL" in capsys.readouterr().out
+    result = run_tool("check_parity.py", folder)
+    assert result.returncode == 1 and "FAIL" in result.stdout
 
 
 def test_a_folder_without_numbers_is_refused(tmp_path: Path) -> None:
-    result = check(tmp_path)
+    result = run_tool("check_parity.py", tmp_path)
     assert result.returncode == 2
     assert "not a folder of recorded numbers" in result.stderr

@@ -69,7 +69,7 @@ def _read(path: str, num_bytes: int) -> Any:
 
 def _load(folder: str, number: int, source: str) -> Any:
     """The training reader's sample in place of number `number`: how many were passed over, and why."""
-    from mvptr_ds.data.loader import ShardDataset
+    from mvptr_ds.data.dataset import ShardDataset
     from mvptr_ds.data.sampling.plan import Plan
     from mvptr_ds.data.shards.index import Index
     from tests.fuzz import builder
@@ -77,7 +77,7 @@ def _load(folder: str, number: int, source: str) -> Any:
     reasons: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: reasons.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("mvptr_ds.data.loader").addHandler(handler)
+    logging.getLogger("mvptr_ds.data.dataset").addHandler(handler)
     index = Index.open(folder)
     sample = ShardDataset(index, Plan(len(index), seed=0), builder(source)).load(0, 0, number)
     return {"num_bad": sample.num_bad, "reasons": reasons}

@@ -26,7 +26,8 @@ def hostile_texts(url: str) -> list[str]:
         f'<img src="{url}/img" onerror="document.title=\'owned\'">',
         f"'\"><svg/onload=\"document.title='owned'\"><style>@import '{url}/css'</style>",
         f"<iframe src='{url}/frame'></iframe><link rel=stylesheet href='{url}/link'><base href='{url}/'>",
-        "\u202eevil\u202c \x00\x1b[31m\u2028 שלום 👩\u200d👩\u200d👧 日本語 $body $style &lt;b&gt;",
+        "\u202eevil\u202c \x00\x1b[31m\u2028 שלום 👩\u200d👩\u200d👧"
+        " 日本語 {{ policy }} {% include 'page.js' %} {# &lt;b&gt;",
     ]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 from mvptr_ds.data.collate import IGNORE
 from mvptr_ds.objectives.hard_negatives import RandomDraws
 from tests.conftest import REPO
+from tests.support.tools import run_tool
 
 sys.path.append(str(REPO / "tools/bench"))  # as `python tools/bench/bench_step.py` has it
 
@@ -60,8 +60,8 @@ def test_batches_have_the_lengths_they_say() -> None:
 
 @pytest.mark.timeout(900)  # four processes that import torch, on a machine that may be busy
 def test_the_tool_ends_with_one_line_of_json() -> None:
-    command = [sys.executable, "tools/bench/bench_step.py", "--small", "--batch", "2", "--steps", "1", "--score", "2"]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=800)
+    sizes = ("--batch", 2, "--steps", 1, "--score", 2, "--threads", torch.get_num_threads())
+    done = run_tool("bench/bench_step.py", "--small", *sizes)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     wanted = {"speedup_vs_reference", "speedup_vs_padded", "gflops_per_cpu_s", "gemm_peak_gflops_per_cpu_s"}

@@ -3,8 +3,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,16 +14,16 @@ from hypothesis import strategies as st
 from mvptr_ds import builders
 from mvptr_ds.config import Config
 from mvptr_ds.data.collate import Sample, collate
+from mvptr_ds.data.dataset import MixedDataset, SampleDataset, ShardDataset
 from mvptr_ds.data.lengths import Lengths, lengths_path, measure
-from mvptr_ds.data.loader import SampleDataset, ShardDataset, make_loader
+from mvptr_ds.data.loader import make_loader
 from mvptr_ds.data.sampling.batches import Batches
 from mvptr_ds.data.sampling.buckets import ENCODERS_3, BucketedBatches, balanced_order, cut
-from mvptr_ds.data.sampling.mixture import MixedDataset
 from mvptr_ds.data.shards.index import Index
 from mvptr_ds.data.shards.tar_writer import npy_bytes
 from mvptr_ds.data.shards.writer import write_shards
-from tests.conftest import REPO
 from tests.support.batch_equality import assert_equal_batches
+from tests.support.tools import run_tool
 from tests.unit.test_loader import _damage, _item
 from tests.unit.test_mixture import BATCH, VOCABS, config_of, content, folders
 
@@ -317,18 +315,7 @@ def test_off_by_default() -> None:
 
 
 def test_the_bench_says_what_buckets_save() -> None:
-    command = [
-        sys.executable,
-        str(REPO / "tools/bench/bench_buckets.py"),
-        "--batch",
-        "16",
-        "--pool",
-        "64",
-        "--ranks",
-        "2",
-    ]
-    environment = {**os.environ, "PYTHONPATH": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = run_tool("bench/bench_buckets.py", "--batch", 16, "--pool", 64, "--ranks", 2)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     one, two = report["1 ranks"], report["2 ranks"]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import sys
 import time
 import zipfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mvptr_ds.corpus.concepts import text_files
+from mvptr_ds.corpus.concepts import caption_files
 from mvptr_ds.corpus.concepts.backends import DEPENDENCIES_NAME, LEMMAS_NAME, MODELS, TAGGER_NAME, DefaultBackend
 from mvptr_ds.corpus.concepts.lemmas import Lemmatiser
 from mvptr_ds.corpus.concepts.marking import mark
 from mvptr_ds.corpus.concepts.parser import PhraseParser
 from mvptr_ds.corpus.concepts.scoring import Known, Score, read_known, score
-from mvptr_ds.corpus.concepts.silver import Settings, make_models, read_captions
 from mvptr_ds.corpus.concepts.spans import are_said
 from mvptr_ds.corpus.concepts.spice import find_phrase, import_spice
 from mvptr_ds.corpus.concepts.tokens import token_spans
@@ -35,9 +33,11 @@ from mvptr_ds.data.schema import Phrase
 from mvptr_ds.errors import DataError
 from tests.conftest import REPO
 from tests.support.concept_sentences import SENTENCES
+from tests.support.tools import run_tool
+from tools.dev.parser.make_models import Settings, make_models
+from tools.dev.parser.training_trees import read_captions
 
 DEV = REPO.parent / "shared" / "phrases" / "dev.jsonl"
-TOOL = REPO / "tools" / "extract_phrases.py"
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +186,7 @@ WORDS = sorted(word_set("a the dog's two man riding on of it his and , . ' \" - 
 @settings(max_examples=150, deadline=None)
 @given(st.text(st.characters(), max_size=60) | st.lists(st.sampled_from(WORDS), max_size=25).map(" ".join))
 def test_any_text(text: str) -> None:
-    parser = text_files.get_parser("default")
+    parser = caption_files.get_parser("default")
     for phrase in parser.parse([text])[0]:
         assert 1 <= len(phrase.tuple) <= 3 and len(phrase.spans) >= len(phrase.tuple)
         assert all(word and word == word.lower() for word in phrase.tuple)
@@ -251,14 +251,14 @@ def _read(path: Path) -> list[dict]:
 def test_text_files_keep_order_in_any_number_of_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parser: PhraseParser
 ) -> None:
-    monkeypatch.setattr(text_files, "UNIT_BYTES", 500)
+    monkeypatch.setattr(caption_files, "UNIT_BYTES", 500)
     source = _write(tmp_path / "captions.txt", [*SENTENCES, "", "  a red café  "])
     outs = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
-    summaries = [text_files.extract_file(source, out, "default", n) for n, out in enumerate(outs, start=1)]
+    summaries = [caption_files.extract_file(source, out, "default", n) for n, out in enumerate(outs, start=1)]
     assert outs[0].read_bytes() == outs[1].read_bytes() and summaries[0].to_json() == summaries[1].to_json()
     lines = _read(outs[0])
     assert [line["caption"] for line in lines] == [*SENTENCES, "a red café"]
-    assert lines[0]["phrases"] == text_files.phrases_json(parser.parse([lines[0]["caption"]])[0])
+    assert lines[0]["phrases"] == caption_files.phrases_json(parser.parse([lines[0]["caption"]])[0])
     assert summaries[0].counts["captions"] == len(lines) and summaries[0].dropped == {"line without a caption": 1}
     kinds = Counter(len(phrase["tuple"]) for line in lines for phrase in line["phrases"])
     assert {KINDS[kind]: number for kind, number in kinds.items()} == {
@@ -275,7 +275,7 @@ def test_json_lines_keep_their_fields_and_bad_ones_are_counted(tmp_path: Path) -
     ]
     bad = ["{", "[]", '{"caption": 1}', '{"captions": ["a"], "caption": "a"}', '{"text": "a"}', '{"caption": " "}', ""]
     source = _write(tmp_path / "captions.jsonl", [*map(json.dumps, items), *bad])
-    summary = text_files.extract_file(source, tmp_path / "out.jsonl", "default", 1)
+    summary = caption_files.extract_file(source, tmp_path / "out.jsonl", "default", 1)
     first, second, third = _read(tmp_path / "out.jsonl")
     assert first["id"] == 7 and {tuple(p["tuple"]) for p in first["phrases"]} == {("hat",), ("hat", "red")}
     assert second["image"] == "x.jpg" and [c["text"] for c in second["captions"]] == ["A dog.", "", "Two cats."]
@@ -288,7 +288,7 @@ def test_json_lines_keep_their_fields_and_bad_ones_are_counted(tmp_path: Path) -
 def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path: Path) -> None:
     for name, line in {"a.txt": "A dog.", "a.jsonl": '{"caption": "A dog."}'}.items():
         (tmp_path / name).write_text(f"\ufeff{line}\r\n\ufeff{line}\r\n", encoding="utf-8")
-        text_files.extract_file(tmp_path / name, tmp_path / f"{name}.out", "default", 1)
+        caption_files.extract_file(tmp_path / name, tmp_path / f"{name}.out", "default", 1)
         parsed = {"caption": "A dog.", "phrases": [{"tuple": ["dog"], "spans": [[2, 5]]}]}
         assert _read(tmp_path / f"{name}.out") == [parsed, parsed]
     known = tmp_path / "known.jsonl"
@@ -299,52 +299,52 @@ def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path: Path) -> None:
 def test_a_file_of_something_else_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, out = _write(tmp_path / "captions.txt", ["A dog."]), tmp_path / "out.jsonl"
     for _ in range(2):  # the same command may be repeated
-        text_files.extract_file(source, out, "default", 1)
+        caption_files.extract_file(source, out, "default", 1)
     wanted = out.read_bytes()
     out.write_text('{"caption": "A note."}\n')
     for taken in (source, out):
         before = taken.read_bytes()
         with pytest.raises(DataError, match=rf"{taken.name} is there and holds something else; remove it"):
-            text_files.extract_file(source, taken, "default", 1)
+            caption_files.extract_file(source, taken, "default", 1)
         assert taken.read_bytes() == before
     out.unlink()
-    monkeypatch.setattr(text_files.Work, "__call__", lambda *_: pytest.fail("it was parsed again"))
-    text_files.extract_file(source, out, "default", 1)
+    monkeypatch.setattr(caption_files.Work, "__call__", lambda *_: pytest.fail("it was parsed again"))
+    caption_files.extract_file(source, out, "default", 1)
     assert out.read_bytes() == wanted and not list(tmp_path.glob("out*.p*"))
 
 
 def test_an_interrupted_run_goes_on_and_another_parser_does_not_mix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text_files, "UNIT_BYTES", 500)
+    monkeypatch.setattr(caption_files, "UNIT_BYTES", 500)
     source, out = _write(tmp_path / "captions.txt", list(SENTENCES)), tmp_path / "out.jsonl"
-    text_files.extract_file(source, tmp_path / "whole.jsonl", "default", 1)
+    caption_files.extract_file(source, tmp_path / "whole.jsonl", "default", 1)
     done: list[int] = []
-    real = text_files.Work.__call__
+    real = caption_files.Work.__call__
 
-    def stops_at_the_third(self: text_files.Work, unit: text_files.Range) -> object:
+    def stops_at_the_third(self: caption_files.Work, unit: caption_files.Range) -> object:
         if len(done) == 2:
             raise KeyboardInterrupt
         done.append(unit[0])
         return real(self, unit)
 
-    monkeypatch.setattr(text_files.Work, "__call__", stops_at_the_third)
+    monkeypatch.setattr(caption_files.Work, "__call__", stops_at_the_third)
     with pytest.raises(KeyboardInterrupt):
-        text_files.extract_file(source, out, "default", 1)
+        caption_files.extract_file(source, out, "default", 1)
     assert not out.exists() and (tmp_path / "out.jsonl.parts" / PROGRESS_NAME).is_dir()
     later: list[int] = []
-    monkeypatch.setattr(text_files.Work, "__call__", lambda self, unit: (later.append(unit[0]), real(self, unit))[1])
-    text_files.extract_file(source, out, "default", 1)
+    monkeypatch.setattr(caption_files.Work, "__call__", lambda self, unit: (later.append(unit[0]), real(self, unit))[1])
+    caption_files.extract_file(source, out, "default", 1)
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert done == [0, 1] and later[0] == 2
 
-    monkeypatch.setattr(text_files.Work, "__call__", stops_at_the_third)
+    monkeypatch.setattr(caption_files.Work, "__call__", stops_at_the_third)
     done.clear()
     with pytest.raises(KeyboardInterrupt):
-        text_files.extract_file(source, out, "default", 1)
-    monkeypatch.setattr(text_files.get_parser("default"), "version", "default-0-other")
+        caption_files.extract_file(source, out, "default", 1)
+    monkeypatch.setattr(caption_files.get_parser("default"), "version", "default-0-other")
     with pytest.raises(DataError, match=r"other arguments \(parser: "):
-        text_files.extract_file(source, out, "default", 1)
+        caption_files.extract_file(source, out, "default", 1)
 
 
 def test_spice_output_gets_spans(tmp_path: Path, lemmatiser: Lemmatiser) -> None:
@@ -422,8 +422,7 @@ def test_marks_stand_under_their_words() -> None:
     assert lines == ["一 dog runs", "   ^^^ ^^^^  dog | run"]
 
 
-def _run(*args: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, TOOL, *args], capture_output=True, text=True, timeout=120)
+_run = partial(run_tool, "extract_phrases.py")
 
 
 def test_the_tool(tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from mvptr_ds.corpus.concepts.lemmas import FINITE, PAST, PLURAL, PROGRESSIVE, L
 from mvptr_ds.corpus.concepts.rules import find_tuples
 from mvptr_ds.corpus.concepts.templates import ATOMS, TEMPLATES
 from mvptr_ds.corpus.concepts.tokens import token_spans
-from mvptr_ds.corpus.concepts.training import Oracle, ParserTrainer, Silver, quantised
 from mvptr_ds.corpus.concepts.tree import Token, Tree
+from tools.dev.parser.parser_trainer import Oracle, ParserTrainer, quantised
+from tools.dev.parser.training_trees import TrainingTree
 
 
 @pytest.mark.parametrize(
@@ -98,18 +99,20 @@ def _projective(size: int, rng: random.Random) -> list[int]:
     return heads
 
 
-def _silver(size: int, seed: int) -> Silver:
+def _training_tree(size: int, seed: int) -> TrainingTree:
     rng = random.Random(seed)
     heads = _projective(size, rng)
     labels = ["ROOT" if head == index else rng.choice(["a", "b"]) for index, head in enumerate(heads)]
-    return Silver([f"w{rng.randrange(9)}" for _ in heads], [rng.choice(["NN", "IN"]) for _ in heads], heads, labels)
+    return TrainingTree(
+        [f"w{rng.randrange(9)}" for _ in heads], [rng.choice(["NN", "IN"]) for _ in heads], heads, labels
+    )
 
 
 def test_the_oracle_finds_every_projective_tree_and_costs_nothing_on_the_way() -> None:
-    silver = [_silver(size, seed) for seed in range(40) for size in (1, 2, 3, 7, 15)]
-    trainer = ParserTrainer(silver, num_rows=64, margin=0, seed=0)
-    states = trainer.parser.states([s.words for s in silver], [s.tags for s in silver])
-    oracle = Oracle(states, silver, trainer.transitions)
+    trees = [_training_tree(size, seed) for seed in range(40) for size in (1, 2, 3, 7, 15)]
+    trainer = ParserTrainer(trees, num_rows=64, margin=0, seed=0)
+    states = trainer.parser.states([s.words for s in trees], [s.tags for s in trees])
+    oracle = Oracle(states, trees, trainer.transitions)
     kinds_C = trainer.model.kinds_C
     steps = 0
     while (active_B := states.unfinished()).any():
@@ -118,7 +121,7 @@ def test_the_oracle_finds_every_projective_tree_and_costs_nothing_on_the_way() -
         states.apply(costs_BC.argmin(axis=1), kinds_C, active_B)
         steps += 1
     assert steps == 2 * 15
-    for row, sentence in enumerate(silver):
+    for row, sentence in enumerate(trees):
         tree = trainer.parser.tree(states, row)
         assert (tree.heads, tree.labels) == (sentence.heads, sentence.labels)
 
@@ -126,7 +129,7 @@ def test_the_oracle_finds_every_projective_tree_and_costs_nothing_on_the_way() -
 def test_costs_are_the_arcs_that_are_lost() -> None:
     """Source: the definition of a dynamic oracle, by trying all that can follow on short sentences."""
 
-    def reachable(trainer: ParserTrainer, sentence: Silver, path: list[int]) -> int:
+    def reachable(trainer: ParserTrainer, sentence: TrainingTree, path: list[int]) -> int:
         """The most right arcs (label included) that a continuation of the path can end with."""
         states = trainer.parser.states([sentence.words], [sentence.tags])
         kinds_C = trainer.model.kinds_C
@@ -142,7 +145,7 @@ def test_costs_are_the_arcs_that_are_lost() -> None:
 
     rng = random.Random(0)
     for seed in range(6):
-        sentence = _silver(3, seed)
+        sentence = _training_tree(3, seed)
         trainer = ParserTrainer([sentence] * 20, num_rows=64, margin=0, seed=0)
         kinds_C = trainer.model.kinds_C
         path: list[int] = []
@@ -171,17 +174,17 @@ def test_training_learns_is_repeatable_and_survives_the_file(tmp_path: Path) -> 
         ["det", "nsubj", "ROOT", "prep", "pobj"],
         ["det", "amod", "ROOT"],
     ]
-    silver = [Silver(*parts, names) for parts, names in zip(sentences, labels, strict=True)] * 20
-    words, tags = [s.words for s in silver[:3]], [s.tags for s in silver[:3]]
+    trees = [TrainingTree(*parts, names) for parts, names in zip(sentences, labels, strict=True)] * 20
+    words, tags = [s.words for s in trees[:3]], [s.tags for s in trees[:3]]
     models = []
     for _ in range(2):
-        trainer = ParserTrainer(silver, num_rows=2**12, margin=5, seed=3)
-        rights = [trainer.epoch(silver, [s.tags for s in silver], explore, "test") for explore in (0.0, 0.9, 0.9)]
+        trainer = ParserTrainer(trees, num_rows=2**12, margin=5, seed=3)
+        rights = [trainer.epoch(trees, [s.tags for s in trees], explore, "test") for explore in (0.0, 0.9, 0.9)]
         assert rights[-1] == 1.0
         models.append(trainer.model._replace(weights_HC=quantised(trainer.averaged())))
     assert np.array_equal(models[0].weights_HC, models[1].weights_HC)
-    trees = DependencyParser(models[0]).parse(words, tags)
-    assert [(tree.heads, tree.labels) for tree in trees] == [(s.heads, s.labels) for s in silver[:3]]
+    parsed = DependencyParser(models[0]).parse(words, tags)
+    assert [(tree.heads, tree.labels) for tree in parsed] == [(s.heads, s.labels) for s in trees[:3]]
 
     path = tmp_path / "model.npz"
     models[0].save(path)
@@ -189,14 +192,14 @@ def test_training_learns_is_repeatable_and_survives_the_file(tmp_path: Path) -> 
     models[1].save(path)
     assert path.read_bytes() == first
     loaded = DependencyParser(Model.load(path))
-    assert loaded.parse(words[::-1], tags[::-1]) == trees[::-1]
+    assert loaded.parse(words[::-1], tags[::-1]) == parsed[::-1]
     assert loaded.parse([], []) == [] and loaded.parse([[]], [[]]) == [([], [])]
 
 
 def test_templates_combine_known_atoms_each_once() -> None:
     assert {atom for template in TEMPLATES for atom in template} == set(ATOMS)
     assert len({frozenset(template) for template in TEMPLATES}) == len(TEMPLATES)
-    trainer = ParserTrainer([_silver(4, 0)], num_rows=64, margin=0, seed=0)
+    trainer = ParserTrainer([_training_tree(4, 0)], num_rows=64, margin=0, seed=0)
     states = trainer.parser.states([["a", "b"]], [["NN", "IN"]])
     assert states.atoms().shape == (1, len(ATOMS))
 

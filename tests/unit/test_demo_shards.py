@@ -7,8 +7,6 @@ import io
 import itertools
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +23,7 @@ from mvptr_ds.demo.plan import SplitRule
 from mvptr_ds.demo.scene import IMAGE_SIZE_PX, PART_TAG, Scene, area, compose, make_scene, overlap
 from mvptr_ds.demo.shapes import BACKGROUNDS_RGB, SHAPES, ShapesSource
 from mvptr_ds.errors import DataError
-from tests.conftest import REPO
+from tests.support.tools import run_tool
 
 NUM_SCENES = 400
 STAMPS_DIRS = (
@@ -287,11 +285,10 @@ def test_an_interrupted_build_leaves_nothing_and_is_made_when_asked_again(
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_the_tool_replaces_nothing(shards: Path) -> None:
+def test_the_tool_replaces_nothing(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = digest(shards)
-    tool = [sys.executable, str(REPO / "tools/make_demo_shards.py"), f"--out=~/{shards.name}", "--train=9"]
-    home = {**os.environ, "HOME": str(shards.parent)}
-    ran = subprocess.run(tool, capture_output=True, text=True, timeout=200, env=home)
+    monkeypatch.setenv("HOME", str(shards.parent))
+    ran = run_tool("make_demo_shards.py", f"--out=~/{shards.name}", "--train=9")
     assert ran.returncode == 1 and "Traceback" not in ran.stderr
     assert "training scenes 330 there, 9 here" in ran.stderr and "name another folder, or remove this one" in ran.stderr
     assert digest(shards) == before

@@ -10,11 +10,11 @@ import pytest
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 
-from mvptr_ds.builders import Vocabs, model_config
+from mvptr_ds.builders import model_config
 from mvptr_ds.config import CONFIGS_DIR, Config, OptimConfig, TrainConfig, load_config
-from mvptr_ds.data.phrases import PhraseVocab
+from mvptr_ds.data.phrases import PhraseVocab, Vocabs
 from mvptr_ds.data.wordpiece import WordPiece
-from mvptr_ds.ds_config import fill_ds_config, load_ds_config, micro_batch_size, rounded_batch_size
+from mvptr_ds.ds_config import fill_ds_config, load_ds_config
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.objectives.pretraining import PretrainingLosses
 from mvptr_ds.tasks import TASKS
@@ -127,32 +127,6 @@ def test_what_would_step_on_a_gradient_that_is_not_finite_is_refused(content: di
         fill(content)
 
 
-@pytest.mark.parametrize(("batch", "accumulation", "ranks", "micro"), [(1024, 1, 8, 128), (64, 4, 2, 8), (1, 1, 1, 1)])
-def test_micro_batch(batch: int, accumulation: int, ranks: int, micro: int) -> None:
-    assert micro_batch_size(TrainConfig(batch_size=batch, accumulation_steps=accumulation), ranks) == micro
-
-
-@pytest.mark.parametrize(
-    ("batch", "accumulation", "ranks"), [(64, 1, 3), (64, 4, 5), (2, 1, 4), (3, 2, 1), (100, 3, 7)]
-)
-def test_a_batch_that_does_not_divide_names_numbers_that_do(batch: int, accumulation: int, ranks: int) -> None:
-    with pytest.raises(ValueError) as error:
-        micro_batch_size(TrainConfig(batch_size=batch, accumulation_steps=accumulation), ranks)
-    text = str(error.value)
-    assert f"train.batch_size={batch}" in text and f"{ranks} ranks" in text
-    named_ranks, named_batches = text.split("; use ")[1].split(" ranks, or a batch of ")
-    for number in named_batches.split(" or "):
-        assert micro_batch_size(TrainConfig(batch_size=int(number), accumulation_steps=accumulation), ranks) > 0
-    for number in [] if named_ranks == "no" else named_ranks.split(", "):
-        assert micro_batch_size(TrainConfig(batch_size=batch, accumulation_steps=accumulation), int(number)) > 0
-
-
-@pytest.mark.parametrize(("batch", "accumulation"), [(0, 1), (-8, 1), (8, 0)])
-def test_sizes_below_one_are_refused(batch: int, accumulation: int) -> None:
-    with pytest.raises(ValueError, match="at least 1"):
-        micro_batch_size(TrainConfig(batch_size=batch, accumulation_steps=accumulation), 1)
-
-
 def test_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no DeepSpeed JSON.*ds_configs/z2\.json"):
         load_ds_config(tmp_path / "none.json")
@@ -219,13 +193,3 @@ def test_published_size() -> None:
     config.num_phrases = 0
     with torch.device("meta"):
         assert sum(p.numel() for p in Mvptr(config).parameters()) == 198_660_471
-
-
-@pytest.mark.parametrize(
-    ("num_ranks", "accumulation", "expected"), [(1, 1, 64), (3, 1, 63), (7, 1, 63), (100, 1, 100), (3, 5, 60)]
-)
-def test_the_demo_batch_fits_any_number_of_ranks(num_ranks: int, accumulation: int, expected: int) -> None:
-    train = TrainConfig(batch_size=64, accumulation_steps=accumulation)
-    train.batch_size = rounded_batch_size(train, num_ranks)
-    assert train.batch_size == expected
-    assert micro_batch_size(train, num_ranks) * num_ranks * accumulation == expected

@@ -1,4 +1,4 @@
-"""The errors that users make: one message with the values and the remedy, exit code 2, and a row in docs/errors.md."""
+"""The errors that users make: one message with values and remedy, exit code 2, and a section in docs/errors.md."""
 
 from __future__ import annotations
 
@@ -675,14 +675,22 @@ def message_of(name: str, place: Place, caplog: pytest.LogCaptureFixture) -> str
     return message.removeprefix("error: ")
 
 
-def rows() -> dict[str, list[str]]:
-    """id -> message, cause, remedy."""
-    found: dict[str, list[str]] = {}
-    for line in DOCS.read_text(encoding="utf-8").splitlines():
-        if re.match(r"\| `[a-z0-9-]+` \|", line):
-            name, *cells = (cell.strip() for cell in line.strip("|").split(" | "))
-            assert name.strip("` ") not in found, f"{name} has two rows"
-            found[name.strip("` ")] = cells
+def sections() -> dict[str, tuple[str, str, str]]:
+    """id -> message, cause and remedy of every error in the page; "" for what a section lacks."""
+    found: dict[str, tuple[str, str, str]] = {}
+    for section in re.split(r"^(?=##)", DOCS.read_text(encoding="utf-8"), flags=re.MULTILINE):
+        heading = re.match(r"### `([a-z0-9-]+)`\n", section)
+        if heading is None:
+            continue
+        name = heading.group(1)
+        assert name not in found, f"{name} has two sections"
+        message = re.search(r"^```text\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+        labelled = r"^- \*\*%s\.\*\* (.*?)(?=^- |\Z)"
+        cause, remedy = (
+            re.search(labelled % label, section, re.MULTILINE | re.DOTALL) for label in ("Cause", "What to do")
+        )
+        parts = [" ".join(part.group(1).split()) if part else "" for part in (message, cause, remedy)]
+        found[name] = (parts[0], parts[1], parts[2])
     return found
 
 
@@ -697,14 +705,14 @@ def test_an_error_says_what_the_docs_say(
     """The message in the docs is shortened at each `…`; its parts must be printed, in their order."""
     shutil.copytree(demo_shards, tmp_path / "shards")
     message = " ".join(message_of(name, Place(tmp_path, monkeypatch), caplog).split())
-    shown = rows()[name][0].strip("`")
+    shown = sections()[name][0]
     parts = [re.escape(part.strip()) for part in shown.split("…")]
     assert re.fullmatch(".*".join(parts), message), f"printed: {message}\nin {DOCS.name}: {shown}"
 
 
-def test_every_row_has_a_test_and_the_reverse() -> None:
-    assert sorted(rows()) == sorted(CASES)
-    assert all(len(cells) == 3 and all(cells) for cells in rows().values())
+def test_every_section_has_a_test_and_the_reverse() -> None:
+    assert sorted(sections()) == sorted(CASES)
+    assert [name for name, parts in sections().items() if not all(parts)] == []
 
 
 def test_ranks_that_fail_alike_leave_the_message_to_rank_0(

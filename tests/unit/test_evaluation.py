@@ -22,11 +22,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mvptr_ds import eval as entry
-from mvptr_ds.builders import Vocabs
 from mvptr_ds.checkpoints.model_folder import save_model_folder
 from mvptr_ds.config import Config
-from mvptr_ds.data.loader import read_sample_record
-from mvptr_ds.data.phrases import PhraseVocab
+from mvptr_ds.data.dataset import read_sample_record
+from mvptr_ds.data.phrases import PhraseVocab, Vocabs
 from mvptr_ds.data.schema import Caption, Phrase, Record, Region
 from mvptr_ds.data.shards.index import Index
 from mvptr_ds.data.shards.index_builder import ensure_index

@@ -71,6 +71,13 @@ def test_sampled_follows_the_softmax(scale: float) -> None:
     torch.testing.assert_close(counts, wanted, rtol=0, atol=1e-4)  # one draw is 5e-5; the floor moves less
 
 
+def test_however_sharp_the_softmax_every_other_image_is_within_reach() -> None:
+    sim, same = torch.tensor([[1.0, 0.9, 0.5, 1.0]]), torch.tensor([[False, False, False, True]])
+    uniform = [0.5, 1.0 - 1.5e-6, 1.0 - 5e-7]  # two of a weight of 1e-6 each stand behind the most similar one
+    found = [choose("sampled", sim, same, torch.tensor([u], dtype=torch.float64), 1000.0).item() for u in uniform]
+    assert found == [0, 1, 2]
+
+
 def test_keyed_draws_are_uniform_and_independent_of_each_other() -> None:
     same = torch.eye(5, dtype=torch.bool)
     counts = torch.zeros(5, 5)

@@ -7,7 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +22,7 @@ from mvptr_ds.corpus.resumable_jobs import (
     refuse_foreign_tars,
     run_units,
 )
-from mvptr_ds.data.shards.tar_reader import TarError
+from mvptr_ds.data.shards.tar_header import TarError
 from mvptr_ds.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,6 +49,17 @@ def fail_at(folder: Path, last: int, number: int) -> Summary:
 def die(folder: Path, number: int) -> Summary:
     os.kill(os.getpid(), signal.SIGKILL)
     return Summary()
+
+
+class Unsendable(Exception):
+    """An error that its own constructor keeps from being sent between processes."""
+
+    def __init__(self, number: int, reason: str) -> None:
+        super().__init__(f"{number}: {reason}")
+
+
+def fail_unsendably(number: int) -> Summary:
+    raise Unsendable(number, "of a kind that does not travel")
 
 
 def linger(folder: Path, number: int) -> Summary:
@@ -117,6 +131,31 @@ def test_a_killed_process_is_an_error_that_says_so(tmp_path: Path) -> None:
         run_units(tmp_path / "out", ARGUMENTS, range(3), functools.partial(die, tmp_path), 2, "test")
     with pytest.raises(DataError, match="0 processes"):
         run_units(tmp_path / "out", ARGUMENTS, range(3), functools.partial(die, tmp_path), 0, "test")
+
+
+def test_an_error_in_a_process_is_raised_with_the_traceback_of_that_process(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="unit 1 is damaged") as damaged:
+        run_units(tmp_path / "a", ARGUMENTS, range(2), functools.partial(fail_at, tmp_path, 1), 2, "test")
+    assert "in fail_at" in "".join(traceback.format_exception(damaged.value))
+    with pytest.raises(RuntimeError, match="Unsendable: 0: of a kind that does not travel") as unsendable:
+        run_units(tmp_path / "b", ARGUMENTS, range(1), fail_unsendably, 2, "test")
+    assert "in fail_unsendably" in "".join(traceback.format_exception(unsendable.value))
+
+
+def test_no_more_units_are_read_ahead_than_there_are_processes(tmp_path: Path) -> None:
+    """Units may be large, and there may be many of them."""
+    num_ahead = []
+
+    class Units(Sequence[int]):
+        def __len__(self) -> int:
+            return 12
+
+        def __getitem__(self, number: Any) -> Any:
+            num_ahead.append(len(num_ahead) + 1 - len(list(tmp_path.glob(f"out/{PROGRESS_NAME}/0*.json"))))
+            return number
+
+    run_units(tmp_path / "out", ARGUMENTS, Units(), functools.partial(write_unit, tmp_path), 2, "test")
+    assert len(num_ahead) == 12 and max(num_ahead) == 2
 
 
 PROGRAM = """

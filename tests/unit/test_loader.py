@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 import torch
 
-from mvptr_ds.data.collate import IGNORE, Batch, collate
+from mvptr_ds.data.collate import IGNORE, Batch, Sample, collate
+from mvptr_ds.data.dataset import SampleDataset, ShardDataset, load_samples
 from mvptr_ds.data.features import SampleBuilder, SampleOptions
-from mvptr_ds.data.loader import ShardDataset, eval_batches, load_samples, make_loader
+from mvptr_ds.data.loader import eval_batches, make_loader
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.sampling.batches import Batches
 from mvptr_ds.data.sampling.plan import Plan
@@ -155,23 +156,41 @@ def test_a_batch_that_finds_no_shared_memory_ends_the_run_instead_of_being_lost(
 IN_A_SMALL_SHM = """
 import os, sys
 from tests.unit.test_loader import BATCH, STEPS, Batches, DataError, Path, _dataset, make_loader
-if sys.argv[2] == "forbidden":  # as a sandbox answers
-    def refuse(*_): raise PermissionError(1, "Operation not permitted")
-    os.memfd_create = refuse
-if sys.argv[2] == "full":
-    Path("/dev/shm/ballast").touch()
+def refuse(*_): raise PermissionError(1, "Operation not permitted")
+memfd_create = os.memfd_create
+for memory in ("", "forbidden", "full"):
+    os.memfd_create = refuse if memory == "forbidden" else memfd_create  # as a sandbox answers
+    if memory == "full":
+        Path("/dev/shm/ballast").touch()
+        try:
+            with open("/dev/shm/ballast", "ab", buffering=0) as file:
+                while file.write(bytes(4096)): pass
+        except OSError: pass
     try:
-        with open("/dev/shm/ballast", "ab", buffering=0) as file:
-            while file.write(bytes(4096)): pass
-    except OSError: pass
-try:
-    print(len(list(make_loader(_dataset(Path(sys.argv[1])), Batches(BATCH), 0, STEPS, num_workers=1))), "batches")
-except DataError as error:
-    print(str(error).rpartition("DataError: ")[2].strip())
+        print(len(list(make_loader(_dataset(Path(sys.argv[1])), Batches(BATCH), 0, STEPS, num_workers=1))), "batches")
+    except DataError as error:
+        print(str(error).rpartition("DataError: ")[2].strip())
 """
 
 
-@pytest.mark.timeout(120)
+@pytest.fixture(scope="module")
+def said_in_a_small_shm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A line for each kind of memory, of one start of Python in a mount namespace of its own."""
+    folder = tmp_path_factory.mktemp("small-shm")
+    rng = np.random.default_rng(0)
+    write_shards(folder, (_item(n, rng) for n in range(21)), records_per_shard=16)
+    mount = "mount -t tmpfs -o size=48k tmpfs /dev/shm"  # a page for each of 11 semaphores, and one besides
+    command = ["unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', "sh"]
+    if subprocess.run([*command, "true"], capture_output=True).returncode != 0:
+        pytest.skip("a mount namespace of its own needs root")
+    script = [sys.executable, "-c", IN_A_SMALL_SHM, str(folder)]
+    done = subprocess.run([*command, *script], cwd=REPO, capture_output=True, text=True, timeout=200)
+    lines = done.stdout.splitlines(keepends=True)
+    assert len(lines) == 3, done.stderr
+    return dict(zip(("", "forbidden", "full"), lines, strict=True))
+
+
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     ("memory", "said"),
     [
@@ -180,14 +199,8 @@ except DataError as error:
         ("full", r"loader processes cannot be started, .* semaphores: /dev/shm has .* 0.0 MiB of it free; .*\n"),
     ],
 )
-def test_a_small_shm_is_no_hindrance_or_is_said(folder: Path, memory: str, said: str) -> None:
-    mount = "mount -t tmpfs -o size=48k tmpfs /dev/shm"  # a page for each of 11 semaphores, and one besides
-    command = ["unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', "sh"]
-    if subprocess.run([*command, "true"], capture_output=True).returncode != 0:
-        pytest.skip("a mount namespace of its own needs root")
-    script = [sys.executable, "-c", IN_A_SMALL_SHM, str(folder), memory]
-    done = subprocess.run([*command, *script], cwd=REPO, capture_output=True, text=True, timeout=100)
-    assert re.fullmatch(said, done.stdout), done.stderr
+def test_a_small_shm_is_no_hindrance_or_is_said(said_in_a_small_shm: dict[str, str], memory: str, said: str) -> None:
+    assert re.fullmatch(said, said_in_a_small_shm[memory])
 
 
 @pytest.mark.parametrize("source", ["features", "image"])
@@ -335,6 +348,15 @@ def test_indivisible_ranks_are_refused_before_reading(folder: Path) -> None:
         make_loader(dataset, Batches(BATCH), 0, 1, 0, 3)
     with pytest.raises(ValueError, match="the index holds 42"):
         ShardDataset(dataset.index, Plan(41, 0), dataset.builder)
+
+
+def test_a_dataset_that_lacks_a_method_cannot_be_made() -> None:
+    class Half(SampleDataset):
+        def __getitems__(self, positions: list[int]) -> list[Sample]:
+            return []
+
+    with pytest.raises(TypeError, match=r"abstract.* remote_extents"):
+        Half()  # type: ignore[abstract]
 
 
 def test_eval_batches_run_in_order_without_masking(folder: Path) -> None:

@@ -243,7 +243,7 @@ def test_a_kill_while_lines_are_dropped_loses_none(tmp_path: Path, monkeypatch: 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mvptr_ds.monitoring.metrics.os.replace", killed)
+    monkeypatch.setattr("os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
         log_in(tmp_path, 10)
     assert [line["step"] for line in strict(path)] == [10, 20]

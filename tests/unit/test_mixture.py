@@ -14,18 +14,11 @@ from hypothesis import strategies as st
 from mvptr_ds import builders
 from mvptr_ds.config import Config, load_config, override_config, save_config
 from mvptr_ds.data.collate import Sample, collate
-from mvptr_ds.data.loader import ShardDataset, make_loader
-from mvptr_ds.data.phrases import PhraseVocab
+from mvptr_ds.data.dataset import MixedDataset, ShardDataset, differences
+from mvptr_ds.data.loader import make_loader
+from mvptr_ds.data.phrases import PhraseVocab, Vocabs
 from mvptr_ds.data.sampling.batches import Batches
-from mvptr_ds.data.sampling.mixture import (
-    MAX_BLOCK_SAMPLES,
-    MixedDataset,
-    Mixture,
-    default_block,
-    differences,
-    shares_of,
-    source_seed,
-)
+from mvptr_ds.data.sampling.mixture import MAX_BLOCK_SAMPLES, Mixture, default_block, shares_of, source_seed
 from mvptr_ds.data.schema import Extractor, Record
 from mvptr_ds.data.shards.index import Index
 from mvptr_ds.data.shards.writer import write_shards
@@ -36,7 +29,7 @@ from tests.support.batch_equality import assert_equal_batches
 from tests.unit.test_loader import _damage, _item
 
 WORDS = WordPiece()
-VOCABS = builders.Vocabs(WORDS, PhraseVocab.build({(noun, "big"): 1 for noun in ("dog", "cat", "tree")}, WORDS, 1))
+VOCABS = Vocabs(WORDS, PhraseVocab.build({(noun, "big"): 1 for noun in ("dog", "cat", "tree")}, WORDS, 1))
 BATCH = 8
 
 
@@ -79,6 +72,15 @@ def test_shares_are_kept_to_a_sample_and_places_come_once(
         of_block = np.bincount((np.arange(end) // block)[sources == source], minlength=end // block)
         assert (abs(of_block - float(block * share)) < 2).all()
         assert mixture.taken_before(end)[source] == len(own)
+
+
+def test_what_is_left_of_a_block_goes_to_the_largest_remainder() -> None:
+    mixture = Mixture([1, 2], 4, seed=0)  # after four samples each should have had 1.33 and 2.67
+    assert [mixture.taken_before(4 * block) for block in (1, 2, 3)] == [[1, 3], [3, 5], [4, 8]]
+
+
+def test_each_source_draws_from_numbers_of_its_own() -> None:
+    assert len({source_seed(seed, name) for seed in (0, 1) for name in ("pairs", "texts")}) == 4
 
 
 def test_any_part_can_be_asked_for_alone() -> None:

@@ -11,8 +11,7 @@ import sys
 import pytest
 
 from mvptr_ds import train
-from mvptr_ds.distributed import collectives
-from mvptr_ds.errors import CheckpointError, DataError, PassingError, PreflightError, may_pass
+from mvptr_ds.errors import CheckpointError, DataError, PassingError, PreflightError, may_pass, portable
 from mvptr_ds.preflight.checks import conclude
 from mvptr_ds.preflight.rank_checks import ERROR, Finding, on_each
 
@@ -51,7 +50,7 @@ def raised_from(cause: BaseException) -> DataError:
 def test_what_may_pass(error: Exception, passes: bool) -> None:
     assert may_pass(error) == passes
     # another rank raises it without its cause
-    assert may_pass(pickle.loads(pickle.dumps(collectives._portable(error)))) == passes
+    assert may_pass(pickle.loads(pickle.dumps(portable(error)))) == passes
 
 
 def test_a_run_ends_with_the_code_of_its_error(monkeypatch: pytest.MonkeyPatch, capsys: object) -> None:

@@ -9,7 +9,8 @@ import pytest
 from mvptr_ds.corpus.concepts.parser import PhraseParser
 from mvptr_ds.corpus.phrases.phrase_sidecar import extract_phrases
 from mvptr_ds.data.schema import Caption, Phrase, Record
-from mvptr_ds.data.shards.index import SIDECAR, Index
+from mvptr_ds.data.shards.index import Index
+from mvptr_ds.data.shards.index_format import SIDECAR
 from mvptr_ds.data.shards.sidecar_join import DROP, JoinedIndex, ensure_join
 from mvptr_ds.data.shards.writer import write_shards
 from mvptr_ds.errors import DataError

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvptr_ds.corpus.building.pictures import PictureError, PictureOptions, check_picture
+from mvptr_ds.corpus.building.source_images import ImageError, ImageOptions, check_image
 from mvptr_ds.corpus.regions.extraction import decode_picture, open_picture
 from mvptr_ds.data.images import decode_image
 from mvptr_ds.data.pixels import MAX_IMAGE_PIXELS, PixelsError, open_image, read_rgb
@@ -57,21 +57,21 @@ def enlarged(shown: Shown) -> np.ndarray:
 @pytest.mark.parametrize("name", ALL)
 def test_what_is_encoded_again_shows_the_same(name: str) -> None:
     shown, counts = ALL[name], Counter[str]()
-    picture = check_picture(shown.content, PictureOptions(reencode=100), counts)
+    picture = check_image(shown.content, ImageOptions(reencode=100), counts)
     assert (picture.extension, picture.width, picture.height) == ("jpg", len(shown.row), 1)
     stored = np.asarray(Image.open(io.BytesIO(picture.content)).convert("L"))[0].astype(int)
     expected = np.asarray(Image.fromarray(np.asarray([shown.row], dtype=np.uint8)).convert("L"))[0]
     assert np.abs(stored - expected).max() < 40  # JPEG mixes the colours of neighbours
     assert counts == Counter(shown.changes)
     if name in STORED:
-        assert check_picture(shown.content, PictureOptions()).content == shown.content
+        assert check_image(shown.content, ImageOptions()).content == shown.content
 
 
 @pytest.mark.parametrize("name", MEANINGLESS)
 def test_modes_that_are_no_picture_are_refused_by_name(name: str) -> None:
     content, mode = MEANINGLESS[name]
-    with pytest.raises(PictureError, match=f"picture: {mode} does not say which number is white"):
-        check_picture(content, PictureOptions())
+    with pytest.raises(ImageError, match=f"picture: {mode} does not say which number is white"):
+        check_image(content, ImageOptions())
     with open_image(content, MAX_IMAGE_PIXELS, FORMATS) as image, pytest.raises(PixelsError, match=mode):
         read_rgb(image)
 
@@ -87,8 +87,8 @@ def test_damage_is_refused_everywhere(name: str) -> None:
     for read in readers:
         with pytest.raises(DataError, match="cannot be decoded"):
             read()
-    with pytest.raises(PictureError, match="picture: cannot be decoded"):
-        check_picture(DAMAGED[name], PictureOptions())
+    with pytest.raises(ImageError, match="picture: cannot be decoded"):
+        check_image(DAMAGED[name], ImageOptions())
 
 
 def test_opaque_pictures_are_decoded_as_ever() -> None:
@@ -142,8 +142,8 @@ def test_pillow_warns_of_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> 
         for _ in range(2):
             with contextlib.suppress(DataError):
                 decode_image(member(content), 4)
-            with contextlib.suppress(PictureError):
-                check_picture(content, PictureOptions(reencode=90))
+            with contextlib.suppress(ImageError):
+                check_image(content, ImageOptions(reencode=90))
         warnings.warn("of somebody else", UserWarning, stacklevel=1)
     assert [str(warning.message) for warning in seen] == ["of somebody else"]
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from mvptr_ds.planning.memory import Zero, activation_bytes, largest_state_bytes
 from mvptr_ds.planning.plan import PUBLISHED_PHRASES, PUBLISHED_ROWS, Cluster, groups_of, make_plan, task_without_memory
 from tests.conftest import REPO
 from tests.support.tiny_models import sample, tiny_model
+from tests.support.tools import run_tool
 
 Z2 = load_ds_config(REPO / "ds_configs/z2.json")
 BASE = load_config("base")
@@ -156,13 +155,10 @@ def test_a_plan_of_the_base_model() -> None:
     assert not plan_of(1, 65536)["fits"]
 
 
-def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
-    tool = [sys.executable, str(REPO / "tools/plan_run.py"), *arguments]
-    return subprocess.run(tool, capture_output=True, text=True, timeout=120)
-
-
 def test_the_command_prints_a_table_and_json() -> None:
-    done = run_tool("--gpu", "V100", "--nodes", "1,2", "--micro-batch", "32", "--efficiency", "0.3", "run.stages=[1]")
+    done = run_tool(
+        "plan_run.py", "--gpu", "V100", "--nodes", "1,2", "--micro-batch", "32", "--efficiency", "0.3", "run.stages=[1]"
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert [(p["gpus"], p["batch_size"], p["precision"], p["stage"]) for p in report["plans"]] == [
@@ -185,5 +181,5 @@ def test_the_command_prints_a_table_and_json() -> None:
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(arguments: list[str], code: int, message: str) -> None:
-    done = run_tool(*arguments)
+    done = run_tool("plan_run.py", *arguments)
     assert done.returncode == code and message in done.stderr.splitlines()[-1], done.stderr

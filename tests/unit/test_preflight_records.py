@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mvptr_ds.builders import Vocabs
 from mvptr_ds.config import Config, load_config
-from mvptr_ds.data.phrases import PhraseVocab
+from mvptr_ds.data.phrases import PhraseVocab, Vocabs
 from mvptr_ds.data.schema import Caption, Extractor, Phrase, Record, Region
 from mvptr_ds.data.shards.index import Index
 from mvptr_ds.data.shards.index_builder import build_index

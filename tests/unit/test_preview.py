@@ -2,10 +2,9 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,9 +12,18 @@ import numpy as np
 import pytest
 
 from mvptr_ds.corpus.preview import measures
-from mvptr_ds.corpus.preview.card import NUM_COLOURS, colours_of, place_labels, segments
-from mvptr_ds.corpus.preview.charts import bins_of
-from mvptr_ds.corpus.preview.markup import Html, element, escaped, readable
+from mvptr_ds.corpus.preview.card import (
+    NUM_COLOURS,
+    Drawing,
+    Piece,
+    ShownCaption,
+    ShownPhrase,
+    ShownRegion,
+    colours_of,
+    place_labels,
+    segments,
+)
+from mvptr_ds.corpus.preview.charts import Bar, Histogram, Limit, NameCounts, bins_of
 from mvptr_ds.corpus.preview.measures import (
     Sizes,
     cut_shares,
@@ -26,6 +34,7 @@ from mvptr_ds.corpus.preview.measures import (
     suggested_sizes,
 )
 from mvptr_ds.corpus.preview.page import write_preview
+from mvptr_ds.corpus.preview.render import ENVIRONMENT, TEMPLATES, readable, render
 from mvptr_ds.data.collate import Sample, collate
 from mvptr_ds.data.features import SampleBuilder, SampleOptions
 from mvptr_ds.data.phrases import PhraseVocab
@@ -38,11 +47,10 @@ from mvptr_ds.data.shards.tar_writer import write_tar
 from mvptr_ds.data.shards.writer import write_shards
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.errors import DataError
-from tests.conftest import REPO
 from tests.support.preview_items import CAPTION, PHRASES, REGIONS, features, hostile_texts, items, jpeg
+from tests.support.tools import run_tool
 
 WORDS = WordPiece()
-PAGE_FILES = REPO / "mvptr_ds" / "corpus" / "preview"
 
 
 class _Page(HTMLParser):
@@ -90,11 +98,12 @@ def page(folder: Path) -> str:
 
 @pytest.mark.parametrize("text", [*hostile_texts("http://host"), "\ud800 half a pair", "a\x85b\ufeffc\n"])
 def test_text_stays_text_in_content_and_attributes(text: str) -> None:
-    page = _Page(element("p", text, title=text))
+    element = ENVIRONMENT.from_string('<p title="{{ text }}">{{ text }}</p>').render(text=text)
+    page = _Page(element)
     assert page.elements == [("p", {"title": readable(text)})]
     assert "".join(page.texts) == readable(text)
     assert page.open == []
-    element("p", text).encode()  # no half surrogate pair is left
+    element.encode()  # no half surrogate pair is left
     assert not any(ord(c) < 32 or c in "\u202e\u2028\x85\ufeff" for c in readable(text))
 
 
@@ -104,11 +113,40 @@ def test_readable_keeps_scripts_and_joined_emoji() -> None:
     assert readable("a\x00\u202eb") == "a⟨U+0000⟩⟨U+202E⟩b"
 
 
-def test_markup_is_escaped_once() -> None:
-    assert element("b", Html("<i></i>"), "<i>", x=1.5, aria_label=None, class_="c") == (
-        '<b x="1.5" class="c"><i></i>&lt;i&gt;</b>'
-    )
-    assert escaped(escaped("<")) == "&lt;"
+def test_every_value_of_every_template_is_escaped() -> None:
+    """Also one that is added later: no template switches the escaping off."""
+    for path in TEMPLATES.glob("*.html"):
+        source = path.read_text(encoding="utf-8")
+        assert not re.search(r"\bsafe\b|autoescape|{%-? *raw|Markup", source), path.name
+    assert ENVIRONMENT.autoescape is True
+    template = ENVIRONMENT.from_string("{% macro b(t) %}<b>{{ t }}</b>{% endmacro %}{{ b(text) }}{{ x }} {{ n }}")
+    assert template.render(text="<i>", x=1.5, n=2) == "<b>&lt;i&gt;</b>1.5 2"
+
+
+HOSTILE = "<script>\u202e\"'&{{ title }}"
+
+
+def test_no_text_reaches_the_page_unescaped() -> None:
+    """Whatever is handed to a template: each text of all is hostile, whether a record could hold it there or not."""
+    region = ShownRegion(HOSTILE, HOSTILE, HOSTILE, HOSTILE, (0, 0, 9, 9), (0, 0, 9, 9), True)  # type: ignore[arg-type]
+    phrase = ShownPhrase((HOSTILE,), HOSTILE, HOSTILE, False)
+    caption = ShownCaption([Piece(HOSTILE), Piece(*[HOSTILE] * 4)], [phrase], [HOSTILE])
+    shown = render(
+        "card.html", key=HOSTILE, unreadable="", facts=HOSTILE, problems=[HOSTILE], regions=[region],
+        captions=[caption], drawing=Drawing(9, 9, HOSTILE, HOSTILE), num_more_regions=1, num_more_captions=1,
+    )  # fmt: skip
+    bad = render("card.html", key=HOSTILE, unreadable=HOSTILE)
+    chart = Histogram(HOSTILE, HOSTILE, [Bar(0, 0, 9, 9, HOSTILE)], [(0, HOSTILE)], Limit(HOSTILE, 0, 0, HOSTILE))
+    names = NameCounts(HOSTILE, HOSTILE, [(HOSTILE, HOSTILE, 9)])
+    texts = ("policy", "style", "script", "title", "read_from", "batch_size", "cuts", "suggested", "drawn")
+    page = render(
+        "page.html", **dict.fromkeys(texts, HOSTILE), tiles=[(HOSTILE, HOSTILE)], sources=[HOSTILE],
+        unreadable=[HOSTILE], histograms=[chart, Histogram(HOSTILE)], cards=[HOSTILE, shown, bad],
+        name_counts=[names, NameCounts(HOSTILE, HOSTILE, [])], paddings=[(HOSTILE, HOSTILE)],
+    )  # fmt: skip
+    written = "&lt;script&gt;⟨U+202E⟩&#34;&#39;&amp;{{ title }}"
+    assert page.count(written) == page.count("title }}") > 50 and "\u202e" not in page
+    assert page.count("<script>") == page.count("</script>") == 1
 
 
 def test_segments_cover_each_character_with_its_phrases() -> None:
@@ -157,7 +195,7 @@ def _contrast(colour: str, other: str) -> float:
 
 
 def test_colours_of_tags_and_text_have_contrast() -> None:
-    style = (PAGE_FILES / "page.css").read_text()
+    style = (TEMPLATES / "page.css").read_text()
     tags = re.findall(r"\.c(\d+) \{ --tag: (#\w{6}); \}", style)
     assert [int(number) for number, _ in tags] == list(range(NUM_COLOURS))
     assert min(_contrast(colour, "#ffffff") for _, colour in tags) >= 4.5
@@ -330,7 +368,8 @@ def test_page_asks_for_nothing_and_runs_only_its_own_script(page: str) -> None:
     assert not tags.keys() & {"iframe", "link", "base", "img", "object", "form", "use", "foreignObject"}
     assert not any(name.startswith("on") or name == "style" for _, a in parsed.elements for name in a)
     assert "default-src 'none'; img-src data:" in page
-    assert "日本語 $body $style &lt;b&gt;" in "".join(parsed.texts)  # the template filled no place of its captions
+    template_text = "日本語 {{ policy }} {% include 'page.js' %} {# &lt;b&gt;"
+    assert template_text in "".join(parsed.texts)  # what a caption says is no template
 
 
 def test_boxes_lie_on_the_drawing(page: str) -> None:
@@ -430,9 +469,7 @@ def test_a_bad_record_never_breaks_the_page(tmp_path: Path, old: bytes, new: byt
     assert "Sound." in page and "victim" in page and shown in " ".join(parsed.texts)
 
 
-def _tool(*arguments: str) -> subprocess.CompletedProcess[str]:
-    tool = [sys.executable, str(REPO / "tools" / "preview_shards.py")]
-    return subprocess.run([*tool, *arguments], capture_output=True, text=True, timeout=120)
+_tool = partial(run_tool, "preview_shards.py")
 
 
 def test_tool(folder: Path, tmp_path: Path) -> None:

@@ -17,12 +17,13 @@ import pytest
 
 from mvptr_ds.data import read_ahead
 from mvptr_ds.data.collate import Batch
+from mvptr_ds.data.dataset import MixedDataset, ShardDataset
 from mvptr_ds.data.features import SampleBuilder, SampleOptions
-from mvptr_ds.data.loader import ShardDataset, eval_batches, make_loader
+from mvptr_ds.data.loader import eval_batches, make_loader
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.read_ahead import ReadAhead, runs_of
 from mvptr_ds.data.sampling.batches import Batches
-from mvptr_ds.data.sampling.mixture import MixedDataset, Mixture
+from mvptr_ds.data.sampling.mixture import Mixture
 from mvptr_ds.data.sampling.plan import Plan
 from mvptr_ds.data.schema import Extractor, Region
 from mvptr_ds.data.shards import remote
@@ -31,8 +32,8 @@ from mvptr_ds.data.shards.index_builder import ensure_index
 from mvptr_ds.data.shards.remote import RemoteFiles
 from mvptr_ds.data.shards.sidecar_join import JoinedIndex, ensure_join
 from mvptr_ds.data.shards.sidecars import sidecar_json
-from mvptr_ds.data.shards.storage import ReadOptions
 from mvptr_ds.data.shards.tar_writer import write_tar
+from mvptr_ds.data.shards.urls import ReadOptions
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.errors import DataError
 from tests.support.batch_equality import assert_equal_batches

@@ -10,6 +10,7 @@ import yaml
 from mvptr_ds.checkpoints import resume
 from mvptr_ds.config import load_config, save_config
 from mvptr_ds.errors import CheckpointError
+from tests.support.checkpoint_states import state_at
 
 OTHERS = ("run.seed=7", "data.block_samples=32", "data.window_blocks=9")
 CAPS = (
@@ -61,9 +62,9 @@ def test_the_order_of_a_mixtures_sources_counts(tmp_path: Path) -> None:
     """The draws of which source stands where go by their numbers."""
     there = {"pairs": "share 3/4, samples 1a", "text": "share 1/4, samples 2b", "mixture_block_samples": "8"}
     here = {name: there[name] for name in ("text", "pairs", "mixture_block_samples")}
-    data = load_config("demo").data
-    resume._check_data(tmp_path, there, dict(there), data, tmp_path)
+    saved, data = state_at(1, data=there), load_config("demo").data
+    resume._check_data(tmp_path, saved, state_at(1, data=dict(there)), data, tmp_path)
     with pytest.raises(
         CheckpointError, match=r"order: pairs, text, .* there, text, pairs, .* here\n  bring data.sources back"
     ):
-        resume._check_data(tmp_path, there, here, data, tmp_path)
+        resume._check_data(tmp_path, saved, state_at(1, data=here), data, tmp_path)

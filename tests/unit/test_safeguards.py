@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from mvptr_ds.data.loader import ShardDataset, make_loader
+from mvptr_ds.data.dataset import ShardDataset
+from mvptr_ds.data.loader import make_loader
 from mvptr_ds.data.sampling.batches import Batches
 from mvptr_ds.errors import DataError, TrainingError
 from mvptr_ds.guards import LossScale, SkippedSteps, Watchdog, any_rank, collectives_timeout_s

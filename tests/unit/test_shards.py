@@ -17,10 +17,12 @@ import webdataset
 from mvptr_ds.corpus.phrases.captions import list_inputs
 from mvptr_ds.corpus.validating.validation import validate
 from mvptr_ds.data.schema import Caption, Extractor, Record, Region
-from mvptr_ds.data.shards import index_builder, tar_reader
-from mvptr_ds.data.shards.index import Index, key_hash
+from mvptr_ds.data.shards import index_builder
+from mvptr_ds.data.shards.index import Index
 from mvptr_ds.data.shards.index_builder import build_index, ensure_index
-from mvptr_ds.data.shards.tar_reader import TarError, read_record, record_key
+from mvptr_ds.data.shards.index_format import key_hash
+from mvptr_ds.data.shards.tar_header import TarError, parse_header
+from mvptr_ds.data.shards.tar_reader import read_record, record_key
 from mvptr_ds.data.shards.writer import write_shards
 from mvptr_ds.errors import DataError
 from mvptr_ds.preflight import checks
@@ -504,7 +506,7 @@ def _headers_agree(block: bytes) -> bool:
         info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError:
         with pytest.raises(TarError, match="byte 7: damaged tar header"):
-            tar_reader._parse_header(block, 7)
+            parse_header(block, 7)
         return False
-    assert tar_reader._parse_header(block, 7) == (info.name, info.size, info.type)
+    assert parse_header(block, 7) == (info.name, info.size, info.type)
     return True

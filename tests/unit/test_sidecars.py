@@ -19,8 +19,9 @@ from PIL import Image
 from mvptr_ds import builders
 from mvptr_ds.config import Config, DataConfig, TaskConfig
 from mvptr_ds.data.collate import Sample
+from mvptr_ds.data.dataset import ShardDataset, load_samples, read_sample_record
 from mvptr_ds.data.features import SampleBuilder, SampleOptions
-from mvptr_ds.data.loader import ShardDataset, load_samples, make_loader, read_sample_record
+from mvptr_ds.data.loader import make_loader
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.sampling.batches import Batches
 from mvptr_ds.data.sampling.plan import Plan

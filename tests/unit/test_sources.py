@@ -21,7 +21,7 @@ from PIL import Image
 
 from mvptr_ds.corpus.building.build import parse_shares, split_by_hash
 from mvptr_ds.corpus.building.group_by_image import GatherOptions, PlannedRecord, gather, read_plan
-from mvptr_ds.corpus.building.pictures import PictureError, PictureOptions, check_picture, read_picture
+from mvptr_ds.corpus.building.source_images import ImageError, ImageOptions, check_image, read_image
 from mvptr_ds.corpus.record_keys import make_key
 from mvptr_ds.corpus.resumable_jobs import Summary
 from mvptr_ds.corpus.sources import rows as rows_module
@@ -693,13 +693,13 @@ def picture(picture_format: str, size: tuple[int, int] = (40, 24), mode: str = "
 )
 def test_pictures_pass_through(picture_format: str, mode: str, extension: str) -> None:
     content = picture(picture_format, mode=mode)
-    assert check_picture(content, PictureOptions()) == (extension, content, 40, 24)
+    assert check_image(content, ImageOptions()) == (extension, content, 40, 24)
     decode_image({extension: content}, 32)
 
 
 @pytest.mark.parametrize(("picture_format", "mode"), [("GIF", "P"), ("BMP", "RGB"), ("TIFF", "RGBA")])
 def test_other_formats_become_jpeg(picture_format: str, mode: str) -> None:
-    extension, content, width, height = check_picture(picture(picture_format, mode=mode), PictureOptions())
+    extension, content, width, height = check_image(picture(picture_format, mode=mode), ImageOptions())
     assert (extension, width, height) == ("jpg", 40, 24)
     assert Image.open(io.BytesIO(content)).format == "JPEG"
 
@@ -709,18 +709,18 @@ def test_exif_is_kept_by_passing_through_and_applied_by_encoding() -> None:
     exif[0x0112] = 6  # to be turned by 90 degrees
     content = picture("JPEG", exif=exif)
     # as the training reader decodes it, which looks at no EXIF
-    assert check_picture(content, PictureOptions()) == ("jpg", content, 40, 24)
-    stored = check_picture(content, PictureOptions(reencode=90))
+    assert check_image(content, ImageOptions()) == ("jpg", content, 40, 24)
+    stored = check_image(content, ImageOptions(reencode=90))
     assert (stored.width, stored.height) == (24, 40) == Image.open(io.BytesIO(stored.content)).size
     assert not Image.open(io.BytesIO(stored.content)).getexif()
     damaged = content.replace(b"Exif\0\0MM", b"Exif\0\0ZZ").replace(b"Exif\0\0II", b"Exif\0\0ZZ")
-    assert damaged != content and check_picture(damaged, PictureOptions(reencode=90))[2:] == (40, 24)
+    assert damaged != content and check_image(damaged, ImageOptions(reencode=90))[2:] == (40, 24)
 
 
 def test_encoding_again_shrinks_but_never_enlarges() -> None:
-    options = PictureOptions(reencode=50, max_side=20)
-    assert check_picture(picture("PNG"), options)[::2] == ("jpg", 20)
-    assert check_picture(picture("PNG", (10, 8)), options)[2:] == (10, 8)
+    options = ImageOptions(reencode=50, max_side=20)
+    assert check_image(picture("PNG"), options)[::2] == ("jpg", 20)
+    assert check_image(picture("PNG", (10, 8)), options)[2:] == (10, 8)
 
 
 def big_png(side: int) -> bytes:
@@ -746,24 +746,24 @@ def big_png(side: int) -> bytes:
     ids=range(10),
 )
 def test_pictures_that_cannot_be_used(content: bytes, reason: str) -> None:
-    with pytest.raises(PictureError) as error:
-        check_picture(content, PictureOptions(min_side=10))
+    with pytest.raises(ImageError) as error:
+        check_image(content, ImageOptions(min_side=10))
     assert error.value.reason == f"picture: {reason}" and " at 0x" not in error.value.detail
 
 
 def test_a_picture_that_training_would_refuse_is_dropped_or_made_smaller() -> None:
     buffer = io.BytesIO()
     Image.new("1", (8200, 8200)).save(buffer, "PNG")
-    with pytest.raises(PictureError, match="64 megapixels that training reads"):
-        check_picture(buffer.getvalue(), PictureOptions())
-    assert check_picture(buffer.getvalue(), PictureOptions(reencode=50, max_side=100))[2:] == (100, 100)
+    with pytest.raises(ImageError, match="64 megapixels that training reads"):
+        check_image(buffer.getvalue(), ImageOptions())
+    assert check_image(buffer.getvalue(), ImageOptions(reencode=50, max_side=100))[2:] == (100, 100)
 
 
 def test_pictures_are_read_below_their_folder_only(tmp_path: Path) -> None:
     write(tmp_path / "images" / "a" / "1.jpg", b"one"), write(tmp_path / "secret.jpg", b"secret")
     folder = tmp_path / "images"
-    assert read_picture(folder, "a/1.jpg") == read_picture(folder, "./a/../a/1.jpg") == b"one"
-    assert read_picture(folder, str(folder / "a" / "1.jpg")) == b"one"
+    assert read_image(folder, "a/1.jpg") == read_image(folder, "./a/../a/1.jpg") == b"one"
+    assert read_image(folder, str(folder / "a" / "1.jpg")) == b"one"
     os.mkfifo(folder / "pipe")
     for name, reason in {
         "../secret.jpg": "its path leads out of --images",
@@ -774,8 +774,8 @@ def test_pictures_are_read_below_their_folder_only(tmp_path: Path) -> None:
         "a\0b": "file cannot be read",
         "n" * 5000: "file cannot be read",
     }.items():
-        with pytest.raises(PictureError) as error:
-            read_picture(folder, name)
+        with pytest.raises(ImageError) as error:
+            read_image(folder, name)
         assert error.value.reason == f"picture: {reason}", name
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mvptr_ds.checkpoints import checkpoint as checkpointing
+from mvptr_ds.checkpoints.rng import begin_rng
 from mvptr_ds.streams import Stream, generator, seed_sequence
 from tests.conftest import REPO
 
@@ -17,10 +17,8 @@ MAKERS = {"default_rng", "SeedSequence", "RandomState", "PCG64", "PCG64DXSM", "P
 MAKERS |= {"Random", "seed", "manual_seed", "manual_seed_all"}
 ELSEWHERE = {
     "builders.py": "the first weights",
-    "checkpoints/checkpoint.py": "torch's own state, for dropout",
-    "corpus/concepts/silver.py": "what the shipped parser was trained on",
+    "checkpoints/rng.py": "torch's own state, for dropout",
     "corpus/concepts/templates.py": "what the shipped parser was trained on",
-    "corpus/concepts/training.py": "the shipped parser's training",
     "corpus/preview/measures.py": "the records of a page",
     "demo/scene.py": "the scenes of the demo, which stay as they are",
     "planning/lengths.py": "lengths to plan with, always the same",
@@ -69,7 +67,7 @@ def test_no_other_file_makes_generators() -> None:
 def test_every_rank_begins_with_a_dropout_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     def begun(seed: int, rank: int) -> int:
         monkeypatch.setattr("mvptr_ds.distributed.collectives.rank", lambda: rank)
-        checkpointing.begin_rng(seed)
+        begin_rng(seed)
         return torch.initial_seed()
 
     assert [begun(0, 0), begun(0, 1), begun(5, 2)] == [1_000_003, 2_000_006, 3_000_014]

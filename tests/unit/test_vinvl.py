@@ -4,8 +4,7 @@ import base64
 import functools
 import io
 import json
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from mvptr_ds.corpus.regions.tsv import Table
 from mvptr_ds.corpus.regions.vinvl import KeyRule, import_vinvl, plan_rows
 from mvptr_ds.corpus.regions.vinvl_rows import RowError, parse_features, parse_predictions
 from mvptr_ds.errors import DataError
-from tests.conftest import REPO
+from tests.support.tools import run_tool
 
 FEATURE_DIM = 10  # 4 numbers of the feature, 6 of the geometry
 WIDTH, HEIGHT = 640, 480
@@ -381,9 +380,7 @@ def test_missing_files_and_another_run_in_the_folder(tmp_path: Path) -> None:
 
 
 def test_tool(tmp_path: Path) -> None:
-    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        tool = [sys.executable, str(REPO / "tools" / "import_vinvl.py"), *map(str, arguments)]
-        return subprocess.run(tool, capture_output=True, text=True, timeout=120)
+    run = partial(run_tool, "import_vinvl.py")
 
     features = [image.feature_line() for image in IMAGES]
     predictions = [image.prediction_line() for image in IMAGES[1:]]

@@ -40,12 +40,12 @@ def content(run: Path) -> str:
 def test_offline_and_the_same_run_after_a_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ids = []
     for steps in ((1, 2), (2, 3)):  # the second goes back behind the first's last report
+        time.sleep(1.1 * len(ids))  # the folder's name holds the second
         run = WandbRun(tmp_path, WandbConfig(mode="offline", name="mine"), CONFIG)
         for step in steps:
             run.log(step, {"loss/mlm": 4.0 / step, "loss/wpg": None})
         run.close()
         ids.append(run.id)
-        time.sleep(1.1)  # the folder's name holds the second
     assert ids[0] == ids[1] == (tmp_path / "wandb_id").read_text(encoding="utf-8")
     assert [path.name.rpartition("-")[2] for path in offline_runs(tmp_path)] == ids
     for path in offline_runs(tmp_path):
@@ -67,7 +67,7 @@ def test_online_without_an_answer_goes_offline(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setattr("mvptr_ds.monitoring.wandb_run.START_TIMEOUT_S", 3.0)
+    monkeypatch.setattr("mvptr_ds.monitoring.wandb_run.START_TIMEOUT_S", 1.0)
     run = WandbRun(tmp_path, WandbConfig(mode="online"), CONFIG)
     run.log(1, {"loss/mlm": 4.0})
     run.close()

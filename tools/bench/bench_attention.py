@@ -47,7 +47,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def nested(lengths: tuple[int, ...], offsets: Tensor) -> Attend:
-    """One call on a nested jagged tensor, which the package does not use."""
+    """Returns a call on a nested jagged tensor, which the package does not use."""
 
     def attend(qkv_N3HK: Tensor, dropout: float) -> Tensor:
         query, key, value = (
@@ -62,7 +62,7 @@ def nested(lengths: tuple[int, ...], offsets: Tensor) -> Attend:
 
 
 def contenders(lengths: tuple[int, ...], device: torch.device, dtype: torch.dtype, dropout: float) -> dict[str, Attend]:
-    """Every kernel that can run here."""
+    """Returns every kernel that can run here."""
     segments = SegmentAttention(lengths, device)
     out = {
         kernels.SDPA_EACH: segments.each,

@@ -158,7 +158,7 @@ def _dealt(batches: Batches, num_ranks: int, lengths_N3: np.ndarray) -> Iterator
 def _drawn_apart(
     batch: int, pool: int, num_ranks: int, seed: int, lengths_N3: np.ndarray
 ) -> Iterator[list[np.ndarray]]:
-    """The same where each rank draws buckets from samples of its own, as readers of a rank's own shards do."""
+    """Yields the batches where each rank draws buckets from its own samples, as with shards of its own."""
     own_RN3 = [lengths_N3[rank::num_ranks] for rank in range(num_ranks)]
     batches = [BucketedBatches(batch, pool, seed + rank, own_RN3[rank].__getitem__) for rank in range(num_ranks)]
     for step in itertools.count():

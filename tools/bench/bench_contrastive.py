@@ -119,7 +119,7 @@ def wanted_of(rank: int, setting: Setting, limits: tuple[int, int]) -> Tensor:
 
 @cache
 def told_of(rank: int, setting: Setting, limits: tuple[int, int]) -> Tensor:
-    """What a rank tells the others before states travel."""
+    """Returns what a rank sends to the others before the states are exchanged."""
     return torch.stack([lengths_of(rank, setting, limits), wanted_of(rank, setting, limits)])
 
 
@@ -192,7 +192,7 @@ def vsc(setting: Setting) -> Callable[[], None]:
 
 
 def vsc_rows(setting: Setting) -> Callable[[], None]:
-    """All of a rank's logits at once, left to autograd."""
+    """Computes all of a rank's logits at once, left to autograd."""
     scale = torch.tensor([14.0], requires_grad=True)
 
     def once() -> None:
@@ -206,7 +206,7 @@ def vsc_rows(setting: Setting) -> Callable[[], None]:
 
 
 def vsc_plain(setting: Setting) -> Callable[[], None]:
-    """Every rank computes the loss of the whole global batch."""
+    """Computes the loss of the whole global batch on every rank."""
     scale = torch.tensor([14.0], requires_grad=True)
 
     def once() -> None:
@@ -219,7 +219,7 @@ def vsc_plain(setting: Setting) -> Callable[[], None]:
 
 
 def choice(setting: Setting, mode: str, scores_mib: float) -> Callable[[], Any]:
-    """The choice alone: the global states are there already, for VSC."""
+    """Measures the choice alone: VSC has gathered the global states already."""
     pool = pool_of(setting, scores_mib)
     takes_image_B = torch.arange(setting.per_rank) % 2 == 0
     uniform_B = torch.rand(setting.per_rank, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -234,7 +234,7 @@ def states_of(num_rows: int, setting: Setting) -> Tensor:
 
 
 def states(setting: Setting) -> Callable[[], None]:
-    """ITM's other texts and images with the text's phrase mask, there and back."""
+    """Exchanges ITM's other texts and images with the text's phrase mask, forward and backward."""
     rank = parallel.rank()
     asked = [(lengths_of(rank, setting, limits), wanted_of(rank, setting, limits)) for limits, _ in SLOTS]
     text_ND, regions_ND = (states_of(int(lengths_B.sum()), setting) for lengths_B, _ in asked)
@@ -251,7 +251,7 @@ def states(setting: Setting) -> Callable[[], None]:
 
 
 def states_plain(setting: Setting) -> Callable[[], None]:
-    """The same with padded states and masks of all ranks."""
+    """Exchanges padded states and masks of all ranks."""
     rank, num = parallel.rank(), setting.per_rank
     padded = [states_of(num * slots, setting) for _, slots in SLOTS]
     wanted = [wanted_of(rank, setting, limits) for limits, _ in SLOTS]
@@ -324,7 +324,7 @@ def at_least(setting: Setting) -> Cost:
 
 
 def in_processes(setting: Setting) -> Cost:
-    """The figure of rank 0.
+    """Returns the figure of rank 0.
 
     Raises:
         RuntimeError: a process failed, or did not end in time.

@@ -37,7 +37,7 @@ Item = tuple[str, Record, dict[str, bytes]]
 
 
 def vocabulary(words: WordPiece) -> PhraseVocab:
-    """Every phrase that the captions hold."""
+    """Returns every phrase that the captions hold."""
     counts: dict[tuple[str, ...], int] = {(noun,): 2 for noun in NOUNS}
     counts |= {(noun, adjective): 1 for noun in NOUNS for adjective in ADJECTIVES}
     return PhraseVocab.build(counts, words, 1)
@@ -83,7 +83,7 @@ def _region(rng: np.random.Generator) -> Region:
 
 
 def photograph(rng: np.random.Generator) -> bytes:
-    """A JPEG whose channels share most of a random picture of a 1/f spectrum."""
+    """Returns a JPEG whose channels share most of a random picture of a 1/f spectrum."""
     amplitude = 1 / np.maximum(np.hypot(np.fft.fftfreq(HEIGHT)[:, None], np.fft.rfftfreq(WIDTH)[None]), 1 / WIDTH)
     spectra = amplitude**1.1 * np.exp(2j * np.pi * rng.random((4, *amplitude.shape)))
     shared, *channels = np.fft.irfft2(spectra, s=(HEIGHT, WIDTH))

@@ -13,12 +13,14 @@ from pathlib import Path
 import bench_data
 import numpy as np
 
+from mvptr_ds.data.dataset import ShardDataset
 from mvptr_ds.data.features import SampleBuilder, SampleOptions
-from mvptr_ds.data.loader import ShardDataset, make_loader
+from mvptr_ds.data.loader import make_loader
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.sampling.batches import Batches
 from mvptr_ds.data.sampling.plan import Plan
-from mvptr_ds.data.shards.index import INDEX_NAME, MANIFEST_NAME, ROW, Index, sampled_digest
+from mvptr_ds.data.shards.index import Index
+from mvptr_ds.data.shards.index_format import INDEX_NAME, MANIFEST_NAME, ROW, sampled_digest
 from mvptr_ds.data.wordpiece import WordPiece
 
 BATCH = 32
@@ -88,7 +90,7 @@ def bench_index(folder: Path, num_samples: int, words: WordPiece, phrases: Phras
 
 
 def _private_mib(process: int) -> float:
-    """What is the process's own, in MiB: neither shared with another nor a page of a mapped file."""
+    """Returns the private memory of a process in MiB: neither shared with another nor of a mapped file."""
     lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty")) / 1024
 

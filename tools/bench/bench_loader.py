@@ -2,7 +2,7 @@
 """How fast samples are read, on one processor core: this loader beside others on the same pictures, interleaved.
 
 Speeds are of CPU time of the process, so that other work on the machine disturbs them little. Every figure of
-docs/loading.md is printed by this command. The last line is JSON.
+docs/measurements/loading.md is printed by this command. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ from torch.utils.data import DataLoader
 
 from mvptr_ds.data import images
 from mvptr_ds.data.collate import Sample, collate
+from mvptr_ds.data.dataset import ShardDataset
 from mvptr_ds.data.features import SampleBuilder, SampleOptions, read_features
-from mvptr_ds.data.loader import ShardDataset, make_loader
+from mvptr_ds.data.loader import make_loader
 from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.sampling.batches import Batches
 from mvptr_ds.data.sampling.plan import Plan
@@ -172,7 +173,7 @@ def stages(setup: Setup, num: int, rounds: int) -> None:
 
     def pictures() -> None:
         for sample, member in zip(begun, members, strict=True):
-            builder.add_picture(sample, member)
+            builder.add_visual(sample, member)
 
     parts: dict[str, Callable[[], Any]] = {
         "read: find the place, read its bytes": lambda: [read_record(*index.locate(n)[:3]) for n in numbers],

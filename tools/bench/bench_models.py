@@ -34,7 +34,7 @@ GELU = "gelu_python"  # x / 2 * (1 + erf(x / sqrt(2))), written out as in the pu
 
 
 def make_batch(num: int, seed: int, config: MvptrConfig, caption_lengths: Sequence[int] | None = None) -> Batch:
-    """Captions of 8-20 wordpieces (or of the given numbers), 0-5 phrases, 10-20 tag slots, 20-50 regions."""
+    """Returns captions of 8-20 wordpieces (or of the given numbers), 0-5 phrases, 10-20 tag slots, 20-50 regions."""
     rng = np.random.default_rng(seed)
     samples = []
     for i in range(num):
@@ -88,7 +88,7 @@ def build_task(config: MvptrConfig, execution: str) -> PretrainingLosses:
 
 
 def fixed_slots(batch: Batch) -> Batch:
-    """The batch padded to the published code's slots, whatever its own lengths."""
+    """Returns the batch padded to the published code's slots, whatever its own lengths."""
 
     def pad(slots_BLx: Tensor, num: int, fill: float = 0) -> Tensor:
         return F.pad(slots_BLx, (0, 0) * (slots_BLx.ndim - 2) + (0, num - slots_BLx.shape[1]), value=fill)
@@ -172,7 +172,7 @@ class Reference(nn.Module):
         return out
 
     def sums(self, batch: Batch, draws: RandomDraws) -> dict[str, LossSum]:
-        """The five losses of `joint` on a batch of fixed slots."""
+        """Returns the five losses of `joint` on a batch of fixed slots."""
         assert batch.region_features_BRF is not None
         joined = torch.cat([batch.region_features_BRF, batch.region_geometry_BR6], -1)
         text_BTD = self.encode("txt_encoder", self.embed(batch.text_ids_BT, TEXT_SEGMENT), batch.text_mask_BT)

@@ -77,7 +77,7 @@ def model_config(small: bool) -> MvptrConfig:
 
 
 def measured(function: Callable[..., Any], *arguments: Any) -> tuple[Any, dict[str, Any]]:
-    """What a call returns, and the time it took."""
+    """Returns the result of a call, and the time it took."""
     wall, cpu = time.perf_counter(), time.process_time()
     value = function(*arguments)
     return value, {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
@@ -183,7 +183,7 @@ class Worker:
 
 
 def compare(batch: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The ways on the same batches, in turns."""
+    """Measures the ways on the same batches, in turns."""
     workers: list[Worker] = []
     peaks: dict[Callable[..., Tensor], list[float]] = {F.linear: [], kernels.linear: []}
     try:
@@ -241,7 +241,7 @@ def gemm_gflops_per_cpu_s(product: Callable[[Tensor, Tensor], Tensor], repeats: 
 
 @torch.inference_mode()
 def scoring(num: int, arguments: argparse.Namespace) -> dict[str, float]:
-    """All pairs of `num` captions and `num` images: each from raw inputs, or as evaluation re-ranks them."""
+    """Scores all pairs of `num` captions and `num` images, from raw inputs and as evaluation re-ranks them."""
     config = model_config(arguments.small)
     model = build_task(config, "packed").eval().model
     packed = PackedBatch.of(make_batch(num, 0, config, arguments.caption_lengths))

@@ -77,7 +77,7 @@ class Arm:
 
 
 def load_arms(path: Path = ARMS_FILE) -> dict[str, Arm]:
-    """The arms by name, in the order of the file."""
+    """Returns the arms by name, in the order of the file."""
     tree = plain(parse_yaml(read_text(path), str(path)))
     return {
         name: Arm(name, arm["shows"], tuple(map(str, arm.get("stages", (1, 2)))), tuple(arm.get("overrides", ())))
@@ -86,7 +86,7 @@ def load_arms(path: Path = ARMS_FILE) -> dict[str, Arm]:
 
 
 def arm_overrides(arm: Arm, config: Config) -> list[str]:
-    """The arm's overrides of `config`; without stage 1, stage 2 takes the steps of both."""
+    """Returns the arm's overrides of `config`; without stage 1, stage 2 takes the steps of both."""
     stages = [f"run.stages=[{','.join(arm.stages)}]"]
     if "1" not in arm.stages:
         stages.append("run.init_from=null")
@@ -95,7 +95,7 @@ def arm_overrides(arm: Arm, config: Config) -> list[str]:
 
 
 def prepare_data(config: Config, out: Path, processes: int) -> list[str]:
-    """The same shards for every run: demo shards are built below `out`, from seed 0. Returns overrides."""
+    """Builds demo shards below `out` from seed 0, the same for every run. Returns overrides."""
     if config.data.demo_source is None:
         return []
     shards = out / "shards"
@@ -145,7 +145,7 @@ def _call(command: list[str], log: Path) -> None:
 
 
 def read_reports(out: Path, arms: Mapping[str, Arm]) -> dict[str, list[Report]]:
-    """The reports of every arm that has some, in the order of the arms."""
+    """Returns the reports of every arm that has some, in the order of the arms."""
     found = {name: sorted((out / name).glob("seed-*/report.json")) for name in arms}
     return {name: [json.loads(p.read_text(encoding="utf-8")) for p in paths] for name, paths in found.items() if paths}
 

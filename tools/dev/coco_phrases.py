@@ -25,7 +25,7 @@ example:
 
 Each step is one of the other tools, shown as it is run. Interrupted, the same command goes on where it stopped.
 Exit status: 0 done, 1 a step failed (its error is the last line), 2 wrong usage."""
-TOOLS = Path(__file__).resolve().parent
+TOOLS = Path(__file__).resolve().parents[1]
 SPLITS = ("train2014", "val2014")
 
 

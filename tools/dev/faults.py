@@ -96,7 +96,7 @@ class Trial:
     differences: list[str] = field(default_factory=list)
 
     def next_kind(self) -> str | None:
-        """Each kind in turn, None when there were enough."""
+        """Returns each kind in turn, and None when there were enough."""
         return FAULTS[len(self.faults) % len(FAULTS)] if len(self.faults) < self.tries else None
 
 
@@ -156,7 +156,7 @@ def disturb(kind: str, ranks: Ranks, watch: Watch, trial: Trial) -> tuple[float,
 
 
 def run_disturbed(run_dir: Path, trial: Trial, bar: Any) -> list[Fault]:
-    """One run, started until it is done, disturbed while the tries allow; what it suffered."""
+    """Starts a run until it is done and disturbs it while the tries allow; returns the faults."""
     watch, suffered = Watch(run_dir), list[Fault]()
     while (kind := trial.next_kind()) is not None and watch.num_saved() < len(STAGES) * NUM_STEPS:
         poisoned, remains, launched_s = None, watch.begun(), time.time()
@@ -210,7 +210,7 @@ def run_trial(trial: Trial) -> None:
 
 
 def row(faults: list[Fault]) -> dict[str, Any]:
-    """The numbers of some faults: means, and the most."""
+    """Returns the means and maxima of some faults' numbers."""
 
     def mean_and_most(values: Sequence[float | None]) -> list[float]:
         known = [value for value in values if value is not None]
@@ -227,7 +227,7 @@ def row(faults: list[Fault]) -> dict[str, Any]:
 
 
 def summary(trial: Trial, wall_s: float) -> dict[str, Any]:
-    """The last line, as JSON."""
+    """Returns the content of the last line, which is JSON."""
     kinds = {kind: [fault for fault in trial.faults if fault.kind == kind] for kind in FAULTS}
     return {
         "ranks": trial.num_ranks,
@@ -243,7 +243,7 @@ def summary(trial: Trial, wall_s: float) -> dict[str, Any]:
 
 
 def table(content: dict[str, Any]) -> str:
-    """One line a kind of fault; seconds and steps as mean (most)."""
+    """Returns a line for each kind of fault, with seconds and steps as mean (most)."""
     columns = ("tried", "survived", "inside_a_save", "steps_lost", "others_ended_s", "again_s")
     lines = ["".join(f"{name:>17}" for name in ("fault", *columns))]
     for kind, values in {**content["kinds"], "together": content}.items():

@@ -61,7 +61,7 @@ class Mutant:
     tests: tuple[str, ...]
 
     def apply(self, tree: Path) -> str:
-        """The text of the file with the mutant in it.
+        """Returns the text of the file with the mutant in it.
 
         Raises:
             MutantError: what it replaces does not stand there exactly once.
@@ -83,7 +83,7 @@ class Outcome:
 
 
 def load_mutants(path: Path = MUTANTS_FILE) -> list[Mutant]:
-    """The mutants of a YAML file, a mapping of names.
+    """Returns the mutants of a YAML file, a mapping of names.
 
     Raises:
         MutantError: an entry lacks a key or has another one.
@@ -132,7 +132,7 @@ def try_mutant(mutant: Mutant, tree: Path, limit_s: float) -> Outcome:
 
 
 def try_all(mutants: Sequence[Mutant], source: Path, limit_s: float) -> list[Outcome]:
-    """Every mutant in a copy of `source`, one after the other.
+    """Tries every mutant in a copy of `source`, one after the other.
 
     Raises:
         MutantError: one cannot be applied; or the tests fail without any.
@@ -156,7 +156,7 @@ def try_all(mutants: Sequence[Mutant], source: Path, limit_s: float) -> list[Out
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """A line a mutant, and how many there are of each kind."""
+    """Returns a line a mutant, and how many there are of each kind."""
     width = max(len(outcome.mutant.name) for outcome in outcomes)
     lines = [f"{'mutant':<{width}}  {'result':<8}  {'s':>4}  what it breaks"]
     for outcome in outcomes:

@@ -105,7 +105,7 @@ def kill(ranks: list[subprocess.Popen[bytes]]) -> None:
 
 
 def finished(ranks: list[subprocess.Popen[bytes]]) -> bool:
-    """Whether all ranks have ended well. Raises FaultsError where one has not."""
+    """Returns whether all ranks have ended well. Raises FaultsError where one has not."""
     codes = [rank.poll() for rank in ranks]
     if any(codes):
         raise FaultsError(f"the ranks ended with {codes}; their output is in the run's folder (rank0.log ...)")
@@ -135,7 +135,7 @@ class Watch:
         return found
 
     def saw_begin(self) -> bool:
-        """Whether a save has begun since the last call."""
+        """Returns whether a save has begun since the last call."""
         now_s, was_saving = time.monotonic(), self._saving_since_s is not None
         if not self.begun():
             if self._saving_since_s is not None:
@@ -179,7 +179,7 @@ def run_undisturbed(
 
 
 def differences(run_dir: Path, reference: Path) -> list[str]:
-    """Where a run's last checkpoints and its logged numbers are not those of the undisturbed run."""
+    """Returns how a run's last checkpoints and logged numbers differ from those of the undisturbed run."""
     found = []
     for stage in STAGES:
         last = f"{stage}/checkpoints/step-{NUM_STEPS:08d}/{CHECKSUMS}"
@@ -200,7 +200,7 @@ def differences(run_dir: Path, reference: Path) -> list[str]:
 
 
 def wrong_samples(run_dir: Path) -> int:
-    """How many samples more or fewer than the plan's were trained on, in the steps that the run is made of."""
+    """Returns how many samples more or fewer than the plan's were trained on, in the steps that the run is made of."""
     trained = [sum(line["data/samples"] for line in _reports(run_dir / s / "metrics.jsonl")) for s in STAGES]
     return sum(abs(int(samples) - NUM_STEPS * BATCH_SIZE) for samples in trained)
 

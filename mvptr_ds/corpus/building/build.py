@@ -1,4 +1,4 @@
-"""Planned records, or tars of img2dataset -> shards of several splits, a shard a unit of work.
+"""Builds the shards of all splits from planned records or tars of img2dataset; each shard is a unit of work.
 
 OUT/SPLIT/shard-000000.tar ... manifest.json index.npy      what training reads
 OUT/summary.json                                             counts, and what was dropped and why
@@ -27,7 +27,7 @@ from mvptr_ds.corpus.building.group_by_image import (
     gather,
     read_plan,
 )
-from mvptr_ds.corpus.building.pictures import Picture, PictureError, PictureOptions, check_picture, read_picture
+from mvptr_ds.corpus.building.source_images import ImageError, ImageOptions, StoredImage, check_image, read_image
 from mvptr_ds.corpus.record_keys import make_key
 from mvptr_ds.corpus.resumable_jobs import PROGRESS_NAME, SUMMARY_NAME, Summary, run_units
 from mvptr_ds.corpus.sources.img2dataset import list_tars, read_caption, scan_tar
@@ -45,7 +45,7 @@ _PLAN_FOLDER = ".plan"
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What decides the bytes of the shards, the source aside."""
+    """All that decides the bytes of the shards, besides the source."""
 
     images: str | None = None  # folder of the pictures; None: records without pictures
     key_scheme: str = "image-id"
@@ -54,11 +54,11 @@ class BuildOptions:
     seed: int = 0  # of the order
     max_caption_chars: int = 1000
     image_only: bool = False
-    pictures: PictureOptions = field(default_factory=PictureOptions)
+    pictures: ImageOptions = field(default_factory=ImageOptions)
 
 
 def parse_shares(text: str) -> tuple[tuple[str, float], ...]:
-    """`train=0.98,held_out=0.02` -> names and shares.
+    """Parses `train=0.98,held_out=0.02` into names and shares.
 
     Raises:
         ValueError: not of this form, a name twice, or the shares do not add up to 1.
@@ -75,7 +75,7 @@ def parse_shares(text: str) -> tuple[tuple[str, float], ...]:
 
 
 def split_by_hash(image_id: str, shares: tuple[tuple[str, float], ...]) -> str:
-    """The split of an image: a function of its id alone, so more images move none. No shares: train."""
+    """Returns the split of an image, by its id alone, so that more images move none. Without shares it is train."""
     if not shares:
         return DEFAULT_SPLIT
     digest = hashlib.blake2b(image_id.encode("utf-8", "surrogatepass"), digest_size=8, person=b"split").digest()
@@ -128,7 +128,7 @@ def build_listed(
         work = functools.partial(_build_listed_shard, str(out), options)
         return run_units(out, arguments, units, work, num_processes, "shards")
     finally:
-        shutil.rmtree(plan_folder, ignore_errors=True)  # made anew when the build goes on
+        shutil.rmtree(plan_folder, ignore_errors=True)  # made anew when the build resumes
 
 
 def _split_of(row: Row, shares: tuple[tuple[str, float], ...]) -> str:
@@ -173,9 +173,9 @@ def _listed_items(
         picture = None
         if options.images is not None and planned.image is not None:
             try:
-                content = read_picture(Path(options.images), planned.image)
-                picture = check_picture(content, options.pictures, summary.counts)
-            except PictureError as error:
+                content = read_image(Path(options.images), planned.image)
+                picture = check_image(content, options.pictures, summary.counts)
+            except ImageError as error:
                 summary.drop(error.reason, f"{planned.image} {error.detail}".strip())
                 continue
         key = make_key(options.key_scheme, planned.image_id, number)
@@ -183,7 +183,7 @@ def _listed_items(
 
 
 def _item(
-    key: str, planned: PlannedRecord, picture: Picture | None, summary: Summary
+    key: str, planned: PlannedRecord, picture: StoredImage | None, summary: Summary
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     size = (planned.width, planned.height) if picture is None else (picture.width, picture.height)
     record = Record(planned.image_id, *size, tuple(Caption(text) for text in planned.captions))
@@ -239,12 +239,12 @@ def _streamed_items(
         member = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
         try:
             if member is None:
-                raise PictureError("picture: none in the record", f"only {sorted(members)}")
+                raise ImageError("picture: none in the record", f"only {sorted(members)}")
             if member.size > MAX_MEMBER_BYTES:
-                raise PictureError(f"picture: over {MAX_MEMBER_BYTES >> 20} MiB", f"{member.size} bytes")
+                raise ImageError(f"picture: over {MAX_MEMBER_BYTES >> 20} MiB", f"{member.size} bytes")
             file.seek(member.data)
-            picture = check_picture(file.read(member.size), options.pictures, summary.counts)
-        except PictureError as error:
+            picture = check_image(file.read(member.size), options.pictures, summary.counts)
+        except ImageError as error:
             summary.drop(error.reason, f"{where} {error.detail}".strip())
             continue
         name = f"{Path(unit.tar).stem}/{source_key}" if options.key_scheme == "hash" else source_key

@@ -1,4 +1,4 @@
-"""Rows of a source -> planned shards: rows of one image together, captions checked, in a keyed order, on disk.
+"""Groups the rows of a source into planned shards on disk: one record an image, captions checked, a keyed order.
 
     1. every row goes to one of 128 files by the first bits of a hash of (seed, image id)
     2. file after file: rows of an image are put together, sorted by that hash, and appended to the plan of their split
@@ -131,14 +131,14 @@ def _spool(
 
 
 def _with_normal_path(row: Row, root: str | None) -> Row:
-    """The row with its picture's path in one spelling; an id that is this path goes along."""
+    """Returns the row with its image's path in one spelling; an id that is this path is spelled alike."""
     if row.image is None or (path := normal_path(row.image, root)) == row.image:
         return row
     return row._replace(image=path, image_id=path if row.image_id == row.image else row.image_id)
 
 
 def _records_of_bucket(path: Path, options: GatherOptions, summary: Summary) -> Iterator[tuple[str, PlannedRecord]]:
-    """Split and record of every image in the file, in the order of the hash; removes the file.
+    """Yields the split and record of every image in the file, in the order of the hash, then removes the file.
 
     Of an id whose rows name several pictures no caption is kept: features and phrases are joined by the id, and could
     be of either picture.
@@ -173,7 +173,7 @@ def _records_of_bucket(path: Path, options: GatherOptions, summary: Summary) -> 
 
 
 def check_captions(texts: Iterable[str], image_id: str, max_chars: int, summary: Summary) -> list[str]:
-    """The captions of one image that can be used, cleaned, each once; the others are counted in `summary`."""
+    """Returns the captions of one image that can be used, cleaned, each once; the others are counted in `summary`."""
     kept: dict[str, None] = {}
     for text in texts:
         caption = clean_caption(text)
@@ -226,7 +226,7 @@ def _check_keys(key_hashes: array[int], plans: dict[str, _Plan]) -> None:
 
 
 def read_plan(path: str, offset: int, num_records: int) -> Iterator[PlannedRecord]:
-    """`num_records` records of a plan from byte `offset` on."""
+    """Yields `num_records` records of a plan from byte `offset` on."""
     with open(path, "rb") as file:
         file.seek(offset)
         for _ in range(num_records):

@@ -1,4 +1,4 @@
-"""Two ways to tag and parse tokens: the models that the package ships, and spaCy."""
+"""Tags and parses tokens, either with the models that the package ships or with spaCy."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class Annotation(NamedTuple):
 
 
 class Backend(Protocol):
-    """What makes trees; `name` and `version` say which."""
+    """Makes trees of texts; `name` and `version` say how."""
 
     name: str
     version: str
 
     def annotate(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[Annotation]:
-        """One annotation a text; `spans` are its tokens."""
+        """Returns an annotation of each text; `spans` are its tokens."""
 
 
 class DefaultBackend:
@@ -99,14 +99,14 @@ def tokens_of(text: str, spans: Sequence[Span]) -> list[str]:
 
 
 def normalised(words: Sequence[str]) -> list[str]:
-    """A text in capitals throughout is read in lower case: few of the silver annotations were in capitals."""
+    """Lower-cases the words where all are in capitals: the models were trained on few such captions."""
     if any(word.islower() for word in words) or not any(len(word) > 1 and word.isupper() for word in words):
         return list(words)
     return [word.lower() for word in words]
 
 
 def load_tagger(path: Path) -> PerceptronTagger:
-    """NLTK's tagger class with weights of our own; NLTK's loader reads only from its own data folders."""
+    """Loads our own weights into NLTK's tagger; NLTK's loader reads only from its own data folders."""
     content = json.loads(path.read_text(encoding="utf-8"))
     tagger = PerceptronTagger(load=False)
     tagger.decode_json_params((content["weights"], content["frequent"], content["tags"]))

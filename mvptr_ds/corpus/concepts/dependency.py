@@ -1,4 +1,4 @@
-"""A greedy arc-hybrid dependency parser that takes many sentences through their transitions side by side.
+"""Parses many sentences at a time with a greedy arc-hybrid dependency parser.
 
 A state is a stack, a buffer and the arcs so far. s0 s1 s2 are the top of the stack, b0 b1 b2 the front of the buffer;
 the root stands at the end of the buffer. Every token costs two transitions:
@@ -16,7 +16,6 @@ H rows of weights.
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mvptr_ds.corpus.concepts.templates import feature_rows
+from mvptr_ds.user_io.atomic import replacing
 
 BATCH_SIZE = 128  # sentences side by side: enough to hide numpy's overhead, few enough for the cache
 MAX_BATCH_TOKENS = 128 * BATCH_SIZE
@@ -39,7 +39,7 @@ class HeadsAndLabels(NamedTuple):
 
 
 def word_id(word: str) -> int:
-    """The same on every machine and in every process, unlike hash()."""
+    """Returns a number that is the same on every machine and in every process, unlike hash()."""
     return zlib.crc32(word.lower().encode("utf-8", "surrogatepass")) + 2
 
 
@@ -52,8 +52,7 @@ class Model(NamedTuple):
 
     def save(self, path: Path) -> None:
         """Writes a file that holds plain arrays only; equal models give equal bytes."""
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("wb") as out:
+        with replacing(path) as partial, partial.open("wb") as out:
             np.savez_compressed(
                 out,
                 weights=self.weights_HC,
@@ -62,7 +61,6 @@ class Model(NamedTuple):
                 labels=np.array(self.labels),
                 tags=np.array(self.tags),
             )
-        os.replace(partial, path)
 
     @classmethod
     def load(cls, path: Path) -> Model:
@@ -77,7 +75,7 @@ class Model(NamedTuple):
 
 
 class States:
-    """B sentences on their way through the parser."""
+    """The states of B sentences between two transitions."""
 
     def __init__(self, words: Sequence[Sequence[int]], tags: Sequence[Sequence[int]], nouns: frozenset[int]) -> None:
         size_B = np.array([len(sentence) for sentence in words])
@@ -115,20 +113,20 @@ class States:
                 following = index
 
     def unfinished(self) -> np.ndarray:
-        """bool [B]: states that have a transition to make."""
+        """Returns bool [B]: whether a state has a transition to make."""
         return (self.depth_B > 0) | (self.front_B < self.size_B)
 
     def top(self, number: int) -> np.ndarray:
-        """int64 [B]: token s0, s1 or s2."""
+        """Returns int64 [B]: token s0, s1 or s2."""
         return self.stack_BN[self.rows_B, self.depth_B + 2 - number]
 
     def front(self, number: int) -> np.ndarray:
-        """int64 [B]: token b0, b1, ...; behind the root there is nothing."""
+        """Returns int64 [B]: token b0, b1, ...; behind the root there is nothing."""
         index_B = self.front_B + number
         return np.where(index_B <= self.size_B, index_B, self.nothing)
 
     def atoms(self) -> np.ndarray:
-        """int64 [B, A]: what the templates combine, in the order of ATOMS."""
+        """Returns int64 [B, A]: the atoms that the templates combine, in the order of ATOMS."""
         rows_B = self.rows_B
         s0, s1, s2 = self.top(0), self.top(1), self.top(2)
         b0, b1, b2, b3 = self.front(0), self.front(1), self.front(2), self.front(3)
@@ -158,7 +156,7 @@ class States:
         return np.concatenate([words, tags, labels, child_tags, child_words, counts, edge]).T
 
     def allowed(self, kinds_C: np.ndarray) -> np.ndarray:
-        """bool [B, C]"""
+        """Returns bool [B, C]: which transitions each state allows."""
         shift_B = self.front_B < self.size_B
         table_B3 = np.stack([shift_B, self.depth_B > 0, self.depth_B > 1], axis=1)
         return table_B3[:, kinds_C]
@@ -186,7 +184,7 @@ class States:
 
 
 def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices of sentences of like length, so many at once that neither numpy's overhead nor the memory counts."""
+    """Yields the indices of sentences of similar length, in groups that suit the cache and the memory."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
         if len(batch) == BATCH_SIZE or (batch and (len(batch) + 1) * lengths[index] > MAX_BATCH_TOKENS):
@@ -198,7 +196,7 @@ def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 
 class DependencyParser:
-    """Words and tags -> heads and labels."""
+    """Parses words and tags into heads and labels."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -212,7 +210,7 @@ class DependencyParser:
         return States([[word_id(word) for word in sentence] for sentence in words], tag_ids, self._nouns)
 
     def parse(self, words: Sequence[Sequence[str]], tags: Sequence[Sequence[str]]) -> list[HeadsAndLabels]:
-        """The tree of each sentence; sentences of like length go side by side."""
+        """Returns the tree of each sentence; sentences of similar length are parsed together."""
         found: dict[int, HeadsAndLabels] = {}
         for chosen in batches([len(sentence) for sentence in words]):
             states = self.states([words[i] for i in chosen], [tags[i] for i in chosen])

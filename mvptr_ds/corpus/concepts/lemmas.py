@@ -1,4 +1,4 @@
-"""Inflected word and tag -> lemma: a table of exceptions first, then the rules of English spelling.
+"""Finds the lemma of an inflected word with its tag: a table of exceptions first, then the rules of English spelling.
 
 The table (models/lemmas.json) holds the words of the training captions on which the rules are wrong.
 """
@@ -32,7 +32,7 @@ _VOWEL = re.compile(r"[aeiouy]")
 
 
 class Lemmatiser:
-    """`table` maps a class of forms to exceptions, form -> lemma."""
+    """Finds lemmas; `table` maps a class of forms to exceptions, form -> lemma."""
 
     def __init__(self, table: Mapping[str, Mapping[str, str]]) -> None:
         self._table = table
@@ -43,7 +43,7 @@ class Lemmatiser:
         return cls(json.loads(path.read_text(encoding="utf-8")))
 
     def lemma(self, word: str, tag: str) -> str:
-        """Lower-case lemma; of a tag that does not inflect, the lower-case word."""
+        """Returns the lower-case lemma; for a tag that does not inflect, the lower-case word."""
         key = (word, tag)
         found = self._known.get(key)
         if found is None:
@@ -55,12 +55,12 @@ class Lemmatiser:
         return found
 
     def lemmas(self, word: str) -> set[str]:
-        """What the word could be a form of, whatever its tag."""
+        """Returns the lemmas that the word could be a form of, whatever its tag."""
         return {self.lemma(word, tag) for tag in ("NN", "NNS", "VBZ", "VBG", "VBD")}
 
 
 def by_rule(form: str, kind: str) -> str:
-    """The lemma that spelling alone suggests."""
+    """Returns the lemma that spelling alone suggests."""
     if kind in (PLURAL, FINITE):
         return _without_s(form, kind)
     stem = form.removesuffix("ing" if kind == PROGRESSIVE else "ed")

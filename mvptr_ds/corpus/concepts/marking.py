@@ -1,4 +1,4 @@
-"""The phrases of a caption, marked for a person at a terminal.
+"""Marks the phrases of a caption for `extract_phrases.py --show`.
 
 A woman rides her horse.
   ^^^^^                  woman
@@ -15,7 +15,7 @@ from mvptr_ds.data.schema import Phrase
 
 
 def mark(text: str, phrases: Sequence[Phrase]) -> Iterator[str]:
-    """The text, then a line a phrase with the words that say it underlined."""
+    """Yields the text, then a line for each phrase, which underlines the words of the phrase."""
     shown = "".join(character if character.isprintable() else " " for character in text)
     widths = [_columns(character) for character in shown]
     yield shown
@@ -26,7 +26,7 @@ def mark(text: str, phrases: Sequence[Phrase]) -> Iterator[str]:
 
 
 def _columns(character: str) -> int:
-    """How many columns of a terminal a character takes."""
+    """Returns how many columns of a terminal a character takes."""
     if unicodedata.combining(character):
         return 0
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1

@@ -1,4 +1,4 @@
-"""Captions -> phrases: the one entry to this package."""
+"""Finds the phrases of captions: the one entry to the modules of this folder."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class PhraseParser:
         self.left_out: Counter[str] = Counter()
 
     def parse(self, texts: Sequence[str]) -> list[list[Phrase]]:
-        """The phrases of each text, spans in characters of the text.
+        """Returns the phrases of each text, spans in characters of the text.
 
         A phrase has at least one span a word of its tuple, in the order of the tuple; a relation whose words stand
         apart ("ride down" in "rides a horse down the road") has one for each stretch.

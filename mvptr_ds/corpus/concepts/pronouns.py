@@ -1,4 +1,4 @@
-"""Which noun a pronoun of a caption most likely means: mostly the first that fits, captions are short."""
+"""Finds the noun that a pronoun means: in a caption, which is short, mostly the first that fits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _DEPICTIONS = word_set("picture photo photograph image view shot")  # what they 
 
 
 def antecedent(tokens: Sequence[Token], pronoun: int, nouns: Sequence[int]) -> int | None:
-    """The noun of `nouns` (in the order of the text) that a pronoun stands for; None where none fits."""
+    """Returns the noun of `nouns` (in the order of the text) that a pronoun stands for; None where none fits."""
     word = tokens[pronoun].text.lower()
     before = [noun for noun in nouns if noun < pronoun and tokens[noun].lemma not in _DEPICTIONS]
     singular = [noun for noun in before if tokens[noun].tag not in PLURALS]

@@ -1,4 +1,4 @@
-"""Dependency tree -> (noun), (noun, attribute), (subject, relation, object).
+"""Finds (noun), (noun, attribute) and (subject, relation, object) in a dependency tree.
 
 A woman in a red hat is riding her horse down the road.
 
@@ -46,7 +46,7 @@ Found = tuple[Part, ...]
 
 
 def find_tuples(tree: Tree) -> list[Found]:
-    """All tuples of a text in the order nouns, attributes, relations, each once."""
+    """Returns all tuples of a text in the order nouns, attributes, relations, each once."""
     finder = _Finder(tree)
     found = [*finder.nouns(), *finder.attributes(), *finder.relations()]
     unique: dict[tuple[str, ...], Found] = {}
@@ -80,7 +80,7 @@ class _Finder:
         return token.tag[:2] == "NN" and token.lemma != "while" and any(map(str.isalpha, token.text))
 
     def _is_modifier(self, index: int) -> bool:
-        """Whether the noun narrows another one down ("tennis" of "tennis ball")."""
+        """Returns whether the noun narrows another one down ("tennis" of "tennis ball")."""
         token = self.tokens[index]
         for _ in range(MAX_COORDINATED):
             if token.label != "conj":
@@ -89,7 +89,7 @@ class _Finder:
         return token.label in ("compound", "nmod") and self._is_noun(token.head)
 
     def _narrowed(self, noun: int) -> list[int]:
-        """The nouns that narrow one down."""
+        """Returns the nouns that narrow one down."""
         return [child for child in self.tree.labelled(noun, "compound", "nmod") if self._is_noun(child)]
 
     def _part(self, index: int) -> Part:
@@ -120,7 +120,7 @@ class _Finder:
                 yield self._part(noun), self._part(child)
 
     def _predicate(self, subject: int, verb: int) -> Iterator[Found]:
-        """What a clause says of its subject without an object: "the cat sleeps", "the sky is blue"."""
+        """Yields the words that a clause without an object says of its subject: "the cat sleeps", "the sky is blue"."""
         token = self.tokens[verb]
         if token.lemma == "be" or token.label == "aux":
             for child in self.tree.labelled(verb, "acomp", "attr"):
@@ -180,7 +180,7 @@ class _Finder:
         return token.text.lower() if token.label == "prep" else token.lemma
 
     def _verb_links(self, verb: int) -> list[Link]:
-        """Relation tokens and object of every noun that a verb governs."""
+        """Returns the relation tokens and object of every noun that a verb governs."""
         return [(words, target) for words, target in self._governed(verb) if self._is_noun(target)]
 
     def _governed(self, verb: int) -> Iterator[Link]:
@@ -197,7 +197,7 @@ class _Finder:
             yield (verb, *particles, *words), target
 
     def _prepositions(self, head: int) -> Iterator[Link]:
-        """Preposition tokens and object of the prepositional phrases that hang on a token."""
+        """Yields the preposition tokens and object of the prepositional phrases that depend on a token."""
         for child in self.tree.children[head]:
             label = self.tokens[child].label
             if label == "prep":
@@ -211,7 +211,7 @@ class _Finder:
         return f"{self.tokens[first].lemma} {self.tokens[second].lemma}" in _PAIRS
 
     def _preposition(self, preposition: int) -> Iterator[Link]:
-        """What a preposition leads to, over a second one ("out of") or a noun that belongs to it ("on top of")."""
+        """Yields the objects of a preposition, also behind a second one ("out of") or its noun ("on top of")."""
         waiting: list[tuple[tuple[int, ...], int]] = [((preposition,), preposition)]
         for _ in range(MAX_COORDINATED):
             if not waiting:
@@ -226,7 +226,7 @@ class _Finder:
                     yield from ((words, target) for target in self._objects(child))
 
     def _compound_prepositions(self) -> dict[int, int]:
-        """Noun of a compound preposition ("front" of "in front of") -> its "of"."""
+        """Returns the "of" of each noun of a compound preposition ("front" of "in front of")."""
         found = {}
         for index, token in enumerate(self.tokens):
             if token.label == "pobj" and f"{self.tokens[token.head].lemma} {token.lemma}" in _COMPOUND:
@@ -245,7 +245,7 @@ class _Finder:
         return None if resolved is None else self._counted(resolved)
 
     def _coordinated(self, index: int) -> list[int]:
-        """The token and what is joined to it by "and", "or" or a comma."""
+        """Returns the token and those that are joined to it by "and", "or" or a comma."""
         return list(islice(self._chain(index), MAX_COORDINATED))
 
     def _chain(self, index: int) -> Iterator[int]:
@@ -280,7 +280,7 @@ class _Finder:
         return []
 
     def _subjects(self, verb: int) -> list[int]:
-        """Who does it, also where a participle hangs on its noun ("a man riding")."""
+        """Returns the subjects of a verb, also of a participle that depends on its noun ("a man riding")."""
         for _ in range(MAX_COORDINATED):
             own = self._subjects_by_label(verb, "nsubj")
             token = self.tokens[verb]
@@ -294,7 +294,7 @@ class _Finder:
         return []
 
     def _counted(self, index: int) -> int:
-        """The people of "a couple of people"."""
+        """Returns the people of "a couple of people"."""
         return self.quantities.get(index, index)
 
     def _quantity_of(self, index: int) -> int | None:
@@ -308,7 +308,7 @@ class _Finder:
         return None
 
     def _resolve(self, index: int) -> int | None:
-        """The token itself, or the noun that a pronoun stands for; None where nothing fits."""
+        """Returns the token itself, or the noun that a pronoun stands for; None where nothing fits."""
         token = self.tokens[index]
         if token.tag not in ("PRP", "PRP$"):
             return index if token.tag[:2] in ("NN", "JJ", "VB", "CD", "FW") else None

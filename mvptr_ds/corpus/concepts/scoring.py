@@ -1,4 +1,4 @@
-"""How well the phrases of a parser match tuples that are known."""
+"""Measures how well the phrases of a parser match known tuples, for `extract_phrases.py --score`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Score:
     errors: list[tuple[str, list[Words], list[Words]]] = field(default_factory=list)
 
     def f1(self, *kinds: int) -> float:
-        """Micro F1 of the kinds; 1 where there is nothing to find and nothing was found."""
+        """Returns the micro F1 of the kinds; 1 where there is nothing to find and nothing was found."""
         right = sum(self.right[kind] for kind in kinds)
         wrong = sum(self.extra[kind] + self.missing[kind] for kind in kinds)
         return 2 * right / (2 * right + wrong) if right or wrong else 1.0
@@ -45,7 +45,7 @@ class Score:
         return {name: round(value, 4) for name, value in out.items()}
 
     def lines(self, num_examples: int) -> Iterator[str]:
-        """For people: a table of the kinds, then captions with errors, spread over the file."""
+        """Yields a table of the kinds, then captions with errors, spread over the file."""
         yield f"{'kind':<10}{'F1':>8}{'precision':>11}{'recall':>8}{'right':>8}{'extra':>8}{'missing':>8}"
         for name, kinds in [("all", tuple(KINDS)), *((name, (kind,)) for kind, name in KINDS.items())]:
             right, extra, missing = (sum(c[k] for k in kinds) for c in (self.right, self.extra, self.missing))

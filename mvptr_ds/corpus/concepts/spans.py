@@ -1,4 +1,4 @@
-"""Tuples of words -> phrases with the characters that say them, each span checked."""
+"""Turns tuples of words into phrases with the characters that say them, each span checked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SAID_BY = {
 
 
 def to_phrase(found: Found, spans: Sequence[Span]) -> Phrase:
-    """The phrase of a tuple; `spans` are the tokens of its text."""
+    """Returns the phrase of a tuple; `spans` are the tokens of its text."""
     parts = [span for part in found for span in to_spans(part.tokens, spans)]
     return Phrase(tuple(part.word for part in found), tuple(parts))
 
@@ -37,7 +37,7 @@ def to_spans(tokens: Sequence[int], spans: Sequence[Span]) -> list[Span]:
 
 
 def are_said(text: str, phrase: Phrase, lemmatiser: Lemmatiser) -> bool:
-    """Whether the words in the spans, one after the other, are forms of the phrase's words."""
+    """Returns whether the words in the spans, one after the other, are forms of the phrase's words."""
     forms = [form for start, end in phrase.spans for form in text[start:end].split()]
     words = [word for part in phrase.tuple for word in part.split()]
     return len(forms) == len(words) and all(
@@ -46,5 +46,5 @@ def are_said(text: str, phrase: Phrase, lemmatiser: Lemmatiser) -> bool:
 
 
 def is_said_by(word: str, form: str, lemmatiser: Lemmatiser) -> bool:
-    """Whether `form` is one of the word's; a possessive says "have", "an" says "a"."""
+    """Returns whether `form` is one of the word's; a possessive says "have", "an" says "a"."""
     return word in lemmatiser.lemmas(form) or form.lower() in _SAID_BY.get(word, ())

@@ -1,4 +1,4 @@
-"""Tuples that SPICE wrote (`-detailed`) -> phrases with spans.
+"""Turns the tuples that SPICE wrote (`-detailed`) into phrases with spans.
 
 SPICE reads [{"image_id", "test": caption, "refs": [...]}] and writes, in the same order,
 [{"image_id", "test_tuples": [{"tuple": ["dog", "brown"], "truth_value": true}, ...], ...}]. Those of `test` are taken.
@@ -13,20 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from mvptr_ds.corpus.concepts.backends import LEMMAS_NAME, MODELS
+from mvptr_ds.corpus.concepts.caption_files import count_phrases, phrases_json
 from mvptr_ds.corpus.concepts.lemmas import Lemmatiser
 from mvptr_ds.corpus.concepts.spans import is_said_by, to_spans
-from mvptr_ds.corpus.concepts.text_files import count_phrases, phrases_json
 from mvptr_ds.corpus.concepts.tokens import Span, token_spans
 from mvptr_ds.corpus.concepts.web import are_words
 from mvptr_ds.corpus.resumable_jobs import Summary, put_in_place
 from mvptr_ds.data.schema import Caption, Phrase, Words
 from mvptr_ds.errors import DataError
+from mvptr_ds.user_io.atomic import partial_path
 
 _MAX_PLACES = 8  # of one word that are tried: a caption that says it more often is no caption
 
 
 def read_spice(source: Path, tuples: Path, lemmatiser: Lemmatiser) -> tuple[list[Caption], Summary]:
-    """The captions of SPICE's input with the tuples of its output; what is not said in the caption is dropped.
+    """Returns the captions of SPICE's input with the tuples of its output; what is not said in the caption is dropped.
 
     Raises:
         DataError: the files are not of this kind, or not of each other.
@@ -64,7 +65,7 @@ def import_spice(source: Path, tuples: Path, out: Path) -> Summary:
         DataError: as read_spice does, or `out` holds something else.
     """
     captions, summary = read_spice(source, tuples, Lemmatiser.load(MODELS / LEMMAS_NAME))
-    partial = out.with_name(out.name + ".partial")
+    partial = partial_path(out)
     with partial.open("w", encoding="utf-8") as lines:
         for caption in captions:
             lines.write(json.dumps({"caption": caption.text, "phrases": phrases_json(caption.phrases)}) + "\n")
@@ -73,7 +74,7 @@ def import_spice(source: Path, tuples: Path, out: Path) -> Summary:
 
 
 def find_phrase(text: str, words: Words, lemmatiser: Lemmatiser) -> Phrase | None:
-    """The phrase with the spans of its words where they stand closest together; None when one is not there."""
+    """Returns the phrase with the spans of its words where they stand closest together; None when one is not there."""
     spans = token_spans(text)
     forms = [text[start:end] for start, end in spans]
     places = [list(itertools.islice(_places(word.split(), forms, lemmatiser), _MAX_PLACES)) for word in words]
@@ -85,7 +86,7 @@ def find_phrase(text: str, words: Words, lemmatiser: Lemmatiser) -> Phrase | Non
 
 
 def _places(words: Sequence[str], forms: Sequence[str], lemmatiser: Lemmatiser) -> Iterator[tuple[int, ...]]:
-    """Tokens that say the words one after the other: each start, then always the nearest."""
+    """Yields tokens that say the words one after the other: for each start, always the nearest next one."""
     for start in range(len(forms)):
         place: list[int] = []
         for word in words:
@@ -100,13 +101,13 @@ def _places(words: Sequence[str], forms: Sequence[str], lemmatiser: Lemmatiser) 
 
 
 def _spread(places: Sequence[tuple[int, ...]]) -> tuple[int, int]:
-    """How far apart the words stand; of equal choices the one in the order of the tuple."""
+    """Returns how far apart the words stand; among equal choices the order of the tuple decides."""
     firsts = [place[0] for place in places]
     return sum(abs(a - b) for a, b in itertools.pairwise(firsts)), sum(a > b for a, b in itertools.pairwise(firsts))
 
 
 def _relation_is_last(captions: Sequence[str], tuples: Sequence[Sequence[Words]], lemmatiser: Lemmatiser) -> bool:
-    """Whether triples are (subject, object, relation): then the third word mostly stands before the second."""
+    """Returns whether triples are (subject, object, relation): their third word mostly stands before the second."""
     votes = 0
     for text, all_words in zip(captions, tuples, strict=True):
         for words in all_words:

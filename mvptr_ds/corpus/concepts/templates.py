@@ -1,4 +1,4 @@
-"""What the dependency parser looks at: atoms of a state, and the combinations of them that are its features.
+"""Computes the features of the dependency parser: combinations of atoms of a state.
 
 A feature is not kept by name: the atoms of a template are hashed into a row of the weights. Source: in the manner of
 Zhang and Nivre (ACL 2011).
@@ -50,7 +50,7 @@ TEMPLATES = [
 
 
 def make_multipliers(seed: int) -> np.ndarray:
-    """uint64 [T, A]: an odd random number where the template has the atom, else 0."""
+    """Returns uint64 [T, A]: an odd random number where the template has the atom, else 0."""
     rng = np.random.default_rng(seed)
     used_TA = np.array([[atom in template for atom in ATOMS] for template in TEMPLATES])
     random_TA = rng.integers(0, 2**63, size=used_TA.shape, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
@@ -58,7 +58,7 @@ def make_multipliers(seed: int) -> np.ndarray:
 
 
 def feature_rows(atoms_BA: np.ndarray, multipliers_TA: np.ndarray, num_rows: int) -> np.ndarray:
-    """int64 [B, T]: rows of the weights, the same for equal atoms; `num_rows` is a power of two."""
+    """Returns int64 [B, T]: rows of the weights, the same for equal atoms; `num_rows` is a power of two."""
     num_templates = len(multipliers_TA)
     salt_T = np.arange(1, num_templates + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     mixed_BT = atoms_BA.astype(np.uint64) @ multipliers_TA.T + salt_T

@@ -1,4 +1,4 @@
-"""Text -> tokens with their character spans, as the Penn Treebank splits words."""
+"""Splits text into tokens with their character spans, as the Penn Treebank does."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Span = tuple[int, int]
 
 
 def token_spans(text: str) -> list[Span]:
-    """Half-open character ranges of the tokens, in order; whitespace belongs to none."""
+    """Returns the half-open character ranges of the tokens, in order; whitespace belongs to none."""
     try:
         spans = list(_TREEBANK.span_tokenize(text))
     except ValueError:  # it rewrites some quotation marks and then cannot find them again

@@ -1,4 +1,4 @@
-"""What the rules read: the words of one text with tags, lemmas and a dependency tree."""
+"""Holds what the rules read: the words of one text with tags, lemmas and a dependency tree."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 def word_set(words: str) -> frozenset[str]:
-    """The words of a list that is written as one string."""
+    """Returns the words of a list that is written as one string."""
     return frozenset(words.split())
 
 
@@ -33,6 +33,6 @@ class Tree:
                 self.children[token.head].append(index)
 
     def labelled(self, head: int, *labels: str) -> list[int]:
-        """The dependents of `head` with one of the labels."""
+        """Returns the dependents of `head` with one of the labels."""
         tokens = self.tokens
         return [child for child in self.children[head] if tokens[child].label in labels]

@@ -1,8 +1,8 @@
-"""What the parser sees of a caption: its language, without what the web puts between the words.
+"""Keeps from the parser what the web puts between the words of a caption.
 
     "Visit www.x.com for caf&eacute; d\u200bogs"  ->  "Visit           for café dogs"
 
-Addresses, file names, tags of HTML and the like become blanks, characters that nobody sees go, and entities of HTML
+Addresses, file names, tags of HTML and the like become blanks, invisible characters go, and entities of HTML
 become what they stand for. Where each character stood is kept, so spans are those of the caption. A caption without
 any of it, as COCO's are, is read as it stands.
 """
@@ -74,7 +74,7 @@ class Readable:
 
 
 def readable(caption: str) -> Readable:
-    """What the parser sees of a caption; linear in its length."""
+    """Returns what the parser sees of a caption, in time linear in its length."""
     if caption.isascii() and not _SUSPECT.search(caption):
         return Readable(caption)
     left_out: Counter[str] = Counter()
@@ -95,7 +95,7 @@ def readable(caption: str) -> Readable:
 
 
 def _characters(caption: str, left_out: Counter[str]) -> Iterator[tuple[str, int, int]]:
-    """Each character to see with its place in the caption."""
+    """Yields each character that the parser sees, with its place in the caption."""
     at = 0
     for match in [*_ENTITY.finditer(caption), None]:
         end = len(caption) if match is None else match.start()
@@ -118,7 +118,7 @@ def _characters(caption: str, left_out: Counter[str]) -> Iterator[tuple[str, int
 
 
 def _meaning(entity: str) -> str | None:
-    """What an entity stands for, however often it was escaped; None where it is none."""
+    """Returns the text that an entity stands for, however often it was escaped; None where it is no entity."""
     name = entity.replace(" ", "").removeprefix("&").removesuffix(";")
     while name.startswith("amp;"):
         name = name[4:]
@@ -129,7 +129,7 @@ def _meaning(entity: str) -> str | None:
 
 
 def _seen(character: str) -> str:
-    """The character, a blank for one that is no writing, nothing for one that nobody sees."""
+    """Returns the character, a blank for a symbol, and nothing for an invisible character."""
     if character.isascii():
         return character if character.isprintable() or character.isspace() else ""
     category = unicodedata.category(character)
@@ -147,7 +147,7 @@ def _blank(text: list[str], spans: Sequence[Span], kind: str, left_out: Counter[
 
 
 def are_words(phrase: Words) -> bool:
-    """Whether each word of a phrase is one: with a letter, no part of an address, no identifier.
+    """Returns whether each word of a phrase is a word: it has a letter, and is no part of an address and no identifier.
 
     A number of one or two digits may count a noun: ("dog", "2").
     """
@@ -157,7 +157,7 @@ def are_words(phrase: Words) -> bool:
 
 
 def is_word(word: str) -> bool:
-    """Whether it has a letter, and is neither a piece of an address, nor an identifier ("img1234", "1920x1080")."""
+    """Returns whether it has a letter, and is no piece of an address and no identifier ("img1234", "1920x1080")."""
     if word.isascii() and word.isalpha():
         return len(word) <= _MAX_WORD_CHARS and word not in _NO_WORDS
     bare = "".join(c for c in word if unicodedata.category(c)[0] != "M")

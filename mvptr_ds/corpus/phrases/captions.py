@@ -1,4 +1,4 @@
-"""Captions with their phrases, one after the other, from what holds them: records, sidecars, JSON lines.
+"""Reads captions with their phrases from records, sidecars and JSON lines.
 
     a folder of tars   the captions of its records, or of a sidecar's entries
     NAME.jsonl         what tools/extract_phrases.py writes: {"caption": "A dog.", "phrases": [{"tuple": ["dog"],
@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 from mvptr_ds.corpus.resumable_jobs import Summary
 from mvptr_ds.data.schema import SCHEMA_VERSION, Caption, Record, SidecarEntry, parse_entry
-from mvptr_ds.data.shards.index import MANIFEST_NAME
 from mvptr_ds.data.shards.index_builder import ensure_index
+from mvptr_ds.data.shards.index_format import MANIFEST_NAME
 from mvptr_ds.data.shards.tar_reader import check_member, iter_members, split_name
 from mvptr_ds.errors import DataError
 
@@ -44,7 +44,7 @@ class Inputs(NamedTuple):
 
 
 def list_inputs(paths: Sequence[Path]) -> Inputs:
-    """The parts of all inputs, in their order. A folder without an index gets one.
+    """Returns the parts of all inputs, in their order; builds the index of a folder that has none.
 
     Raises:
         DataError: a path is neither a folder of tars nor a .jsonl file, or one is given twice.
@@ -67,7 +67,7 @@ def list_inputs(paths: Sequence[Path]) -> Inputs:
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """The tars of a folder's manifest, which `ensure_index` has seen to, in its order."""
+    """Returns the tars of a folder in the order of its manifest, which `ensure_index` has written."""
     manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
     return [folder / manifest.get("folder", ".") / shard["name"] for shard in manifest["shards"]]
 
@@ -94,7 +94,7 @@ def _line_ranges(path: Path) -> list[Part]:
 
 
 def read_captions(part: Part, summary: Summary) -> Iterator[Caption]:
-    """The captions of a part; what cannot be read is dropped and counted in `summary`.
+    """Yields the captions of a part; what cannot be read is dropped and counted in `summary`.
 
     Raises:
         DataError: the tar is damaged.
@@ -107,7 +107,7 @@ def read_captions(part: Part, summary: Summary) -> Iterator[Caption]:
 
 
 def read_entries(tar: Path, summary: Summary) -> Iterator[tuple[str, Record | SidecarEntry]]:
-    """Key and content of every `KEY.json` of a tar, in its order; pictures and features are passed over.
+    """Yields the key and content of every `KEY.json` of a tar, in its order; other members are skipped.
 
     Raises:
         DataError: the tar is damaged.

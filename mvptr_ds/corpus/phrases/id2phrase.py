@@ -1,4 +1,6 @@
-"""The published phrase list, `id2phrase` JSON: {"30522": ["boat", "two"], ..., "2367": ["different"], ...}.
+"""Reads and writes the published phrase list, the JSON `id2phrase`.
+
+    {"30522": ["boat", "two"], ..., "2367": ["different"], ...}
 
 An id is the phrase's row of the embedding table: that of its wordpiece, or one behind the words. The list has no
 counts, and leaves some rows unused. Source: the published code, Inputs.
@@ -7,7 +9,6 @@ counts, and leaves some rows unused. Source: the published code, Inputs.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from mvptr_ds.corpus.resumable_jobs import Summary
 from mvptr_ds.data.phrases import KINDS, PhraseTuple, PhraseVocab, shared_row
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.errors import DataError
+from mvptr_ds.user_io.atomic import replacing
 
 
 def read_id2phrase(path: str | Path, words: WordPiece) -> tuple[PhraseVocab, Summary]:
-    """The phrases of a published list with its ids as rows, all counts 0; a phrase that is there twice keeps its first.
+    """Returns the phrases of a published list: its ids are rows, counts are 0, a repeated phrase keeps its first id.
 
     Raises:
         DataError: unreadable, not of this layout, an id twice, or ids below the number of words that are no wordpiece
@@ -76,6 +78,5 @@ def write_id2phrase(vocab: PhraseVocab, path: str | Path) -> None:
         str(row): phrase for row, phrase in zip(vocab.rows.tolist(), vocab.tuples, strict=True)
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(entries), encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(entries), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""In how many captions each phrase stands: exact counts in a memory that does not grow with the corpus.
+"""Counts the captions that hold each phrase: exactly, in a memory that does not grow with the corpus.
 
     1. every part of the input is counted by itself; a full counter is written out, sorted, and emptied
     2. the sorted runs of a part become its one run: FOLDER/counts-000012.tsv, a line `["dog","brown"]<TAB>17` a phrase
@@ -14,7 +14,6 @@ import functools
 import heapq
 import itertools
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,6 +24,7 @@ from mvptr_ds.corpus.phrases.captions import Inputs, Part, list_inputs, read_cap
 from mvptr_ds.corpus.resumable_jobs import Summary, run_units
 from mvptr_ds.data.phrases import KINDS, PhraseTuple
 from mvptr_ds.errors import DataError
+from mvptr_ds.user_io.atomic import replacing
 
 MAX_IN_MEMORY = 200_000  # phrases of a process: some 60 MB
 _MAX_OPEN_RUNS = 128
@@ -67,10 +67,8 @@ def _to_key(phrase: PhraseTuple) -> str:
 
 def write_run(path: Path, run: _Run) -> None:
     """Writes a run under a temporary name first."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="ascii") as file:
+    with replacing(path) as partial, open(partial, "w", encoding="ascii") as file:
         file.writelines(f"{key}\t{count}\n" for key, count in run)
-    os.replace(partial, path)
 
 
 def _read_run(path: Path) -> _Run:
@@ -81,7 +79,7 @@ def _read_run(path: Path) -> _Run:
 
 
 def _merged(paths: Sequence[Path], name: Path, *others: _Run) -> _Run:
-    """One run of several; more files than may be open at once are first merged in groups, beside `name`."""
+    """Merges runs into one; more files than may be open at once are first merged in groups, beside `name`."""
     level = 0
     between: list[Path] = []
     while len(paths) > _MAX_OPEN_RUNS:
@@ -106,7 +104,7 @@ def merge_counts(paths: Sequence[Path], name: Path) -> Iterator[tuple[PhraseTupl
 
 
 def count_phrases(inputs: Inputs, folder: Path, num_processes: int, max_in_memory: int = MAX_IN_MEMORY) -> Summary:
-    """Counts the phrases of all inputs into `folder`, a run a part; goes on where it was interrupted.
+    """Counts the phrases of all inputs into `folder`, a run for each part; resumes where it was interrupted.
 
     Counted in the summary: captions, captions without a phrase, and for each kind the captions' phrases.
 
@@ -143,7 +141,7 @@ def _run_path(folder: Path, number: int) -> Path:
 def choose_phrases(
     counts: Iterable[tuple[PhraseTuple, int]], min_count: int, max_phrases: int | None, summary: Summary
 ) -> dict[PhraseTuple, int]:
-    """The phrases in at least `min_count` captions, of these the `max_phrases` most frequent; equal counts by phrase.
+    """Returns the phrases in at least `min_count` captions, of these the `max_phrases` most frequent, ties by phrase.
 
     One with a word that is none (`are_words`) is left out. Counted in `summary`: the phrases found and kept of each
     kind, and the dropped ones with the reason.
@@ -174,7 +172,7 @@ def choose_phrases(
 def count_corpus(
     paths: Sequence[Path], folder: Path, min_count: int, max_phrases: int | None, num_processes: int
 ) -> tuple[dict[PhraseTuple, int], Summary]:
-    """The phrases to keep of the inputs with their counts; `folder` holds what is counted until it is removed.
+    """Returns the phrases to keep and their counts; `folder` holds the counts of an interrupted call.
 
     Raises:
         DataError: an input cannot be read, there is no phrase in any, or none in so many captions.

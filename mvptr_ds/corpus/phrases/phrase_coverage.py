@@ -1,4 +1,4 @@
-"""What share of the captions' phrases a vocabulary knows, and what it holds: figures for people."""
+"""Measures the share of the captions' phrases that a vocabulary knows, and reports what it holds."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _kept_name(number: int) -> str:
 
 
 def coverage_lines(title: str, coverage: Summary) -> list[str]:
-    """The figures of `measure_coverage` as lines: shares of the phrases by kind, and of the captions."""
+    """Returns lines of text: the shares of the phrases by kind, and of the captions."""
     counts = coverage.counts
     lines = [f"{title}: {counts['captions']:,} captions, {counts[_WITH_PHRASES]:,} with phrases"]
     num_found = sum(counts[kind] for kind in KINDS.values())
@@ -80,7 +80,7 @@ def _share(part: int, whole: int) -> str:
 
 
 def most_frequent_lines(vocab: PhraseVocab, number: int) -> list[str]:
-    """The most frequent phrases of each kind with the number of their captions."""
+    """Returns the most frequent phrases of each kind with the number of their captions."""
     lines = []
     for kind_len, kind in KINDS.items():
         own = [

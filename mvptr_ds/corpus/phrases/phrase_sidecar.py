@@ -1,4 +1,4 @@
-"""Shards -> a sidecar with the phrases of their captions: a tar for each shard, records in the same order."""
+"""Writes a sidecar with the phrases of the captions of shards: a tar for each shard, records in the same order."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from mvptr_ds.corpus.concepts.text_files import count_left_out, count_phrases, get_parser
+from mvptr_ds.corpus.concepts.caption_files import count_left_out, count_phrases, get_parser
 from mvptr_ds.corpus.phrases.captions import read_entries, shard_paths
 from mvptr_ds.corpus.resumable_jobs import Summary, refuse_foreign_tars, run_units
 from mvptr_ds.data.phrases import KINDS
 from mvptr_ds.data.schema import Caption, Extractor, Record
-from mvptr_ds.data.shards.index import RECORDS
 from mvptr_ds.data.shards.index_builder import ensure_index
+from mvptr_ds.data.shards.index_format import RECORDS
 from mvptr_ds.data.shards.sidecars import sidecar_json
 from mvptr_ds.data.shards.tar_reader import MAX_JSON_BYTES
 from mvptr_ds.data.shards.tar_writer import check_key, write_tar
@@ -70,7 +70,7 @@ def extract_phrases(shards: str | Path, out: str | Path, backend: str, num_proce
     """Parses the captions of all shards and writes the sidecar into `out`, with its index.
 
     Records without captions get an entry too: a join that leaves out what lacks a partner keeps them. The same call
-    goes on where an interrupted one stopped.
+    resumes where an interrupted one stopped.
 
     Raises:
         DataError: no shards, a damaged tar, no record that can be used, or `out` was begun with other arguments.

@@ -1,0 +1,1 @@
+"""Writes an HTML page of records and their statistics, for tools/preview_shards.py."""

@@ -1,4 +1,7 @@
-"""One record as a card: its picture with boxes, its captions with their phrases marked, its regions and facts."""
+"""Describes one record as a card: its image with boxes, its captions with their phrases marked, its regions and facts.
+
+The functions here say what the card holds; templates/card.html is its markup.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,17 @@ import hashlib
 import io
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+from markupsafe import Markup
 from PIL import Image
 
-from mvptr_ds.corpus.preview.markup import Html, element, joined, shortened
 from mvptr_ds.corpus.preview.measures import RECORD_ERRORS, key_of, reason
+from mvptr_ds.corpus.preview.render import render, shortened
 from mvptr_ds.data.features import read_features, region_geometry
 from mvptr_ds.data.images import decode_image
 from mvptr_ds.data.schema import Caption, Phrase, Record, check_size
@@ -34,46 +40,87 @@ _MAX_CAPTIONS, _MAX_CAPTION_LEN, _MAX_PHRASES, _MAX_REGIONS, _MAX_NAME_LEN = 20,
 Rectangle = tuple[float, float, float, float]  # x1, y1, x2, y2 in units of the drawing
 
 
-def card(index: SampleIndex, number: int, grid_size: int) -> Html:
-    """The card of record `number`; where the record cannot be read, a card that says why."""
+class Drawing(NamedTuple):
+    """What stands behind the boxes: an image, or a plain sheet where there is none."""
+
+    width: float
+    height: float
+    uri: str | None
+    label: str  # for those who cannot see it
+
+
+class ShownRegion(NamedTuple):
+    """A region with its place in the drawing."""
+
+    tag: str
+    name: str  # the tag as the label shows it
+    score: str
+    colour: int
+    box: Rectangle
+    label: Rectangle
+    crowded: bool  # the label covers another, and is shown on request only
+
+
+class Piece(NamedTuple):
+    """A run of a caption's characters that the same phrases cover."""
+
+    text: str
+    kinds: str = ""  # of the phrases; empty where no phrase covers it
+    phrases: str = ""  # their numbers, as CAPTION.PHRASE
+    title: str = ""
+
+
+class ShownPhrase(NamedTuple):
+    words: tuple[str, ...]
+    kind: str
+    regions: str  # numbers of the regions that it names
+    has_span: bool
+
+
+@dataclass
+class ShownCaption:
+    pieces: list[Piece]
+    phrases: list[ShownPhrase]
+    notes: list[str]  # what is left out
+
+
+def card(index: SampleIndex, number: int, grid_size: int) -> Markup:
+    """Returns the card of record `number`; where the record cannot be read, a card that says why."""
     key, path = key_of(index, number), index.place(number).path
-    heading = element("h3", element("bdi", shortened(key, 120)))
     try:
         record, members = index.read(index.place(number))
-        where = f"record {number:,} in {Path(path).name}"
-        return _record_card(heading, where, record, members, grid_size)
+        content = _content(f"record {number:,} in {Path(path).name}", record, members, grid_size)
     except RECORD_ERRORS as error:
-        return element("article", heading, _problem(f"cannot be shown: {reason(error)}"), class_="card bad")
+        return render("card.html", key=key, unreadable=f"cannot be shown: {reason(error)}")
+    return render("card.html", key=key, unreadable="", **content)
 
 
-def _record_card(heading: Html, where: str, record: Record, members: Mapping[str, bytes], grid_size: int) -> Html:
+def _content(where: str, record: Record, members: Mapping[str, bytes], grid_size: int) -> dict[str, Any]:
     facts, problems = _facts(where, record, members, grid_size)
-    picture: list[Html] = []
-    has_picture = any(extension in members for extension in IMAGE_EXTENSIONS)
-    if has_picture or record.regions:
+    drawing, regions = None, []
+    has_image = any(extension in members for extension in IMAGE_EXTENSIONS)
+    if has_image or record.regions:
         check_size(record.width, record.height)
         try:
-            uri = _picture_uri(record, members) if has_picture else None
+            uri = _image_uri(record, members) if has_image else None
         except DataError as error:
             uri = None
             problems.append(reason(error))
-        picture.append(element("figure", _drawing(record, uri), class_="picture"))
-    shown = record.captions[:_MAX_CAPTIONS]
-    captions = [_caption(caption, number) for number, caption in enumerate(shown)]
-    if len(record.captions) > len(shown):
-        captions.append(element("p", f"and {len(record.captions) - len(shown):,} more captions", class_="note"))
-    words = joined(*captions) if captions else element("p", "image-only: no caption", class_="note")
-    text = element("div", words, _region_list(record), class_="words")
-    header = element("header", heading, element("p", facts, class_="note"), *map(_problem, problems))
-    return element("article", header, element("div", *picture, text, class_="columns"), class_="card")
-
-
-def _problem(text: str) -> Html:
-    return element("p", shortened(text, 600), class_="problem")
+        drawing = _drawing(record, uri)
+        regions = _regions(record, drawing.width, drawing.height)
+    return {
+        "facts": facts,
+        "problems": problems,
+        "drawing": drawing,
+        "regions": regions,
+        "num_more_regions": len(record.regions) - len(regions),
+        "captions": [_caption(caption, n) for n, caption in enumerate(record.captions[:_MAX_CAPTIONS])],
+        "num_more_captions": max(0, len(record.captions) - _MAX_CAPTIONS),
+    }
 
 
 def _facts(where: str, record: Record, members: Mapping[str, bytes], grid_size: int) -> tuple[str, list[str]]:
-    """What the record consists of, in a line; and what is odd about it."""
+    """Returns a line that says what the record consists of, and what is wrong with it."""
     parts = [where, f"image_id {shortened(record.image_id, 80)}"]
     problems = []
     if record.width and record.height:
@@ -103,8 +150,8 @@ def _reaches_outside(record: Record, box: Rectangle) -> bool:
     return x1 < -0.5 or y1 < -0.5 or x2 > record.width + 0.5 or y2 > record.height + 0.5
 
 
-def _picture_uri(record: Record, members: Mapping[str, bytes]) -> str:
-    """The picture as training decodes it, scaled to at most MAX_PICTURE_SIZE pixels, as a JPEG data URI.
+def _image_uri(record: Record, members: Mapping[str, bytes]) -> str:
+    """Returns the image as training decodes it, scaled to at most MAX_PICTURE_SIZE pixels, as a JPEG data URI.
 
     Raises:
         DataError: it cannot be decoded.
@@ -118,46 +165,31 @@ def _picture_uri(record: Record, members: Mapping[str, bytes]) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _drawing(record: Record, uri: str | None) -> Html:
-    """Picture, or a plain sheet where there is none, under the boxes and their tags."""
+def _drawing(record: Record, uri: str | None) -> Drawing:
     aspect = min(max(record.width / record.height, 1 / _MAX_ASPECT), _MAX_ASPECT)
-    width = MAX_PICTURE_SIZE * min(1.0, aspect)
-    height = MAX_PICTURE_SIZE / max(1.0, aspect)
-    ground = {"width": width, "height": height}
-    if uri is None:
-        layers = [element("rect", class_="sheet", **ground)]
-    else:
-        layers = [element("image", href=uri, preserveAspectRatio="none", **ground)]
+    label = f"picture with {len(record.regions)} regions" if uri else f"{len(record.regions)} regions, no picture"
+    return Drawing(MAX_PICTURE_SIZE * min(1.0, aspect), MAX_PICTURE_SIZE / max(1.0, aspect), uri, label)
+
+
+def _regions(record: Record, width: float, height: float) -> list[ShownRegion]:
+    """Returns the regions that are shown, placed in a drawing of width x height units."""
     regions = record.regions[:_MAX_REGIONS]
     names = [shortened(region.tag, 24) or "(no tag)" for region in regions]
     colours = colours_of([region.tag for region in regions])
-    scale = np.array([width, height, width, height])
-    corners = region_geometry(record, 1)[: len(regions), :4] * scale
+    corners = region_geometry(record, 1)[: len(regions), :4] * np.array([width, height, width, height])
     boxes: list[Rectangle] = [(x1, y1, x2, y2) for x1, y1, x2, y2 in corners.tolist()]
-    for number, (region, (x1, y1, x2, y2)) in enumerate(zip(regions, boxes, strict=True)):
-        size = {"x": x1, "y": y1, "width": max(1.0, x2 - x1), "height": max(1.0, y2 - y1)}
-        hint = element("title", f"{number} {names[number]} {region.score:.2f}")
-        frame = joined(hint, element("rect", class_="halo", **size), element("rect", class_="box", **size))
-        layers.append(element("g", frame, class_=f"region c{colours[region.tag]}", data_r=str(number)))
-    for number, (region, place) in enumerate(zip(regions, place_labels(boxes, names, width, height), strict=True)):
-        layers.append(_label(number, names[number], colours[region.tag], place))
-    label = f"picture with {len(record.regions)} regions" if uri else f"{len(record.regions)} regions, no picture"
-    view = f"0 0 {width:.0f} {height:.0f}"
-    return element("svg", *layers, viewBox=view, width=width, role="img", aria_label=label)
-
-
-def _label(number: int, name: str, colour: int, place: tuple[Rectangle, bool]) -> Html:
-    (x1, y1, x2, y2), fits = place
-    plate = element("rect", x=x1, y=y1, width=x2 - x1, height=y2 - y1, rx=2)
-    text = element("text", name, x=(x1 + x2) / 2, y=y2 - 4, text_anchor="middle")
-    kind = f"label c{colour}" if fits else f"label crowded c{colour}"
-    return element("g", plate, text, class_=kind, data_r=str(number))
+    return [
+        ShownRegion(region.tag, name, f"{region.score:.2f}", colours[region.tag], box, label, not fits)
+        for region, name, box, (label, fits) in zip(
+            regions, names, boxes, place_labels(boxes, names, width, height), strict=True
+        )
+    ]
 
 
 def place_labels(
     boxes: Sequence[Rectangle], names: Sequence[str], width: float, height: float
 ) -> list[tuple[Rectangle, bool]]:
-    """Where each box's label goes, inside the drawing, and whether it covers none of those before it."""
+    """Returns the place of each box's label inside the drawing, and whether it covers no label before it."""
     placed: list[Rectangle] = []
     out: list[tuple[Rectangle, bool]] = []
     for (x1, y1, x2, y2), name in zip(boxes, names, strict=True):
@@ -187,7 +219,7 @@ def _overlap(a: Rectangle, b: Rectangle) -> bool:
 
 
 def colours_of(tags: Iterable[str]) -> dict[str, int]:
-    """A colour for each tag: everywhere the same one, unless another tag of the record has it already."""
+    """Returns a colour for each tag, the same in every record unless another tag of the record has it already."""
     out: dict[str, int] = {}
     for tag in dict.fromkeys(tags):
         wanted = int.from_bytes(hashlib.blake2b(tag.encode("utf-8", "replace"), digest_size=2).digest(), "big")
@@ -196,25 +228,11 @@ def colours_of(tags: Iterable[str]) -> dict[str, int]:
     return out
 
 
-def _region_list(record: Record) -> Html:
-    regions = record.regions[:_MAX_REGIONS]
-    colours = colours_of([region.tag for region in regions])
-    items = []
-    for number, region in enumerate(regions):
-        content = joined(
-            element("span", str(number), class_="index"),
-            element("bdi", shortened(region.tag, _MAX_NAME_LEN) or "(no tag)"),
-            element("span", f"{region.score:.2f}", class_="score"),
-        )
-        kind = f"region c{colours[region.tag]}"
-        items.append(element("li", element("button", content, type="button", class_=kind, data_r=str(number))))
-    if len(record.regions) > len(regions):
-        items.append(element("li", f"and {len(record.regions) - len(regions):,} more", class_="note"))
-    return element("ul", *items, class_="chips regions") if items else Html("")
-
-
 def segments(text_len: int, phrases: Sequence[Phrase]) -> list[tuple[int, int, tuple[int, ...]]]:
-    """The caption in pieces (start, end, numbers of the phrases that cover it), cut wherever a span begins or ends."""
+    """Cuts a caption of `text_len` characters wherever a span begins or ends.
+
+    Returns (start, end, numbers of the phrases that cover it) of each piece.
+    """
     spans = [(start, end, number) for number, phrase in enumerate(phrases) for start, end in phrase.spans]
     cuts = sorted({0, text_len, *(place for start, end, _ in spans for place in (start, end) if place < text_len)})
     out = []
@@ -224,40 +242,23 @@ def segments(text_len: int, phrases: Sequence[Phrase]) -> list[tuple[int, int, t
     return out
 
 
-def _caption(caption: Caption, number: int) -> Html:
+def _caption(caption: Caption, caption_number: int) -> ShownCaption:
     text = caption.text[:_MAX_CAPTION_LEN]
     phrases = caption.phrases[:_MAX_PHRASES]
     pieces = []
     for start, end, covering in segments(len(text), phrases):
-        if not covering:
-            pieces.append(joined(text[start:end]))
-            continue
         kinds = sorted({KINDS[len(phrases[p].tuple) - 1] for p in covering}, key=KINDS.index)
-        names = " | ".join(shortened(" · ".join(phrases[p].tuple), _MAX_NAME_LEN) for p in covering)
-        places = " ".join(f"{number}.{p}" for p in covering)
-        pieces.append(element("span", text[start:end], class_="mark " + " ".join(kinds), data_p=places, title=names))
-    rest = []
+        numbers = " ".join(f"{caption_number}.{p}" for p in covering)
+        title = " | ".join(shortened(" · ".join(phrases[p].tuple), _MAX_NAME_LEN) for p in covering)
+        pieces.append(Piece(text[start:end], " ".join(kinds), numbers, title))
+    notes = []
     if len(caption.text) > len(text):
-        rest.append(element("p", f"cut here; {len(caption.text):,} characters in all", class_="note"))
+        notes.append(f"cut here; {len(caption.text):,} characters in all")
     if len(caption.phrases) > len(phrases):
-        rest.append(element("p", f"{len(phrases)} of {len(caption.phrases):,} phrases shown", class_="note"))
-    return element("section", element("p", *pieces, class_="caption", dir="auto"), *rest, _phrase_list(phrases, number))
+        notes.append(f"{len(phrases)} of {len(caption.phrases):,} phrases shown")
+    return ShownCaption(pieces, [_phrase(phrase) for phrase in phrases], notes)
 
 
-def _phrase_list(phrases: Sequence[Phrase], caption_number: int) -> Html:
-    items = []
-    for number, phrase in enumerate(phrases):
-        words = [element("bdi", shortened(word, _MAX_NAME_LEN)) for word in phrase.tuple]
-        content = [element("span", *_between(words, " · "), class_=f"mark {KINDS[len(words) - 1]}")]
-        shown = [str(region) for region in phrase.regions if region < _MAX_REGIONS]
-        if shown:
-            content.append(element("span", "→ " + " ".join(shown), class_="score"))
-        if not phrase.spans:
-            content.append(element("span", "no span", class_="score"))
-        place = {"data_p": f"{caption_number}.{number}", "data_r": " ".join(shown) or None}
-        items.append(element("li", element("button", *content, type="button", class_="phrase", **place)))
-    return element("ul", *items, class_="chips phrases") if items else Html("")
-
-
-def _between(parts: Sequence[str], separator: str) -> list[str]:
-    return [piece for part in parts for piece in (separator, part)][1:]
+def _phrase(phrase: Phrase) -> ShownPhrase:
+    regions = " ".join(str(region) for region in phrase.regions if region < _MAX_REGIONS)
+    return ShownPhrase(phrase.tuple, KINDS[len(phrase.tuple) - 1], regions, bool(phrase.spans))

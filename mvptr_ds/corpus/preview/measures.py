@@ -1,4 +1,4 @@
-"""What a folder's records hold, and the padding to expect, from records drawn over it.
+"""Measures what a folder's records hold, and the padding to expect, from records drawn over it.
 
 Legend: S samples, 3 the parts of a sample's sequence (text slots, tag slots, regions).
 """
@@ -30,7 +30,7 @@ PARTS = ("text slots", "tag slots", "regions")
 _CHUNK_RECORDS = 250
 _COVERED = 0.99  # share of the samples that the suggested sizes hold whole
 
-# what reading untrusted bytes may raise; the page goes on with the next record
+# what reading untrusted bytes may raise; such a record is listed, and the next one is read
 RECORD_ERRORS = (OSError, ValueError, TypeError, ArithmeticError)
 
 
@@ -63,18 +63,18 @@ class Measures:
 
 
 def key_of(index: SampleIndex, number: int) -> str:
-    """Key of record `number`; `?` when it cannot be read."""
+    """Returns the key of record `number`; `?` when it cannot be read."""
     place = index.place(number)
     return record_key(place.path, place.offset, place.num_bytes)
 
 
 def reason(error: Exception) -> str:
-    """What was wrong, for a reader; the type too where the message was not written for one."""
+    """Returns an error's message, with its type where the message was not written for users."""
     return str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
 
 
 def draw_records(index: SampleIndex, num: int, seed: int, stream: int) -> list[int]:
-    """Numbers of `num` records (or all, if there are fewer) drawn over the folder, in the folder's order."""
+    """Returns the numbers of `num` records (or all, if there are fewer) drawn over the folder, in its order."""
     rng = np.random.default_rng([seed, stream])
     return sorted(rng.choice(index.num_records, min(num, index.num_records), replace=False, shuffle=False).tolist())
 
@@ -94,7 +94,7 @@ def measure(index: SampleIndex, words: WordPiece, numbers: Sequence[int], grid_s
 def measure_folder(
     index: SampleIndex, words: WordPiece, numbers: Sequence[int], grid_size: int, num_processes: int
 ) -> Measures:
-    """`measure` with a progress bar, in several processes when `num_processes` > 1; the same result with any number."""
+    """Runs `measure` with a progress bar; the result does not depend on the number of processes."""
     chunks = [numbers[start : start + _CHUNK_RECORDS] for start in range(0, len(numbers), _CHUNK_RECORDS)]
     work = functools.partial(measure, index, words, grid_size=grid_size)
     total = Measures()
@@ -140,7 +140,10 @@ def _measure_record(
 
 
 def sequence_lengths(samples: Sequence[Sizes], options: SampleOptions) -> np.ndarray:
-    """int64 [S, 3]: text slots, tag slots and regions of each sample as training lays them out, every phrase known."""
+    """Returns int64 [S, 3]: text slots, tag slots and regions of each sample as training lays them out.
+
+    Every phrase counts as known.
+    """
     rows = []
     for sample in samples:
         # the layout decides by the numbers of ids alone, so any ids do
@@ -153,7 +156,7 @@ def sequence_lengths(samples: Sequence[Sizes], options: SampleOptions) -> np.nda
 
 
 def padding(lengths_S3: np.ndarray, maxima: tuple[int, int, int], batch_size: int, seed: int) -> dict[str, float]:
-    """Share of padded positions of micro-batches, by how they are padded.
+    """Returns the share of padded positions of micro-batches, by how they are padded.
 
     "fixed": to `maxima`; "longest": each part to the batch's longest (what the collate function does), samples in drawn
     order; "bucketed": the same with neighbours by total length in a batch, so the least that bucketing can reach.
@@ -192,7 +195,7 @@ def _covering(values: Sequence[int]) -> int:
 
 
 def cut_shares(samples: Sequence[Sizes], options: SampleOptions) -> dict[str, float]:
-    """Share of the samples of which these options cut something, by what is cut."""
+    """Returns the share of the samples of which these options cut something, by what is cut."""
     num = max(1, len(samples))
     lengths_S3 = sequence_lengths(samples, options)
     whole = [2 + s.num_tokens + s.num_phrases for s in samples]

@@ -1,4 +1,4 @@
-"""What a detector found in a picture -> the regions of its record: named, clipped, without repeats, the best first.
+"""Turns what a detector found in an image into the regions of its record: named, clipped, best first.
 
 Legend: Q queries (what the detector proposes), N boxes, D size of a query's state.
 """
@@ -45,7 +45,7 @@ class RegionChoice:
 
 
 def tag_of(class_name: str) -> str | None:
-    """Tag of a detector's class: lower case, words apart, the first of several names, without a remark in parentheses.
+    """Returns the tag of a detector's class: the first of several names, in lower case, without remarks in parentheses.
 
     "Handbag/Satchel" is `handbag`, "bow_(weapon)" is `bow`. A class without a name ("LABEL_3") gives an empty tag, one
     that is no object ("N/A", "background") None.
@@ -59,7 +59,7 @@ def tag_of(class_name: str) -> str | None:
 
 
 def nms(boxes_N4: np.ndarray, scores_N: np.ndarray, groups_N: np.ndarray, max_iou: float, limit: int) -> np.ndarray:
-    """Greedy non-maximum suppression within each group: indices of the boxes that stay, best score first, int64.
+    """Suppresses non-maxima within each group; returns the indices of the boxes that stay, int64, best score first.
 
     A box goes when a better one of its group (equal number in `groups_N`) overlaps it by more than `max_iou`
     (intersection over union). Equal scores keep their order. At most `limit` stay.
@@ -81,7 +81,10 @@ def nms(boxes_N4: np.ndarray, scores_N: np.ndarray, groups_N: np.ndarray, max_io
 
 
 def clip_boxes(boxes_N4: np.ndarray, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
-    """The boxes within the picture, float64 [N, 4] in pixels; which have sides of at least `MIN_BOX_SIDE`, bool [N]."""
+    """Clips boxes to the image.
+
+    Returns the boxes, float64 [N, 4] in pixels, and which have sides of at least `MIN_BOX_SIDE`, bool [N].
+    """
     clipped_N4 = np.clip(boxes_N4.astype(np.float64), 0.0, [width, height, width, height])
     usable_N: np.ndarray = np.all(clipped_N4[:, 2:] - clipped_N4[:, :2] >= MIN_BOX_SIDE, axis=1)
     return clipped_N4, usable_N
@@ -90,7 +93,7 @@ def clip_boxes(boxes_N4: np.ndarray, width: int, height: int) -> tuple[np.ndarra
 def choose_regions(
     found: Detections, width: int, height: int, choice: RegionChoice
 ) -> tuple[tuple[Region, ...], np.ndarray]:
-    """The regions of a picture of `width` x `height` pixels, best first, and the query of each, int64 [R].
+    """Returns the regions of a picture of `width` x `height` pixels, best first, and the query of each, int64 [R].
 
     Boxes are clipped to the picture. Left out: boxes below `MIN_BOX_SIDE`, classes that are no object, scores below
     the threshold, repeats (`nms` among equal tags). With `at_least_one` a picture of which nothing is left gets its

@@ -1,4 +1,4 @@
-"""Any object detector of transformers: pictures -> Detections. Which of them become regions, `detection` says.
+"""Runs any object detector of transformers; `detection` decides which of its detections become regions.
 
 Legend: B pictures, Q queries of the detector, D size of a query's state.
 """
@@ -28,7 +28,7 @@ _WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")  # the first kind t
 
 
 def find_model(name: str, revision: str | None = None) -> tuple[Path, Extractor]:
-    """The folder of a detector (a local one, or a hub model after its download), and what sidecars call it.
+    """Returns the folder of a detector (a local one, or a hub model after its download), and what sidecars call it.
 
     The version is the first 12 hex digits of a SHA-256 over the configuration, the processor's configuration and the
     weights, so other weights under the same name are another version. A local folder never asks the network.
@@ -77,7 +77,7 @@ def _download(name: str, revision: str | None) -> Path:
 
 
 def choose_device(device: str, precision: str) -> tuple[str, str]:
-    """What "auto" means on this machine: cuda where there is one; bfloat16 on GPUs that compute it, else float32.
+    """Returns device and precision; "auto" is cuda if there is one, and bfloat16 on GPUs that compute it.
 
     Raises:
         DataError: cuda is asked for and there is none.
@@ -152,7 +152,7 @@ class Detector:
 
     @property
     def has_tag_names(self) -> bool:
-        """Whether the model names its classes."""
+        """Returns whether the model names its classes."""
         return any(self._tags.values())
 
     def check(self) -> None:
@@ -165,10 +165,10 @@ class Detector:
 
     @torch.inference_mode()
     def detect(self, pictures: Sequence[Image.Image], sizes: Sequence[tuple[int, int]]) -> list[Detections | None]:
-        """The detections of RGB pictures, in pixels of `sizes` (width, height); None where numbers are not finite.
+        """Returns the detections of RGB images in pixels of `sizes` (width, height); None where one is not finite.
 
-        Models with a pixel mask get the pictures padded to one size; others, which would take the padding for
-        picture, get those of one size together.
+        Models with a pixel mask get the images padded to one size. Others would take the padding for a part of the
+        image, so they get images of one size together.
 
         Raises:
             DataError: as `check` does.
@@ -260,5 +260,5 @@ def _run_in_float32(module: torch.nn.Module, device: str) -> None:
 
 @functools.lru_cache(maxsize=1)
 def load_detector(source: DetectorSource) -> Detector:
-    """The detector of this process."""
+    """Returns the detector of this process."""
     return Detector(source)

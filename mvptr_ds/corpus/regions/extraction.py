@@ -1,4 +1,4 @@
-"""Image shards -> a sidecar with the regions that a detector finds, and their features if asked for."""
+"""Writes a sidecar with the regions that a detector finds in image shards, and their features if asked for."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from mvptr_ds.data.pixels import MAX_IMAGE_PIXELS, open_image, read_rgb
 from mvptr_ds.data.schema import Extractor, parse_record
 from mvptr_ds.data.shards.index import Index
 from mvptr_ds.data.shards.index_builder import ensure_index
+from mvptr_ds.data.shards.index_format import MANIFEST_NAME
 from mvptr_ds.data.shards.sidecars import sidecar_json
-from mvptr_ds.data.shards.storage import MANIFEST_NAME
 from mvptr_ds.data.shards.tar_reader import IMAGE_EXTENSIONS, read_keyed_record
 from mvptr_ds.data.shards.tar_writer import check_key, npy_bytes, write_tar
 from mvptr_ds.errors import DataError
@@ -138,7 +138,7 @@ def _open_index(shards: str) -> Index:
 
 
 def extract_shard(extraction: Extraction, part: ShardPart) -> Summary:
-    """One unit: detects in the pictures of a shard and writes its sidecar tar (none when nothing is left)."""
+    """Detects in the images of one shard and writes its sidecar tar (none when nothing is left)."""
     summary = Summary()
     entries = _entries(extraction, part, summary)
     first = next(entries, None)
@@ -185,7 +185,7 @@ def _read_pictures(index: Index, part: ShardPart, summary: Summary) -> Iterator[
 def _detect_window(
     extraction: Extraction, detector: Detector, window: Sequence[_Picture], summary: Summary
 ) -> Iterator[Entry]:
-    """The sidecar entries of the pictures, in their order; similar shapes share a batch, for less padding."""
+    """Yields the sidecar entries of the images, in their order; similar shapes share a batch, for less padding."""
     by_shape = sorted(range(len(window)), key=lambda number: window[number].size[0] / window[number].size[1])
     found: dict[int, Detections] = {}
     for start in range(0, len(by_shape), extraction.batch_size):
@@ -228,7 +228,7 @@ def _members(extraction: Extraction, picture: _Picture, found: Detections, summa
 
 
 def open_picture(members: Mapping[str, bytes]) -> Image.Image:
-    """The image member, its header read and its pixels not yet. As training sees it: EXIF orientation is not applied.
+    """Opens the image member as training sees it, without EXIF orientation; its pixels are not read yet.
 
     Raises:
         DataError: it is not JPEG, PNG or WebP, has too many pixels, or is too thin for a detector.
@@ -241,7 +241,7 @@ def open_picture(members: Mapping[str, bytes]) -> Image.Image:
 
 
 def decode_picture(image: Image.Image) -> Image.Image:
-    """The pixels of `open_picture`'s image, which is closed: RGB, at most `_MAX_SIDE` a side.
+    """Returns the pixels of `open_picture`'s image, which is closed: RGB, at most `_MAX_SIDE` a side.
 
     Raises:
         DataError: the picture is cut or damaged.

@@ -1,4 +1,4 @@
-"""Big TSV files by line: offsets from a `.lineidx` (one byte offset a line) or from the file, and the first column.
+"""Reads lines of big TSV files, at the offsets of a `.lineidx` (one byte offset a line) or of the file itself.
 
 Legend: L lines.
 """
@@ -76,7 +76,7 @@ class Table:
 
 
 def _read_lineidx(tsv: Path) -> np.ndarray | None:
-    """int64 [L], or None where there is no such file."""
+    """Returns int64 [L]: the offsets of a .lineidx file, or None where there is no such file."""
     path = tsv.with_suffix(".lineidx")
     if not path.is_file():
         return None
@@ -96,7 +96,7 @@ def _read_lineidx(tsv: Path) -> np.ndarray | None:
 
 
 def _find_lines(path: Path) -> np.ndarray:
-    """int64 [L]: where the lines of a file begin."""
+    """Returns int64 [L]: where the lines of a file begin."""
     starts = [np.zeros(1, dtype=np.int64)]
     size, offset = path.stat().st_size, 0
     with (
@@ -112,11 +112,11 @@ def _find_lines(path: Path) -> np.ndarray:
 
 
 def _spans(offsets_L: np.ndarray, size: int) -> np.ndarray:
-    """int64 [L, 2]: offset and number of bytes of each line, blank ones left out."""
+    """Returns int64 [L, 2]: offset and number of bytes of each line, blank ones left out."""
     num_bytes_L = np.diff(offsets_L, append=size)
     return np.stack([offsets_L, num_bytes_L], axis=1)[num_bytes_L > 1]
 
 
 def without_zeros(image_id: str) -> str:
-    """7 for 007: some files write the numbers of one set of images with zeros in front, others without."""
+    """Returns an id without zeros in front: only some files of a data set write them."""
     return (image_id.lstrip("0") or "0") if image_id.isascii() and image_id.isdigit() else image_id

@@ -1,4 +1,4 @@
-"""Region features and predictions of VinVL and Oscar (TSV files) -> a sidecar.
+"""Turns region features and predictions of VinVL and Oscar (TSV files) into a sidecar.
 
     features.tsv      features of an image's boxes in each row; predictions.tsv their boxes and tags (see vinvl_rows)
     NAME.lineidx      byte offset of each line, one a line; the lines are looked for where it is absent
@@ -133,7 +133,7 @@ def import_vinvl(
 
 
 def plan_rows(features: Table | None, predictions: Table, key_rule: KeyRule) -> np.ndarray:
-    """int64 [L, 5], as in RowPart: the images of `features` in their order, then those of `predictions` only.
+    """Returns int64 [L, 5], as in RowPart: the images of `features` in their order, then those of `predictions` only.
 
     An image that one file writes 7 and the other 007 is one image; its key is made of what `predictions` writes.
 
@@ -164,7 +164,7 @@ def plan_rows(features: Table | None, predictions: Table, key_rule: KeyRule) -> 
 
 
 def _respelled(ids: Iterable[str | None], others: Collection[str]) -> dict[str, str]:
-    """id -> the one of `others` that is the same number with more or fewer zeros in front.
+    """Returns for each id the one of `others` that is the same number with more or fewer zeros in front.
 
     Only of ids that `others` lacks, and where each side writes the number in one way: 7 and 07 may be two images.
     """
@@ -196,7 +196,7 @@ def _check_keys(image_ids: set[str], key_rule: KeyRule) -> None:
 
 
 def convert_part(conversion: Conversion, part: RowPart) -> Summary:
-    """One unit: writes the tar of its rows (none when no row can be used)."""
+    """Writes the tar of the rows of one unit (none when no row can be used)."""
     summary = Summary()
     entries = _entries(conversion, part, summary)
     first = next(entries, None)
@@ -266,7 +266,7 @@ def _region(box_4: np.ndarray, tag: str, score: float) -> Region:
 
 
 def _read_line(path: str, offset: int, num_bytes: int) -> tuple[str, bytes]:
-    """The first column and the rest of a line."""
+    """Returns the first column and the rest of a line."""
     if num_bytes > _MAX_LINE_BYTES:
         raise RowError(f"the line is over {_MAX_LINE_BYTES >> 20} MiB", num_bytes)
     image_id, _, rest = os.pread(open_files.get(path), num_bytes, offset).partition(b"\t")

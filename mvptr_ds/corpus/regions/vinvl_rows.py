@@ -1,4 +1,4 @@
-"""What the rows of VinVL's and Oscar's TSV files say, after the image id.
+"""Parses the rows of VinVL's and Oscar's TSV files, behind the image id.
 
     features.tsv      IMAGE_ID \\t NUM_BOXES \\t BASE64   or   IMAGE_ID \\t {"num_boxes": N, "features": BASE64}
     predictions.tsv   IMAGE_ID \\t {"image_h": H, "image_w": W, "objects": [{"class", "conf", "rect": [x1, y1, x2, y2]},
@@ -47,7 +47,7 @@ class Predictions:
 
 
 def parse_predictions(content: bytes) -> Predictions:
-    """Second column of predictions.tsv, or of Oscar's older labels.
+    """Parses the second column of predictions.tsv, or of Oscar's older labels.
 
     Raises:
         RowError: it is not of that layout.
@@ -82,7 +82,7 @@ def parse_predictions(content: bytes) -> Predictions:
 
 
 def parse_features(content: bytes, feature_dim: int) -> np.ndarray:
-    """What follows the image id in features.tsv -> float32 [N, feature_dim].
+    """Parses what follows the image id in features.tsv; returns float32 [N, feature_dim].
 
     Raises:
         RowError: it is not of either layout, or the numbers are not so many as it says.
@@ -106,7 +106,7 @@ def parse_features(content: bytes, feature_dim: int) -> np.ndarray:
 
 
 def _from_base64(encoded: Any) -> np.ndarray:
-    """float32, one dimension."""
+    """Decodes a float32 vector."""
     try:
         content = base64.b64decode(encoded, validate=True)
         numbers = np.frombuffer(content, dtype="<f4")
@@ -118,7 +118,7 @@ def _from_base64(encoded: Any) -> np.ndarray:
 
 
 def to_float16(features_NF: np.ndarray) -> np.ndarray:
-    """float16 of the same shape.
+    """Returns the array as float16.
 
     Raises:
         RowError: a number is too large.
@@ -131,7 +131,7 @@ def to_float16(features_NF: np.ndarray) -> np.ndarray:
 
 
 def size_from_geometry(boxes_N4: np.ndarray, geometry_N4: np.ndarray | None) -> tuple[int, int]:
-    """Width and height of a picture whose predictions do not say: pixels over shares, the median of the far corners."""
+    """Returns the width and height of an image from its boxes: the median of pixels over shares at the far corners."""
     if geometry_N4 is None:
         raise RowError("the picture's size is not known: neither predictions nor features tell")
     sizes = []

@@ -1,1 +1,1 @@
-"""Readers of annotation formats: each yields rows (`rows.Row`), whatever the format, and counts what it cannot read."""
+"""Reads annotation formats for tools/build_shards.py: each reader yields `rows.Row` and counts what it cannot read."""

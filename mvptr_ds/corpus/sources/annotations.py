@@ -1,4 +1,4 @@
-"""Annotation files of COCO, Karpathy's splits, Flickr30k and Visual Genome."""
+"""Reads annotation files of COCO, Karpathy's splits, Flickr30k and Visual Genome."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _GENOME_FOLDERS = ("VG_100K", "VG_100K_2")
 
 
 def read_coco(source: Path, summary: Summary) -> Iterator[Row]:
-    """Captions of COCO.
+    """Yields the captions of COCO.
 
     `{"images": [{"id", "file_name", "width", "height"}], "annotations": [{"image_id", "caption"}]}`
 
@@ -64,7 +64,7 @@ def read_coco(source: Path, summary: Summary) -> Iterator[Row]:
 
 
 def read_karpathy(source: Path, use_restval: bool, summary: Summary) -> Iterator[Row]:
-    """Karpathy's `dataset_*.json` with its splits; `restval` joins train, or is left out.
+    """Yields the rows of Karpathy's `dataset_*.json` with its splits; `restval` joins train, or is left out.
 
     Raises:
         DataError: not JSON, or without the field `images`.
@@ -87,7 +87,7 @@ def read_karpathy(source: Path, use_restval: bool, summary: Summary) -> Iterator
 
 
 def read_flickr30k(source: Path, summary: Summary) -> Iterator[Row]:
-    """Flickr30k's `NAME.jpg#0<TAB>caption` lines, or the table `NAME.jpg| 0| caption` with a heading."""
+    """Yields the rows of Flickr30k: lines `NAME.jpg#0<TAB>caption`, or a table `NAME.jpg| 0| caption` with heading."""
     for number, line in iter_lines(source, summary):
         name, tab, caption = line.partition("\t")
         if tab:
@@ -103,7 +103,7 @@ def read_flickr30k(source: Path, summary: Summary) -> Iterator[Row]:
 
 
 def read_visual_genome(source: Path, image_data: Path | None, images: Path | None, summary: Summary) -> Iterator[Row]:
-    """Visual Genome's `region_descriptions.json`: the description of each region is a caption of its image.
+    """Yields the rows of Visual Genome's `region_descriptions.json`: each description is a caption of its image.
 
     Sizes and folders come from `image_data.json` where it is given; otherwise the picture is looked for in `images`
     and its folders VG_100K and VG_100K_2.
@@ -131,7 +131,7 @@ def read_visual_genome(source: Path, image_data: Path | None, images: Path | Non
 
 
 def _genome_id(value: Any) -> int:
-    """7 for 7, 7.0, "7" and "007": tools that go over the files write ids as text or as floats."""
+    """Returns 7 for 7, 7.0, "7" and "007": some tools write ids as text or as floats."""
     value = whole(value)
     if isinstance(value, bool) or not (isinstance(value, int) or (isinstance(value, str) and value.isdecimal())):
         raise TypeError(f"image id is {_short(value)}, expected a whole number")
@@ -139,7 +139,7 @@ def _genome_id(value: Any) -> int:
 
 
 def _genome_images(image_data: Path) -> dict[int, tuple[str, int, int]]:
-    """Folder, width and height of each image. Raises DataError for what is no such file or contradicts itself."""
+    """Returns the folder, width and height of each image. Raises DataError for another file or a contradiction."""
     found: dict[int, tuple[str, int, int]] = {}
     for number, entry in enumerate(iter_array(image_data)):
         try:

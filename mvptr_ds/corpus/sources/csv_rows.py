@@ -1,4 +1,4 @@
-"""Rows of a CSV file, where a stray quote costs one line at most.
+"""Reads the rows of a CSV file, where a stray quote costs one line at most.
 
 A cell that begins with a quote and lacks the closing one takes all lines up to the next quote of the file with it. So
 lines that a cell has swallowed are looked at. Where one of them is a row by itself, they are read again without it:
@@ -83,7 +83,7 @@ class CsvRows:
                 yield number, self._cleaned(cells) + [""] * (len(self.heading) - len(cells))
 
     def _end_of_row(self, lines: list[str], own: list[str]) -> int:
-        """How many of the lines that a row has taken are its own; `own` are the cells of the first line."""
+        """Returns how many of the lines that a row has taken are its own; `own` are the cells of the first line."""
         swallowed = lines[1:]
         for number, line in enumerate(swallowed, start=1):
             if self._is_row(line, own):
@@ -100,14 +100,14 @@ class CsvRows:
             return []
 
     def _is_row(self, line: str, own: list[str]) -> bool:
-        """Whether a line is a row by itself, of a picture named in the manner of the one in the row `own`."""
+        """Returns whether a line is a row by itself: its image is named in the manner of the one in the row `own`."""
         if not (image := self._could_be_row(line, own)):
             return False
         suffix, own_suffix = (PurePath(name).suffix.lower() for name in (image, own[self.image_at].strip('"')))
         return suffix in PICTURE_SUFFIXES or bool(suffix == own_suffix and _DIGIT.search(image))
 
     def _could_be_row(self, line: str, own: list[str]) -> str:
-        """The name of the picture in a line that has as many cells as the heading; "" where it has none."""
+        """Returns the name of the image in a line that has as many cells as the heading; "" where it has none."""
         try:
             cells = next(csv.reader([line], delimiter=self._delimiter), [])
         except csv.Error:
@@ -142,7 +142,7 @@ class _Lines:
 
 
 def _unquoted(cell: str) -> str:
-    """A cell that is quoted as a whole, as spreadsheets write those with quotes in them, without its quotes."""
+    """Returns a cell without the quotes that spreadsheets put around cells with quotes in them."""
     if len(cell) < 2 or not (cell[0] == cell[-1] == '"'):
         return cell
     inner = cell[1:-1]

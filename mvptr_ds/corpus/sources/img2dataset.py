@@ -1,4 +1,4 @@
-"""Tars of img2dataset: KEY.jpg, KEY.txt, KEY.json."""
+"""Reads tars of img2dataset: KEY.jpg, KEY.txt, KEY.json."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _AMBIGUOUS = "row: several pictures or captions under one key"
 
 
 def list_tars(sources: Iterable[Path]) -> list[Path]:
-    """The tars named, and those in the folders named, in the order of their names.
+    """Returns the given tars, and those in the given folders, in the order of their names.
 
     Raises:
         DataError: none there, two of one name, or a name that is not UTF-8.
@@ -38,7 +38,7 @@ def list_tars(sources: Iterable[Path]) -> list[Path]:
 
 
 def scan_tar(tar: Path, file: BinaryIO, summary: Summary) -> dict[str, dict[str, Member]]:
-    """The members to read of every whole record, by key and extension, from the headers; nothing from a damage on.
+    """Returns the members of every whole record, by key and extension; what follows damage is left out.
 
     A record with a member twice or with two pictures is dropped: whose caption it holds cannot be told.
     """
@@ -75,7 +75,7 @@ def scan_tar(tar: Path, file: BinaryIO, summary: Summary) -> dict[str, dict[str,
 
 
 def read_caption(file: BinaryIO, members: Mapping[str, Member]) -> str:
-    """The caption of a record: its txt member, or `caption` of its json member; "" when there is none.
+    """Returns the caption of a record: its txt member, or `caption` of its json member; "" when there is none.
 
     Bytes that are not UTF-8 become lone surrogates, which the check of captions counts.
     """

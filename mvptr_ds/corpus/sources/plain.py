@@ -1,4 +1,4 @@
-"""Sources of one modality: sentences, and folders of pictures."""
+"""Reads sources of one modality: sentences, and folders of images."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ PICTURE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".
 
 
 def read_text(source: Path, summary: Summary) -> Iterator[Row]:
-    """One sentence a line. Its id is a hash of the sentence, so that a repeated one is found, wherever it stands."""
+    """Yields a row for each line, a sentence whose id is a hash of it, so that repeated ones are found."""
     for _, line in iter_lines(source, summary):
         content = clean_caption(line).encode("utf-8", "surrogatepass")
         yield Row(f"text-{hashlib.blake2b(content, digest_size=12).hexdigest()}", (line,))
 
 
 def read_image_folder(source: Path, summary: Summary) -> Iterator[Row]:
-    """Every picture below a folder; its id is its path. Files of other names are counted.
+    """Yields a row for every image below a folder, whose id is its path; other files are counted.
 
     Links to folders are followed after the folders themselves, and each folder is read once: what a link leads to
     again is counted, and so is a folder that cannot be read.

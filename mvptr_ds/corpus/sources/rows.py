@@ -1,4 +1,4 @@
-"""What every reader yields, and what the readers share: lines of text files, elements of large JSON arrays."""
+"""Defines the row that every reader yields, and reads lines of text files and elements of large JSON arrays."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class Row(NamedTuple):
 
 
 def clean_caption(text: str) -> str:
-    """The text with each run of white space and control characters as one space; "" when nothing visible is left."""
+    """Returns the text with one space for white space and control characters; "" when nothing visible is left."""
     words = "".join(" " if unicodedata.category(c) == "Cc" else c for c in text).split()
     visible = any(unicodedata.category(c)[0] not in "CZ" or unicodedata.category(c) == "Cs" for w in words for c in w)
     return " ".join(words) if visible else ""
 
 
 def normal_path(name: str, root: str | None = None) -> str:
-    """A picture's path in one spelling: `./a.jpg`, `x/../a.jpg` and ROOT/a.jpg are all `a.jpg`.
+    """Returns an image's path in one spelling: `./a.jpg`, `x/../a.jpg` and ROOT/a.jpg all become `a.jpg`.
 
     Args:
         root: absolute path of the folder of pictures; None where there is none.
@@ -52,7 +52,7 @@ def normal_path(name: str, root: str | None = None) -> str:
 
 
 def captions_of(value: Any) -> tuple[str, ...]:
-    """Captions of a cell: a string, a list of strings, or nothing.
+    """Returns the captions of a cell: a string, a list of strings, or nothing.
 
     Raises:
         TypeError: anything else.
@@ -67,7 +67,7 @@ def captions_of(value: Any) -> tuple[str, ...]:
 
 
 def size_of(entry: Mapping[str, Any]) -> tuple[int, int]:
-    """Width and height in pixels; 0, 0 when the source has none or no sensible ones."""
+    """Returns the width and height in pixels; 0, 0 when the source has none or they make no sense."""
     width, height = whole(entry.get("width")), whole(entry.get("height"))
     if not isinstance(width, int) or not isinstance(height, int) or not min(width, height) > 0:
         return 0, 0
@@ -75,19 +75,19 @@ def size_of(entry: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def whole(value: Any) -> Any:
-    """4 for 4.0, which table programs make of whole numbers; anything else as it is."""
+    """Returns 4 for 4.0, as table programs write whole numbers, and anything else unchanged."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def number_or_name(value: Any) -> str:
-    """An image id; numbers get twelve digits, as COCO's files are named. Raises TypeError for what is no id."""
+    """Returns an image id; numbers get twelve digits, as in COCO's file names. Raises TypeError for other types."""
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise TypeError(f"image id is {str(value)[:80]!r}, expected a number or a string")
     return f"{value:012d}" if isinstance(value, int) else value
 
 
 def open_text(path: Path) -> TextIO:
-    """A UTF-8 file; bytes that are not become lone surrogates, which the check of ids and captions counts.
+    """Opens a UTF-8 file; other bytes become lone surrogates, which the check of ids and captions counts.
 
     Raises:
         DataError: there is no such file, or it is UTF-16.
@@ -101,7 +101,7 @@ def open_text(path: Path) -> TextIO:
 
 
 def iter_lines(path: Path, summary: Summary) -> Iterator[tuple[int, str]]:
-    """(number from 1, line without its end); overlong lines are dropped and counted.
+    """Yields each line without its end, and its number from 1; overlong lines are dropped and counted.
 
     A byte order mark is no part of a line: files that were put together have one within.
     """
@@ -118,7 +118,7 @@ def iter_lines(path: Path, summary: Summary) -> Iterator[tuple[int, str]]:
 
 
 def is_array(path: Path) -> bool:
-    """Whether a file begins like a JSON array. Raises what `open_text` raises."""
+    """Returns whether a file begins like a JSON array. Raises what `open_text` raises."""
     with open_text(path) as file:
         return _JsonStream(file, path).peek() == "["
 
@@ -176,7 +176,7 @@ class _JsonStream:
         return DataError(f"{self._path}, character {self._passed + self._at}: {reason}; is the file whole and JSON?")
 
     def peek(self) -> str:
-        """The next character that is no white space; "" at the end of the file."""
+        """Returns the next character that is no white space; "" at the end of the file."""
         while True:
             while self._at < len(self._text) and self._text[self._at] in " \t\r\n":
                 self._at += 1

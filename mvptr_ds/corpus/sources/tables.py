@@ -1,4 +1,4 @@
-"""Tables with an image and a caption column: JSONL, CSV, Parquet."""
+"""Reads tables with an image and a caption column: JSONL, CSV, Parquet."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BATCH_ROWS = 4096
 
 
 def read_jsonl(source: Path, image_column: str, caption_column: str, summary: Summary) -> Iterator[Row]:
-    """One JSON object a line, or a JSON array of them. Raises DataError when the first object lacks a column."""
+    """Yields the rows of JSON lines or of a JSON array. Raises DataError when the first object lacks a column."""
     entries = _array_entries(source) if is_array(source) else _line_entries(source, summary)
     first = True
     for where, entry in entries:
@@ -46,7 +46,7 @@ def _line_entries(source: Path, summary: Summary) -> Iterator[tuple[str, Any]]:
 
 
 def read_csv(source: Path, image_column: str, caption_column: str, summary: Summary) -> Iterator[Row]:
-    """A heading, then a row a line; separated by tabs when the name ends in .tsv. A cell may hold a JSON list.
+    """Yields the rows of a table with a heading; .tsv is separated by tabs. A cell may hold a JSON list.
 
     Raises:
         DataError: the heading lacks a column, or has one twice.
@@ -70,7 +70,7 @@ def _list_in(cell: str) -> Any:
 
 
 def read_parquet(source: Path, image_column: str, caption_column: str, summary: Summary) -> Iterator[Row]:
-    """A Parquet file, a batch of rows at a time.
+    """Yields the rows of a Parquet file, read a batch at a time.
 
     Raises:
         DataError: pyarrow is not installed, the file is not Parquet, or it lacks a column.
@@ -95,7 +95,7 @@ def read_parquet(source: Path, image_column: str, caption_column: str, summary: 
 
 
 def _find_columns(source: Path, there: Iterable[str], wanted: tuple[str, str]) -> list[str]:
-    """The names of the wanted columns as they stand there, where they may be surrounded by spaces."""
+    """Returns the names of the wanted columns as the file spells them, perhaps with spaces around them."""
     there = list(there)
     counts = Counter(name.strip() for name in there)
     if repeated := [name for name, number in counts.items() if name and number > 1]:

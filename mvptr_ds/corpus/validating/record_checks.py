@@ -1,4 +1,4 @@
-"""What is wrong with one record whose members were read: all of it, not only what is found first."""
+"""Finds all that is wrong with one record whose members were read, not only the first problem."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from mvptr_ds.data.images import decode_square, image_content
 from mvptr_ds.data.phrase_words import wrong_spans
 from mvptr_ds.data.pixels import MAX_IMAGE_PIXELS, open_image
 from mvptr_ds.data.schema import Caption, Record, SidecarEntry, parse_entry
-from mvptr_ds.data.shards.index import SIDECAR
-from mvptr_ds.data.shards.index_builder import describe, is_img2dataset
+from mvptr_ds.data.shards.index_builder import classify_entry, is_img2dataset
+from mvptr_ds.data.shards.index_format import SIDECAR
 from mvptr_ds.data.shards.tar_reader import IMAGE_EXTENSIONS
 from mvptr_ds.errors import DataError
 
@@ -44,10 +44,10 @@ class Checked:
 
 
 def check_content(members: Mapping[str, bytes], decode: bool) -> Checked:
-    """Everything that is wrong with the content of a record, or of a sidecar's entry."""
+    """Returns everything that is wrong with the content of a record, or of a sidecar's entry."""
     try:
         entry = parse_entry(members["json"])
-        kind, _ = describe(entry, members, Counter())
+        kind, _ = classify_entry(entry, members, Counter())
     except DataError as error:
         if is_img2dataset(members, members["json"]):
             return Checked([(IMG2DATASET, str(error))])
@@ -129,7 +129,7 @@ class _Cases:
 
 
 def _feature_problems(members: Mapping[str, bytes], entry: Record | SidecarEntry) -> tuple[int, list[Problem]]:
-    """F of the features, 0 where there are none or they are unusable, and the problems of them.
+    """Returns F of the features, 0 where there are none or they are unusable, and their problems.
 
     Without regions a record's rows are cells of a grid: a square number. A sidecar's may be of the record's regions.
     """
@@ -156,7 +156,7 @@ def _num_rows(content: bytes) -> int:
 
 
 def _swallowed_header(members: Mapping[str, bytes]) -> Iterator[Problem]:
-    """A member cut in a copy runs on over what was joined to it, without a broken header anywhere."""
+    """Yields headers inside a member: one that was cut in a copy runs on over what was joined to it."""
     for extension, content in members.items():
         at = find_header(io.BytesIO(content), 0, len(content))
         if at is not None:

@@ -1,4 +1,4 @@
-"""What is left of a damaged tar: a walk that goes on behind damage, and the members of each record it finds.
+"""Reads what is left of a damaged tar: walks on behind damage, and finds the members of each record.
 
 The walk is that of `tars.iter_members`, started again at the next header whose sum holds. Such a header is looked for
 by its magic ("ustar"), at any byte, because a transfer that lost or doubled bytes moves all that follows.
@@ -11,15 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
-from mvptr_ds.data.shards.tar_reader import (
-    Member,
-    TarError,
-    check_member,
-    check_record,
-    is_of_a_mac,
-    iter_members,
-    split_name,
-)
+from mvptr_ds.data.shards.tar_header import TarError
+from mvptr_ds.data.shards.tar_reader import Member, check_member, check_record, is_of_a_mac, iter_members, split_name
 
 _BLOCK = tarfile.BLOCKSIZE
 _MAGIC, _MAGIC_AT = b"ustar", 257  # in every header of a tar since 1988
@@ -114,7 +107,7 @@ def _break(file: BinaryIO, num_bytes: int, start: int, detail: str, last: Member
 
 
 def _break_at_header(file: BinaryIO, num_bytes: int, start: int, detail: str, header: tarfile.TarInfo) -> Break:
-    """A header that holds, but cannot be followed or must not be."""
+    """Returns the break at a sound header that cannot be followed or must not be."""
     behind = _behind(start, header)
     if behind > num_bytes or header.size < 0:
         end = find_header(file, start + _BLOCK, num_bytes)
@@ -142,7 +135,7 @@ def _header(block: bytes) -> tarfile.TarInfo | None:
 
 
 def find_header(file: BinaryIO, start: int, end: int) -> int | None:
-    """The first byte in [start, end) where a tar header begins whose sum holds."""
+    """Returns the first byte in [start, end) where a tar header begins whose sum holds."""
     while start < end:
         file.seek(start)
         chunk = file.read(min(_CHUNK, end - start) + _BLOCK - 1)
@@ -219,7 +212,7 @@ def _break_piece(piece: Piece, reason: str, detail: str) -> None:
 
 
 def _split(member: Member) -> tuple[str, str, str | None]:
-    """Key, extension, and what is wrong with the name."""
+    """Returns the key, the extension, and what is wrong with the name."""
     try:
         return *split_name(member), None
     except TarError as error:
@@ -227,7 +220,7 @@ def _split(member: Member) -> tuple[str, str, str | None]:
 
 
 def first_key(file: BinaryIO, start: int, num_bytes: int) -> str:
-    """Key of the record that begins at a byte of a tar, for messages."""
+    """Returns the key of the record that begins at a byte of a tar, for messages."""
     for member in iter_members(_From(file, start), num_bytes, whole=False):  # type: ignore[arg-type]
         return _split(member)[0]
     return "?"

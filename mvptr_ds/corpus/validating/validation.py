@@ -1,4 +1,4 @@
-"""All that is wrong with a folder of shards, and the folder without it.
+"""Finds all that is wrong with a folder of shards, and writes the folder without it.
 
     every tar:  walk it, behind damage too (salvage) -> read every record (tars, schema) -> check it (record_checks)
     the folder: keys that come twice, features of another size, records of several extractors
@@ -27,7 +27,7 @@ from mvptr_ds.corpus.validating.record_checks import IMG2DATASET, Checked, check
 from mvptr_ds.corpus.validating.repair import Break, Piece, first_key, pieces
 from mvptr_ds.data.shards.index import Index
 from mvptr_ds.data.shards.index_builder import NOT_WRITABLE, build_index, is_img2dataset, not_writable, where_tars_are
-from mvptr_ds.data.shards.storage import MANIFEST_NAME
+from mvptr_ds.data.shards.index_format import MANIFEST_NAME
 from mvptr_ds.data.shards.tar_reader import (
     IMAGE_EXTENSIONS,
     MEMBER_EXTENSIONS,
@@ -64,7 +64,7 @@ Unit = tuple[int, str]  # number of the shard, its path
 
 @dataclass
 class Result:
-    """What a validation came to."""
+    """The result of a validation."""
 
     summary: Summary  # of the folder: what was found, and what is wrong
     examples: dict[str, list[str]]  # reason -> cases
@@ -227,7 +227,7 @@ class _Inspection:
         return checked
 
     def _check(self, piece: Piece) -> Checked:
-        """What a piece with all its members is."""
+        """Returns the result for a piece with all its members."""
         try:
             members = read_record(str(self.path), piece.start, piece.end - piece.start)
         except DataError as error:
@@ -269,7 +269,7 @@ def _read_report(path: Path) -> Summary:
 
 
 def _judge_folder(work: Path, units: Sequence[Unit]) -> list[Summary]:
-    """What only shows over all tars; the reports of the tars with that, and the rows' states changed in `work`."""
+    """Judges what only shows over all tars: returns their reports, and changes the states of rows in `work`."""
     reports = [_read_report(_report_path(work, number)) for number, _ in units]
     rows_by_shard = [np.load(_rows_path(work, number), allow_pickle=False) for number, _ in units]
     shards = np.repeat(np.arange(len(units)), [len(rows) for rows in rows_by_shard])
@@ -291,7 +291,7 @@ def _judge_folder(work: Path, units: Sequence[Unit]) -> list[Summary]:
 
 
 def _repeated(rows: np.ndarray) -> Iterator[tuple[int, str, str]]:
-    """Rows to refuse because of others with their key: all of them if one is incomplete, else all but the first."""
+    """Yields the rows of repeated keys to refuse: all of a key if one is incomplete, else all but the first."""
     order = np.lexsort((np.arange(len(rows)), rows["hash2"], rows["hash"]))
     hashes = rows[["hash", "hash2"]][order]
     starts = np.flatnonzero(np.append(True, hashes[1:] != hashes[:-1]))
@@ -306,7 +306,7 @@ def _repeated(rows: np.ndarray) -> Iterator[tuple[int, str, str]]:
 
 
 def _minorities(rows: np.ndarray) -> Iterator[tuple[int, str, str]]:
-    """Rows that do not go with most of the folder: of the other kind, then with features of another size."""
+    """Yields rows that differ from most of the folder: of the other kind, then with features of another size."""
     sound = np.flatnonzero(rows["state"] == SOUND)
     kind, others = _part(rows["is_sidecar"], sound)
     for row in others:
@@ -318,7 +318,7 @@ def _minorities(rows: np.ndarray) -> Iterator[tuple[int, str, str]]:
 
 
 def _part(column: np.ndarray, of_rows: np.ndarray) -> tuple[int, list[int]]:
-    """The most frequent value of a column, and the rows that have another."""
+    """Returns the most frequent value of a column, and the rows that have another."""
     values, numbers = np.unique(column[of_rows], return_counts=True)
     usual = int(values[numbers.argmax()]) if len(values) else 0
     return usual, of_rows[column[of_rows] != usual].tolist()

@@ -1,4 +1,4 @@
-"""Which positions of the run make up the micro-batches of each rank: the same number on all of them, in every step."""
+"""Divides the positions of the run into micro-batches of ranks: equally many on all ranks, in every step."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import numpy as np
 
 
 class Batches:
-    """The global batch of step s is positions [s * batch_size, (s + 1) * batch_size); a subclass may choose others.
+    """Gives step s the positions [s * batch_size, (s + 1) * batch_size); a subclass may choose others.
 
-    Its parts are contiguous: first the micro-batches, in each of them the ranks' shares. So the samples of a
-    micro-batch, and their order, do not depend on the number of ranks.
+    The parts of a global batch are contiguous: first the micro-batches, in each of them the shares of the ranks. So the
+    samples of a micro-batch, and their order, do not depend on the number of ranks.
 
-    Raises ValueError for a batch size below 1.
+    Raises:
+        ValueError: the batch size is below 1.
     """
 
     def __init__(self, batch_size: int) -> None:
@@ -20,14 +21,15 @@ class Batches:
         self.batch_size = batch_size
 
     def of_step(self, step: int) -> np.ndarray:
-        """Positions of the global batch, int64 [batch_size]."""
+        """Returns the positions of the global batch, int64 [batch_size]."""
         return np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int64)
 
     def positions(self, step: int, accumulation: int, rank: int, num_ranks: int, accumulation_steps: int) -> np.ndarray:
-        """This rank's share of a micro-batch, int64 [batch_size / (num_ranks x accumulation_steps)].
+        """Returns this rank's share of a micro-batch, int64 [batch_size / (num_ranks x accumulation_steps)].
 
         Raises:
-            ValueError: the batch does not divide, with the numbers of ranks that would; or an argument out of range.
+            ValueError: the batch does not divide (the message lists numbers of ranks that fit), or an argument is out
+                of range.
         """
         if num_ranks < 1 or accumulation_steps < 1 or self.batch_size % (num_ranks * accumulation_steps):
             raise ValueError(

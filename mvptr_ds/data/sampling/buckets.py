@@ -1,10 +1,12 @@
-"""Batches of samples of about equal lengths, drawn per global batch, so that ranks stay equal and little is padding.
+"""Draws global batches of samples of about equal lengths, so that little is padding and ranks stay equal.
 
     positions of 256 batches -> their lengths -> cut in two along the length that saves most padding, again and again,
     to single batches -> batches in drawn order, the samples of each in an order that gives all ranks as much to do
 
-A pure function of (seed, step), like the plan: a position keeps its sample and its draws, only its step changes, and by
+A pure function of (seed, step), like the plan. A position keeps its sample and its draws. Only its step changes, and by
 less than the pool. So a resume costs nothing, and any number of ranks sees the same global batches.
+
+Legend: N positions of a pool, B samples of a batch.
 """
 
 from __future__ import annotations
@@ -17,18 +19,19 @@ import numpy as np
 from mvptr_ds.data.sampling.batches import Batches
 from mvptr_ds.streams import Stream, generator
 
-_MAX_POOLS = 4  # the current one, that of what is read ahead, and the first, by which readers know their beginning
-# encoders that read a slot of text, a slot of tags, a region: text and cross; visual; visual and cross
+_MAX_POOLS = 4  # the current one, the one that is read ahead, and the first, which read_ahead.py compares with
+# encoders that process a slot of text, a slot of tags, a region: text and cross; visual; visual and cross
 ENCODERS_3 = np.array([2, 1, 2])
 
 
 class BucketedBatches(Batches):
-    """Global batches drawn out of pools of `pool_batches` consecutive ones.
+    """Draws global batches out of pools of `pool_batches` consecutive ones.
 
     Args:
         lengths_at: positions int64 [N] -> slots of text, slots of tags and regions there, [N, 3].
 
-    Raises ValueError for sizes below 1.
+    Raises:
+        ValueError: a size is below 1.
     """
 
     def __init__(
@@ -50,7 +53,7 @@ class BucketedBatches(Batches):
         return self._pools[number][place]
 
     def _draw(self, number: int) -> np.ndarray:
-        """Positions of a pool's batches in their order, int64 [pool_batches, batch_size]."""
+        """Returns the positions of a pool's batches in their order, int64 [pool_batches, batch_size]."""
         num_positions = self.pool_batches * self.batch_size
         positions = np.arange(number * num_positions, (number + 1) * num_positions, dtype=np.int64)
         lengths_N3 = self.lengths_at(positions)
@@ -61,9 +64,11 @@ class BucketedBatches(Batches):
 
 
 def cut(lengths_N3: np.ndarray, num_parts: int) -> list[np.ndarray]:
-    """Rows in `num_parts` equal parts of similar lengths: cut in two along the length that saves most padding, and on.
+    """Divides rows into `num_parts` equal parts of similar lengths, by recursive bisection.
 
-    Source: measured against a grid of slices per length, which needs their numbers tuned to the data.
+    Each cut is along the length that saves most padding.
+
+    Source: measured against a grid of slices per length, whose numbers need tuning to the data.
     """
 
     def halves(rows: np.ndarray, num: int) -> list[np.ndarray]:
@@ -82,11 +87,11 @@ def cut(lengths_N3: np.ndarray, num_parts: int) -> list[np.ndarray]:
 
 
 def balanced_order(costs_B: np.ndarray) -> np.ndarray:
-    """An order whose halves, quarters, eighths ... cost nearly the same, so that ranks and micro-batches may be those.
+    """Returns an order whose halves, quarters, eighths ... cost nearly the same: the shares of ranks and micro-batches.
 
-    By cost they are dealt out like cards, to and fro: to 2 players 0 1 1 0 0 1 1 0, to 4 players 0 1 3 2 2 3 1 0. That
-    is the reflected Gray code, whose last k bits deal to 2^k players; to read it from the last bit gives the order
-    that is right for all of them at once. Other numbers of ranks come out nearly as equal.
+    By cost they are dealt out like cards, to and fro: to 2 players 0 1 1 0 0 1 1 0, to 4 players 0 1 3 2 2 3 1 0.
+    That is the reflected Gray code, whose last k bits deal to 2^k players. Sorting by its bits from the last to the
+    first gives an order that is right for all of them at once. Other numbers of ranks come out nearly as equal.
     """
     numbers = np.arange(len(costs_B))
     gray = numbers ^ (numbers >> 1)

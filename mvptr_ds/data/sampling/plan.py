@@ -12,23 +12,26 @@ so slow storage is read in runs, and only a permutation of the blocks and a few 
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any
 
 import numpy as np
 
+from mvptr_ds.data.pickling import PicklesWithoutCaches
 from mvptr_ds.streams import Stream, generator
 
 _MAX_WINDOWS = 8
 
 
-class Plan:
-    """Which sample stands at each position of the run.
+class Plan(PicklesWithoutCaches):
+    """Tells which sample stands at each position of the run.
 
     Position g is place `g % num_samples` of epoch `g // num_samples`; every epoch visits every sample once. Batches
-    (data.batches) run on over the epochs' borders.
+    (batches.py) run on over the borders of epochs.
 
-    Raises ValueError for a size below 1 or a negative seed.
+    Raises:
+        ValueError: a size is below 1, or the seed is negative.
     """
+
+    _CACHES = ("_blocks", "_windows")
 
     def __init__(self, num_samples: int, seed: int, block_samples: int = 64, window_blocks: int = 256) -> None:
         sizes = {"num_samples": num_samples, "block_samples": block_samples, "window_blocks": window_blocks}
@@ -43,27 +46,20 @@ class Plan:
         self.window_blocks = window_blocks
         self._num_blocks = num_samples // self.block_samples  # full ones; the rest joins the last window
         self._num_windows = -(-self._num_blocks // window_blocks)
-        self._forget()
+        self._init_caches()
 
-    def _forget(self) -> None:
+    def _init_caches(self) -> None:
         self._blocks: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()
         self._windows: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_blocks", "_windows")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget()
-
     def sample_at(self, position: int) -> tuple[int, int]:
-        """(epoch, sample number) at a position of the run."""
+        """Returns epoch and sample number at a position of the run."""
         epoch, place = divmod(position, self.num_samples)
         window = min(place // (self.block_samples * self.window_blocks), self._num_windows - 1)
         return epoch, int(self._window(epoch, window)[place - window * self.block_samples * self.window_blocks])
 
     def samples_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Epochs and sample numbers, int64 [N] each, at positions int64 [N]."""
+        """Returns epochs and sample numbers, int64 [N] each, at positions int64 [N]."""
         positions = np.asarray(positions, dtype=np.int64)
         epochs, places = np.divmod(positions, self.num_samples)
         window_len = self.block_samples * self.window_blocks
@@ -75,7 +71,7 @@ class Plan:
         return epochs, samples
 
     def _epoch(self, epoch: int) -> tuple[int, np.ndarray]:
-        """First sample of the epoch's numbering, and its blocks in drawn order."""
+        """Returns the first sample of the epoch's numbering, and its blocks in drawn order."""
         if epoch not in self._blocks:
             start = int(generator(Stream.ROTATION, self.seed, epoch).integers(self.num_samples))
             order = generator(Stream.BLOCKS, self.seed, epoch).permutation(self._num_blocks)
@@ -85,7 +81,7 @@ class Plan:
         return self._blocks[epoch]
 
     def _window(self, epoch: int, window: int) -> np.ndarray:
-        """Sample numbers of one window in their order, int64 [block_samples * window_blocks] (the last differs)."""
+        """Returns the samples of a window in their order, int64 [block_samples * window_blocks] (the last differs)."""
         key = (epoch, window)
         if key not in self._windows:
             start, order = self._epoch(epoch)

@@ -1,66 +1,50 @@
-"""The index of a folder of shards: sample number -> place of its record, from a mapped file.
+"""The index of a folder of shards: sample number -> location of its record, from a mapped file (index_format.py).
 
-    folder/manifest.json   shards, counts, tags, extractors, sha256 of the index
-    folder/index.npy       one row a record: where it lies, its first sample, its key's hash
-
-Tars lie in blocks of 512 bytes, so blocks are counted: a row has 20 bytes, ten million of them 200 MB, mapped and never
-read whole. Opening reads 16 places of them, which another index, a cut one or one of zeros does not survive; that every
-byte is as written is for `Index.verify`, and each record that is read must be one by its own headers.
+The file is never read whole. `Index.open` compares a sampled digest (16 places), which detects a foreign, truncated or
+zeroed index. `Index.verify` hashes every byte. A record that is read is checked by its own tar headers.
 """
 
 from __future__ import annotations
 
 import bisect
-import hashlib
 import itertools
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Container
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from mvptr_ds.data.pickling import PicklesWithoutCaches
 from mvptr_ds.data.schema import SCHEMA_VERSION, Record, parse_record, parse_sample_record
-from mvptr_ds.data.shards.storage import (
+from mvptr_ds.data.shards.index_format import (
+    BLOCK,
     INDEX_NAME,
-    LOCAL,
+    INDEX_VERSION,
     MANIFEST_NAME,
     REBUILD,
-    Files,
-    ReadOptions,
-    is_url,
-    open_files,
+    ROW,
+    sampled_digest,
+    sha256,
+    span_bytes,
+    span_flags,
 )
+from mvptr_ds.data.shards.storage import LOCAL, Files, open_files
 from mvptr_ds.data.shards.tar_reader import read_keyed_record, read_record, record_key
+from mvptr_ds.data.shards.urls import ReadOptions, is_url
 from mvptr_ds.errors import DataError
 
 if TYPE_CHECKING:  # it imports fsspec, which local shards do without
     from mvptr_ds.data.shards.remote import RemoteFiles
 
-INDEX_VERSION = 3
-RECORDS, SIDECAR = "records", "sidecar"  # kinds of folders
-BLOCK = 512  # bytes
-ROW = np.dtype([("block", "<u4"), ("span", "<u4"), ("first_sample", "<u4"), ("key_hash", "<u8")])
-MAX_SAMPLES = (1 << 32) - 1  # of a folder, by the width of first_sample
-SPAN_BITS = 24  # of `span`: the record's blocks; above them, flags
-NOT_VISUAL, NO_CAPTION = 1, 2  # flags
-NO_REGIONS = 4  # of a sidecar's entry: it says that there are none, and has no features either
-UNNAMED_EXTRACTOR = "an unnamed extractor"  # of regions or features that name none
-_NUM_PROBES, _PROBE_BYTES = 16, 4096
-
-
-def key_hash(key: str) -> int:
-    """64 bits of a key, by which folders are joined."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
-
 
 class RecordLocation(NamedTuple):
-    """Where a sample lies."""
+    """Where the record of a sample lies, and which of its captions the sample takes."""
 
-    path: str  # of its shard
+    path: str  # of the shard
     offset: int  # bytes
     num_bytes: int
     record: int  # number of the record in the index
@@ -68,7 +52,7 @@ class RecordLocation(NamedTuple):
 
 
 class ByteRange(NamedTuple):
-    """Bytes behind a URL that a sample is put together from."""
+    """Bytes behind a URL that a sample needs."""
 
     files: RemoteFiles
     path: str
@@ -76,11 +60,14 @@ class ByteRange(NamedTuple):
     num_bytes: int
 
 
-class SampleIndex(ABC):
-    """Samples by number. `len()` counts samples: image-text pairs, text-only records' captions, image-only records.
+class SampleIndex(PicklesWithoutCaches, ABC):
+    """Finds and reads samples by their number.
 
-    Pickles without its arrays: another process maps the same files.
+    `len()` counts samples: image-text pairs, captions of text-only records, image-only records. The arrays are not
+    pickled: another process maps the same files.
     """
+
+    _CACHES = ("_rows", "_first")
 
     num_records: int
     num_samples: int
@@ -93,25 +80,18 @@ class SampleIndex(ABC):
 
     @abstractmethod
     def _rows_path(self) -> Path:
-        """The npy file of the rows."""
+        """Returns the path of the npy file of the rows."""
 
-    def _map(self) -> None:
-        # as a plain array: numpy's own class for mapped ones takes a microsecond more for each number asked for
+    def _init_caches(self) -> None:
+        # as a plain array: numpy's own class for mapped ones takes a microsecond more for each access
         self._rows = np.asarray(np.load(self._rows_path(), mmap_mode="r", allow_pickle=False))
         self._first = self._rows["first_sample"]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_rows", "_first")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._map()
 
     def __len__(self) -> int:
         return self.num_samples
 
     def locate(self, sample: int) -> RecordLocation:
-        """Place of a sample. Raises IndexError outside 0 <= sample < len(self)."""
+        """Returns the location of a sample. Raises IndexError outside 0 <= sample < len(self)."""
         if not 0 <= sample < self.num_samples:
             raise IndexError(f"sample {sample} of {self.num_samples}")
         # bisect, not searchsorted: the column is strided in the file, and searchsorted would copy it at every call
@@ -119,7 +99,7 @@ class SampleIndex(ABC):
         return self.place(record, sample - int(self._first[record]))
 
     def samples_of(self, record: int) -> range:
-        """Numbers of the samples (captions) of a record."""
+        """Returns the numbers of the samples (captions) of a record."""
         if not 0 <= record < self.num_records:
             raise IndexError(f"record {record} of {self.num_records}")
         end = self._first[record + 1] if record + 1 < self.num_records else self.num_samples
@@ -127,19 +107,19 @@ class SampleIndex(ABC):
 
     @abstractmethod
     def place(self, record: int, caption: int = 0) -> RecordLocation:
-        """Place of a caption of a record, by the record's number."""
+        """Returns the location of a caption of a record, by the record's number."""
 
     @abstractmethod
     def read(self, place: RecordLocation) -> tuple[Record, dict[str, bytes]]:
-        """The record at a place of this index, and its members by extension, whatever they are put together from.
+        """Reads the record at a location, and its members by extension.
 
         Raises:
-            DataError: it cannot be used, with the reason.
+            DataError: the record cannot be used, with the reason.
             OSError: a file cannot be read.
         """
 
     def read_sample(self, place: RecordLocation) -> tuple[Record, dict[str, bytes]]:
-        """Like `read`, with the caption of the place alone."""
+        """Reads like `read`, with the caption of the location alone."""
         record, members = self.read(place)
         captions = record.captions[place.caption : place.caption + 1]
         if record.captions and not captions:
@@ -148,24 +128,24 @@ class SampleIndex(ABC):
 
     @abstractmethod
     def describe(self, place: RecordLocation) -> tuple[Record, Collection[str]]:
-        """The record at a place, and the extensions of its members, whose contents are not read; raises as `read`."""
+        """Reads the record at a location, and the extensions of its members but not their content; raises as `read`."""
 
     @abstractmethod
     def key_of(self, place: RecordLocation) -> str:
-        """Key of the record at a place, for messages; `?` when it cannot be read."""
+        """Returns the key of the record at a location, for messages; `?` when it cannot be read."""
 
     @abstractmethod
     def remote_extents(self, sample: int) -> list[ByteRange]:
-        """What of a sample is not on this machine: nothing where all of it is."""
+        """Returns the ranges of a sample that are not on this machine, in the order in which they are read."""
 
     @property
     @abstractmethod
     def read_ahead_bytes(self) -> int:
-        """What a process may hold of what it is about to read; 0 where all is on this machine."""
+        """Bytes that a process may fetch ahead; 0 where all is on this machine."""
 
 
 class Index(SampleIndex):
-    """The samples of one folder of shards; of a sidecar's folder, its entries as samples without captions."""
+    """Finds the samples of one folder of shards. In a folder of a sidecar each entry is a sample without captions."""
 
     def __init__(self, folder: Path | str, own_folder: Path, manifest: dict[str, Any], options: ReadOptions) -> None:
         self.folder = folder
@@ -197,11 +177,11 @@ class Index(SampleIndex):
             from mvptr_ds.data.shards.remote import RemoteFiles
 
             self._remote = RemoteFiles(options, dict(zip(self._paths, self._sizes, strict=True)))
-        self._map()
+        self._init_caches()
 
     @property
     def files(self) -> Files:
-        """What reads the shards."""
+        """The reader of the shards' bytes."""
         return self._remote or LOCAL
 
     def _rows_path(self) -> Path:
@@ -211,7 +191,7 @@ class Index(SampleIndex):
     def open(cls, folder: str | Path, options: ReadOptions | None = None) -> Index:
         """Maps the index and checks it cheaply: its size, a few places of it, and the size of every tar.
 
-        Of shards behind a URL the index is copied to this machine first, and two tars are asked for their size.
+        The index of shards behind a URL is copied to this machine first, and the sizes of two tars alone are checked.
 
         Raises:
             DataError: manifest or index missing, of another version, not of a pair, or a tar is missing or has changed.
@@ -252,13 +232,14 @@ class Index(SampleIndex):
             if size != expected:
                 raise DataError(f"shard {path} has {size} bytes, the index was built for {expected}; {REBUILD}")
         known = {os.path.basename(path) for path in self._paths}
-        others = sorted(name for name in os.listdir(os.path.dirname(self._paths[0])) if _is_other(name, known))
+        listed = os.listdir(os.path.dirname(self._paths[0]))
+        others = sorted(name for name in listed if name.endswith(".tar") and name not in known)
         if others:
             shown = others[0].encode(errors="backslashreplace").decode()
             raise DataError(f"{self.folder}: {len(others)} tars are not in the index, such as {shown}; {REBUILD}")
 
     def _check_remote_tars(self, files: RemoteFiles) -> None:
-        """The first and the last alone: a request for each of thousands would take minutes."""
+        """Checks the first and the last alone: a request for each of thousands would take minutes."""
         for path in {self._paths[0], self._paths[-1]}:
             try:
                 files.check(path)
@@ -278,8 +259,7 @@ class Index(SampleIndex):
     def place(self, record: int, caption: int = 0) -> RecordLocation:
         row = self._rows[record]
         path = self._paths[bisect.bisect_right(self._record_ends, record)]
-        num_blocks = int(row["span"]) & ((1 << SPAN_BITS) - 1)
-        return RecordLocation(path, int(row["block"]) * BLOCK, num_blocks * BLOCK, record, caption)
+        return RecordLocation(path, int(row["block"]) * BLOCK, span_bytes(int(row["span"])), record, caption)
 
     def read(self, place: RecordLocation) -> tuple[Record, dict[str, bytes]]:
         members = read_record(place.path, place.offset, place.num_bytes, self.files)
@@ -304,20 +284,20 @@ class Index(SampleIndex):
         return 0 if self._remote is None else self._remote.options.ahead_mib << 20
 
     def remote_extents_of(self, place: RecordLocation) -> list[ByteRange]:
-        """What of the record at a place is not on this machine."""
+        """Returns the ranges of the record at a location that are not on this machine."""
         return [] if self._remote is None else [ByteRange(self._remote, *place[:3])]
 
     def key_hashes(self) -> np.ndarray:
-        """Of all records, uint64 [num_records]; a copy."""
+        """Returns the key hashes of all records, uint64 [num_records]; a copy."""
         return np.array(self._rows["key_hash"])
 
     def first_samples(self) -> np.ndarray:
-        """Of all records, int64 [num_records]; a copy."""
+        """Returns the number of the first sample of each record, int64 [num_records]; a copy."""
         return self._first.astype(np.int64)
 
     def flags(self) -> np.ndarray:
-        """NOT_VISUAL, NO_CAPTION and NO_REGIONS of all records, uint8 [num_records]; a copy."""
-        return (self._rows["span"] >> SPAN_BITS).astype(np.uint8)
+        """Returns NOT_VISUAL, NO_CAPTION and NO_REGIONS of all records, uint8 [num_records]; a copy."""
+        return span_flags(self._rows["span"])
 
 
 def _fetch(url: str, options: ReadOptions) -> Path:
@@ -330,32 +310,3 @@ def _fetch(url: str, options: ReadOptions) -> Path:
             f"cannot fetch the index of {url}: {error}; manifest.json and index.npy must lie beside the shards "
             "(tools/validate_shards.py writes them where the shards are made)"
         ) from error
-
-
-def _is_other(name: str, known: Container[str]) -> bool:
-    return name.endswith(".tar") and name not in known
-
-
-def sha256(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
-def sampled_digest(file: BinaryIO, whole_sha256: str) -> str:
-    """What `Index.open` compares: a digest of places of the index from its head to its end, its size and its hash.
-
-    Key hashes stand in every place, so another index of the same size is told apart, and a file whose tail was lost
-    to zeros; a changed byte between the places is not. An index of up to 64 KiB is read whole.
-    """
-    num_bytes = file.seek(0, os.SEEK_END)
-    digest = hashlib.sha256(f"{num_bytes} {whole_sha256}".encode())
-    last = num_bytes - _PROBE_BYTES
-    starts = [last * n // (_NUM_PROBES - 1) for n in range(_NUM_PROBES)]
-    if num_bytes <= _NUM_PROBES * _PROBE_BYTES:
-        starts = list(range(0, num_bytes, _PROBE_BYTES))
-    for start in starts:
-        file.seek(start)
-        digest.update(file.read(_PROBE_BYTES))
-    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""From tars to their index: every header and every json member is read and checked once, in a stream."""
+"""Builds the index of tars: every header and every json member is read and checked once, in a stream."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mvptr_ds.data.schema import SCHEMA_VERSION, Record, SidecarEntry, check_size, parse_entry
-from mvptr_ds.data.shards.index import (
+from mvptr_ds.data.shards.index import Index
+from mvptr_ds.data.shards.index_format import (
     BLOCK,
     INDEX_NAME,
     INDEX_VERSION,
@@ -29,17 +30,16 @@ from mvptr_ds.data.shards.index import (
     RECORDS,
     ROW,
     SIDECAR,
-    SPAN_BITS,
     UNNAMED_EXTRACTOR,
-    Index,
     key_hash,
+    pack_span,
     sampled_digest,
+    span_bytes,
 )
-from mvptr_ds.data.shards.storage import ReadOptions, is_url
+from mvptr_ds.data.shards.tar_header import TarError
 from mvptr_ds.data.shards.tar_reader import (
     IMAGE_EXTENSIONS,
     Member,
-    TarError,
     check_member,
     check_record,
     iter_members,
@@ -47,7 +47,9 @@ from mvptr_ds.data.shards.tar_reader import (
     record_key,
     split_name,
 )
+from mvptr_ds.data.shards.urls import ReadOptions, is_url
 from mvptr_ds.errors import DataError
+from mvptr_ds.user_io.atomic import replacing
 from mvptr_ds.user_io.progress import progress_bar
 
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -58,11 +60,11 @@ _MAX_IMG2DATASET_BYTES = 1 << 18  # of a json that is parsed a second time, to t
 
 
 class ForeignRecord(DataError):
-    """A record as img2dataset writes it, of which shards can be made."""
+    """The record is one of img2dataset, of which shards can be made."""
 
 
 def where_tars_are(folder: str | Path) -> str:
-    """What to do about a folder without tars: often those below it were meant."""
+    """Says what to do about a folder without tars: often those below it were meant."""
     below = sorted(path.name for path in Path(folder).glob("*/") if next(path.glob("*.tar"), None) is not None)
     if not below:
         return "name a folder of shards"
@@ -72,15 +74,17 @@ def where_tars_are(folder: str | Path) -> str:
 
 
 def use_build_shards(folder: str | Path) -> str:
-    """What to do about tars of img2dataset."""
+    """Says what to do about tars of img2dataset."""
     return f"python tools/build_shards.py img2dataset {folder} --out DIR makes shards of such tars"
 
 
 def is_img2dataset(extensions: Collection[str], content: bytes | None) -> bool:
-    """Whether a record that is none of ours is one of img2dataset: KEY.jpg, KEY.txt, and KEY.json without a schema.
+    """Tells whether a record that is none of ours is one of img2dataset.
+
+    Such a record has KEY.jpg, KEY.txt, and KEY.json without a schema.
 
     Args:
-        content: of KEY.json; None where there is none.
+        content: the bytes of KEY.json; None where there is none.
     """
     if content is None:
         return "txt" in extensions
@@ -95,7 +99,7 @@ def is_img2dataset(extensions: Collection[str], content: bytes | None) -> bool:
 
 @dataclass
 class _Scan:
-    """What a walk over the shards has found so far; arrays, because a corpus has ten million records."""
+    """Collects what a walk over the shards finds; in arrays, because a corpus has ten million records."""
 
     blocks: array[int] = field(default_factory=lambda: array("I"))
     spans: array[int] = field(default_factory=lambda: array("I"))
@@ -156,7 +160,7 @@ def _named(folder: Path, role: str) -> str:
 
 
 def not_writable(folder: Path, out: Path, error: OSError, role: str = "") -> str:
-    """The message of an index of `folder` that may not be written into `out`."""
+    """Returns the message that an index of `folder` may not be written into `out`."""
     return (
         f"the index of {_named(folder, role)} cannot be written into {out} ({error.strerror}): write it elsewhere with "
         f"python tools/validate_shards.py {folder} --out DIR, and name DIR in place of {folder}"
@@ -164,10 +168,10 @@ def not_writable(folder: Path, out: Path, error: OSError, role: str = "") -> str
 
 
 def check_first_record(folder: str | Path) -> None:
-    """Looks at the first record of a folder of tars without reading further.
+    """Checks the first record of a folder of tars without reading further.
 
     Raises:
-        DataError: as `build_index`, of this record.
+        DataError: the record is wrong, as `build_index` would say.
     """
     _scan_shard(min(Path(folder).glob("*.tar")), _Scan(), max_records=1)
 
@@ -239,7 +243,7 @@ def _add_record(file: BinaryIO, key: str | None, members: dict[str, Member], sca
     encoded = file.read(content.size)
     try:
         entry = parse_entry(encoded)
-        kind, flags = describe(entry, members, scan.holds)
+        kind, flags = classify_entry(entry, members, scan.holds)
     except DataError as error:
         if is_img2dataset(members, encoded):
             raise ForeignRecord(f"this is a record of img2dataset ({', '.join(members)})") from error
@@ -253,7 +257,7 @@ def _add_record(file: BinaryIO, key: str | None, members: dict[str, Member], sca
     if start // BLOCK >= 1 << 32:
         raise TarError(start, "the record begins behind 2 TiB; write smaller shards")
     scan.blocks.append(start // BLOCK)
-    scan.spans.append(num_blocks | flags << SPAN_BITS)
+    scan.spans.append(pack_span(num_blocks, flags))
     scan.first_samples.append(scan.num_samples)
     scan.key_hashes.append(key_hash(key))
     num_samples = max(1, len(entry.captions)) if isinstance(entry, Record) else 1
@@ -270,11 +274,13 @@ def _add_record(file: BinaryIO, key: str | None, members: dict[str, Member], sca
         scan.extractors[UNNAMED_EXTRACTOR] += 1
 
 
-def describe(entry: Record | SidecarEntry, members: Collection[str], holds: Counter[str]) -> tuple[str, int]:
-    """Kind and flags of a record or an entry with members of these extensions; counts in `holds` what it holds.
+def classify_entry(entry: Record | SidecarEntry, members: Collection[str], holds: Counter[str]) -> tuple[str, int]:
+    """Returns kind and flags of a record or a sidecar's entry with members of these extensions.
+
+    Counts in `holds` what it holds: image, npy, regions, captions.
 
     Raises:
-        DataError: it has nothing to train on, or a member that its kind cannot have.
+        DataError: the entry has nothing to train on, or a member that its kind cannot have.
     """
     images = [extension for extension in members if extension in IMAGE_EXTENSIONS]
     has_npy, has_regions = "npy" in members, bool(entry.regions)
@@ -301,7 +307,7 @@ def describe(entry: Record | SidecarEntry, members: Collection[str], holds: Coun
 
 
 def _check_unique(tars: list[Path], num_records: list[int], rows: np.ndarray) -> None:
-    """Keys of different shards, by their hashes.
+    """Compares the keys of different shards by their hashes.
 
     Raises:
         DataError: a key is in two shards, or two keys have one hash.
@@ -316,8 +322,7 @@ def _check_unique(tars: list[Path], num_records: list[int], rows: np.ndarray) ->
     for record in order[repeats[0] : repeats[0] + 2]:
         tar = tars[int(np.searchsorted(ends, record, side="right"))]
         offset = int(rows["block"][record]) * BLOCK
-        num_bytes = (int(rows["span"][record]) & ((1 << SPAN_BITS) - 1)) * BLOCK
-        places.append((tar, offset, record_key(str(tar), offset, num_bytes)))
+        places.append((tar, offset, record_key(str(tar), offset, span_bytes(int(rows["span"][record])))))
     (first, _, first_key), (second, offset, key) = places
     found = f"{second}, key {key!r}: byte {offset}"
     if key == first_key:
@@ -351,6 +356,5 @@ def _write_index(folder: Path, out: Path, scan: _Scan, rows: np.ndarray, shards:
     content = json.dumps(manifest, ensure_ascii=False, indent=1) + "\n"
     # the manifest last: it vouches for the index by its hash
     for name, data in ((INDEX_NAME, buffer.getbuffer()), (MANIFEST_NAME, content.encode())):
-        partial = out / f"{name}.{os.getpid()}.partial"
-        partial.write_bytes(data)
-        os.replace(partial, out / name)
+        with replacing(out / name, os.getpid()) as partial:
+            partial.write_bytes(data)

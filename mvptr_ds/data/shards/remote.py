@@ -1,6 +1,6 @@
-"""Shards behind a URL: range requests through fsspec, tried again when they fail or stall; a local copy of the index.
+"""Reads shards behind a URL by range requests through fsspec, and keeps a copy of their index on this machine.
 
-A shard is never copied whole, and nothing that was fetched is run.
+A request that fails or stalls is tried again. A shard is never copied whole, and nothing that was fetched is run.
 """
 
 from __future__ import annotations
@@ -20,8 +20,12 @@ from typing import Any, TypeVar
 import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
 
-from mvptr_ds.data.shards.storage import INDEX_NAME, MANIFEST_NAME, REBUILD, Files, ReadOptions
+from mvptr_ds.data.pickling import PicklesWithoutCaches
+from mvptr_ds.data.shards.index_format import INDEX_NAME, MANIFEST_NAME, REBUILD
+from mvptr_ds.data.shards.storage import Files
+from mvptr_ds.data.shards.urls import ReadOptions
 from mvptr_ds.errors import DataError
+from mvptr_ds.user_io.atomic import replacing
 
 _PIECE_BYTES = 8 << 20  # of an index, a request
 _MAX_MANIFEST_BYTES = 64 << 20
@@ -32,39 +36,34 @@ T = TypeVar("T")
 
 
 class LastingError(OSError):
-    """What another try would not mend."""
+    """Another try would fail, too."""
 
 
-class RemoteFiles(Files):
-    """Files behind URLs of one folder.
+class RemoteFiles(PicklesWithoutCaches, Files):
+    """Reads files behind the URLs of one folder.
 
-    What was fetched ahead (data.read_ahead) is found in `held`: place of a record -> first byte and content of the
-    range that holds it. A process that was forked begins with nothing: connections and threads are not inherited.
+    `held` has what was fetched ahead (data.read_ahead): (path, offset) of a record -> first byte and content of the
+    range that holds it. A forked process begins with nothing: connections and threads are not inherited.
 
     Args:
-        sizes: of the files, as the index knows them; a file of another size is refused where the place tells it.
+        sizes: bytes of each file, as the index knows them. A file of another size is refused where the server tells it.
     """
+
+    _CACHES = ("_held", "_pid")
 
     def __init__(self, options: ReadOptions, sizes: Mapping[str, int]) -> None:
         self.options = options
         self._sizes = dict(sizes)
-        self._forget()
+        self._init_caches()
 
-    def _forget(self) -> None:
+    def _init_caches(self) -> None:
         self._pid = os.getpid()
         self._held: Held = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_held", "_pid")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget()
 
     @property
     def held(self) -> Held:
         if self._pid != os.getpid():
-            self._forget()
+            self._init_caches()
         return self._held
 
     def read(self, path: str, offset: int, num_bytes: int) -> bytes:
@@ -75,7 +74,7 @@ class RemoteFiles(Files):
         return self.fetch(path, offset, offset + num_bytes)
 
     def fetch(self, path: str, start: int, end: int) -> bytes:
-        """The range by a request of its own, whatever is held."""
+        """Fetches a range by a request of its own, whatever is held."""
         size = self.size(path)
         if start >= size:
             return b""
@@ -86,7 +85,7 @@ class RemoteFiles(Files):
         return self._sizes[path]
 
     def check(self, path: str) -> None:
-        """Raises OSError where the file is missing, has another size, or its place gives no ranges."""
+        """Raises OSError where the file is missing, has another size, or its server gives no ranges."""
         if not _is_http(path):  # which says the size with every range
             found = _retried(path, self.options, lambda: _size(path, self.options.timeout_s))
             if found != self.size(path):
@@ -102,7 +101,7 @@ def _file_system(url: str) -> tuple[Any, str]:
 
 
 def _retried(path: str, options: ReadOptions, get: Callable[[], T]) -> T:
-    """What `get` returns at one of its tries.
+    """Calls `get` until it succeeds, with growing pauses, and returns its result.
 
     Raises:
         OSError: the file is missing or refused, or no try succeeded; with the reason of the last.
@@ -156,7 +155,7 @@ def _size(url: str, timeout_s: float) -> int:
 
 
 async def _http_range(file_system: Any, url: str, start: int, end: int, size: int) -> bytes:
-    """One range by HTTP; fsspec's own would take a whole shard into memory from a server that knows no ranges."""
+    """Fetches a range by HTTP; fsspec's own would load a whole shard from a server that knows no ranges."""
     async with _http(file_system, url, {"Range": f"bytes={start}-{end - 1}"}) as answer:
         if answer.status == 200:
             raise LastingError(
@@ -179,7 +178,7 @@ async def _http_whole(file_system: Any, url: str, max_bytes: int) -> bytes:
 
 @asynccontextmanager
 async def _http(file_system: Any, url: str, headers: dict[str, str]) -> AsyncIterator[Any]:
-    """The answer to a request, made with the options that fsspec is configured with."""
+    """Yields the answer to a request, made with the options that fsspec is configured with."""
     session = await file_system.set_session()
     options = dict(file_system.kwargs)
     options["headers"] = {**options.get("headers", {}), "Accept-Encoding": "identity", **headers}
@@ -201,14 +200,14 @@ async def _body(answer: Any, max_bytes: int) -> bytes:
 
 
 def fetch_index(url: str, options: ReadOptions) -> Path:
-    """Folder of this machine with manifest and index of the shards behind `url`, fetched unless it has them.
+    """Fetches manifest and index of the shards behind `url`, unless they are here; returns the folder that holds them.
 
-    Its name is a hash of the manifest, so a folder that changes gives another copy. Files appear whole or not at all,
-    and of several processes that come at once one fetches.
+    The folder's name is a hash of the manifest, so a remote folder that changes gives another copy. Files appear whole
+    or not at all. Where several processes come at once, one fetches and the others wait.
 
     Raises:
         DataError: there is no index, or it is not the one the manifest names.
-        OSError: it cannot be fetched or kept.
+        OSError: the index cannot be fetched or kept.
     """
     where = f"{url}/{MANIFEST_NAME}"
     content = _retried(where, options, lambda: _get_whole(where, _MAX_MANIFEST_BYTES, options.timeout_s))
@@ -221,10 +220,10 @@ def fetch_index(url: str, options: ReadOptions) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder / "lock"):
         if not (folder / MANIFEST_NAME).exists():
-            with _replacing(folder / INDEX_NAME) as partial:
+            with replacing(folder / INDEX_NAME, os.getpid()) as partial:
                 if _fetch_file(f"{url}/{INDEX_NAME}", num_bytes, partial, options) != sha256:
                     raise DataError(f"{url}/{INDEX_NAME} is not the one the manifest names; copy both again")
-            with _replacing(folder / MANIFEST_NAME) as partial:  # last: it vouches for the index
+            with replacing(folder / MANIFEST_NAME, os.getpid()) as partial:  # last: it vouches for the index
                 partial.write_bytes(content)
     return folder
 
@@ -242,18 +241,8 @@ def _fetch_file(url: str, num_bytes: int, target: Path, options: ReadOptions) ->
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """One process at a time; the lock goes with its process, however that ends."""
+    """Lets one process in at a time. The system takes the lock from a process that ends, however it ends."""
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,10 +1,22 @@
-"""Shards joined with their sidecars by key: the samples of the shards, each record put together when it is read.
+"""Joins shards with their sidecars by key: the samples of the shards, each record merged with its partners when read.
 
     DIR/joined-0123456789abcdef.npy    one row a record that is kept: its number, its first sample, its partners
     DIR/joined-0123456789abcdef.json   counts, the size of the rows, and a checksum of rows and counts
 
 The name is a hash of the indices of all folders and of what becomes of records without partner, so that a changed
-folder gives another join. Computed once, by sorted search, then mapped by every process.
+folder gives another join. Rank 0 computes the join once, and every process maps it.
+
+Worked example: 4 records with 2, 1, 3 and 1 captions, and two sidecars whose entries stand in orders of their own.
+
+    keys of the records            a  b  c  d
+    keys of sidecar 0              c  a  b
+    keys of sidecar 1              b  d  c  a
+    partners_SN                    1  2  0  -      numbers of the entries in sidecar 0; - is NO_PARTNER
+                                   3  0  2  1      and in sidecar 1
+    rows, missing_partners=drop    record 0 1 2    first_sample 0 2 3    partners [1 3] [2 0] [0 2]
+    rows, missing_partners=keep    record 0 1 2 3  first_sample 0 2 3 6  the same, and [- 1]
+
+Legend: S sidecars, N records of the shards.
 """
 
 from __future__ import annotations
@@ -21,32 +33,23 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mvptr_ds.data.schema import Record, SidecarEntry, parse_entry, parse_record
-from mvptr_ds.data.shards.index import (
-    NO_CAPTION,
-    NO_REGIONS,
-    NOT_VISUAL,
-    RECORDS,
-    SIDECAR,
-    ByteRange,
-    Index,
-    RecordLocation,
-    SampleIndex,
-    sha256,
-)
+from mvptr_ds.data.shards.index import ByteRange, Index, RecordLocation, SampleIndex
+from mvptr_ds.data.shards.index_format import NO_CAPTION, NO_REGIONS, NOT_VISUAL, RECORDS, SIDECAR, sha256
 from mvptr_ds.data.shards.sidecars import merge_sidecar
 from mvptr_ds.data.shards.storage import Files
 from mvptr_ds.data.shards.tar_reader import MEMBER_EXTENSIONS, read_keyed_record
 from mvptr_ds.errors import DataError
+from mvptr_ds.user_io.atomic import replacing
 
 logger = logging.getLogger(__name__)
 
 DROP, KEEP = "drop", "keep"  # a record that lacks a partner
-_NONE = np.uint32(0xFFFFFFFF)  # no partner
+NO_PARTNER = np.uint32(0xFFFFFFFF)
 _JOIN_VERSION = 2
 
 
 def join_path(main: Index, sidecars: Sequence[Index], missing: str, folder: str | Path) -> Path:
-    """Where the join of these folders is kept."""
+    """Returns the path of the json file in which the join of these folders is kept."""
     content = [_JOIN_VERSION, main.fingerprint, *(sidecar.fingerprint for sidecar in sidecars), missing]
     name = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     return Path(folder) / f"joined-{name}.json"
@@ -74,9 +77,9 @@ def ensure_join(main: Index, sidecars: Sequence[Index], missing: str, allow_mixe
     if counts is not None:
         num_missing = [main.num_records - num for num in counts["partners"]]
     else:
-        partners_SR = np.stack([_partners(main, sidecar) for sidecar in sidecars])
-        num_missing = (partners_SR == _NONE).sum(1).tolist()
-        _write(path, main, sidecars, partners_SR, missing)
+        partners_SN = np.stack([_partners(main, sidecar) for sidecar in sidecars])
+        num_missing = (partners_SN == NO_PARTNER).sum(1).tolist()
+        _write(path, main, sidecars, partners_SN, missing)
     if missing == KEEP and not allow_mixed:
         _check_kept(main, sidecars, num_missing)
 
@@ -103,8 +106,10 @@ def check_extractors(index: Index) -> None:
 
 
 def visual_extractors(main: Index, sidecars: Sequence[Index], num_missing: Sequence[int]) -> set[str]:
-    """Whose regions and features are read: those of the last sidecar that has some; where partners are missing, what
-    comes before it, too."""
+    """Returns the extractors of the regions and features that are read.
+
+    These are of the last sidecar that has some. Where partners are missing, what comes before it is read, too.
+    """
     found: set[str] = set()
     for index, missing in [*zip(reversed(sidecars), reversed(num_missing), strict=True), (main, 0)]:
         if "regions" in index.holds or "npy" in index.holds:
@@ -115,7 +120,7 @@ def visual_extractors(main: Index, sidecars: Sequence[Index], num_missing: Seque
 
 
 def _check_kept(main: Index, sidecars: Sequence[Index], num_missing: Sequence[int]) -> None:
-    """Records without partner keep the regions that they have otherwise: those of another extractor are a mixture."""
+    """Refuses records without partner that would keep regions of another extractor than the rest."""
     found = visual_extractors(main, sidecars, num_missing)
     if len(found) > 1:
         lacking = ", ".join(f"{num} in {s.folder}" for s, num in zip(sidecars, num_missing, strict=True) if num)
@@ -126,34 +131,34 @@ def _check_kept(main: Index, sidecars: Sequence[Index], num_missing: Sequence[in
 
 
 def _partners(main: Index, sidecar: Index) -> np.ndarray:
-    """Number of each record's entry in the sidecar, uint32 [num_records]; _NONE where it has none."""
+    """Returns the number of each record's entry in the sidecar, uint32 [N]; NO_PARTNER where it has none."""
     hashes = sidecar.key_hashes()
     order = np.argsort(hashes)
     hashes = hashes[order]
-    wanted = main.key_hashes()
-    at = np.minimum(np.searchsorted(hashes, wanted), len(hashes) - 1)
-    partners = np.where(hashes[at] == wanted, order[at], int(_NONE)).astype(np.uint32)
-    num = int((partners != _NONE).sum())
-    if num == 0:
+    wanted_N = main.key_hashes()
+    # the place where a key's hash would stand among the sorted ones of the sidecar: its own, or another's
+    at_N = np.minimum(np.searchsorted(hashes, wanted_N), len(hashes) - 1)
+    partners_N = np.where(hashes[at_N] == wanted_N, order[at_N], int(NO_PARTNER)).astype(np.uint32)
+    if not (partners_N != NO_PARTNER).any():
         keys = [index.key_of(index.place(0)) for index in (main, sidecar)]
         raise DataError(
             f"no record of {main.folder} has a partner in the sidecar {sidecar.folder}: a key there is {keys[1]!r}, a "
             f"key here {keys[0]!r}; make both with the same keys (each split has sidecars of its own)"
         )
-    return partners
+    return partners_N
 
 
-def _write(path: Path, main: Index, sidecars: Sequence[Index], partners_SR: np.ndarray, missing: str) -> None:
-    not_visual_R, unseen_R = _what_is_seen(main, sidecars, partners_SR)
-    is_kept_R = (partners_SR != _NONE).all(0)
-    if not is_kept_R.any() and missing == DROP:
+def _write(path: Path, main: Index, sidecars: Sequence[Index], partners_SN: np.ndarray, missing: str) -> None:
+    not_visual_N, unseen_N = _what_is_seen(main, sidecars, partners_SN)
+    is_kept_N = (partners_SN != NO_PARTNER).all(0)
+    if not is_kept_N.any() and missing == DROP:
         raise DataError(
             f"no record of {main.folder} has a partner in each of {', '.join(str(s.folder) for s in sidecars)}; "
             "make sidecars of the same records (training keeps records without a partner with "
             "data.missing_partners=keep)"
         )
-    num_unseen = int((unseen_R & is_kept_R).sum())
-    kept = np.flatnonzero(is_kept_R & ~unseen_R) if missing == DROP else np.arange(main.num_records)
+    num_unseen = int((unseen_N & is_kept_N).sum())
+    kept = np.flatnonzero(is_kept_N & ~unseen_N) if missing == DROP else np.arange(main.num_records)
     if not len(kept):
         raise DataError(
             f"the sidecars give no record of {main.folder} a region, and there is no picture: take them out of "
@@ -161,11 +166,11 @@ def _write(path: Path, main: Index, sidecars: Sequence[Index], partners_SR: np.n
         )
     first = np.append(main.first_samples(), main.num_samples)
     num_samples = np.diff(first)[kept]
-    flags, not_visual = main.flags()[kept], not_visual_R[kept]
+    flags, not_visual = main.flags()[kept], not_visual_N[kept]
     rows = np.empty(len(kept), dtype=_row(len(sidecars)))
     rows["record"] = kept
     rows["first_sample"] = np.cumsum(num_samples) - num_samples
-    rows["partners"] = partners_SR[:, kept].T
+    rows["partners"] = partners_SN[:, kept].T
     buffer = io.BytesIO()
     np.save(buffer, rows, allow_pickle=False)
     content: dict[str, Any] = {
@@ -175,7 +180,7 @@ def _write(path: Path, main: Index, sidecars: Sequence[Index], partners_SR: np.n
         "num_text_only_samples": int(num_samples[not_visual].sum()),
         "num_image_only_samples": int((flags & NO_CAPTION).astype(bool).sum()),
         "num_unseen_records": num_unseen,
-        "partners": [int((partners != _NONE).sum()) for partners in partners_SR],
+        "partners": [int((partners != NO_PARTNER).sum()) for partners in partners_SN],
         "num_bytes": len(buffer.getbuffer()),
     }
     buffer.seek(0)
@@ -184,28 +189,28 @@ def _write(path: Path, main: Index, sidecars: Sequence[Index], partners_SR: np.n
     # the counts last: they vouch for the rows
     text = json.dumps(content, indent=1) + "\n"
     for target, data in ((path.with_suffix(".npy"), buffer.getbuffer()), (path, text.encode())):
-        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-        partial.write_bytes(data)
-        os.replace(partial, target)
+        with replacing(target, os.getpid()) as partial:
+            partial.write_bytes(data)
 
 
-def _what_is_seen(main: Index, sidecars: Sequence[Index], partners_SR: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each record, bool [num_records]: whether nothing of it can be seen, and whether a sidecar says so.
+def _what_is_seen(main: Index, sidecars: Sequence[Index], partners_SN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns two bool [N]: whether nothing of a record can be seen, and whether that is because a sidecar says so.
 
-    An entry of no regions takes the record's regions and features away. Where a folder holds pictures it is not known
-    which records have one, so none is taken for unseen; it is found when it is read.
+    An entry of no regions takes the record's regions and features away. In a folder that holds images the index does
+    not know which records have one. So none counts as unseen there, and one that is shows when it is read.
     """
-    not_visual_R = (main.flags() & NOT_VISUAL).astype(bool)
-    emptied_R = np.zeros_like(not_visual_R)
-    for sidecar, partners in zip(sidecars, partners_SR, strict=True):
-        has = partners != _NONE
-        flags = sidecar.flags()[partners[has]]
+    not_visual_N = (main.flags() & NOT_VISUAL).astype(bool)
+    emptied_N = np.zeros_like(not_visual_N)
+    for sidecar, partners_N in zip(sidecars, partners_SN, strict=True):
+        has_N = partners_N != NO_PARTNER
+        flags = sidecar.flags()[partners_N[has_N]]
         if not main.holds.get("image"):
-            emptied_R[has] |= (flags & NO_REGIONS).astype(bool)
-            not_visual_R[has] |= emptied_R[has]
-        for gone_R in (not_visual_R, emptied_R):
-            gone_R[has] &= (flags & NOT_VISUAL).astype(bool)
-    return not_visual_R, emptied_R & not_visual_R
+            emptied_N[has_N] |= (flags & NO_REGIONS).astype(bool)
+            not_visual_N[has_N] |= emptied_N[has_N]
+        # a later sidecar that brings regions or features makes the record visible again
+        for gone_N in (not_visual_N, emptied_N):
+            gone_N[has_N] &= (flags & NOT_VISUAL).astype(bool)
+    return not_visual_N, emptied_N & not_visual_N
 
 
 def _row(num_sidecars: int) -> np.dtype:
@@ -213,7 +218,7 @@ def _row(num_sidecars: int) -> np.dtype:
 
 
 def _counts(path: Path) -> dict[str, Any] | None:
-    """The counts of a join whose rows have the size that they say; None where there is no such join."""
+    """Reads the counts of a join whose rows have the size that they say; None where there is no such join."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         is_there = content["num_bytes"] == path.with_suffix(".npy").stat().st_size and len(content["partners"])
@@ -223,7 +228,7 @@ def _counts(path: Path) -> dict[str, Any] | None:
 
 
 def _whole(path: Path) -> dict[str, Any] | None:
-    """The counts of a join that is as it was written, every byte of it; one that is damaged is reported."""
+    """Reads the counts of a join that is as it was written, every byte of it. Logs one that is damaged."""
     counts = _counts(path)
     if counts is not None and "sha256" not in counts:  # of an older version
         return None
@@ -242,7 +247,7 @@ def _checksum(counts: dict[str, Any], rows: BinaryIO) -> str:
 
 
 class JoinedIndex(SampleIndex):
-    """The samples of a folder of shards whose records are put together with sidecars.
+    """Finds the samples of a folder of shards whose records are merged with sidecars.
 
     Raises:
         DataError: the join is missing (see `ensure_join`).
@@ -272,13 +277,13 @@ class JoinedIndex(SampleIndex):
                 "%d records have nothing to see, for the sidecars say that they have no regions: they are %s",
                 num_unseen, "left out" if missing == DROP else "used as texts alone",
             )  # fmt: skip
-        self._map()
+        self._init_caches()
 
     def _rows_path(self) -> Path:
         return self._path.with_suffix(".npy")
 
     def place(self, record: int, caption: int = 0) -> RecordLocation:
-        """Of the record in the shards; `Place.record` counts the records that are kept."""
+        """Returns the location of the record in the main shards, numbered among the kept records."""
         return self.main.place(int(self._rows["record"][record]), caption)._replace(record=record)
 
     def read(self, place: RecordLocation) -> tuple[Record, dict[str, bytes]]:
@@ -291,17 +296,18 @@ class JoinedIndex(SampleIndex):
     def _read(self, place: RecordLocation, contents: Collection[str]) -> tuple[Record, dict[str, bytes]]:
         key, members = read_keyed_record(place.path, place.offset, place.num_bytes, self.main.files, contents)
         record = parse_record(members["json"])
-        for sidecar, beside in self._beside(place.record):
+        for sidecar, partner in self._sidecar_places(place.record):
             try:
-                record, members = _read_partner(beside, sidecar.files, key, record, members, contents)
+                record, members = _read_partner(partner, sidecar.files, key, record, members, contents)
             except (DataError, OSError) as error:
-                raise DataError(f"sidecar {beside.path}: {error}") from error
+                raise DataError(f"sidecar {partner.path}: {error}") from error
         return record, members
 
-    def _beside(self, record: int) -> list[tuple[Index, RecordLocation]]:
-        """Each sidecar that has a partner of the record, and where."""
+    def _sidecar_places(self, record: int) -> list[tuple[Index, RecordLocation]]:
+        """Returns each sidecar that has a partner of the record, and the location of that partner."""
         partners = self._rows["partners"][record].tolist()
-        return [(s, s.place(partner)) for s, partner in zip(self.sidecars, partners, strict=True) if partner != _NONE]
+        pairs = zip(self.sidecars, partners, strict=True)
+        return [(sidecar, sidecar.place(partner)) for sidecar, partner in pairs if partner != NO_PARTNER]
 
     def key_of(self, place: RecordLocation) -> str:
         return self.main.key_of(place)
@@ -312,8 +318,8 @@ class JoinedIndex(SampleIndex):
 
     def remote_extents(self, sample: int) -> list[ByteRange]:
         place = self.locate(sample)
-        found = self.main.remote_extents_of(place)
-        return found + [extent for s, beside in self._beside(place.record) for extent in s.remote_extents_of(beside)]
+        locations = [(self.main, place), *self._sidecar_places(place.record)]
+        return [extent for index, location in locations for extent in index.remote_extents_of(location)]
 
 
 def _read_partner(

@@ -1,7 +1,8 @@
 """Sidecars: tars of KEY.json (and KEY.npy) that add regions, features or phrases to the records of other shards.
 
 What an entry has takes the place of the record's: regions, with width and height where it gives them; the phrases of
-the captions; the rows of features. Later sidecars win. Joined by key (data.joined), whatever the shards of either side.
+the captions; the rows of features. A later sidecar wins over an earlier one. Entries and records are joined by key
+(sidecar_join.py), however both sides are cut into shards.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ def sidecar_json(
     regions: Sequence[Region] | None = None,
     captions: Sequence[Caption] | None = None,
 ) -> bytes:
-    """`KEY.json` of a sidecar; None is what it says nothing of.
+    """Encodes the `KEY.json` of a sidecar; it says nothing of what is None.
 
     Args:
-        width, height: of the picture whose pixels the boxes count; both or none.
-        captions: those of the record, in its order, with the phrases to take.
+        width, height: size in pixels of the image that the boxes lie in; both or none.
+        captions: the captions of the record, in its order, with the phrases to take.
 
     Raises:
         DataError: only one of width and height, or neither name nor version of the extractor.
@@ -50,12 +51,12 @@ def sidecar_json(
 def merge_sidecar(
     record: Record, members: dict[str, bytes], entry: SidecarEntry, npy: bytes | None
 ) -> tuple[Record, dict[str, bytes]]:
-    """The record and its members as a sidecar's entry changes them.
+    """Returns the record and its members as a sidecar's entry changes them.
 
-    Features of regions that are replaced go with them, and so does what the record's phrases say about them.
+    Regions that are replaced take their features with them, and the references of the record's phrases to them.
 
     Raises:
-        DataError: the captions are others than the record's, or a phrase names a region that is not there.
+        DataError: the captions differ from the record's, or a phrase names a region that is not there.
     """
     captions = record.captions
     if entry.regions is not None:
@@ -86,10 +87,12 @@ def _without_regions(caption: Caption) -> Caption:
     return Caption(caption.text, tuple(msgspec.structs.replace(phrase, regions=()) for phrase in caption.phrases))
 
 
-def _check_same_texts(own: Sequence[Caption], others: Sequence[Caption]) -> None:
-    if len(own) != len(others):
-        raise DataError(f"the sidecar has {len(others)} captions, the record {len(own)}; make it from these records")
-    for number, (caption, other) in enumerate(zip(own, others, strict=True)):
+def _check_same_texts(captions: Sequence[Caption], others: Sequence[Caption]) -> None:
+    if len(captions) != len(others):
+        raise DataError(
+            f"the sidecar has {len(others)} captions, the record {len(captions)}; make it from these records"
+        )
+    for number, (caption, other) in enumerate(zip(captions, others, strict=True)):
         if caption.text != other.text:
             raise DataError(
                 f"caption {number} is {caption.text!r} in the record and {other.text!r} in the sidecar; make the "

@@ -1,4 +1,4 @@
-"""Tar files from their headers: walk a whole tar (strictly) or the span of one record, read one record by its place.
+"""Reads tars by their headers: walks a whole tar, strictly, or the span of one record, which it reads.
 
 Nothing is ever extracted, unpickled or run.
 """
@@ -7,14 +7,22 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import tarfile
-import zlib
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from mvptr_ds.data.shards.storage import LOCAL, REBUILD, Files
+from mvptr_ds.data.shards.index_format import REBUILD
+from mvptr_ds.data.shards.storage import LOCAL, Files
+from mvptr_ds.data.shards.tar_header import (
+    FOREIGN_PAX,
+    GLOBAL_PAX,
+    PLAIN,
+    SETTINGS,
+    TarError,
+    parse_header,
+    parse_pax,
+)
 from mvptr_ds.errors import DataError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -29,12 +37,11 @@ MAX_BLOCKING = 2048  # blocks, of `tar --blocking-factor`: up to 1 MiB of zeros 
 WHOLE_BYTES = 8 << 20  # a span up to this is read at once, a larger one member by member
 _BLOCK = tarfile.BLOCKSIZE
 _GLANCE_BYTES = 16 << 10  # read at once where not all is wanted: a json member and the next header, as a rule
-# a tar may hide a sparse file, another name or another size behind these, which readers do not agree on
-_FOREIGN_PAX = ("GNU.sparse.", "linkpath")
-_GLOBAL_PAX = (*_FOREIGN_PAX, "path", "size")
 
 
 class Member(NamedTuple):
+    """A member of a tar; places are bytes of the tar."""
+
     name: str
     start: int  # of its first header, a long name's included
     data: int  # where its content begins
@@ -45,17 +52,8 @@ class Member(NamedTuple):
         return self.data + -(-self.size // _BLOCK) * _BLOCK
 
 
-class TarError(DataError):
-    """A DataError at a byte of a tar."""
-
-    def __init__(self, offset: int, reason: str) -> None:
-        super().__init__(f"byte {offset}: {reason}")
-        self.offset = offset
-        self.reason = reason
-
-
 def list_tars(folder: Path) -> list[Path]:
-    """The tars of a folder, in the order of their names.
+    """Lists the tars of a folder, in the order of their names.
 
     Raises:
         DataError: a path is not UTF-8: no manifest, configuration or message could name it.
@@ -70,7 +68,7 @@ def list_tars(folder: Path) -> list[Path]:
 
 
 def is_of_a_mac(name: str) -> bool:
-    """Whether a member is what macOS adds to a tar: attributes of the member behind it (`._KEY.jpg`), or a folder's.
+    """Tells whether macOS added a member to a tar: attributes of the member behind it (`._KEY.jpg`), or of a folder.
 
     webdataset's reader passes over both, too.
     """
@@ -79,10 +77,13 @@ def is_of_a_mac(name: str) -> bool:
 
 
 def iter_members(file: BinaryIO, num_bytes: int, whole: bool, with_mac_files: bool = False) -> Iterator[Member]:
-    """Members of a tar (`whole`: up to its end mark) or of a span of one, from the headers alone.
+    """Yields the members of a tar, or of a span of one, from the headers alone.
 
-    The walk is ours because tarfile's stops at a damaged header in mid-file as if the archive ended there. What macOS
-    adds is passed over unless it is asked for.
+    The walk is ours because tarfile's stops at a damaged header in mid-file as if the archive ended there.
+
+    Args:
+        whole: the file is a whole tar, which must end with its end mark.
+        with_mac_files: yield what macOS adds, too.
 
     Raises:
         DataError: damaged header, cut content, missing end mark, content after it, a link, device or sparse file, a
@@ -100,14 +101,14 @@ def iter_members(file: BinaryIO, num_bytes: int, whole: bool, with_mac_files: bo
                 raise TarError(start, "a long name or PAX header stands before the end mark, and no member behind it")
             _check_tail(file, offset, num_bytes, any_members)
             return
-        name, size, kind = _parse_header(block, offset)
-        plain = kind in _PLAIN
+        name, size, kind = parse_header(block, offset)
+        plain = kind in PLAIN
         if plain and "size" in pax:
             size = int(pax["size"])
         member = Member(long_name or pax.get("path") or name, start, offset + _BLOCK, size)
         if member.end > num_bytes or size < 0:
             raise TarError(offset, f"{member.name!r} is cut: {size} bytes announced, the file ends before")
-        if kind in _SETTINGS:
+        if kind in SETTINGS:
             if start != offset:
                 raise TarError(
                     offset, "a second long name or PAX header of one member; readers differ in which they take"
@@ -116,9 +117,9 @@ def iter_members(file: BinaryIO, num_bytes: int, whole: bool, with_mac_files: bo
             if kind == tarfile.GNUTYPE_LONGNAME:
                 long_name = content.rstrip(b"\0").decode("utf-8", "surrogateescape")
             elif kind == tarfile.XHDTYPE:
-                pax = _parse_pax(content, offset, _FOREIGN_PAX)
+                pax = parse_pax(content, offset, FOREIGN_PAX)
             else:
-                _parse_pax(content, offset, _GLOBAL_PAX)
+                parse_pax(content, offset, GLOBAL_PAX)
                 start, long_name, pax = member.end, None, {}
         elif plain:
             _check_name(member.name, offset)
@@ -135,37 +136,6 @@ def iter_members(file: BinaryIO, num_bytes: int, whole: bool, with_mac_files: bo
         offset = member.end
     if whole:
         raise TarError(offset, "the tar has no end mark, so its tail is missing")
-
-
-_PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
-_SETTINGS = (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE)  # headers that say something of others
-# of a plain file, as tar programs write it: mode, uid, gid, size, time, sum, type; then devices (none) and no prefix
-_USUAL_NUMBERS = re.compile(rb"(?:[0-7]{7}\0){3}([0-7]{11})\0[0-7]{11}\0([0-7]{6})\0 0")  # bytes 100 to 157
-_USUAL_END = re.compile(rb"(?:\0{16}|(?:0{7}\0){2})\0{155}")  # bytes 329 to 500
-
-
-def _parse_header(block: bytes, offset: int) -> tuple[str, int, bytes]:
-    """Name, size and type, once the header's sum holds; raises TarError for a damaged one.
-
-    What is not as usual goes through tarfile's own parser, which says the same of the rest at ten times the price.
-    """
-    usual = _USUAL_NUMBERS.fullmatch(block, 100, 157)
-    whole = len(block) == _BLOCK
-    if usual and whole and _USUAL_END.fullmatch(block, 329, 500) and int(usual[2], 8) == _header_sum(block):
-        name = block[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape")
-        return name, int(usual[1], 8), tarfile.REGTYPE
-    try:
-        info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except tarfile.HeaderError as error:
-        raise TarError(offset, f"damaged tar header ({error})") from error
-    return info.name, info.size, info.type
-
-
-def _header_sum(block: bytes) -> int:
-    """Of all bytes, with spaces for the sum's own eight."""
-    counted = block[:148] + b" " * 8 + block[156:]
-    # the low half of Adler-32 is the plain sum modulo 65,521, which 256 bytes stay below
-    return sum(zlib.adler32(half, 0) & 0xFFFF for half in (counted[:256], counted[256:]))
 
 
 def _read_settings(file: BinaryIO, member: Member, offset: int) -> bytes:
@@ -187,7 +157,10 @@ def _check_name(name: str, offset: int) -> None:
 
 
 def _check_tail(file: BinaryIO, offset: int, num_bytes: int, any_members: bool) -> None:
-    """What stands behind the end mark: zeros, so many as a blocking factor explains. A lost tail leaves zeros, too."""
+    """Checks that the end mark is followed by zeros alone, and by no more than a blocking factor explains.
+
+    A tail that was lost leaves zeros, too.
+    """
     file.seek(offset)
     num_zeros = 0
     while chunk := file.read(1 << 20):
@@ -203,34 +176,18 @@ def _check_tail(file: BinaryIO, offset: int, num_bytes: int, any_members: bool) 
 
 
 def _fills_a_block(num_bytes: int, num_zeros: int) -> bool:
-    """Whether zeros, the end mark among them, fill a file to a multiple of some blocking factor, or power of two."""
+    """Tells whether zeros, the end mark among them, fill a file to a multiple of a blocking factor or power of two."""
     least = num_zeros // _BLOCK - 1
     larger = [MAX_BLOCKING << shift for shift in range(1, 8) if MAX_BLOCKING << shift >= least]
     return any(num_bytes % (factor * _BLOCK) == 0 for factor in (*range(least, MAX_BLOCKING + 1), *larger))
 
 
-def _parse_pax(content: bytes, offset: int, refused: tuple[str, ...]) -> dict[str, str]:
-    out: dict[str, str] = {}
-    content = content.rstrip(b"\0")
-    start = 0
-    while start < len(content):
-        digits = content[start : start + 8].partition(b" ")[0]
-        end = start + int(digits) if digits.isdigit() else start
-        if not start + len(digits) < end <= len(content):
-            raise TarError(offset, "damaged PAX header")
-        name, _, value = content[start + len(digits) + 1 : end - 1].partition(b"=")
-        out[name.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
-        start = end
-    for setting in out:
-        if setting.startswith(refused):
-            raise TarError(offset, f"a PAX header sets {setting!r}; store plain files under their own names")
-    size = out.get("size", "0")
-    if not (size.isascii() and size.isdigit() and len(size) < 20):
-        raise TarError(offset, f"PAX size {size[:40]!r} is not a number")
-    return out
-
-
 def split_name(member: Member) -> tuple[str, str]:
+    """Splits the name of a member into key and extension.
+
+    Raises:
+        TarError: the name is not KEY.extension.
+    """
     name = member.name.removeprefix("./")
     key, _, extension = name.rpartition(".")
     if not key or not extension or "/" in extension or "." in key:
@@ -239,6 +196,7 @@ def split_name(member: Member) -> tuple[str, str]:
 
 
 def max_member_bytes(extension: str) -> int:
+    """Returns the cap on the size of a member."""
     return MAX_JSON_BYTES if extension == "json" else MAX_MEMBER_BYTES
 
 
@@ -258,7 +216,7 @@ def check_member(member: Member, extension: str) -> None:
 
 
 def check_record(num_members: int, start: int, end: int) -> None:
-    """Refuses a record of too many members or bytes; to be asked at each of its members, before the next is read.
+    """Refuses a record of too many members or bytes; to be called at each member, before the next is read.
 
     Raises:
         DataError: with its place, size and cap.
@@ -270,7 +228,7 @@ def check_record(num_members: int, start: int, end: int) -> None:
 
 
 def read_record(path: str, offset: int, num_bytes: int, files: Files = LOCAL) -> dict[str, bytes]:
-    """The members of one record by extension, of those this package reads: by one read, or one a member if large.
+    """Reads those members of one record that this package uses, by extension; in one read, or one a member if large.
 
     Raises:
         DataError: the shard no longer holds a whole record there, or one that is over a cap.
@@ -280,7 +238,7 @@ def read_record(path: str, offset: int, num_bytes: int, files: Files = LOCAL) ->
 
 
 def record_key(path: str, offset: int, num_bytes: int, files: Files = LOCAL) -> str:
-    """Key of the record at that place, for messages; `?` when it cannot be read."""
+    """Returns the key of the record at that place, for messages; `?` when it cannot be read."""
     try:
         return split_name(next(iter_members(_span(path, offset, num_bytes, files), num_bytes, whole=False)))[0]
     except (DataError, OSError, StopIteration):
@@ -290,10 +248,10 @@ def record_key(path: str, offset: int, num_bytes: int, files: Files = LOCAL) -> 
 def read_keyed_record(
     path: str, offset: int, num_bytes: int, files: Files = LOCAL, contents: Collection[str] = MEMBER_EXTENSIONS
 ) -> tuple[str, dict[str, bytes]]:
-    """The key of a record, and its members as `read_record` gives them; raises what that raises.
+    """Reads the key of a record, and its members as `read_record` does; raises as that does.
 
     Args:
-        contents: extensions of the members that are read; the others come as b"".
+        contents: extensions of the members to read; the others come as b"".
     """
     file = _span(path, offset, num_bytes, files, whole=contents is MEMBER_EXTENSIONS)
     keys: set[str] = set()
@@ -315,10 +273,10 @@ def read_keyed_record(
 
 
 def _span(path: str, offset: int, num_bytes: int, files: Files, whole: bool = True) -> BinaryIO:
-    """A record's bytes as a file. Raises DataError when it is over its cap or the shard ends before.
+    """Opens a record's bytes as a file. Raises DataError when it is over its cap or the shard ends before.
 
     Args:
-        whole: read at once, unless it is large.
+        whole: read the bytes at once, unless they are many.
     """
     check_record(1, offset, offset + num_bytes)
     if not whole or num_bytes > WHOLE_BYTES:
@@ -335,7 +293,7 @@ def _span(path: str, offset: int, num_bytes: int, files: Files, whole: bool = Tr
 
 
 class _PartOfFile(io.RawIOBase):
-    """A range of a file; what is not asked for is not read."""
+    """A range of a file, of which only what is wanted is read."""
 
     def __init__(self, files: Files, path: str, start: int, num_bytes: int) -> None:
         self._files, self._path, self._start, self._num_bytes = files, path, start, num_bytes

@@ -1,10 +1,9 @@
-"""One tar of records or of sidecar entries, written whole or not at all, through webdataset's own writer."""
+"""Writes one tar of records or of sidecar entries, whole or not at all, through webdataset's own writer."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,18 @@ import webdataset
 
 from mvptr_ds.data.shards.tar_reader import MEMBER_EXTENSIONS, max_member_bytes
 from mvptr_ds.errors import DataError
+from mvptr_ds.user_io.atomic import replacing
 
 MAX_KEY_LEN = 90  # bytes; USTAR names end at 100
-_PARTIAL = ".partial"
 
 
 def json_bytes(content: dict[str, Any]) -> bytes:
-    """Compact UTF-8 JSON, as `KEY.json` holds it."""
+    """Encodes a JSON object as `KEY.json` holds it: compact, UTF-8."""
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
-    """The array as `KEY.npy` holds it. Raises ValueError for an array of objects."""
+    """Encodes an array as `KEY.npy` holds it. Raises ValueError for an array of objects."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
@@ -42,19 +41,15 @@ def write_tar(path: Path, items: Iterable[tuple[str, dict[str, bytes]]]) -> int:
             missing, or a member is empty or larger than is read again.
     """
     path = Path(path)
-    partial = path.with_name(path.name + _PARTIAL)
     num_records = 0
-    try:
-        with (
-            open(partial, "wb") as file,
-            webdataset.TarWriter(file, user="", group="", mtime=0, encoder=False) as writer,
-        ):
-            for key, members in _checked(items):
-                writer.write({"__key__": key, **members})
-                num_records += 1
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        replacing(path) as partial,
+        open(partial, "wb") as file,
+        webdataset.TarWriter(file, user="", group="", mtime=0, encoder=False) as writer,
+    ):
+        for key, members in _checked(items):
+            writer.write({"__key__": key, **members})
+            num_records += 1
     return num_records
 
 

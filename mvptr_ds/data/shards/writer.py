@@ -1,4 +1,4 @@
-"""Shards: tar files of records, written with webdataset's writer, read through an index by one `pread` a record.
+"""Writes a folder of shards: tars of records, then their index, through which one `pread` reads a record.
 
     folder/shard-000000.tar ...   records: KEY.json + an image and/or KEY.npy
     folder/manifest.json, index.npy
@@ -24,8 +24,8 @@ def write_shards(
 ) -> None:
     """Writes `shard-000000.tar` ... of (key, record, {extension: content}), then the manifest and the index.
 
-    Equal items give equal bytes: owner and time of the members are fixed. Shards bear a temporary name until all are
-    written, so that an interrupted run leaves nothing that reads as complete.
+    Equal items give equal bytes: owner and time of the members are fixed. Shards bear a partial name until all are
+    written. So an interrupted run leaves nothing that reads as complete.
 
     Raises:
         DataError: the folder already holds tars, a key is repeated or has a dot or a slash, an extension is unknown,

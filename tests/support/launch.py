@@ -1,4 +1,7 @@
-"""Starts a program on several gloo ranks of this machine, with a time limit, and leaves no process behind."""
+"""Starts a program on several gloo ranks of this machine, with a time limit, and leaves no process behind.
+
+A Python script or module is forked from a process that has torch imported (forked.py); anything else is started.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from tests.conftest import REPO
+from tests.support.forked import Forked, can_fork, fork
 
 TAIL_CHARS = 6000
+Process = subprocess.Popen[bytes] | Forked
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -33,12 +38,16 @@ def free_port() -> int:
 
 
 @contextmanager
-def started(command: list[str], log: Path, env: dict[str, str], cwd: Path = REPO) -> Iterator[subprocess.Popen[bytes]]:
+def started(command: list[str], log: Path, env: dict[str, str], cwd: Path = REPO) -> Iterator[Process]:
     """A process in a session of its own, all of which is ended on leaving, whatever happened."""
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            command, cwd=cwd, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
+    process: Process
+    if can_fork(command, env):
+        process = fork(command, log, env, cwd)
+    else:
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                command, cwd=cwd, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
     try:
         yield process
     finally:
@@ -71,30 +80,33 @@ def run_ranks(module: str, num_ranks: int, folder: Path, timeout_s: float) -> No
     Raises:
         AssertionError: with the end of every rank's output.
     """
-    port, deadline = str(free_port()), time.monotonic() + timeout_s
-    with _all_started(module, num_ranks, folder, port) as processes:
-        codes: list[int | None] = [None] * num_ranks
-        while None in codes and time.monotonic() < deadline and not any(codes):
-            codes = [process.poll() for process in processes]
-            time.sleep(0.05)
+    codes = run_on_ranks(["-m", module, str(folder)], num_ranks, folder, timeout_s)
     if any(code != 0 for code in codes):
         outputs = "\n".join(f"--- rank {rank}\n{tail(folder / f'rank{rank}.log')}" for rank in range(num_ranks))
         raise AssertionError(f"exit codes {codes} (None: still running after {timeout_s} s)\n{outputs}")
 
 
-@contextmanager
-def _all_started(module: str, num_ranks: int, folder: Path, port: str) -> Iterator[list[subprocess.Popen[bytes]]]:
+def run_on_ranks(arguments: list[str], num_ranks: int, logs: Path, timeout_s: float) -> list[int | None]:
+    """`python ARGUMENTS` on every rank, without a launcher: the exit codes when all have ended, or one with an error.
+
+    Then, and when the time is up (None: still running), all are ended. Each rank writes to LOGS/rankN.log.
+    """
+    common = {"WORLD_SIZE": str(num_ranks), "LOCAL_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1"}
+    common["MASTER_PORT"] = str(free_port())
+    codes: list[int | None] = [None] * num_ranks
+    deadline = time.monotonic() + timeout_s
     with ExitStack() as stack:
-        yield [
+        processes = [
             stack.enter_context(
                 started(
-                    [sys.executable, "-m", module, str(folder)],
-                    folder / f"rank{rank}.log",
-                    environment(
-                        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks), LOCAL_SIZE=str(num_ranks),
-                        MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
-                    ),
+                    [sys.executable, *arguments],
+                    logs / f"rank{rank}.log",
+                    environment(**common, RANK=str(rank), LOCAL_RANK=str(rank)),
                 )
             )
             for rank in range(num_ranks)
-        ]  # fmt: skip
+        ]
+        while None in codes and time.monotonic() < deadline and not any(codes):
+            codes = [process.poll() for process in processes]
+            time.sleep(0.02)
+    return codes

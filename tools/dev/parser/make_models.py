@@ -1,9 +1,9 @@
-"""Makes the models that the default parser ships: captions -> trees by spaCy (silver) -> tagger, parser, lemmas.
+"""Makes the models of the default phrase parser: captions -> trees by spaCy -> tagger, parser, lemmas.
 
 models/tagger.json         weights of NLTK's averaged perceptron tagger, words that have one tag, tags
 models/dependencies.npz    int8 weights of the dependency parser with its transitions and tags
 models/lemmas.json         class of forms -> form -> lemma, where the rules of spelling are wrong
-models/about.json          how they were made, and how well they do on silver captions that they did not see
+models/about.json          how they were made, and how well they do on trees that they were not trained on
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
-import os
 import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -21,18 +20,16 @@ from typing import Any
 
 from nltk.tag.perceptron import PerceptronTagger
 
-from mvptr_ds.corpus.concepts.backends import DEPENDENCIES_NAME, LEMMAS_NAME, TAGGER_NAME, SpacyBackend, normalised
+from mvptr_ds.corpus.concepts.backends import DEPENDENCIES_NAME, LEMMAS_NAME, TAGGER_NAME, SpacyBackend
 from mvptr_ds.corpus.concepts.dependency import DependencyParser, Model
 from mvptr_ds.corpus.concepts.lemmas import CLASS_OF_TAG, PLURAL, by_rule
-from mvptr_ds.corpus.concepts.tokens import token_spans
-from mvptr_ds.corpus.concepts.training import ParserTrainer, Silver, quantised
-from mvptr_ds.errors import DataError
-from mvptr_ds.user_io.progress import progress_bar
+from mvptr_ds.user_io.atomic import replacing
+from tools.dev.parser.parser_trainer import ParserTrainer, quantised
+from tools.dev.parser.training_trees import TrainingTree, annotate
 
 logger = logging.getLogger(__name__)
 
 ABOUT_NAME = "about.json"
-_CHUNK = 2048
 _MIN_TAG_WEIGHT = 0.4  # of the tagger; what is smaller changes less than one tag in 10,000
 _PUNCTUATION = frozenset([".", ",", ":", "HYPH", "``", "''", "-LRB-", "-RRB-"])
 # what lemminflect says otherwise; plural-only words stay what they are
@@ -46,6 +43,8 @@ _LEMMAS = {
 
 @dataclass(frozen=True)
 class Settings:
+    """What the models are trained on and how; the defaults made the shipped ones."""
+
     num_captions: int = 120_000
     num_held_out: int = 2_000
     num_rows: int = 2**18  # rows of the parser's weights, a power of two
@@ -56,72 +55,39 @@ class Settings:
     seed: int = 0
 
 
-def read_captions(paths: Sequence[Path], exclude: Path | None) -> list[str]:
-    """Captions of COCO annotation files, each once, without those in `exclude` and all others of the same images.
-
-    `exclude` holds JSON lines with a "caption".
-
-    Raises:
-        DataError: a file is not of this kind.
-    """
-    try:
-        annotations = [a for path in paths for a in json.loads(path.read_text(encoding="utf-8-sig"))["annotations"]]
-        pairs = [(a["image_id"], str(a["caption"]).strip()) for a in annotations]
-        lines = exclude.read_text(encoding="utf-8-sig").splitlines() if exclude is not None else []
-        unwanted = {json.loads(line)["caption"].strip().lower() for line in lines}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"cannot read captions of {[*map(str, paths), str(exclude)]}: {error!r}") from error
-    images = {image for image, caption in pairs if caption.lower() in unwanted}
-    logger.info("%d captions; %d images left out with all their captions", len(pairs), len(images))
-    return sorted({text for image, text in pairs if text and image not in images and text.lower() not in unwanted})
-
-
-def annotate(captions: Sequence[str]) -> list[Silver]:
-    """spaCy's tags and trees; captions in capitals throughout are left out, spaCy reads them badly."""
-    backend = SpacyBackend()
-    out = []
-    for start in progress_bar(range(0, len(captions), _CHUNK), desc="annotate"):
-        texts = captions[start : start + _CHUNK]
-        spans = [token_spans(text) for text in texts]
-        for text, found, annotation in zip(texts, spans, backend.annotate(texts, spans), strict=True):
-            words = [text[begin:end] for begin, end in found]
-            if normalised(words) == words:
-                out.append(Silver(words, *annotation))
-    return out
-
-
 def make_models(captions: Sequence[str], folder: Path, settings: Settings) -> dict[str, Any]:
     """Trains all models, writes them into `folder` and returns what about.json says."""
     order = list(captions)
     random.Random(settings.seed).shuffle(order)
-    silver = annotate(order[: settings.num_captions + settings.num_held_out])
-    held_out, silver = silver[: settings.num_held_out], silver[settings.num_held_out :]
-    tagger = train_tagger(silver, settings)
+    trees = annotate(order[: settings.num_captions + settings.num_held_out])
+    held_out, trees = trees[: settings.num_held_out], trees[settings.num_held_out :]
+    tagger = train_tagger(trees, settings)
     # a tagger that has seen a caption is too sure of its tags; the parser must learn from the tags it will get
-    half = len(silver) // 2
-    first, second = train_tagger(silver[:half], settings), train_tagger(silver[half:], settings)
-    tags = [*_tags(second, silver[:half]), *_tags(first, silver[half:])]
-    model = train_parser(silver, tags, settings)
+    half = len(trees) // 2
+    first, second = train_tagger(trees[:half], settings), train_tagger(trees[half:], settings)
+    tags = [*_tags(second, trees[:half]), *_tags(first, trees[half:])]
+    model = train_parser(trees, tags, settings)
     about = {
         "settings": asdict(settings),
-        "num_trained_on": len(silver),
+        "num_trained_on": len(trees),
         "made_with": {name: importlib.metadata.version(name) for name in ("spacy", "lemminflect", "nltk", "numpy")},
         "silver": SpacyBackend().version,
         "held_out": measure(tagger, model, held_out),
     }
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / TAGGER_NAME, json.dumps(_tagger_content(tagger), separators=(",", ":"), sort_keys=True))
-    _write(folder / LEMMAS_NAME, json.dumps(lemma_table(silver), indent=0, sort_keys=True) + "\n")
+    _write(folder / LEMMAS_NAME, json.dumps(lemma_table(trees), indent=0, sort_keys=True) + "\n")
     _write(folder / ABOUT_NAME, json.dumps(about, indent=1) + "\n")
     model.save(folder / DEPENDENCIES_NAME)
     return about
 
 
-def train_tagger(silver: Sequence[Silver], settings: Settings) -> PerceptronTagger:
+def train_tagger(trees: Sequence[TrainingTree], settings: Settings) -> PerceptronTagger:
+    """Trains NLTK's tagger, then rounds its weights and drops the small ones."""
     random.seed(settings.seed)  # NLTK shuffles with the global generator
     tagger = PerceptronTagger(load=False)
     tagger.train(
-        [list(zip(sentence.words, sentence.tags, strict=True)) for sentence in silver if sentence.words],
+        [list(zip(sentence.words, sentence.tags, strict=True)) for sentence in trees if sentence.words],
         nr_iter=settings.num_tagger_epochs,
     )
     # what remains after rounding is what is shipped, and what the parser is trained with
@@ -138,26 +104,26 @@ def _tagger_content(tagger: PerceptronTagger) -> dict[str, Any]:
     return {"tags": sorted(tagger.classes), "frequent": tagger.tagdict, "weights": tagger.model.weights}
 
 
-def _tags(tagger: PerceptronTagger, silver: Sequence[Silver]) -> list[list[str]]:
-    return [[tag for _, tag in tagger.tag(sentence.words)] for sentence in silver]
+def _tags(tagger: PerceptronTagger, trees: Sequence[TrainingTree]) -> list[list[str]]:
+    return [[tag for _, tag in tagger.tag(sentence.words)] for sentence in trees]
 
 
-def train_parser(silver: Sequence[Silver], tags: Sequence[Sequence[str]], settings: Settings) -> Model:
-    """Trains on the words and `tags`, towards the heads and labels of `silver`."""
-    trainer = ParserTrainer(silver, settings.num_rows, settings.margin, settings.seed)
+def train_parser(trees: Sequence[TrainingTree], tags: Sequence[Sequence[str]], settings: Settings) -> Model:
+    """Trains on the words and `tags`, towards the heads and labels of `trees`."""
+    trainer = ParserTrainer(trees, settings.num_rows, settings.margin, settings.seed)
     for epoch in range(settings.num_parser_epochs):
         # without a first round of weights its own choices lead nowhere
-        right = trainer.epoch(silver, tags, settings.explore if epoch else 0.0, f"parser epoch {epoch + 1}")
+        right = trainer.epoch(trees, tags, settings.explore if epoch else 0.0, f"parser epoch {epoch + 1}")
         logger.info("epoch %d: %.4f of the transitions are right", epoch + 1, right)
     return trainer.model._replace(weights_HC=quantised(trainer.averaged()))
 
 
-def lemma_table(silver: Sequence[Silver]) -> dict[str, dict[str, str]]:
-    """Forms of the captions whose lemma, as lemminflect's dictionary has it, spelling does not tell."""
+def lemma_table(trees: Sequence[TrainingTree]) -> dict[str, dict[str, str]]:
+    """Returns the forms of the captions whose lemma in lemminflect's dictionary does not follow from the spelling."""
     import lemminflect
 
     counts: Counter[tuple[str, str]] = Counter()
-    for sentence in silver:
+    for sentence in trees:
         for word, tag in zip(sentence.words, sentence.tags, strict=True):
             if tag in CLASS_OF_TAG and word.isascii():
                 counts[CLASS_OF_TAG[tag], word.lower()] += 1
@@ -171,12 +137,15 @@ def lemma_table(silver: Sequence[Silver]) -> dict[str, dict[str, str]]:
     return dict(table)
 
 
-def measure(tagger: PerceptronTagger, model: Model, silver: Sequence[Silver]) -> dict[str, float]:
-    """Shares of right tags, heads (UAS), and heads with the right label (LAS), punctuation left out of the last two."""
-    tags = _tags(tagger, silver)
-    trees = DependencyParser(model).parse([sentence.words for sentence in silver], tags)
+def measure(tagger: PerceptronTagger, model: Model, trees: Sequence[TrainingTree]) -> dict[str, float]:
+    """Returns the shares of right tags, right heads (UAS), and right heads with the right label (LAS).
+
+    Punctuation does not count in the last two.
+    """
+    tags = _tags(tagger, trees)
+    found = DependencyParser(model).parse([sentence.words for sentence in trees], tags)
     counts: Counter[str] = Counter()
-    for sentence, found_tags, tree in zip(silver, tags, trees, strict=True):
+    for sentence, found_tags, tree in zip(trees, tags, found, strict=True):
         for index, tag in enumerate(sentence.tags):
             counts["tokens"] += 1
             counts["tag"] += tag == found_tags[index]
@@ -189,6 +158,5 @@ def measure(tagger: PerceptronTagger, model: Model, silver: Sequence[Silver]) ->
 
 
 def _write(path: Path, content: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(content, encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(content, encoding="utf-8")

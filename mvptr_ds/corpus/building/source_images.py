@@ -1,4 +1,4 @@
-"""Pictures of a source: read, decoded in full to see that they are whole, passed through or encoded again."""
+"""Reads the images of a source, decodes them in full to see that they are whole, and encodes them again if asked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import ExifTags, Image
 from mvptr_ds.data.pixels import DECODE_ERRORS, MAX_IMAGE_PIXELS, STORED_FORMATS, PixelsError, open_image, read_rgb
 from mvptr_ds.data.shards.tar_reader import MAX_MEMBER_BYTES
 
-MAX_DECODED_PIXELS = 89_000_000  # above it a picture is not decoded at all
+MAX_DECODED_PIXELS = 89_000_000  # larger images are not decoded at all
 REENCODE_QUALITY = 95  # of what cannot be stored as it is
 _STORED_AS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JPEG with more pictures behind it
 _FORMATS = (*STORED_FORMATS, "GIF", "BMP", "TIFF")
@@ -30,8 +30,8 @@ _TURNS = {
 }
 
 
-class PictureError(ValueError):
-    """A picture cannot be used; `reason` is one of a few, for counting."""
+class ImageError(ValueError):
+    """Says that an image cannot be used; `reason` is one of a few, for counting."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason} {detail}")
@@ -40,48 +40,48 @@ class PictureError(ValueError):
 
 
 @dataclass(frozen=True)
-class PictureOptions:
-    """How pictures are stored. `reencode` None passes JPEG, PNG and WebP through byte by byte."""
+class ImageOptions:
+    """How images are stored. With `reencode` None, JPEG, PNG and WebP are stored byte by byte."""
 
     min_side: int = 1  # pixels
     reencode: int | None = None  # JPEG quality
     max_side: int | None = None  # pixels of the longer side, after encoding again
 
 
-class Picture(NamedTuple):
+class StoredImage(NamedTuple):
     extension: str
     content: bytes
     width: int  # pixels, as the training reader decodes it: without EXIF's turn
     height: int
 
 
-def read_picture(folder: Path, name: str) -> bytes:
-    """Content of a picture below `folder`.
+def read_image(folder: Path, name: str) -> bytes:
+    """Returns the content of an image file below `folder`.
 
     Raises:
-        PictureError: it lies elsewhere, is missing, no plain file, or too large.
+        ImageError: it lies elsewhere, is missing, no plain file, or too large.
     """
     root = os.path.abspath(folder)
     path = os.path.normpath(os.path.join(root, name))
     if os.path.commonpath((root, path)) != root:
-        raise PictureError("picture: its path leads out of --images")
+        raise ImageError("picture: its path leads out of --images")
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
-            raise PictureError("picture: no plain file")
+            raise ImageError("picture: no plain file")
         if status.st_size > MAX_MEMBER_BYTES:
-            raise PictureError(f"picture: over {MAX_MEMBER_BYTES >> 20} MiB", f"{status.st_size} bytes")
+            raise ImageError(f"picture: over {MAX_MEMBER_BYTES >> 20} MiB", f"{status.st_size} bytes")
         return Path(path).read_bytes()
     except FileNotFoundError as error:
-        raise PictureError("picture: file is missing") from error
+        raise ImageError("picture: file is missing") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        if isinstance(error, PictureError):
+        if isinstance(error, ImageError):
             raise
-        raise PictureError("picture: file cannot be read", str(error)) from error
+        raise ImageError("picture: file cannot be read", str(error)) from error
 
 
-def check_picture(content: bytes, options: PictureOptions, counts: Counter[str] | None = None) -> Picture:
-    """The picture as it is to be stored.
+def check_image(content: bytes, options: ImageOptions, counts: Counter[str] | None = None) -> StoredImage:
+    """Returns the image as it is to be stored.
 
     Its format is told by its content. JPEG, PNG and WebP pass through unchanged, EXIF included, which the training
     reader does not apply; what is encoded again is turned as EXIF says, holds no EXIF, and is what the training reader
@@ -91,22 +91,22 @@ def check_picture(content: bytes, options: PictureOptions, counts: Counter[str] 
         counts: the picture is counted there by what the training reader does to it, see `pixels.Rgb`.
 
     Raises:
-        PictureError: not decodable to its last byte, of no mode that is a picture, too large, or too small.
+        ImageError: not decodable to its last byte, of no mode that is a picture, too large, or too small.
     """
     try:
         with open_image(content, MAX_DECODED_PIXELS, _FORMATS) as image:
             picture, changes = _check(image, content, options)
     except PixelsError as error:
-        raise PictureError(f"picture: {error.reason}", error.detail) from error
+        raise ImageError(f"picture: {error.reason}", error.detail) from error
     if counts is not None:
         counts.update(changes)
     return picture
 
 
-def _check(image: Image.Image, content: bytes, options: PictureOptions) -> tuple[Picture, tuple[str, ...]]:
+def _check(image: Image.Image, content: bytes, options: ImageOptions) -> tuple[StoredImage, tuple[str, ...]]:
     width, height = image.size
     if min(width, height) < options.min_side:
-        raise PictureError(f"picture: below {options.min_side} pixels", f"{width} x {height}")
+        raise ImageError(f"picture: below {options.min_side} pixels", f"{width} x {height}")
     extension = _STORED_AS.get(image.format or "")
     pixels, changes = read_rgb(image)
     if extension is None or options.reencode is not None:
@@ -117,10 +117,10 @@ def _check(image: Image.Image, content: bytes, options: PictureOptions) -> tuple
     width, height = pixels.size
     if width * height > MAX_IMAGE_PIXELS:
         limit = f"picture: over the {MAX_IMAGE_PIXELS // 10**6} megapixels that training reads"
-        raise PictureError(limit, f"{width} x {height}; --reencode 95 --max-side 4096 makes it smaller")
+        raise ImageError(limit, f"{width} x {height}; --reencode 95 --max-side 4096 makes it smaller")
     if len(content) > MAX_MEMBER_BYTES:
-        raise PictureError(f"picture: over {MAX_MEMBER_BYTES >> 20} MiB", f"{len(content)} bytes")
-    return Picture(extension, content, width, height), changes
+        raise ImageError(f"picture: over {MAX_MEMBER_BYTES >> 20} MiB", f"{len(content)} bytes")
+    return StoredImage(extension, content, width, height), changes
 
 
 def _encoded(pixels: Image.Image, quality: int) -> bytes:
@@ -130,7 +130,7 @@ def _encoded(pixels: Image.Image, quality: int) -> bytes:
     except (OSError, ValueError) as error:  # a side of more than 65,535 pixels
         size = f"{pixels.width} x {pixels.height}"
         detail = f"{size}: {error}; --max-side 4096 makes it smaller"
-        raise PictureError("picture: cannot be encoded as JPEG", detail) from error
+        raise ImageError("picture: cannot be encoded as JPEG", detail) from error
     return buffer.getvalue()
 
 

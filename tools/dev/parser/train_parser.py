@@ -10,7 +10,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 if __name__ == "__main__":
     from mvptr_ds.user_io.signals import end_on_interrupt
@@ -18,16 +18,17 @@ if __name__ == "__main__":
     end_on_interrupt()
 
 from mvptr_ds.corpus.concepts.backends import MODELS
-from mvptr_ds.corpus.concepts.silver import Settings, make_models, read_captions
 from mvptr_ds.errors import USER_ERRORS
 from mvptr_ds.user_io.terminal import accept_any_text
 from mvptr_ds.user_io.user_files import user_path
+from tools.dev.parser.make_models import Settings, make_models
+from tools.dev.parser.training_trees import read_captions
 
 EPILOG = """needs pip install -e '.[spacy]' lemminflect; equal captions, settings and versions give equal models.
 
 examples:
-  python tools/dev/train_parser.py captions_train2014.json captions_val2014.json --exclude dev.jsonl
-  python tools/dev/train_parser.py captions.json --num-captions 4000 --num-parser-epochs 2 --out runs/models
+  python tools/dev/parser/train_parser.py captions_train2014.json captions_val2014.json --exclude dev.jsonl
+  python tools/dev/parser/train_parser.py captions.json --num-captions 4000 --num-parser-epochs 2 --out runs/models
 """
 
 

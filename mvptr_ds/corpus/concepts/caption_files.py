@@ -1,18 +1,18 @@
-"""Captions of a text or JSON-lines file -> JSON lines with their phrases, in several processes, resumable.
+"""Reads captions from a text or JSON-lines file and writes JSON lines with their phrases.
 
 in    captions.txt     one caption a line
       captions.jsonl   {"caption": "A brown dog.", ...} or {"captions": ["A brown dog.", ...], ...}; other fields stay
 out   phrases.jsonl    {"caption": "A brown dog.", "phrases": [{"tuple": ["dog"], "spans": [[8, 11]]}, ...], ...}
                        or {"captions": [{"text": "A brown dog.", "phrases": [...]}, ...], ...}
 
-The input is cut into ranges of whole lines; each writes a part of its own into OUT.parts, joined at the end.
+The input is cut into ranges of whole lines. Each range is a unit of resumable work and writes a part of its own into
+OUT.parts; the parts are joined at the end.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from mvptr_ds.corpus.resumable_jobs import Summary, put_in_place, run_units
 from mvptr_ds.data.phrases import KINDS
 from mvptr_ds.data.schema import Phrase
 from mvptr_ds.errors import DataError
+from mvptr_ds.user_io.atomic import partial_path, replacing
 
 UNIT_BYTES = 2**20  # about 18,000 captions: ten seconds of work, so that an interruption loses little
 _BATCH = 1024  # lines parsed together
@@ -43,26 +44,24 @@ class Work:
         number, start, end = unit
         summary = Summary()
         path = part_path(self.parts, number)
-        partial = path.with_name(path.name + ".partial")
         parser = get_parser(self.backend)
         parser.left_out.clear()
-        with partial.open("w", encoding="utf-8") as out:
+        with replacing(path) as partial, partial.open("w", encoding="utf-8") as out:
             for batch in _batches(_read_lines(self.source, start, end)):
                 for line in _parse(batch, parser, self.source, summary):
                     out.write(line + "\n")
-        os.replace(partial, path)
         count_left_out(summary, parser, str(self.source))
         return summary
 
 
 @functools.lru_cache(maxsize=1)
 def get_parser(backend: str) -> PhraseParser:
-    """The parser of this process: its models are loaded once."""
+    """Returns this process's parser, whose models are loaded once."""
     return PhraseParser(backend)
 
 
 def extract_file(source: Path, out: Path, backend: str, num_processes: int) -> Summary:
-    """Parses all captions of `source` into `out`; the same call goes on where an interrupted one stopped.
+    """Parses all captions of `source` into `out`; the same call resumes where an interrupted one stopped.
 
     Raises:
         DataError: the input cannot be read, a line is not what it should be, `out` was begun with another parser, or it
@@ -81,7 +80,7 @@ def extract_file(source: Path, out: Path, backend: str, num_processes: int) -> S
     }
     parts.mkdir(parents=True, exist_ok=True)
     summary = run_units(parts, arguments, units, Work(source, parts, backend), num_processes, "phrases")
-    partial = out.with_name(out.name + ".partial")
+    partial = partial_path(out)
     with partial.open("wb") as whole:
         for number, _, _ in units:
             with part_path(parts, number).open("rb") as part:
@@ -96,18 +95,18 @@ def part_path(parts: Path, number: int) -> Path:
 
 
 def phrases_json(phrases: Sequence[Phrase]) -> list[dict[str, Any]]:
-    """As the phrases of a caption stand in a record."""
+    """Returns the phrases as they stand in a record."""
     return [{"tuple": list(phrase.tuple), "spans": [list(span) for span in phrase.spans]} for phrase in phrases]
 
 
 def count_left_out(summary: Summary, parser: PhraseParser, where: str) -> None:
-    """What the parser left out since its counts were cleared."""
+    """Adds what the parser left out since its counts were cleared."""
     for reason, number in sorted(parser.left_out.items()):
         summary.drop(reason, where, number)
 
 
 def count_phrases(summary: Summary, phrases: Sequence[Phrase]) -> None:
-    """One caption more, and its phrases by kind."""
+    """Counts a caption, and its phrases by kind."""
     summary.counts["captions"] += 1
     for phrase in phrases:
         summary.counts[KINDS[len(phrase.tuple)]] += 1
@@ -127,7 +126,7 @@ def _ranges(path: Path) -> Iterator[Range]:
 
 
 def _read_lines(path: Path, start: int, end: int) -> Iterator[tuple[int, bytes]]:
-    """Offset and content of each line."""
+    """Yields the offset and content of each line."""
     with path.open("rb") as lines:
         lines.seek(start)
         while start < end:
@@ -148,7 +147,7 @@ def _batches(lines: Iterator[tuple[int, bytes]]) -> Iterator[list[tuple[int, byt
 
 
 def _parse(batch: list[tuple[int, bytes]], parser: PhraseParser, source: Path, summary: Summary) -> Iterator[str]:
-    """The output lines of some input lines; lines without a caption are dropped and counted."""
+    """Yields the output lines of input lines; those without a caption are dropped and counted."""
     items = []
     for offset, line in batch:
         where = f"{source.name} at byte {offset}"
@@ -176,7 +175,7 @@ def _parse(batch: list[tuple[int, bytes]], parser: PhraseParser, source: Path, s
 
 
 def _read_item(line: str, is_json: bool) -> tuple[list[str], dict[str, Any]] | None:
-    """The captions of a line and what is written beside their phrases; None for a line without one."""
+    """Returns the captions of a line and its other fields; None for a line without a caption."""
     if not is_json:
         text = line.strip()
         return ([text], {"caption": text}) if text else None

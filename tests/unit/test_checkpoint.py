@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from mvptr_ds.checkpoints import checkpoint as checkpointing
-from mvptr_ds.checkpoints.checkpoint import newest_good, verify
+from mvptr_ds.checkpoints.checkpoint import CheckpointWriter, newest_good, verify
 from mvptr_ds.checkpoints.hand_over import find_model, finished_model, first_model, resumes, set_aside
+from mvptr_ds.checkpoints.rng import restore_rng
+from mvptr_ds.checkpoints.state import read_state
 from mvptr_ds.config import load_config
 from mvptr_ds.errors import CheckpointError, StorageError
+from tests.support.checkpoint_states import state_at
 
 
 def save(
@@ -41,9 +43,8 @@ def save(
         (path / "config.json").write_text("{}", encoding="utf-8")
         (path / "mvptr.yaml").write_text("stage1: {max_steps: 6}", encoding="utf-8")
 
-    return checkpointing.save(
-        folder, step, {"stage": "stage1"}, write_engine, write_model, keep, keep_every_steps, must
-    )
+    writer = CheckpointWriter(folder, keep, keep_every_steps)
+    return writer.save(state_at(step), write_engine, write_model, must)
 
 
 def change(path: Path) -> None:
@@ -74,7 +75,7 @@ def test_a_checkpoint_holds_what_it_says(tmp_path: Path) -> None:
     assert path == tmp_path / "step-00000007" and verify(path) is None
     assert {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()} == set(FILES)
     assert set(json.loads((path / "checksums.json").read_text(encoding="utf-8"))) == set(FILES) - {"checksums.json"}
-    assert checkpointing.read_state(path) == {"step": 7, "num_ranks": 1, "stage": "stage1"}
+    assert read_state(path) == state_at(7)
     assert (tmp_path / "latest").read_text(encoding="utf-8") == path.name
     assert newest_good(tmp_path) == path
     assert not list(tmp_path.rglob("*.partial"))
@@ -164,7 +165,7 @@ def test_a_save_that_is_interrupted_leaves_the_one_before(tmp_path: Path) -> Non
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        checkpointing.save(tmp_path, 2, {}, lambda path: path.mkdir(), write_model, keep=1)
+        CheckpointWriter(tmp_path, 1).save(state_at(2), lambda path: path.mkdir(), write_model)
     assert (tmp_path / "step-00000002").is_dir()
     assert newest_good(tmp_path) == good
     assert (tmp_path / "latest").read_text(encoding="utf-8") == good.name
@@ -241,7 +242,7 @@ def test_random_state_comes_back(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     wanted = torch.rand(3)
     torch.manual_seed(4)
-    checkpointing.restore_rng(path)
+    restore_rng(path)
     assert torch.equal(torch.rand(3), wanted)
 
 

@@ -1,84 +1,27 @@
-"""Going on with another number of ranks: the batch arithmetic, what is refused, a conversion that fails."""
+"""Resuming on another number of ranks: what is converted, what is refused, a conversion that fails."""
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
-from mvptr_ds.checkpoints import checkpoint as checkpointing
 from mvptr_ds.checkpoints import hand_over, reshard
-from mvptr_ds.config import Config, TrainConfig
+from mvptr_ds.checkpoints.checkpoint import CHECKSUMS, CheckpointWriter
+from mvptr_ds.checkpoints.rng import seed_rng
+from mvptr_ds.config import Config
 from mvptr_ds.engine import Engine
 from mvptr_ds.errors import CheckpointError
 from mvptr_ds.guards import SkippedSteps
 from mvptr_ds.monitoring.bad_samples import BadSamples
 from mvptr_ds.optim.optimizer import PARAMETER_ORDER
 from mvptr_ds.trainer import Trainer
+from tests.support.checkpoint_states import state_at
 from tests.unit.test_optim import APEX, apex, build, take
 
 __all__ = ["apex"]  # the fixture
-
-
-def saved(batch_size: int, num_ranks: int, accumulation_steps: int) -> dict[str, Any]:
-    return {"batch_size": batch_size, "num_ranks": num_ranks, "accumulation_steps": accumulation_steps}
-
-
-@pytest.mark.parametrize(
-    ("before", "asked", "num_ranks", "wanted"),
-    [
-        (saved(16, 2, 2), 2, 1, 2),  # it divides: what the configuration says holds
-        (saved(16, 2, 2), 2, 4, 2),
-        (saved(16, 2, 2), 4, 1, 4),
-        (saved(12, 2, 2), 2, 4, 1),  # micro-batches of 3 before, of 3 now
-        (saved(12, 2, 2), 2, 12, 1),
-        (saved(64, 8, 4), 4, 32, 1),  # of 2 before, of 2 now
-        (saved(24, 6, 1), 5, 2, 3),  # of 4 before, of 4 now
-    ],
-)
-def test_the_global_batch_stays_and_the_micro_batch_does_not_grow(
-    before: dict[str, Any], asked: int, num_ranks: int, wanted: int
-) -> None:
-    train = TrainConfig(batch_size=before["batch_size"], accumulation_steps=asked)
-    reshard.fit_batch_to_ranks(train, before, num_ranks)
-    assert (train.batch_size, train.accumulation_steps) == (before["batch_size"], wanted)
-    assert train.batch_size % (num_ranks * train.accumulation_steps) == 0
-    if wanted != asked:
-        assert before["batch_size"] // (num_ranks * wanted) <= before["batch_size"] // (
-            before["num_ranks"] * before["accumulation_steps"]
-        )
-
-
-def test_a_change_is_said_with_what_it_does_to_the_negatives(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="mvptr_ds"):
-        reshard.fit_batch_to_ranks(TrainConfig(batch_size=12, accumulation_steps=2), saved(12, 2, 2), 12)
-    assert "train.accumulation_steps=1 instead of 2" in caplog.text
-    assert "12 ranks x 1 accumulation steps x 1 samples (before: 2 x 2 x 3)" in caplog.text
-    assert "negatives come from 12 samples (before: 6)" in caplog.text
-    caplog.clear()
-    with caplog.at_level(logging.INFO, logger="mvptr_ds"):
-        reshard.fit_batch_to_ranks(TrainConfig(batch_size=12, accumulation_steps=2), saved(12, 2, 2), 2)
-    assert caplog.text == ""
-
-
-def test_ranks_that_cannot_share_the_batch_are_refused_with_those_that_can() -> None:
-    with pytest.raises(CheckpointError, match="which 5 ranks cannot share: go on with 1, 2, 3, 4, 6, 12 ranks"):
-        reshard.fit_batch_to_ranks(TrainConfig(batch_size=12), saved(12, 2, 2), 5)
-
-
-def test_a_rounded_batch_is_that_of_the_run() -> None:
-    """64 rounds to 63 on three ranks; the run goes on with 63 on one, and again on one."""
-    for ranks_before in (3, 1):
-        train = TrainConfig(batch_size=64, round_batch_size=True)
-        reshard.fit_batch_to_ranks(train, saved(63, ranks_before, 1), 1)
-        assert train.batch_size == 63
-    train = TrainConfig(batch_size=64, round_batch_size=True)
-    reshard.fit_batch_to_ranks(train, None, 3)
-    assert train.batch_size == 63
 
 
 @pytest.mark.parametrize(
@@ -93,13 +36,13 @@ def test_a_rounded_batch_is_that_of_the_run() -> None:
     ],
 )
 def test_what_is_converted(before: tuple[int, int], now: tuple[int, int], wanted: bool) -> None:
-    state = {"num_ranks": before[0], "zero_stage": before[1], "parameter_order": PARAMETER_ORDER}
+    state = state_at(1, num_ranks=before[0], zero_stage=before[1], parameter_order=PARAMETER_ORDER)
     assert reshard.needs_conversion(Path("step"), state, *now) is wanted
 
 
 @pytest.mark.parametrize("stages", [(2, 3), (3, 1)])
 def test_stages_that_do_not_read_each_other_are_refused(stages: tuple[int, int]) -> None:
-    state = {"num_ranks": 2, "zero_stage": stages[0]}
+    state = state_at(1, num_ranks=2, zero_stage=stages[0])
     with pytest.raises(CheckpointError, match=f"written with ZeRO stage {stages[0]}, which stage {stages[1]} cannot"):
         reshard.needs_conversion(Path("step"), state, 2, stages[1])
 
@@ -107,7 +50,7 @@ def test_stages_that_do_not_read_each_other_are_refused(stages: tuple[int, int])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_checkpoint_of_stage_0_says_how_its_weights_go_on(stage: int) -> None:
     """Nobody writes them any more, but some lie about."""
-    state = {"num_ranks": 2, "zero_stage": 0, "parameter_order": PARAMETER_ORDER}
+    state = state_at(1, num_ranks=2, zero_stage=0, parameter_order=PARAMETER_ORDER)
     with pytest.raises(CheckpointError, match=r"ZeRO stage 0, .*with run\.dir=\.\.\. run\.init_from=RUN/step"):
         reshard.needs_conversion(Path("RUN/step"), state, 2, stage)
 
@@ -117,7 +60,7 @@ def checkpoint_of_garbage(folder: Path) -> Path:
         path.mkdir()
         (path / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"garbage")
 
-    path = checkpointing.save(folder, 3, {}, write_engine, lambda path: path.mkdir(), 1)
+    path = CheckpointWriter(folder, 1).save(state_at(3), write_engine, lambda path: path.mkdir())
     assert path is not None
     return path
 
@@ -139,7 +82,7 @@ def test_one_that_is_there_is_taken_unless_the_checkpoint_has_changed(tmp_path: 
     whole = tmp_path / "universal" / reshard._name(path)
     whole.mkdir(parents=True)
     assert reshard.convert(path, tmp_path / "universal") == whole
-    (path / checkpointing.CHECKSUMS).write_text("{}", encoding="utf-8")  # another of the same step
+    (path / CHECKSUMS).write_text("{}", encoding="utf-8")  # another of the same step
     with pytest.raises(CheckpointError):
         reshard.convert(path, tmp_path / "universal")
     assert not whole.exists()
@@ -164,16 +107,14 @@ def test_apex_goes_on_with_the_count_of_updates() -> None:
 
 def test_steps_that_were_left_out_are_no_updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine is a stand-in: only apex's optimiser asks for their number, and that runs on CUDA alone."""
-    state = {
-        "zero_stage": 1, "parameter_order": PARAMETER_ORDER, "skipped_steps": 3, "samples": {"read": 0, "bad": 0},
-    }  # fmt: skip
-    path = checkpointing.save(tmp_path, 8, state, lambda p: p.mkdir(), lambda p: p.mkdir(), 1)
+    state = state_at(8, zero_stage=1, parameter_order=PARAMETER_ORDER, skipped_steps=3)
+    path = CheckpointWriter(tmp_path, 1).save(state, lambda p: p.mkdir(), lambda p: p.mkdir())
     assert path is not None
     loaded: list[tuple[Path, int | None]] = []
     trainer = Trainer.__new__(Trainer)
     trainer.config, trainer.dir, trainer.zero_stage, trainer.seed = Config(), tmp_path, 2, 0
     trainer.skipped, trainer.bad_samples, trainer.starting = SkippedSteps(9), BadSamples(1.0, tmp_path), lambda: None
-    trainer.task, trainer.stage = SimpleNamespace(model=None), Config().stage1
+    trainer.module, trainer.stage = SimpleNamespace(model=None), Config().stage1
     trainer.engine = SimpleNamespace(load=lambda path, universal_steps: loaded.append((path, universal_steps)))
     monkeypatch.setattr(trainer, "_build_engine", lambda filled: None)
     monkeypatch.setattr("mvptr_ds.checkpoints.model_folder.load_weights", lambda *_: None)
@@ -186,7 +127,7 @@ def test_steps_that_were_left_out_are_no_updates(tmp_path: Path, monkeypatch: py
 def test_ranks_that_are_new_draw_from_step_and_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     def draw(seed: int, step: int, rank: int) -> float:
         monkeypatch.setattr("mvptr_ds.distributed.collectives.rank", lambda: rank)
-        checkpointing.seed_rng(seed, step)
+        seed_rng(seed, step)
         return float(torch.rand(()))
 
     drawn = [draw(*key) for key in ((0, 4, 0), (0, 4, 1), (0, 5, 0), (1, 4, 0))]
@@ -196,9 +137,8 @@ def test_ranks_that_are_new_draw_from_step_and_rank(monkeypatch: pytest.MonkeyPa
 def test_newest_state(tmp_path: Path) -> None:
     assert hand_over.newest_state(tmp_path, ["stage1", "stage2"]) is None
     for stage, step in (("stage1", 4), ("stage1", 6), ("stage2", 2)):
-        checkpoint = checkpointing.save(
-            tmp_path / stage / "checkpoints", step, {"of": stage}, lambda p: p.mkdir(), lambda p: p.mkdir(), 9
-        )
+        writer = CheckpointWriter(tmp_path / stage / "checkpoints", 9)
+        checkpoint = writer.save(state_at(step, stage=stage), lambda p: p.mkdir(), lambda p: p.mkdir())
         assert checkpoint is not None
         state = hand_over.newest_state(tmp_path, ["stage1", "stage2"])
-        assert state is not None and (state["of"], state["step"]) == (stage, step)
+        assert state is not None and (state.stage, state.step) == (stage, step)

@@ -1,39 +1,33 @@
-"""Trains the dependency parser that the package ships, on trees that another parser made (silver)."""
+"""Trains the dependency parser of mvptr_ds/corpus/concepts/dependency.py on trees that another parser made.
+
+Legend: that file's, and L sentences that one update learns from.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from mvptr_ds.corpus.concepts.dependency import LEFT, RIGHT, SHIFT, DependencyParser, Model, States, batches
 from mvptr_ds.corpus.concepts.templates import feature_rows, make_multipliers
 from mvptr_ds.user_io.progress import progress_bar
+from tools.dev.parser.training_trees import TrainingTree
 
 MAX_PRUNED = 3  # of 127
 RARE = 20  # a label seen less often is "dep"
 
 
-class Silver(NamedTuple):
-    """One annotated caption."""
-
-    words: list[str]
-    tags: list[str]
-    heads: list[int]
-    labels: list[str]
-
-
 class Oracle:
-    """What each transition would cost in arcs that can then no longer be found. Source: Goldberg and Nivre, 2013."""
+    """Counts the right arcs that each transition makes unreachable. Source: Goldberg and Nivre, 2013."""
 
-    def __init__(self, states: States, silver: Sequence[Silver], transitions: dict[tuple[int, str], int]) -> None:
+    def __init__(self, states: States, trees: Sequence[TrainingTree], transitions: dict[tuple[int, str], int]) -> None:
         shape = states.heads_BN.shape
         self.states = states
         self.heads_BN = np.full(shape, -1)
         self.label_2BN = np.zeros((2, *shape), dtype=np.int64)  # the right transition for LEFT and RIGHT
-        for row, sentence in enumerate(silver):
+        for row, sentence in enumerate(trees):
             size = len(sentence.words)
             for index, (head, label) in enumerate(zip(sentence.heads, sentence.labels, strict=True)):
                 self.heads_BN[row, index] = size if head == index else head
@@ -42,7 +36,7 @@ class Oracle:
         self._index_N = np.arange(shape[1])
 
     def costs(self, kinds_C: np.ndarray) -> np.ndarray:
-        """int64 [B, C]"""
+        """Returns int64 [B, C]: right arcs that each transition would lose in each state."""
         states = self.states
         rows_B, front_B = states.rows_B, states.front_B
         s0, s1 = states.top(0), states.top(1)
@@ -62,10 +56,10 @@ class Oracle:
         return costs_BC
 
 
-def transitions_of(silver: Sequence[Silver]) -> tuple[np.ndarray, list[str]]:
-    """Kinds and labels of the transitions that the annotations need."""
+def transitions_of(trees: Sequence[TrainingTree]) -> tuple[np.ndarray, list[str]]:
+    """Returns the kinds and labels of the transitions that the annotations need."""
     counts: Counter[tuple[int, str]] = Counter()
-    for sentence in silver:
+    for sentence in trees:
         for index, (head, label) in enumerate(zip(sentence.heads, sentence.labels, strict=True)):
             counts[LEFT if head > index or head == index else RIGHT, label] += 1
     kept = {pair for pair, count in counts.items() if count >= RARE} | {(LEFT, "dep"), (RIGHT, "dep")}
@@ -76,9 +70,9 @@ def transitions_of(silver: Sequence[Silver]) -> tuple[np.ndarray, list[str]]:
 class ParserTrainer:
     """An averaged perceptron over the transitions of many sentences at once."""
 
-    def __init__(self, silver: Sequence[Silver], num_rows: int, margin: float, seed: int) -> None:
-        kinds_C, labels = transitions_of(silver)
-        tags = sorted({tag for sentence in silver for tag in sentence.tags})
+    def __init__(self, trees: Sequence[TrainingTree], num_rows: int, margin: float, seed: int) -> None:
+        kinds_C, labels = transitions_of(trees)
+        tags = sorted({tag for sentence in trees for tag in sentence.tags})
         weights_HC = np.zeros((num_rows, len(labels)), dtype=np.float32)
         self.model = Model(weights_HC, make_multipliers(seed), kinds_C, labels, tags)
         self.transitions = {(int(kind), label): c for c, (kind, label) in enumerate(zip(kinds_C, labels, strict=True))}
@@ -88,29 +82,29 @@ class ParserTrainer:
         self._totals_HC = np.zeros_like(weights_HC)  # update x its step, for the average
         self._step = 1
 
-    def epoch(self, silver: Sequence[Silver], tags: Sequence[Sequence[str]], explore: float, desc: str) -> float:
-        """One pass; returns the share of transitions that cost nothing."""
+    def epoch(self, trees: Sequence[TrainingTree], tags: Sequence[Sequence[str]], explore: float, desc: str) -> float:
+        """Trains on each sentence once; returns the share of transitions that cost nothing."""
         num_right = num_all = 0
-        for chosen in progress_bar(list(self._batches(silver)), desc=desc):
-            right, made = self._learn([silver[i] for i in chosen], [tags[i] for i in chosen], explore)
+        for chosen in progress_bar(list(self._batches(trees)), desc=desc):
+            right, made = self._learn([trees[i] for i in chosen], [tags[i] for i in chosen], explore)
             num_right, num_all = num_right + right, num_all + made
         return num_right / max(1, num_all)
 
-    def _batches(self, silver: Sequence[Silver]) -> Iterator[list[int]]:
-        order = self.rng.permutation(len(silver))
+    def _batches(self, trees: Sequence[TrainingTree]) -> Iterator[list[int]]:
+        order = self.rng.permutation(len(trees))
         groups = []
         for start in range(0, len(order), 4096):
             window = order[start : start + 4096]
-            found = batches([len(silver[i].words) for i in window])
+            found = batches([len(trees[i].words) for i in window])
             groups += [[int(window[i]) for i in group[half::4]] for group in found for half in range(4)]
         for number in self.rng.permutation(len(groups)):
             if groups[number]:
                 yield groups[number]
 
-    def _learn(self, silver: list[Silver], tags: list[Sequence[str]], explore: float) -> tuple[int, int]:
+    def _learn(self, trees: list[TrainingTree], tags: list[Sequence[str]], explore: float) -> tuple[int, int]:
         model = self.model
-        states = self.parser.states([sentence.words for sentence in silver], tags)
-        oracle = Oracle(states, silver, self.transitions)
+        states = self.parser.states([sentence.words for sentence in trees], tags)
+        oracle = Oracle(states, trees, self.transitions)
         num_right = num_all = 0
         active_B = states.unfinished()
         while active_B.any():
@@ -140,12 +134,12 @@ class ParserTrainer:
         self._step += 1
 
     def averaged(self) -> np.ndarray:
-        """float32 [H, C]"""
+        """Returns float32 [H, C]: the mean of the weights over all updates."""
         return self.model.weights_HC - self._totals_HC / self._step
 
 
 def quantised(weights_HC: np.ndarray) -> np.ndarray:
-    """int8 [H, C]: scaled so that one weight in 10,000 of those that are not 0 is clipped.
+    """Returns int8 [H, C], scaled so that one weight in 10,000 of those that are not 0 is clipped.
 
     The smallest become 0: they change no figure that we measure, and the file shrinks by a quarter.
     """

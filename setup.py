@@ -52,7 +52,13 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["mvptr_ds", "mvptr_ds.*"]),
     package_data={
-        "mvptr_ds": ["configs/*.yaml", "data/*.txt", "corpus/preview/templates/*", "corpus/concepts/models/*"]
+        "mvptr_ds": [
+            "py.typed",
+            "configs/*.yaml",
+            "data/*.txt",
+            "corpus/preview/templates/*",
+            "corpus/concepts/models/*",
+        ]
     },
     install_requires=REQUIRES,
     extras_require=EXTRAS,

@@ -56,7 +56,7 @@ def mcr_regions(log_p_RK: Tensor, own_RK: Tensor) -> LossSum:
         log_p_RK: the tag head's log probability of every masked tag at the regions; K or R may be 0.
         own_RK: bool, the region is one of the tag's own image. A tag whose image has no region does not count.
 
-    Source: README, "The same numbers".
+    Source: README, "The published code".
     """
     has_region_K = own_RK.any(0)
     # a column of -inf alone has no gradient: let it be zeros, which do not count

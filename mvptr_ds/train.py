@@ -21,7 +21,6 @@ if __name__ == "__main__":  # a script's own folder comes first on the path, whe
 import torch
 
 from mvptr_ds.batch_size import fit_batch_to_ranks
-from mvptr_ds.builders import prepare_shards
 from mvptr_ds.checkpoints.hand_over import finished_model, first_model, newest_state, set_aside
 from mvptr_ds.checkpoints.run_lock import only_start
 from mvptr_ds.config import Config, load_config, save_config
@@ -31,6 +30,7 @@ from mvptr_ds.ds_config import load_ds_config
 from mvptr_ds.errors import USER_ERRORS, exit_code
 from mvptr_ds.guards import Watchdog, collectives_timeout_s
 from mvptr_ds.preflight import checks
+from mvptr_ds.shard_folders import prepare_shards
 from mvptr_ds.stopping import EXIT_STOPPED, StopSignal
 from mvptr_ds.tasks import TASKS
 from mvptr_ds.trainer import Trainer

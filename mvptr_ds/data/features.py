@@ -53,6 +53,7 @@ class SampleOptions:
     tag_wrong_prob: float = 0.0  # one tag is replaced by a random other one
     tag_withhold_prob: float = 0.0  # all tags are left out
     needs_regions: bool = False  # a sample with nothing to see cannot be used
+    labels: tuple[str, ...] = ()  # names in the labels of a caption; a sample that lacks one cannot be used
     tag_list: Sequence[str] = field(default=())  # tags that a wrong one is drawn from (those of the manifest)
 
     def __post_init__(self) -> None:
@@ -126,7 +127,11 @@ class SampleBuilder:
         captions = record.captions or (_NO_CAPTION,)
         if not 0 <= caption_number < len(captions):
             raise DataError(f"caption {caption_number} of a record with {len(captions)}; rebuild the index")
-        text = self._text(captions[caption_number], rng)
+        caption = captions[caption_number]
+        missing = [name for name in self.options.labels if name not in (caption.labels or {})]
+        if missing:
+            raise DataError(f"the caption has no label {missing[0]!r}, which the task learns from")
+        text = self._text(caption, rng)
         tag_ids_G, tag_labels_G = self._tags(record, rng)
         geometry_R6 = _NO_GEOMETRY
         if can_be_seen(record, members):
@@ -151,6 +156,7 @@ class SampleBuilder:
             position=position,
             num_oov_phrases=text.num_dropped,
             num_phrases=text.num_phrases,
+            labels={name: (caption.labels or {})[name] for name in self.options.labels},
         )
 
     def add_visual(self, sample: Sample, members: Mapping[str, bytes]) -> None:

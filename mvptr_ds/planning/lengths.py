@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mvptr_ds import builders
+from mvptr_ds import builders, shard_folders
 from mvptr_ds.config import Config, MaskingConfig
 from mvptr_ds.config_data import DataConfig
 from mvptr_ds.data.collate import collate
@@ -69,7 +69,7 @@ def measured(config: Config, stage: str, num_samples: int) -> tuple[Lengths, flo
     torch.set_num_threads(1)
     data = replace(config.data, demo_source=None, held_out=None)  # plans with what is there to train on
     config = replace(config, data=data)
-    builders.prepare_shards(config.data, config.run.seed, 1)
+    shard_folders.prepare_shards(config.data, config.run.seed, 1)
     needs = TASKS[stage].sample_needs(config)
     with tempfile.TemporaryDirectory() as joins:
         dataset = builders.build_dataset(

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mvptr_ds.config import Config, SourceConfig
+from mvptr_ds.config import Config
+from mvptr_ds.config_data import SourceConfig
 from tests.conftest import REPO
 from tools.dev.check_prose import FENCE, check, pages
 

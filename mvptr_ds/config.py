@@ -207,7 +207,7 @@ class OptimConfig:
     """Largest norm of the gradient; a longer one is scaled down."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainConfig:
     """The training loop: batch, checkpoints, log, limits."""
 

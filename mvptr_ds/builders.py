@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,8 @@ import numpy as np
 import torch
 
 from mvptr_ds import ds_config
-from mvptr_ds.config import Config, DataConfig, MaskingConfig, SourceConfig
+from mvptr_ds.config import Config, MaskingConfig
+from mvptr_ds.config_data import DataConfig
 from mvptr_ds.data.dataset import MixedDataset, SampleDataset, ShardDataset
 from mvptr_ds.data.features import SampleBuilder, SampleOptions
 from mvptr_ds.data.lengths import Lengths, lengths_are_there, lengths_path, measure, write_lengths
@@ -24,13 +24,8 @@ from mvptr_ds.data.sampling.buckets import BucketedBatches
 from mvptr_ds.data.sampling.mixture import Mixture, default_block, source_seed
 from mvptr_ds.data.sampling.plan import Plan
 from mvptr_ds.data.schema import SCHEMA_VERSION
-from mvptr_ds.data.shards.index import Index, SampleIndex
-from mvptr_ds.data.shards.index_builder import ensure_index
-from mvptr_ds.data.shards.sidecar_join import JoinedIndex, check_extractors, check_kinds, ensure_join, visual_extractors
-from mvptr_ds.data.shards.urls import ReadOptions, is_url
+from mvptr_ds.data.shards.index import SampleIndex
 from mvptr_ds.data.wordpiece import WordPiece
-from mvptr_ds.demo import build
-from mvptr_ds.demo.build import FolderTakenError, build_demo_shards
 from mvptr_ds.distributed import collectives
 from mvptr_ds.distributed.collectives import run_on_rank_zero
 from mvptr_ds.errors import DataError
@@ -39,6 +34,7 @@ from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.convert import init_from_bert, load_bert
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.optim.optimizer import optimizer_choice
+from mvptr_ds.shard_folders import open_sources
 
 logger = logging.getLogger(__name__)
 NO_MASKING = MaskingConfig(word_prob=0.0, phrase_prob=0.0, tag_prob=0.0)
@@ -52,138 +48,16 @@ class SampleNeeds:
         pairs: image-text pairs only. Folders with other samples are refused, and a sample without regions is replaced.
         masking: how much of each sample is masked.
         phrase_labels: whether masked phrases are labelled, for a head over the phrase vocabulary.
+        labels: names in the labels of a caption; they come as `Batch.labels`. A sample that lacks one is replaced.
     """
 
     pairs: bool = True
     masking: MaskingConfig = field(default_factory=lambda: NO_MASKING)
     phrase_labels: bool = False
+    labels: tuple[str, ...] = ()
 
 
-def read_options(data: DataConfig) -> ReadOptions:
-    """How shards behind a URL are read."""
-    return ReadOptions(data.read_ahead_mib, data.read_retries, data.read_timeout_s, data.cache_dir)
-
-
-def prepare_shards(data: DataConfig, seed: int, num_processes: int) -> None:
-    """Builds the demo shards if the configuration asks for them and they are missing, and missing indices."""
-
-    def prepare() -> None:
-        if data.demo_source is not None and not demo_shards_are_there(data, seed):
-            scenes = data.demo_train_scenes, data.demo_held_out_scenes
-            build_demo_shards(Path(str(data.train)).parent, data.demo_source, *scenes, seed, num_processes)
-        splits = splits_of(data)
-        for folder, role in roles_of(splits).items():
-            ensure_index(folder, read_options(data), role)
-        if not data.allow_mixed_extractors:
-            _check_same_extractors(splits, read_options(data))
-
-    run_on_rank_zero(prepare)
-
-
-def demo_shards_are_there(data: DataConfig, seed: int) -> bool:
-    """Whether the demo shards that the configuration asks for are built; else their folder is free for them.
-
-    Raises:
-        DataError: they cannot be built there; a user's own shards under a demo's configuration are the usual case.
-    """
-    builds = f"data.demo_source={data.demo_source} builds the shards of data.train"
-    if data.train is None:
-        raise DataError(f"{builds}, which is null; set data.demo_source=null")
-    if is_url(data.train):
-        raise DataError(f"{builds}={data.train}, which is a URL; set data.demo_source=null to train on what is there")
-    scenes = data.demo_train_scenes, data.demo_held_out_scenes
-    try:
-        return build.demo_shards_are_there(Path(data.train).parent, str(data.demo_source), *scenes, seed)
-    except FolderTakenError as error:
-        raise DataError(
-            f"{builds}={data.train}, but {error}; set data.demo_source=null to train on the shards that are there, or "
-            "name another folder for those of the demo (data.train, data.held_out, data.word_vocab, data.phrase_vocab)"
-        ) from error
-
-
-def sources_of(data: DataConfig) -> dict[str, SourceConfig]:
-    """What to train on by name: `data.sources`, or `data.train` alone, whose name is empty.
-
-    Raises:
-        DataError: both or neither are given, a source has a name that cannot be used or no shards, or some a weight.
-    """
-    if not data.sources:
-        if data.train is None:
-            raise DataError("neither data.train nor data.sources is set: give data.train=FOLDER of shards")
-        return {"": SourceConfig(data.train, None, data.sidecars)}
-    if data.train is not None or data.sidecars:
-        own = f"data.train={data.train}" if data.train is not None else f"data.sidecars={data.sidecars}"
-        raise DataError(
-            f"{own} and data.sources ({', '.join(data.sources)}) are given both: set data.train=null data.sidecars=[] "
-            "(each source names its own sidecars), or data.sources=null"
-        )
-    for name, source in data.sources.items():
-        if not re.fullmatch(r"[\w-]+", name):
-            raise DataError(f"data.sources has a source {name!r}: name it with letters, digits, _ and - alone")
-        if not source.shards:
-            raise DataError(f"data.sources.{name}.shards is not set: give the source's folder of shards")
-    without = [name for name, source in data.sources.items() if source.weight is None]
-    if 0 < len(without) < len(data.sources):
-        raise DataError(
-            f"data.sources.{without[0]} has no weight, but others have: give all of them one, or none (then the "
-            "numbers of samples are the weights)"
-        )
-    return data.sources
-
-
-def splits_of(data: DataConfig) -> dict[str, SourceConfig]:
-    """Every folder of shards that a run reads, by the key of the configuration that names it."""
-    splits = {f"data.sources.{name}" if name else "data.train": source for name, source in sources_of(data).items()}
-    if data.held_out is not None:
-        sidecars = data.sidecars if data.held_out_sidecars is None else data.held_out_sidecars
-        splits["data.held_out"] = SourceConfig(data.held_out, None, sidecars)
-    return splits
-
-
-def roles_of(splits: dict[str, SourceConfig]) -> dict[str, str]:
-    """Every folder of these splits, and what it is for the configuration."""
-    roles: dict[str, str] = {}
-    for key, split in splits.items():
-        roles |= {folder: f"a sidecar of {key}" for folder in split.sidecars if folder not in roles}
-        roles[split.shards] = key
-    return roles
-
-
-def _check_same_extractors(splits: dict[str, SourceConfig], options: ReadOptions) -> None:
-    first: tuple[str, set[str]] | None = None
-    for name, split in splits.items():
-        main, *sidecars = (Index.open(folder, options) for folder in (split.shards, *split.sidecars))
-        check_kinds(main, sidecars)
-        found = visual_extractors(main, sidecars, [0] * len(sidecars))
-        if not found:
-            continue
-        first = first or (name, found)
-        if found != first[1]:
-            one, other = (", ".join(sorted(extractors)) for extractors in (first[1], found))
-            raise DataError(
-                f"the regions of {first[0]} are of {one}, those of {name} of {other}: make both with one extractor, "
-                "or set data.allow_mixed_extractors=true"
-            )
-
-
-def open_sources(data: DataConfig, name: str, needs: SampleNeeds, joins: Path) -> dict[str, SampleIndex]:
-    """The samples of each source that a task trains on; their indices must be there. All ranks call it.
-
-    Args:
-        name: of the task, for messages.
-        joins: folder where the joins with the sidecars are kept.
-
-    Raises:
-        DataError: the folders cannot be opened or joined, or the task needs pairs and there are other samples.
-    """
-    indices = {}
-    for source_name, source in sources_of(data).items():
-        indices[source_name] = index = _open(data, source.shards, source.sidecars, joins)
-        if needs.pairs:
-            folder = f"source {source_name} ({source.shards})" if source_name else source.shards
-            remedy = "leave it to stage 1 (run.stages=[1])"
-            _check_pairs(index, folder, f"{name} aligns both, so it needs", remedy)
-    return indices
+NOTHING_MASKED = SampleNeeds(pairs=False)  # of any samples as they are
 
 
 def build_dataset(
@@ -197,12 +71,10 @@ def build_dataset(
         DataError: as `open_sources`, or blocks of the mixture that are too short.
     """
     data, datasets = config.data, {}
-    for name, index in open_sources(data, task_name, needs, joins).items():
+    for name, index in open_sources(data, task_name, needs.pairs, joins).items():
         own_seed = source_seed(seed, name) if name else seed
         plan = Plan(len(index), own_seed, data.block_samples, data.window_blocks)
-        builder = build_samples(
-            config, vocabs, index, needs.masking, needs.phrase_labels, tag_noise=True, needs_regions=needs.pairs
-        )
+        builder = build_samples(config, vocabs, index, needs, tag_noise=True)
         datasets[name] = ShardDataset(index, plan, builder)
     if not data.sources:
         return datasets[""]
@@ -223,40 +95,6 @@ def build_mixture(config: Config, num_samples: Mapping[str, int], seed: int) -> 
     except ValueError as error:
         asked = f"data.sources, data.mixture_block_samples={data.mixture_block_samples}"
         raise DataError(f"{asked}: {error}") from error
-
-
-def open_held_out(data: DataConfig, joins: Path) -> SampleIndex:
-    """The samples to evaluate on, like `open_sources`; builds missing indices."""
-    if data.held_out is None:
-        raise DataError("data.held_out is not set: give data.held_out=FOLDER of shards to evaluate on")
-    sidecars = data.sidecars if data.held_out_sidecars is None else data.held_out_sidecars
-    run_on_rank_zero(lambda: [ensure_index(folder, read_options(data)) for folder in (str(data.held_out), *sidecars)])
-    index = _open(data, data.held_out, sidecars, joins)
-    _check_pairs(index, data.held_out, "evaluation needs", "set data.held_out to others, or to null to do without")
-    return index
-
-
-def _open(data: DataConfig, folder: str, sidecars: Sequence[str], joins: Path) -> SampleIndex:
-    options = read_options(data)
-    main = Index.open(folder, options)
-    opened = [Index.open(sidecar, options) for sidecar in sidecars]
-    if opened:
-        missing, allow_mixed = data.missing_partners, data.allow_mixed_extractors
-        run_on_rank_zero(lambda: ensure_join(main, opened, missing, allow_mixed, joins))
-        return JoinedIndex(main, opened, missing, joins)
-    check_kinds(main, ())
-    if not data.allow_mixed_extractors:
-        check_extractors(main)
-    return main
-
-
-def _check_pairs(index: SampleIndex, folder: str, who: str, remedy: str) -> None:
-    if index.num_text_only_samples or index.num_image_only_samples:
-        raise DataError(
-            f"{folder} holds {index.num_text_only_samples} text-only and {index.num_image_only_samples} image-only "
-            f"samples among {len(index)}; {who} image-text pairs: take them out, give what they lack in data.sidecars, "
-            f"or {remedy}"
-        )
 
 
 def build_batches(
@@ -298,15 +136,9 @@ def build_vocabs(data: DataConfig) -> Vocabs:
 
 
 def build_samples(
-    config: Config,
-    vocabs: Vocabs,
-    index: SampleIndex,
-    masking: MaskingConfig,
-    predict_phrases: bool,
-    tag_noise: bool,
-    needs_regions: bool = False,
+    config: Config, vocabs: Vocabs, index: SampleIndex, needs: SampleNeeds, tag_noise: bool
 ) -> SampleBuilder:
-    """What turns a record's members into a sample; evaluation passes `NO_MASKING` and no tag noise."""
+    """What turns a record's members into a sample; evaluation has no tag noise, and mostly no masking."""
     data, visual = config.data, config.visual
     options = SampleOptions(
         visual_source=visual.source,
@@ -317,14 +149,15 @@ def build_samples(
         max_text_slots=data.max_text_slots,
         max_tag_slots=data.max_tag_slots,
         max_regions=data.max_regions,
-        word_prob=masking.word_prob,
-        phrase_prob=masking.phrase_prob,
-        tag_prob=masking.tag_prob,
-        predict_phrases=predict_phrases,
+        word_prob=needs.masking.word_prob,
+        phrase_prob=needs.masking.phrase_prob,
+        tag_prob=needs.masking.tag_prob,
+        predict_phrases=needs.phrase_labels,
         tag_drop_prob=data.tag_drop_prob if tag_noise else 0.0,
         tag_wrong_prob=data.tag_wrong_prob if tag_noise else 0.0,
         tag_withhold_prob=data.tag_withhold_prob if tag_noise else 0.0,
-        needs_regions=needs_regions,
+        needs_regions=needs.pairs,
+        labels=needs.labels,
         tag_list=list(index.tags),
     )
     return SampleBuilder(vocabs.words, vocabs.phrases, options)

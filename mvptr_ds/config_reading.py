@@ -1,6 +1,7 @@
-"""From nodes of YAML to the values of dataclasses: by annotation, with everything that is wrong at once.
+"""From YAML files and arguments to dataclasses: by annotation, with everything that is wrong at once.
 
-What an annotation can say besides the type stands in `Annotated`: the Range of a number, PATH of a text.
+An annotation is a type, `Literal` with the choices of a text, or `Annotated` with the Range of a number or PATH for a
+text that names a file.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from mvptr_ds.user_io.user_files import expanded
-from mvptr_ds.user_io.yaml_nodes import BOOLEANS, Node, number_of, parse_argument, plain
+from mvptr_ds.user_io.user_files import expanded, read_text
+from mvptr_ds.user_io.yaml_nodes import BOOLEANS, Node, number_of, parse_argument, parse_yaml, plain
 
+CONFIGS_DIR = Path(__file__).resolve().parent / "configs"
 PATH = "path"  # a text that names a file, a folder or a URL: its `~` is expanded
 
 
@@ -41,6 +44,15 @@ class Range:
         return f"{lower} and {'below' if self.most_is_open else 'at most'} {self.most}"
 
 
+PathText = Annotated[str, PATH]
+Count = Annotated[int, Range(0)]
+Positive = Annotated[int, Range(1)]
+NotNegative = Annotated[float, Range(0)]
+Above0 = Annotated[float, Range(0, least_is_open=True)]
+Share = Annotated[float, Range(0, 1)]
+Below1 = Annotated[float, Range(0, 1, most_is_open=True)]
+
+
 def conclude(problems: Sequence[str]) -> None:
     """Raises ValueError if there are problems: one as it is, several as a list."""
     if len(problems) == 1:
@@ -49,8 +61,58 @@ def conclude(problems: Sequence[str]) -> None:
         raise ValueError(f"the configuration has {len(problems)} errors:\n  - " + "\n  - ".join(problems))
 
 
+def layers_of(path: Path, inner: tuple[Path, ...] = ()) -> list[Node]:
+    """The YAML of a file, and before it that of the files that it extends.
+
+    Raises:
+        ValueError: a file extends itself or what is no file, or is not YAML.
+    """
+    if path.resolve() in [other.resolve() for other in inner]:
+        raise ValueError(f"{path} extends itself, through {', '.join(map(str, inner))}")
+    node = parse_yaml(read_text(path), str(path))
+    if node.content is None:  # nothing is said
+        return []
+    if not isinstance(node.content, dict) or "extends" not in node.content:
+        return [node]
+    base = node.content["extends"].content
+    if isinstance(base, (list, dict)):
+        found = plain(node.content["extends"])
+        raise ValueError(f"{path}: extends is {found!r}, expected one file or the name of a packaged configuration")
+    own = dataclasses.replace(node, content={key: part for key, part in node.content.items() if key != "extends"})
+    return [own] if base is None else [*layers_of(find_config(base, path), (*inner, path)), own]
+
+
+def find_config(path: str | Path, extended_by: Path | None = None) -> Path:
+    """The file of that path or, with or without `.yaml`, the packaged configuration of that name.
+
+    Args:
+        extended_by: the file that names it after `extends`, beside which it may lie.
+
+    Raises:
+        ValueError: there is none, or it is a folder.
+    """
+    path = Path(expanded(str(path)))
+    candidates = [path, CONFIGS_DIR / path, CONFIGS_DIR / f"{path}.yaml"]
+    if extended_by is not None and extended_by.parent == CONFIGS_DIR:  # packaged ones extend each other
+        candidates = candidates[1:]
+    elif extended_by is not None:
+        candidates.insert(0, extended_by.parent / path)
+    own = extended_by.resolve() if extended_by is not None else None
+    for candidate in candidates:
+        if candidate.is_file() and candidate.resolve() != own:  # mine/base.yaml may extend the packaged base.yaml
+            return candidate
+    said = f"{extended_by} extends {str(path)!r}, but there" if extended_by is not None else "there"
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, expected a YAML file")
+    packaged = ", ".join(sorted(p.stem for p in CONFIGS_DIR.glob("*.yaml")))
+    raise ValueError(f"{said} is no config {str(path)!r}; give a YAML file or one of the packaged ones: {packaged}")
+
+
 class Overlay:
-    """Lays what users write over a tree of dataclasses; `problems` collects what does not fit."""
+    """Lays what users write over a tree of dataclasses.
+
+    `tree` is the result, made of new sections where something differs. `problems` collects what does not fit.
+    """
 
     def __init__(self, tree: Any) -> None:
         self.tree = tree
@@ -58,7 +120,7 @@ class Overlay:
 
     def add(self, node: Node) -> None:
         """A mapping of sections, of which each says what differs."""
-        self._section(self.tree, node, "")
+        self.tree = self._section(self.tree, node, "")
 
     def add_argument(self, argument: str) -> None:
         """`section.key=value`."""
@@ -75,27 +137,30 @@ class Overlay:
             node = Node({name: node})
         self.add(node)
 
-    def _section(self, out: Any, node: Node, prefix: str) -> None:
+    def _section(self, old: Any, node: Node, prefix: str) -> Any:
+        """The old section with the values of the node laid over it."""
         content = node.content
         if not isinstance(content, dict):
             name = prefix.rstrip(".") or "the configuration"
             self.problems.append(f"{node.place}{name} is {plain(node)!r}, expected a section with keys")
-            return
-        hints = typing.get_type_hints(type(out), include_extras=True)
+            return old
+        hints = typing.get_type_hints(type(old), include_extras=True)
+        changes = {}
         for key, value in content.items():
             name = f"{prefix}{key}"
             if key not in hints:
                 near = self._near(name, [f"{prefix}{known}" for known in hints])
                 self.problems.append(f"{value.place}unknown configuration key {name!r}; {near}")
                 continue
-            old = getattr(out, key)
-            named = _class_of_named_sections(hints[key])
+            old_value = getattr(old, key)
+            named = class_of_named_sections(hints[key])
             if named is not None:
-                setattr(out, key, self._named_sections(named, value, f"{name}.", old))
-            elif dataclasses.is_dataclass(old):
-                self._section(old, value, f"{name}.")
+                changes[key] = self._named_sections(named, value, f"{name}.", old_value)
+            elif dataclasses.is_dataclass(old_value):
+                changes[key] = self._section(old_value, value, f"{name}.")
             else:
-                setattr(out, key, self._value(value, hints[key], name, old))
+                changes[key] = self._value(value, hints[key], name, old_value)
+        return dataclasses.replace(old, **changes)
 
     def _named_sections(self, cls: type, node: Node, prefix: str, old: dict[str, Any]) -> dict[str, Any]:
         """The old sections with those of the node laid over them; null takes one away, and in place of all, all."""
@@ -110,7 +175,7 @@ class Overlay:
             if part.content is None:
                 out.pop(name, None)
             else:
-                self._section(out.setdefault(name, cls()), part, f"{prefix}{name}.")
+                out[name] = self._section(out.get(name, cls()), part, f"{prefix}{name}.")
         return out
 
     def _value(self, node: Node, hint: Any, name: str, old: Any) -> Any:
@@ -118,8 +183,7 @@ class Overlay:
         try:
             return _coerced(node, hint)
         except _Misfit as misfit:
-            wanted = misfit.args[0]
-            self.problems.append(f"{misfit.node.place}{name} is {plain(misfit.node)!r}, expected {wanted}")
+            self.problems.append(f"{misfit.node.place}{name} is {misfit.shown!r}{misfit.args[0]}")
         except ValueError as error:
             self.problems.append(f"{node.place}{name}: {error}")
         return old
@@ -138,11 +202,11 @@ class Overlay:
 
 
 class _Misfit(ValueError):
-    """A node that is no value of its annotation; says what would be."""
+    """A node that is no value of its annotation; `ending` of the message says what would be."""
 
-    def __init__(self, node: Node, wanted: str) -> None:
-        super().__init__(wanted)
-        self.node = node
+    def __init__(self, node: Node, shown: Any, ending: str) -> None:
+        super().__init__(ending)
+        self.node, self.shown = node, shown
 
 
 def _coerced(node: Node, hint: Any) -> Any:
@@ -154,6 +218,8 @@ def _coerced(node: Node, hint: Any) -> Any:
         if content is None and type(None) in args:
             return None
         return _coerced(node, next(a for a in args if a is not type(None)))
+    if origin is Literal:
+        return _choice(node, args)
     if origin is list:
         return [_coerced(item, args[0]) for item in (content if isinstance(content, list) else [node])]
     if origin is dict:
@@ -167,7 +233,18 @@ def _coerced(node: Node, hint: Any) -> Any:
         number = number_of(content)
         if hint in (int, float) and number is not None and (hint is float or number == int(number)):
             return hint(number)
-    raise _Misfit(node, hint.__name__ if isinstance(hint, type) else str(hint))
+    raise _Misfit(node, plain(node), f", expected {hint.__name__ if isinstance(hint, type) else str(hint)}")
+
+
+def _choice(node: Node, choices: Sequence[str]) -> str:
+    """The text of the node if it is one of the choices."""
+    if not isinstance(node.content, str):
+        raise _Misfit(node, plain(node), f"; choose from {', '.join(choices)}")
+    if node.content not in choices:
+        near = difflib.get_close_matches(node.content.lower(), choices, n=1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise _Misfit(node, node.content, f"; choose from {', '.join(choices)}{meant}")
+    return node.content
 
 
 def out_of_range(section: Any, prefix: str = "") -> Iterator[str]:
@@ -176,7 +253,7 @@ def out_of_range(section: Any, prefix: str = "") -> Iterator[str]:
         value, name = getattr(section, key), f"{prefix}{key}"
         if dataclasses.is_dataclass(value):
             yield from out_of_range(value, f"{name}.")
-        elif _class_of_named_sections(hint) is not None:
+        elif class_of_named_sections(hint) is not None:
             for own_name, named in value.items():
                 yield from out_of_range(named, f"{name}.{own_name}.")
         else:
@@ -196,7 +273,7 @@ def range_of(hint: Any) -> Range | None:
     return found[0] if found else None
 
 
-def _class_of_named_sections(hint: Any) -> type | None:
+def class_of_named_sections(hint: Any) -> type | None:
     """The dataclass of a section that the user names, where the annotation is dict[str, dataclass]."""
     args = typing.get_args(hint)
     is_named = typing.get_origin(hint) is dict and dataclasses.is_dataclass(args[1])
@@ -207,7 +284,7 @@ def _names(cls: type, prefix: str = "") -> Iterator[str]:
     """Of all sections and keys, as overrides write them; NAME stands for one that the user gives."""
     for key, hint in typing.get_type_hints(cls).items():
         yield f"{prefix}{key}"
-        named = _class_of_named_sections(hint)
+        named = class_of_named_sections(hint)
         if named is not None:
             yield from _names(named, f"{prefix}{key}.NAME.")
         elif dataclasses.is_dataclass(hint):

@@ -21,7 +21,6 @@ if __name__ == "__main__":  # see train.py
 
 import torch
 
-from mvptr_ds.builders import open_held_out
 from mvptr_ds.checkpoints.hand_over import find_model
 from mvptr_ds.checkpoints.model_folder import load_model_folder
 from mvptr_ds.config import STAGES, override_config
@@ -30,6 +29,7 @@ from mvptr_ds.evaluation.curves import draw_curves, draw_scores, read_metrics, w
 from mvptr_ds.evaluation.pictures import draw_grounding
 from mvptr_ds.evaluation.report import evaluate_split
 from mvptr_ds.evaluation.table import table
+from mvptr_ds.shard_folders import open_held_out
 from mvptr_ds.user_io.atomic import partial_path, replacing
 from mvptr_ds.user_io.terminal import accept_any_text
 from mvptr_ds.user_io.user_files import user_path

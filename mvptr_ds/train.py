@@ -21,7 +21,6 @@ if __name__ == "__main__":  # a script's own folder comes first on the path, whe
 import torch
 
 from mvptr_ds.batch_size import fit_batch_to_ranks
-from mvptr_ds.builders import prepare_shards
 from mvptr_ds.checkpoints.hand_over import finished_model, first_model, newest_state, set_aside
 from mvptr_ds.checkpoints.run_lock import only_start
 from mvptr_ds.config import Config, load_config, save_config
@@ -30,8 +29,8 @@ from mvptr_ds.distributed.rendezvous import deadline
 from mvptr_ds.ds_config import load_ds_config
 from mvptr_ds.errors import USER_ERRORS, exit_code
 from mvptr_ds.guards import Watchdog, collectives_timeout_s
-from mvptr_ds.monitoring.wandb_run import check_mode
 from mvptr_ds.preflight import checks
+from mvptr_ds.shard_folders import prepare_shards
 from mvptr_ds.stopping import EXIT_STOPPED, StopSignal
 from mvptr_ds.tasks import TASKS
 from mvptr_ds.trainer import Trainer
@@ -46,7 +45,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="Example: deepspeed --num_gpus 2 mvptr_ds/train.py --deepspeed ds_configs/z2.json --config demo_stamps "
-        "run.dir=runs/mine stage2.max_steps=500. Every key stands in mvptr_ds/config.py with its meaning. "
+        "run.dir=runs/mine stage2.max_steps=500. docs/configuration.md lists every key with its meaning. "
         "Exit codes: 0 done; 2 the message says what is wrong; 75 saved and stopped by SIGTERM, SIGUSR1 or "
         "Ctrl-C, start it again to go on; 1 anything else, which may pass by itself; 130 a second Ctrl-C.",
     )
@@ -90,7 +89,6 @@ def _run(
         if only:
             return 0
     else:
-        check_mode(config.wandb.mode)
         prepare_shards(config.data, config.run.seed, collectives.num_ranks())
     collectives.run_on_rank_zero(lambda: save_config(config, Path(config.run.dir) / "config.yaml"))
     tasks = [TASKS[name] for name in config.stage_names]

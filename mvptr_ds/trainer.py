@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mvptr_ds import builders, ds_config
+from mvptr_ds import builders, ds_config, shard_folders
 from mvptr_ds.checkpoints import model_folder, reshard
 from mvptr_ds.checkpoints.checkpoint import CheckpointWriter
 from mvptr_ds.checkpoints.resume import find_checkpoint
@@ -247,7 +247,7 @@ class Trainer:
         data = self.config.data
         joins = Path(self.config.run.dir) / "joins"
         evaluates = data.held_out is not None and self.config.train.evaluate_every_steps > 0
-        self.held_out = builders.open_held_out(data, joins) if evaluates else None
+        self.held_out = shard_folders.open_held_out(data, joins) if evaluates else None
         self.dataset = builders.build_dataset(
             self.config, self.vocabs, self.task.name, self.task.sample_needs(self.config), self.seed, joins
         )

@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 if __name__ == "__main__":
     from mvptr_ds.user_io.signals import end_on_interrupt
@@ -30,7 +30,7 @@ from mvptr_ds.data.collate import IGNORE, Batch
 from mvptr_ds.model import convert
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.embeddings import TAG_SEGMENT, TEXT_SEGMENT
-from mvptr_ds.model.encoder import EXECUTIONS
+from mvptr_ds.model.encoder import Execution
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.model.packed import Packed
 from mvptr_ds.objectives import hard_negatives
@@ -209,7 +209,7 @@ class Comparison:
         sys.stdout.write(f"{verdict:4}  {name:70} {difference:9.2e}  {problem or ''}".rstrip() + "\n")
 
 
-def check_folder(folder: Path, execution: str = "packed") -> Comparison:
+def check_folder(folder: Path, execution: Execution = "packed") -> Comparison:
     """Both dtypes' losses and tensors, and the gradients, by the encoders' `execution`."""
     state = load_file(folder / "weights.safetensors")
     inputs = load_file(folder / "inputs.safetensors")
@@ -226,7 +226,7 @@ def check_folder(folder: Path, execution: str = "packed") -> Comparison:
 def _check_dtype(
     comparison: Comparison,
     dtype: torch.dtype,
-    execution: str,
+    execution: Execution,
     config: MvptrConfig,
     state: dict[str, Tensor],
     inputs: dict[str, Tensor],
@@ -291,7 +291,7 @@ def main() -> int:
     accept_any_text()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=user_path, help="folder of recorded numbers")
-    parser.add_argument("--execution", choices=EXECUTIONS, default="packed", help="of the encoders")
+    parser.add_argument("--execution", choices=get_args(Execution), default="packed", help="of the encoders")
     arguments = parser.parse_args()
     try:
         comparison = check_folder(arguments.folder, arguments.execution)

@@ -189,12 +189,6 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def check_resume(mode: str) -> None:
-    """Raises ValueError for a `train.resume` other than `auto` and `never`."""
-    if mode not in ("auto", "never"):
-        raise ValueError(f"train.resume is {mode!r}; choose from auto, never")
-
-
 def newest_good(folder: Path, remedy: str = START_OVER) -> Path | None:
     """The newest checkpoint whose every file has its checksum; damaged ones are reported and passed over.
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import yaml
 
 from mvptr_ds.checkpoints import model_folder, reshard
-from mvptr_ds.checkpoints.checkpoint import check_resume, newest_good
+from mvptr_ds.checkpoints.checkpoint import newest_good
 from mvptr_ds.checkpoints.state import BUCKET_ORDER, MUST_MATCH, SAMPLE_ORDER, CheckpointState, read_state
-from mvptr_ds.config import Config, DataConfig
+from mvptr_ds.config import Config
+from mvptr_ds.config_data import DataConfig
 from mvptr_ds.data.dataset import differences
 from mvptr_ds.data.phrases import Vocabs
 from mvptr_ds.errors import CheckpointError
@@ -29,11 +30,9 @@ def find_checkpoint(
         model, vocabs: of this run; of the model, only names and shapes of the weights are compared.
 
     Raises:
-        ValueError: `train.resume` is none of its choices.
         CheckpointError: the checkpoint does not fit this run, or none of several is good.
         StorageError: none of them can be read.
     """
-    check_resume(config.train.resume)
     path = newest_good(stage_dir / "checkpoints") if config.train.resume == "auto" else None
     if path is None:
         return None

@@ -281,10 +281,10 @@ def _run_spawned(
         pool.shutdown()
 
 
-def _first_exit_code(workers: Iterable[BaseProcess]) -> int | None:
+def _first_exit_code(workers: Iterable[BaseProcess]) -> int:
     """Returns the exit code of the worker that broke the pool, which then ends the others by SIGTERM."""
     codes = [worker.exitcode for worker in workers]
-    return next((code for code in codes if code not in (None, 0, -signal.SIGTERM)), codes[0])
+    return next((code for code in codes if code not in (None, 0, -signal.SIGTERM)), -signal.SIGTERM)
 
 
 _work: Callable[[Any], Summary]  # of a worker, which gets it once: it may hold what takes long to load

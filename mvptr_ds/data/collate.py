@@ -6,8 +6,8 @@ Legend: B samples of a batch, T text slots, G tag slots, R regions, F feature si
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import NamedTuple
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -51,6 +51,7 @@ class Sample:
     num_phrases: int  # phrases kept
     bad: tuple[BadSample, ...] = ()  # samples for which this one is the substitute
     source: int = 0  # number of the source it comes from
+    labels: dict[str, Any] = field(default_factory=dict)  # of the caption, those that the task needs
 
     @property
     def num_bad(self) -> int:
@@ -83,6 +84,7 @@ class Batch:
     tag_lengths: tuple[int, ...]
     region_lengths: tuple[int, ...]
     bad: tuple[BadSample, ...] = ()  # of all samples, in their order
+    labels: tuple[dict[str, Any], ...] = ()  # of each sample, those that the task needs
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """Returns the batch with its tensors on a device."""
@@ -158,4 +160,5 @@ def collate(samples: list[Sample]) -> Batch:
         tag_lengths=tuple(len(s.tag_ids_G) for s in samples),
         region_lengths=tuple(len(s.region_geometry_R6) for s in samples),
         bad=tuple(bad for s in samples for bad in s.bad),
+        labels=tuple(s.labels for s in samples),
     )

@@ -12,7 +12,7 @@ import math
 import tokenize
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -27,7 +27,6 @@ from mvptr_ds.data.shards.tar_reader import IMAGE_EXTENSIONS
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.errors import DataError
 
-VISUAL_SOURCES = ("features", "image")
 _MAX_KNOWN_TAGS, _MAX_KNOWN_CHARS = 100_000, 64
 _NO_CAPTION = Caption("")  # of an image-only record
 _NO_GEOMETRY = np.zeros((0, 6), dtype=np.float32)
@@ -38,7 +37,7 @@ _NPY_ERRORS = (OSError, ValueError, EOFError, SyntaxError, OverflowError, TypeEr
 class SampleOptions:
     """Sizes and probabilities of a SampleBuilder; in an evaluation all probabilities are 0."""
 
-    visual_source: str = "features"  # features: KEY.npy | image: pixels
+    visual_source: Literal["features", "image"] = "features"  # features: KEY.npy | image: pixels
     feature_dim: int | None = None  # F of KEY.npy; None accepts any
     image_size: int = 224  # pixels, square
     grid_size: int = 4  # regions a side for an image without boxes
@@ -54,11 +53,10 @@ class SampleOptions:
     tag_wrong_prob: float = 0.0  # one tag is replaced by a random other one
     tag_withhold_prob: float = 0.0  # all tags are left out
     needs_regions: bool = False  # a sample with nothing to see cannot be used
+    labels: tuple[str, ...] = ()  # names in the labels of a caption; a sample that lacks one cannot be used
     tag_list: Sequence[str] = field(default=())  # tags that a wrong one is drawn from (those of the manifest)
 
     def __post_init__(self) -> None:
-        if self.visual_source not in VISUAL_SOURCES:
-            raise ValueError(f"visual_source is {self.visual_source!r}, expected one of {', '.join(VISUAL_SOURCES)}")
         for name in ("word_prob", "phrase_prob", "tag_prob", "tag_drop_prob", "tag_wrong_prob", "tag_withhold_prob"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a probability")
@@ -129,7 +127,11 @@ class SampleBuilder:
         captions = record.captions or (_NO_CAPTION,)
         if not 0 <= caption_number < len(captions):
             raise DataError(f"caption {caption_number} of a record with {len(captions)}; rebuild the index")
-        text = self._text(captions[caption_number], rng)
+        caption = captions[caption_number]
+        missing = [name for name in self.options.labels if name not in (caption.labels or {})]
+        if missing:
+            raise DataError(f"the caption has no label {missing[0]!r}, which the task learns from")
+        text = self._text(caption, rng)
         tag_ids_G, tag_labels_G = self._tags(record, rng)
         geometry_R6 = _NO_GEOMETRY
         if can_be_seen(record, members):
@@ -154,6 +156,7 @@ class SampleBuilder:
             position=position,
             num_oov_phrases=text.num_dropped,
             num_phrases=text.num_phrases,
+            labels={name: (caption.labels or {})[name] for name in self.options.labels},
         )
 
     def add_visual(self, sample: Sample, members: Mapping[str, bytes]) -> None:

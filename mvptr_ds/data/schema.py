@@ -49,10 +49,11 @@ class Phrase(msgspec.Struct, frozen=True, gc=False):
 
 
 class Caption(msgspec.Struct, frozen=True, gc=False):
-    """A text about an image, with its phrases."""
+    """A text about an image, with its phrases, and the answers of downstream tasks by name."""
 
     text: Text
     phrases: tuple[Phrase, ...] = ()
+    labels: dict[str, Any] | None = None  # whatever JSON holds; the task that reads one checks it
 
 
 class Region(msgspec.Struct, frozen=True, gc=False):
@@ -124,9 +125,12 @@ class SidecarEntry:
 def captions_json(captions: Sequence[Caption]) -> list[dict[str, Any]]:
     """Returns captions as they stand in `KEY.json`."""
     out: list[dict[str, Any]] = msgspec.to_builtins(captions)
-    for phrase in (phrase for caption in out for phrase in caption["phrases"]):
-        if not phrase["regions"]:
-            del phrase["regions"]
+    for caption in out:
+        if caption["labels"] is None:
+            del caption["labels"]
+        for phrase in caption["phrases"]:
+            if not phrase["regions"]:
+                del phrase["regions"]
     return out
 
 
@@ -226,6 +230,8 @@ def _usual_record(content: bytes | dict[str, Any], captions: slice) -> Record | 
 
 def _is_usual(caption: Caption, num_regions: int) -> bool:
     text_len = len(caption.text)
+    if caption.labels is not None:  # the parsers differ in numbers that no field declares
+        return False
     for phrase in caption.phrases:
         if not 1 <= len(phrase.tuple) <= 3 or not all(phrase.tuple):
             return False
@@ -344,7 +350,10 @@ def _caption(content: dict[str, Any]) -> Caption:
     text = _text(content["text"], "caption text")
     if not text.strip():
         raise DataError(f"caption text is {text!r}; empty captions are rejected when shards are built")
-    return Caption(text, tuple([_phrase(p, len(text)) for p in content.get("phrases", ())]))
+    labels = content.get("labels")
+    if labels is not None and not isinstance(labels, dict):
+        raise DataError(f"caption labels are {labels!r}, expected an object such as {{'answer': 'red'}}")
+    return Caption(text, tuple([_phrase(p, len(text)) for p in content.get("phrases", ())]), labels)
 
 
 def _phrase(content: dict[str, Any], text_len: int) -> Phrase:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvptr_ds.builders import NO_MASKING, build_samples
+from mvptr_ds.builders import NOTHING_MASKED, SampleNeeds, build_samples
 from mvptr_ds.config import Config, EvalConfig, MaskingConfig
 from mvptr_ds.data.phrases import Vocabs
 from mvptr_ds.data.shards.index import SampleIndex
@@ -39,7 +39,9 @@ from mvptr_ds.evaluation.recovery import recover_concepts
 from mvptr_ds.evaluation.retrieval import chance_recalls, recalls, rerank
 from mvptr_ds.model.mvptr import Mvptr
 
-MCR_MASKING = MaskingConfig(word_prob=0.0, phrase_prob=0.5, tag_prob=0.5)
+MCR_NEEDS = SampleNeeds(
+    pairs=False, masking=MaskingConfig(word_prob=0.0, phrase_prob=0.5, tag_prob=0.5), phrase_labels=True
+)
 _CROSS_BATCHES = 4  # a cross pass has no word heads, so it takes more samples at once
 
 
@@ -82,10 +84,10 @@ def evaluate_split(
     size = config.eval.batch_size
     with evaluating(model):
         given = read_split(
-            model, index, build_samples(config, vocabs, index, NO_MASKING, False, tag_noise=False), size, device
+            model, index, build_samples(config, vocabs, index, NOTHING_MASKED, tag_noise=False), size, device
         )
         withheld = without_tags(given, vocabs.words.cls_id, vocabs.words.sep_id)
-        masking = build_samples(config, vocabs, index, MCR_MASKING, predict_phrases=True, tag_noise=False)
+        masking = build_samples(config, vocabs, index, MCR_NEEDS, tag_noise=False)
         mcr = recover_concepts(model, given, index, masking, size, device)
         split = encode_images(model, given, size, device)
         asked, num_without_slot = list_phrases(split, index, vocabs.phrases)

@@ -6,6 +6,7 @@ Legend: N rows of all sequences, x leading dimensions (N, or padded B and L), D 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from mvptr_ds.model.attention import Attend, PaddedAttention, SegmentAttention
 from mvptr_ds.model.kernels import LayerNorm, Linear
 from mvptr_ds.model.packed import Packed
 
-EXECUTIONS = ("packed", "padded")
+Execution = Literal["packed", "padded"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Encoder(nn.Module):
     def __init__(self, num_layers: int, sizes: EncoderSizes) -> None:
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(sizes) for _ in range(num_layers))
-        self.execution = "packed"
+        self.execution: Execution = "packed"
         self.activation_checkpointing = False
 
     def forward(self, packed: Packed, needed: Packed | None = None) -> Packed:

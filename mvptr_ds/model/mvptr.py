@@ -23,7 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.embeddings import TAG_SEGMENT, TEXT_SEGMENT, SlotEmbeddings
-from mvptr_ds.model.encoder import EXECUTIONS, Encoder, EncoderSizes
+from mvptr_ds.model.encoder import Encoder, EncoderSizes, Execution
 from mvptr_ds.model.heads import Pooler, RowHead, global_state
 from mvptr_ds.model.kernels import TableLookup
 from mvptr_ds.model.packed import Packed, join, unjoin
@@ -143,19 +143,16 @@ class Mvptr(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.word_embeddings
 
-    def set_execution(self, execution: str, activation_checkpointing: bool = False, compiled: bool = False) -> None:
+    def set_execution(
+        self, execution: Execution, activation_checkpointing: bool = False, compiled: bool = False
+    ) -> None:
         """How the encoders run; the states are the same.
 
         Args:
             execution: `packed` or `padded`, see `Encoder`.
             activation_checkpointing: compute a layer's inner activations again in the backward pass.
             compiled: torch.compile of the layers; cannot be undone.
-
-        Raises:
-            ValueError: another execution.
         """
-        if execution not in EXECUTIONS:
-            raise ValueError(f"model.execution is {execution!r}; choose from {', '.join(EXECUTIONS)}")
         for encoder in (self.text_encoder, self.visual_encoder, self.cross_encoder):
             encoder.execution, encoder.activation_checkpointing = execution, activation_checkpointing
             if compiled:

@@ -11,14 +11,7 @@ from mvptr_ds.config import WandbConfig
 from mvptr_ds.monitoring.versions import versions
 
 logger = logging.getLogger(__name__)
-MODES = ("online", "offline", "disabled")
-START_TIMEOUT_S = 30.0  # seconds for the service to answer, while the other ranks wait
-
-
-def check_mode(mode: str) -> None:
-    """Raises ValueError for another mode than `online`, `offline`, `disabled`."""
-    if mode not in MODES:
-        raise ValueError(f"wandb.mode is {mode!r}; choose from {', '.join(MODES)}")
+START_TIMEOUT_S = 30.0  # for the service to answer; the other ranks wait meanwhile
 
 
 class WandbRun:
@@ -29,7 +22,6 @@ class WandbRun:
     """
 
     def __init__(self, folder: Path, config: WandbConfig, content: dict[str, Any]) -> None:
-        check_mode(config.mode)
         self.id: str | None = None
         self._run: Any = None
         if config.mode == "disabled":

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import tempfile
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from mvptr_ds import builders
-from mvptr_ds.config import Config, DataConfig, MaskingConfig
+from mvptr_ds import builders, shard_folders
+from mvptr_ds.config import Config, MaskingConfig
+from mvptr_ds.config_data import DataConfig
 from mvptr_ds.data.collate import collate
 from mvptr_ds.objectives.lengths import Lengths
 from mvptr_ds.tasks import TASKS
@@ -66,8 +67,9 @@ def measured(config: Config, stage: str, num_samples: int) -> tuple[Lengths, flo
         DataError: the shards cannot be read.
     """
     torch.set_num_threads(1)
-    config.data.demo_source = config.data.held_out = None  # the plan uses only what exists to train on
-    builders.prepare_shards(config.data, config.run.seed, 1)
+    data = replace(config.data, demo_source=None, held_out=None)  # plans with what is there to train on
+    config = replace(config, data=data)
+    shard_folders.prepare_shards(config.data, config.run.seed, 1)
     needs = TASKS[stage].sample_needs(config)
     with tempfile.TemporaryDirectory() as joins:
         dataset = builders.build_dataset(

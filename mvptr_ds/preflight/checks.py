@@ -20,9 +20,9 @@ from typing import Any
 import torch
 import yaml
 
-from mvptr_ds import builders, ds_config
+from mvptr_ds import builders, ds_config, shard_folders
 from mvptr_ds.checkpoints import hand_over, model_folder, resume
-from mvptr_ds.checkpoints.checkpoint import check_resume, newest_good
+from mvptr_ds.checkpoints.checkpoint import newest_good
 from mvptr_ds.config import Config
 from mvptr_ds.data.phrases import Vocabs
 from mvptr_ds.data.shards.index import Index, SampleIndex
@@ -35,8 +35,6 @@ from mvptr_ds.errors import DataError, PreflightError
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.monitoring.timing import ProfileWindow
 from mvptr_ds.monitoring.versions import code_sha256, versions
-from mvptr_ds.monitoring.wandb_run import check_mode
-from mvptr_ds.optim.optimizer import optimizer_choice
 from mvptr_ds.preflight import sample_checks
 from mvptr_ds.preflight.loader_memory import loader_memory
 from mvptr_ds.preflight.rank_checks import (
@@ -125,18 +123,15 @@ def _fingerprints(config: Config, ds_content: dict[str, Any]) -> dict[str, str]:
 
 
 def _settings(config: Config) -> Iterator[Finding]:
-    """Checks each choice by itself, so that several wrong ones are reported together."""
-    choices: list[Callable[[], Any]] = [
-        lambda: check_mode(config.wandb.mode),
-        lambda: check_resume(config.train.resume),
-        lambda: optimizer_choice(config.optim, torch.device("cpu")),  # which knows the names
+    """The two lists of which not every content has a meaning, both told together; then what keys say together."""
+    lists: list[Callable[[], Any]] = [
         lambda: ProfileWindow(config.train.profile_steps, Path(config.run.dir)),
         lambda: config.stage_names,
     ]
     wrong = False
-    for choice in choices:
+    for look in lists:
         try:
-            choice()
+            look()
         except ValueError as error:
             wrong = True
             yield Finding("configuration", ERROR, str(error))
@@ -165,7 +160,7 @@ def _batch(config: Config, ds_content: dict[str, Any]) -> Iterator[Finding]:
 
 def _prepare(config: Config) -> list[Finding]:
     try:
-        builders.prepare_shards(config.data, config.run.seed, collectives.num_ranks())
+        shard_folders.prepare_shards(config.data, config.run.seed, collectives.num_ranks())
     except (ValueError, OSError) as error:  # the same on all ranks
         return [Finding.of("shards", error)]
     return []
@@ -176,11 +171,11 @@ def _missing(config: Config) -> list[Finding]:
     data = config.data
 
     def check() -> Iterator[Finding]:
-        if data.demo_source is not None and not builders.demo_shards_are_there(data, config.run.seed):
+        if data.demo_source is not None and not shard_folders.demo_shards_are_there(data, config.run.seed):
             text = f"{data.train} is not there yet: the run draws its {data.demo_train_scenes} demo scenes first"
             yield Finding("shards", WARNING, text, "nothing; vocabularies and hand-over can be looked at only then")
             return
-        roles = builders.roles_of(builders.splits_of(data))
+        roles = shard_folders.roles_of(shard_folders.splits_of(data))
         for folder, role in sorted((folder, role) for folder, role in roles.items() if not is_url(folder)):
             num_bytes = sum(tar.stat().st_size for tar in Path(folder).glob("*.tar"))
             if not num_bytes and not (Path(folder) / MANIFEST_NAME).exists():
@@ -218,10 +213,10 @@ def _shards(config: Config, indices: dict[str, SampleIndex]) -> list[Finding]:
         indices: receives the samples of each folder, by the key of the configuration that names it.
     """
     data, joins = config.data, Path(config.run.dir) / "joins"
-    options = builders.read_options(data)
+    options = shard_folders.read_options(data)
 
     def opened() -> Iterator[Finding]:
-        for name, split in builders.splits_of(data).items():
+        for name, split in shard_folders.splits_of(data).items():
             index = Index.open(split.shards, options)
             for sidecar in split.sidecars:
                 Index.open(sidecar, options)
@@ -229,7 +224,7 @@ def _shards(config: Config, indices: dict[str, SampleIndex]) -> list[Finding]:
             yield Finding("shards", OK, f"{text}, {_size(index.num_bytes)}")
 
     def verified() -> Iterator[Finding]:
-        for split in builders.splits_of(data).values():
+        for split in shard_folders.splits_of(data).values():
             for folder in (split.shards, *split.sidecars):
                 Index.open(folder, options).verify()
         yield from ()
@@ -240,7 +235,7 @@ def _shards(config: Config, indices: dict[str, SampleIndex]) -> list[Finding]:
     if all(finding.level == OK for finding in found):
         try:  # the rest is the same on all ranks, and parts of it are collective
             for stage in config.stage_names:
-                sources = builders.open_sources(data, stage, TASKS[stage].sample_needs(config), joins)
+                sources = shard_folders.open_sources(data, stage, TASKS[stage].sample_needs(config).pairs, joins)
                 if data.sources:
                     num_samples = {name: len(index) for name, index in sources.items()}
                     builders.build_mixture(config, num_samples, config.run.seed)
@@ -255,7 +250,7 @@ def _shards(config: Config, indices: dict[str, SampleIndex]) -> list[Finding]:
 def _held_out(config: Config, joins: Path, indices: dict[str, SampleIndex]) -> list[Finding]:
     """Opens the held-out split. A problem is no error of a run that does not evaluate."""
     try:
-        indices["data.held_out"] = builders.open_held_out(config.data, joins)
+        indices["data.held_out"] = shard_folders.open_held_out(config.data, joins)
     except (ValueError, OSError) as error:
         if config.train.evaluate_every_steps > 0:
             return [Finding("shards", ERROR, str(error))]

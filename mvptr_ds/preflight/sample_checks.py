@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mvptr_ds import builders
-from mvptr_ds.builders import NO_MASKING
+from mvptr_ds.builders import NOTHING_MASKED
 from mvptr_ds.config import Config
 from mvptr_ds.data.features import SampleBuilder
 from mvptr_ds.data.phrases import Vocabs
@@ -53,7 +53,7 @@ def examine(config: Config, vocabs: Vocabs, indices: Mapping[str, SampleIndex]) 
     """
     seen = {}
     for name, index in indices.items():
-        builder = builders.build_samples(config, vocabs, index, NO_MASKING, predict_phrases=False, tag_noise=False)
+        builder = builders.build_samples(config, vocabs, index, NOTHING_MASKED, tag_noise=False)
         seen[name] = look(index, builder)
         yield from _shares(name, seen[name], config)
     trained_on = [of_folder for name, of_folder in seen.items() if name != HELD_OUT]

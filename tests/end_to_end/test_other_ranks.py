@@ -18,7 +18,8 @@ from mvptr_ds.checkpoints.checkpoint import verify
 from mvptr_ds.errors import CheckpointError
 from tests.conftest import REPO
 from tests.end_to_end.copies import forget
-from tools.dev.small_runs import build_shards, kill, launch
+from tests.support.launch import run_on_ranks
+from tools.dev.small_runs import build_shards
 
 pytestmark = pytest.mark.timeout(600)
 LIMIT_S = 200.0
@@ -46,11 +47,8 @@ sys.exit(main())
 
 def train(run_dir: Path, overrides: list[str], num_ranks: int, entry: Path = REPO / "mvptr_ds/train.py") -> str:
     """What rank 0 says."""
-    ranks = launch(run_dir, overrides, num_ranks, entry=entry)
-    try:
-        codes = [rank.wait(LIMIT_S) for rank in ranks]
-    finally:
-        kill(ranks)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    codes = run_on_ranks([str(entry), f"run.dir={run_dir}", *overrides], num_ranks, run_dir, LIMIT_S)
     said = (run_dir / "rank0.log").read_text(encoding="utf-8")
     assert codes == [0] * num_ranks, said
     return said

@@ -122,12 +122,12 @@ def test_preflight_only_trains_nothing_and_says_all(train: Launch, trained: Run,
     assert code == 0, output
     assert f"stage2 goes on from {run_dir}/stage2/checkpoints/step-00000004" in output and "starts from" not in output
     assert sorted(path for path in run_dir.rglob("*")) == before
-    wrong = ["model.hidden_size=16", "optim.name=sgd", "train.batch_size=9", "train.round_batch_size=false"]
+    wrong = ["model.hidden_size=16", "train.profile_steps=[1]", "train.batch_size=9", "train.round_batch_size=false"]
     code, output = train(run_dir, "run.stages=[2]", "train.preflight_only=true", *wrong)
     assert code == 2
     for part in (
         "error: preflight found 3 errors:",
-        "optim.name is 'sgd'; choose from adamw, lamb",
+        "train.profile_steps is [1]; give [first, stop]",
         "train.batch_size=9 cannot be shared by 2 ranks",
         "hidden_size: 32 there, 16 here",
     ):

@@ -141,7 +141,7 @@ def test_every_difference_is_named(trained: Run, small: list[str], override: str
         assert config.visual.backbone_config is not None
         config.visual.backbone_config["depths"] = [2, 1]
     else:
-        override_config(config, [override, *(["data.phrase_vocab=null"] if "word_vocab" in override else [])])
+        config = override_config(config, [override, *(["data.phrase_vocab=null"] if "word_vocab" in override else [])])
     vocabs = builders.build_vocabs(config.data)
     model = builders.build_model(config, vocabs)
     path = trained.dir / "stage1/checkpoints/step-00000004/model"

@@ -90,7 +90,7 @@ def test_preflight_only_looks_at_both_nodes_and_trains_nothing(
         arguments = [*settings, "train.preflight_only=true", f"run.dir={tmp_path / name}", *overrides]
         return cluster.sbatch("--nodes=2", str(REPO / "slurm/stage1.sh"), *arguments, cwd=tmp_path)
 
-    well, wrong = submit("well"), submit("wrong", "optim.name=sgd", "data.held_out=nowhere")
+    well, wrong = submit("well"), submit("wrong", "train.profile_steps=[1]", "data.held_out=nowhere")
     assert cluster.wait(well) == "COMPLETED", text(tmp_path / f"mvptr-stage1-{well}.log")
     said = text(tmp_path / "well/logs/stage1-rank0.log")
     for part in (
@@ -106,7 +106,7 @@ def test_preflight_only_looks_at_both_nodes_and_trains_nothing(
     assert cluster.wait(wrong) == "FAILED" and cluster.job(wrong)["ExitCode"] == "2:0"
     said = text(tmp_path / f"mvptr-stage1-{wrong}.log")
     assert "preflight found 2 errors:" in said and "not started again" in said, said
-    assert "optim.name is 'sgd'" in said and "nowhere (data.held_out) holds no .tar file" in said, said
+    assert "train.profile_steps is [1]" in said and "nowhere (data.held_out) holds no .tar file" in said, said
     assert cluster.job(wrong)["Restarts"] == "0"
 
 

@@ -16,12 +16,12 @@ from mvptr_ds.objectives.stages import STAGES
 from tools.dev import ablate
 
 ARMS = ablate.load_arms()
-BASE = load_config("stamps")
+BASE = load_config("ablation_stamps")
 
 
 @pytest.mark.parametrize("name", list(ARMS))
 def test_every_arm_is_a_run_of_as_many_steps(name: str) -> None:
-    config = load_config("stamps", ablate.arm_overrides(ARMS[name], BASE))
+    config = load_config("ablation_stamps", ablate.arm_overrides(ARMS[name], BASE))
     steps = sum(config.stage(stage).max_steps for stage in config.stage_names)
     assert steps == BASE.stage1.max_steps + BASE.stage2.max_steps
     changed = dataclasses.asdict(config)
@@ -31,7 +31,7 @@ def test_every_arm_is_a_run_of_as_many_steps(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(ARMS))
 def test_every_arm_is_a_task_of_each_of_its_stages(name: str) -> None:
-    config = load_config("stamps", ablate.arm_overrides(ARMS[name], BASE))
+    config = load_config("ablation_stamps", ablate.arm_overrides(ARMS[name], BASE))
     num_phrases = 10 if config.data.phrase_vocab else 0
     with torch.device("meta"):
         model = Mvptr(

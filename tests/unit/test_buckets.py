@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mvptr_ds import builders
-from mvptr_ds.config import Config
+from mvptr_ds.builders import SampleNeeds
+from mvptr_ds.config import Config, override_config
 from mvptr_ds.data.collate import Sample, collate
 from mvptr_ds.data.dataset import MixedDataset, SampleDataset, ShardDataset
 from mvptr_ds.data.lengths import Lengths, lengths_path, measure
@@ -22,12 +23,17 @@ from mvptr_ds.data.sampling.buckets import ENCODERS_3, BucketedBatches, balanced
 from mvptr_ds.data.shards.index import Index
 from mvptr_ds.data.shards.tar_writer import npy_bytes
 from mvptr_ds.data.shards.writer import write_shards
+from mvptr_ds.tasks import TASKS
 from tests.support.batch_equality import assert_equal_batches
 from tests.support.tools import run_tool
 from tests.unit.test_loader import _damage, _item
 from tests.unit.test_mixture import BATCH, VOCABS, config_of, content, folders
 
 __all__ = ["folders"]  # the fixture
+
+
+def needs_of(stage: str) -> SampleNeeds:
+    return TASKS[stage].sample_needs(Config())
 
 
 def lengths_of(num: int, seed: int = 0) -> np.ndarray:
@@ -138,11 +144,10 @@ def lengths_built(sample: Sample) -> list[int]:
 
 @pytest.mark.parametrize("name", ["pairs", "texts", "images"])
 def test_lengths_are_those_of_the_built_samples(folders: dict[str, Path], name: str) -> None:
-    config = config_of(folders)
-    config.data.max_tokens, config.data.max_text_slots, config.data.max_tag_slots = 9, 12, 4
-    config.data.max_regions = 3
+    caps = ["max_tokens=9", "max_text_slots=12", "max_tag_slots=4", "max_regions=3"]
+    config = override_config(config_of(folders), [f"data.{cap}" for cap in caps])
     index = Index.open(folders[name])
-    builder = builders.build_samples(config, VOCABS, index, builders.NO_MASKING, False, tag_noise=False)
+    builder = builders.build_samples(config, VOCABS, index, builders.NOTHING_MASKED, tag_noise=False)
     table = measure(index, builder, range(index.num_records), show_progress=False)
     rng = np.random.default_rng(0)
     wanted = []
@@ -156,10 +161,9 @@ def test_lengths_are_those_of_the_built_samples(folders: dict[str, Path], name: 
 
 
 def test_lengths_are_kept_for_these_samples_vocabularies_and_caps(folders: dict[str, Path], tmp_path: Path) -> None:
-    config = config_of(folders, pairs=1, images=1)
-    config.data.bucket_batches = 4
+    config = override_config(config_of(folders, pairs=1, images=1), ["data.bucket_batches=4"])
     joins = tmp_path / "joins"
-    dataset = builders.build_dataset(config, VOCABS, "stage1", 0, joins)
+    dataset = builders.build_dataset(config, VOCABS, "stage1", needs_of("stage1"), 0, joins)
     assert isinstance(dataset, MixedDataset)
     first = builders.build_batches(config, dataset, 0, joins).of_step(0)
     paths = sorted(joins.glob("lengths-*.npy"))
@@ -169,8 +173,8 @@ def test_lengths_are_kept_for_these_samples_vocabularies_and_caps(folders: dict[
     assert [path.stat().st_mtime_ns for path in paths] == times
     source = dataset.sources[0]
     one = lengths_path(source.index, source.builder, joins)
-    config.data.max_tokens -= 1
-    other = builders.build_samples(config, VOCABS, source.index, builders.NO_MASKING, False, tag_noise=False)
+    config = override_config(config, [f"data.max_tokens={config.data.max_tokens - 1}"])
+    other = builders.build_samples(config, VOCABS, source.index, builders.NOTHING_MASKED, tag_noise=False)
     assert one in paths and lengths_path(source.index, other, joins) not in paths
     assert lengths_path(dataset.sources[1].index, source.builder, joins) != one
 
@@ -205,9 +209,8 @@ def npy_of(lengths_N3: np.ndarray) -> bytes:
 def test_damaged_lengths_are_measured_again(
     folders: dict[str, Path], tmp_path: Path, damage: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = config_of(folders, pairs=1)
-    config.data.bucket_batches = 4
-    dataset = builders.build_dataset(config, VOCABS, "stage1", 0, tmp_path)
+    config = override_config(config_of(folders, pairs=1), ["data.bucket_batches=4"])
+    dataset = builders.build_dataset(config, VOCABS, "stage1", needs_of("stage1"), 0, tmp_path)
     first = builders.build_batches(config, dataset, 0, tmp_path).of_step(0)
     (path,) = tmp_path.glob("lengths-*.npy")
     content = path.read_bytes()
@@ -220,9 +223,8 @@ def test_damaged_lengths_are_measured_again(
 
 def test_lengths_of_an_older_version_are_taken(folders: dict[str, Path], tmp_path: Path) -> None:
     """They have no checksum behind them."""
-    config = config_of(folders, pairs=1)
-    config.data.bucket_batches = 4
-    dataset = builders.build_dataset(config, VOCABS, "stage1", 0, tmp_path)
+    config = override_config(config_of(folders, pairs=1), ["data.bucket_batches=4"])
+    dataset = builders.build_dataset(config, VOCABS, "stage1", needs_of("stage1"), 0, tmp_path)
     builders.build_batches(config, dataset, 0, tmp_path)
     (path,) = tmp_path.glob("lengths-*.npy")
     older = npy_of(np.load(path))
@@ -238,7 +240,7 @@ def test_a_record_that_cannot_be_read_counts_as_empty(folders: dict[str, Path]) 
     content_[place.offset : place.offset + 512] = bytes(512)
     Path(place.path).write_bytes(content_)
     config = config_of(folders)
-    builder = builders.build_samples(config, VOCABS, index, builders.NO_MASKING, False, tag_noise=False)
+    builder = builders.build_samples(config, VOCABS, index, builders.NOTHING_MASKED, tag_noise=False)
     table = measure(index, builder, range(index.num_records), show_progress=False)
     empty = np.flatnonzero((table == 0).all(1)).tolist()
     assert empty == list(index.samples_of(2)) and len(empty) == 3
@@ -248,11 +250,9 @@ def test_a_record_that_cannot_be_read_counts_as_empty(folders: dict[str, Path]) 
 
 
 def run_of(folders: dict[str, Path], tmp_path: Path, **weights: float) -> tuple[SampleDataset, Batches]:
-    config = config_of(folders, **weights)
-    if not weights:
-        config.data.train = str(folders["pairs"])
-    config.data.bucket_batches = 5
-    dataset = builders.build_dataset(config, VOCABS, "stage1", 3, tmp_path / "joins")
+    train = [] if weights else [f"data.train={folders['pairs']}"]
+    config = override_config(config_of(folders, **weights), ["data.bucket_batches=5", *train])
+    dataset = builders.build_dataset(config, VOCABS, "stage1", needs_of("stage1"), 3, tmp_path / "joins")
     return dataset, builders.build_batches(config, dataset, 3, tmp_path / "joins")
 
 

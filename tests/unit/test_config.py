@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mvptr_ds.config import CONFIGS_DIR, Config, load_config, override_config, save_config
+from mvptr_ds.config import Config, load_config, override_config, save_config
+from mvptr_ds.config_reading import CONFIGS_DIR
 
 
 def write(tmp_path: Path, text: str) -> Path:

@@ -12,9 +12,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mvptr_ds.config import Config, SourceConfig, load_config, save_config
+from mvptr_ds.config import Config, load_config, override_config, save_config
+from mvptr_ds.config_data import SourceConfig
 from mvptr_ds.config_reading import range_of
+from mvptr_ds.data.shards.sidecar_join import DROP, KEEP
+from mvptr_ds.demo.build import SOURCES
 from mvptr_ds.ds_config import load_ds_config
+from mvptr_ds.model.config import VISUAL_SOURCES
+from mvptr_ds.model.encoder import Execution
+from mvptr_ds.objectives.candidates import SCOPES
+from mvptr_ds.objectives.hard_negatives import MODES
 from mvptr_ds.user_io.user_files import parse_json, user_path
 from mvptr_ds.user_io.yaml_nodes import dump_yaml, number_of, parse_yaml, plain
 from tests.conftest import REPO
@@ -314,3 +321,84 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     assert message_of(path=tmp_path) == f"{tmp_path} is a folder, expected a YAML file"
     assert "is not YAML" in message_of(path=write(tmp_path, "a.yaml", "run: {dir: " + "[" * 5_000))
     assert load_config(write(tmp_path, "a.yaml", "\ufeffrun: {seed: 3}\n")).run.seed == 3
+
+
+def choices(cls: type, prefix: str = "") -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Each key with choices, and what it may be besides null."""
+    for key, hint in typing.get_type_hints(cls).items():
+        kinds = [hint, *typing.get_args(hint)]
+        found = [typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is typing.Literal]
+        if found:
+            yield f"{prefix}{key}", found[0]
+        elif dataclasses.is_dataclass(hint):
+            yield from choices(typing.cast(type, hint), f"{prefix}{key}.")
+
+
+CHOICES = dict(choices(Config))
+
+
+def test_the_choices_are_those_that_the_code_knows() -> None:
+    assert {
+        "data.missing_partners": (DROP, KEEP),
+        "data.demo_source": SOURCES,
+        "visual.source": VISUAL_SOURCES,
+        "model.execution": typing.get_args(Execution),
+        "task.vsc.scope": SCOPES,
+        "task.wpg.states": ("uni", "cross", "auto"),
+        "task.wpg.negatives": (*MODES, "auto"),
+        "task.wpg.scope": SCOPES,
+        "task.itm.negatives": (*MODES, "schedule", "auto"),
+        "task.itm.scope": SCOPES,
+        "optim.name": ("adamw", "lamb"),
+        "train.resume": ("auto", "never"),
+        "wandb.mode": ("online", "offline", "disabled"),
+    } == CHOICES
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_an_unknown_choice_is_refused_with_all_that_there_are(name: str, tmp_path: Path) -> None:
+    known = ", ".join(CHOICES[name])
+    assert message_of(f"{name}=zzz") == f"{name} is 'zzz'; choose from {known}"
+    assert message_of(f"{name}=[{CHOICES[name][0]}]") == f"{name} is ['{CHOICES[name][0]}']; choose from {known}"
+    sections, key = name.split(".")[:-1], name.split(".")[-1]
+    text = "".join(f"{section}: {{" for section in sections) + f"{key}: zzz" + "}" * len(sections)
+    path = write(tmp_path, "mine.yaml", text + "\n")
+    assert message_of(path=path) == f"{path}, line 1: {name} is 'zzz'; choose from {known}"
+    for choice in CHOICES[name]:
+        config = load_config(None, [f"{name}={choice}"])
+        for part in name.split("."):
+            config = getattr(config, part)
+        assert config == choice  # type: ignore[comparison-overlap]  # a leaf of the tree by now
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [("optim.name=Adam", "adamw"), ("wandb.mode=off", "offline"), ("task.itm.negatives=hard", "hardest")],
+)
+def test_the_nearest_choice_is_named(override: str, meant: str) -> None:
+    found = message_of(override)
+    assert f"is '{override.partition('=')[2]}'; choose from" in found and found.endswith(f"; did you mean {meant}?")
+
+
+def test_only_demo_source_has_no_choice_too() -> None:
+    assert load_config("demo", ["data.demo_source=null"]).data.demo_source is None
+    assert message_of("train.resume=null") == "train.resume is None; choose from auto, never"
+
+
+def test_unknown_choices_are_told_with_all_else_that_is_wrong() -> None:
+    found = message_of("train.resume=always", "optim.name=sgd", "data.num_workers=-1", "train.batch=8")
+    assert found.startswith("the configuration has 4 errors:")
+    for part in ("train.resume is 'always'; choose from auto, never", "optim.name is 'sgd'", "num_workers is -1"):
+        assert part in found
+
+
+def test_an_override_makes_another_configuration() -> None:
+    config = load_config("demo", ["data.sources.a.shards=x"])
+    before = dataclasses.asdict(config)
+    overrides = ["train.batch_size=3", "data.sources.a.weight=2", "data.sources.b.shards=y", "stage2.weights.vsc=9"]
+    other = override_config(config, overrides)
+    assert dataclasses.asdict(config) == before
+    assert (other.train.batch_size, other.stage2.weights.vsc) == (3, 9.0)
+    assert other.data.sources == {"a": SourceConfig("x", 2.0), "b": SourceConfig("y")}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.data.sources["a"].weight = 1.0  # type: ignore[misc]

@@ -11,7 +11,8 @@ import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from mvptr_ds.builders import model_config
-from mvptr_ds.config import CONFIGS_DIR, Config, OptimConfig, TrainConfig, load_config
+from mvptr_ds.config import Config, OptimConfig, TrainConfig, load_config
+from mvptr_ds.config_reading import CONFIGS_DIR
 from mvptr_ds.data.phrases import PhraseVocab, Vocabs
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.ds_config import fill_ds_config, load_ds_config

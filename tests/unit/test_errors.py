@@ -37,7 +37,6 @@ from mvptr_ds.ds_config import load_ds_config
 from mvptr_ds.engine import Engine
 from mvptr_ds.guards import LossScale, SkippedSteps
 from mvptr_ds.monitoring.bad_samples import BadSamples
-from mvptr_ds.optim.optimizer import build_optimizer
 from mvptr_ds.stopping import StopSignal
 from mvptr_ds.trainer import Trainer
 from tests.conftest import REPO
@@ -120,6 +119,7 @@ overrides("objective-of-another-stage", "stage1.weights.vsc=1")
 overrides("scope-value", "task.vsc.scope=all")
 overrides("resume-value", "train.resume=always")
 overrides("profile-steps", "train.profile_steps=[100]")
+overrides("unknown-optimiser", "optim.name=adam")
 overrides("wandb-mode", "wandb.mode=live")
 overrides("slots-beyond-positions", "data.max_text_slots=100")
 overrides("no-phrase-vocabulary", "data.phrase_vocab=null")
@@ -140,6 +140,7 @@ overrides("bucket-batches-value", "data.bucket_batches=-1")
 overrides("source-name", "data.train=null", "data.sources={co co: {shards: coco}}")
 overrides("source-weight", "data.train=null", "data.sources.coco={shards: coco, weight: 0}")
 overrides("unknown-demo-source", "data.demo_source=photos")
+overrides("missing-partners-value", "data.missing_partners=skip")
 overrides("key-of-another-section", "data.batch_size=8")
 overrides("several-wrong-values", "data.num_workers=-1", "optim.learning_rate=1e-4", "optim.beta2=1.5")
 overrides("no-such-user", "run.dir=~nobody-here/runs")
@@ -185,12 +186,6 @@ def batch_not_divisible(place: Place) -> None:
 def batch_of_a_run_not_divisible(place: Place) -> None:
     place.checkpoint()
     batch_not_divisible(place)
-
-
-@case
-def unknown_optimiser(place: Place) -> None:
-    place.arguments.append("optim.name=sgd")
-    place.patch.setattr(Trainer, "_build_engine", lambda trainer, _: build_optimizer([], trainer.config.optim, 0.1))
 
 
 @case
@@ -301,12 +296,6 @@ def held_out_of_another_extractor(place: Place) -> None:
 @case
 def tars_beside_the_index(place: Place) -> None:
     shutil.copy(place.tar, place.tar.with_name("more.tar"))
-
-
-@case
-def missing_partners_value(place: Place) -> None:
-    sidecar(place, ("train-000000", "1"))
-    place.arguments.append("data.missing_partners=skip")
 
 
 @case
@@ -532,7 +521,7 @@ def run_folder_taken(place: Place) -> None:
 
 overrides("max-steps-value", "stage1.max_steps=0")
 overrides("stage-2-without-stage-1", "run.stages=[2]")
-overrides("several-errors", "optim.name=sgd", "run.stages=[2]")
+overrides("several-errors", "train.profile_steps=[100]", "run.stages=[2]")
 
 
 @case

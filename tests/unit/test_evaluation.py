@@ -5,7 +5,6 @@ Legend: C captions, I images, B samples, T text slots, G tag slots, R regions, D
 
 from __future__ import annotations
 
-import copy
 import io
 import json
 import warnings
@@ -23,7 +22,8 @@ from torch import Tensor, nn
 
 from mvptr_ds import eval as entry
 from mvptr_ds.checkpoints.model_folder import save_model_folder
-from mvptr_ds.config import Config
+from mvptr_ds.config import Config, EvalConfig, override_config
+from mvptr_ds.config_data import VisualConfig
 from mvptr_ds.data.dataset import read_sample_record
 from mvptr_ds.data.phrases import PhraseVocab, Vocabs
 from mvptr_ds.data.schema import Caption, Phrase, Record, Region
@@ -103,9 +103,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Index, Vocabs, Co
     (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n", encoding="utf-8")
     words = WordPiece(folder / "vocab.txt")
     known = {(n,): 9 for n in NOUNS} | {(n, a): 5 for n in NOUNS for a in ATTRIBUTES if (n, a) != OOV}
-    config = Config()
-    config.visual.feature_dim = len(SIGNAL)
-    config.eval.batch_size, config.eval.rerank_top_k = 16, 8
+    config = Config(visual=VisualConfig(feature_dim=len(SIGNAL)), eval=EvalConfig(batch_size=16, rerank_top_k=8))
     index = ensure_index(folder / "shards")
     return index, Vocabs(words, PhraseVocab.build(known, words, 1)), config
 
@@ -423,9 +421,9 @@ def test_curves_of_losses_and_of_scores(tmp_path: Path) -> None:
 def test_the_entry_writes_report_and_pictures(
     tmp_path: Path, planted: tuple[Index, Vocabs, Config], source: str
 ) -> None:
-    index, vocabs, config = planted[0], planted[1], copy.deepcopy(planted[2])
+    index, vocabs, config = planted
     backbone = {"model_type": "convnext", "hidden_sizes": [8], "depths": [1], "num_stages": 1}
-    config.visual.source, config.visual.image_size = source, 32
+    config = override_config(config, [f"visual.source={source}", "visual.image_size=32"])
     model = untrained(vocabs, visual_source=source, backbone_config=backbone if source == "image" else None)
     save_model_folder(tmp_path / "model", model, model.state_dict(), vocabs, config)
     report = evaluate(tmp_path / "model", [f"data.held_out={index.folder}"], tmp_path / "out")

@@ -351,6 +351,6 @@ def test_damage_is_a_data_error_or_harmless(member: str, place: float, value: in
 
 
 def test_options_are_checked() -> None:
-    for wrong in ({"visual_source": "pixels"}, {"word_prob": 1.5}, {"max_regions": 0}, {"image_size": 0}):
+    for wrong in ({"word_prob": 1.5}, {"max_regions": 0}, {"image_size": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             SampleOptions(**wrong)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mvptr_ds.config import TaskConfig, WeightsConfig
+from mvptr_ds.config import ItmConfig, TaskConfig, WeightsConfig, WpgConfig
 from mvptr_ds.objectives.hard_negatives import RandomDraws
 from mvptr_ds.objectives.pretraining import PretrainingLosses
 from mvptr_ds.objectives.stages import STAGES
@@ -25,9 +25,8 @@ def losses_and_gradients(execution: str, dtype: torch.dtype, device: str, **opti
     model = tiny_model(**sizes, initializer_range=0.1).to(device, dtype)
     model.set_execution(execution, **options)
     weights = WeightsConfig(mcr_tags=1.0, mcr_regions=1.0, mlm=1.0, vsc=1.0, wpg=1.0, wpg_cross=1.0, itm=1.0)
-    config = TaskConfig()
-    config.itm.negatives = config.wpg.negatives = "random"  # rounding must not choose another negative
-    config.wpg.top_k = 1
+    # rounding must not choose another negative
+    config = TaskConfig(itm=ItmConfig(negatives="random"), wpg=WpgConfig(negatives="random", top_k=1))
     task = PretrainingLosses(model, STAGES["stage2"], weights, config, max_text_slots=TEXT_SLOTS, max_steps=10, seed=0)
     batch = whole_batch()
     assert batch.region_features_BRF is not None

@@ -69,6 +69,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("objectives", "optim", "guards", "stopping"),
     ("monitoring",),
     ("demo", "corpus"),
+    ("shard_folders",),
     ("builders",),
     ("checkpoints", "evaluation"),
     ("tasks",),

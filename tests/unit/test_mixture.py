@@ -11,8 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mvptr_ds import builders
-from mvptr_ds.config import Config, load_config, override_config, save_config
+from mvptr_ds import builders, shard_folders
+from mvptr_ds.builders import SampleNeeds
+from mvptr_ds.config import Config, TrainConfig, load_config, override_config, save_config
+from mvptr_ds.config_data import DataConfig, SourceConfig, VisualConfig
 from mvptr_ds.data.collate import Sample, collate
 from mvptr_ds.data.dataset import MixedDataset, ShardDataset, differences
 from mvptr_ds.data.loader import make_loader
@@ -25,12 +27,17 @@ from mvptr_ds.data.shards.writer import write_shards
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.errors import DataError
 from mvptr_ds.monitoring.metrics import Meters
+from mvptr_ds.tasks import TASKS
 from tests.support.batch_equality import assert_equal_batches
 from tests.unit.test_loader import _damage, _item
 
 WORDS = WordPiece()
 VOCABS = Vocabs(WORDS, PhraseVocab.build({(noun, "big"): 1 for noun in ("dog", "cat", "tree")}, WORDS, 1))
 BATCH = 8
+
+
+def needs_of(stage: str) -> SampleNeeds:
+    return TASKS[stage].sample_needs(Config())
 
 
 def counts(mixture: Mixture, start: int, end: int) -> list[int]:
@@ -141,26 +148,21 @@ def folders(tmp_path: Path) -> dict[str, Path]:
 
 
 def config_of(folders: dict[str, Path], **weights: float | None) -> Config:
-    config = Config()
-    config.data.train = config.data.held_out = config.data.phrase_vocab = None
-    config.data.block_samples, config.data.window_blocks = 4, 3
-    config.visual.feature_dim, config.train.batch_size = 4, BATCH
-    for name, weight in weights.items():
-        override_config(config, [f"data.sources.{name}.shards={folders[name]}"])
-        config.data.sources[name].weight = weight
-    return config
+    sources = {name: SourceConfig(str(folders[name]), weight) for name, weight in weights.items()}
+    data = DataConfig(train=None, held_out=None, phrase_vocab=None, block_samples=4, window_blocks=3, sources=sources)
+    return Config(data=data, visual=VisualConfig(feature_dim=4), train=TrainConfig(batch_size=BATCH))
 
 
 def dataset_of(config: Config, stage: str = "stage1") -> MixedDataset:
     joins = Path(next(iter(config.data.sources.values())).shards).parent / "joins"
-    dataset = builders.build_dataset(config, VOCABS, stage, 3, joins)
+    dataset = builders.build_dataset(config, VOCABS, stage, needs_of(stage), 3, joins)
     assert isinstance(dataset, MixedDataset)
     return dataset
 
 
 def content(sample: Sample) -> tuple[object, ...]:
     """What is in a sample, whatever its place in the run and among the sources."""
-    fields = dataclasses.asdict(sample) | {"position": 0, "source": 0, "image_index": 0}
+    fields = dataclasses.asdict(sample) | {"position": 0, "source": 0, "image_index": 0, "labels": ()}
     return tuple(v.tobytes() if isinstance(v, np.ndarray) else v for v in fields.values())
 
 
@@ -176,7 +178,9 @@ def test_a_source_gives_the_same_whatever_stands_beside_it(folders: dict[str, Pa
     num = min(map(len, of_source))
     assert num > 42 and of_source[0][:num] == of_source[1][:num]  # more than an epoch
     assert len(set(of_source[0])) > 60  # masked in another way each time
-    other_seed = builders.build_dataset(config_of(folders, pairs=3, texts=1), VOCABS, "stage1", 4, folders["pairs"])
+    other_seed = builders.build_dataset(
+        config_of(folders, pairs=3, texts=1), VOCABS, "stage1", needs_of("stage1"), 4, folders["pairs"]
+    )
     assert content(other_seed[0]) != content(two[0])
 
 
@@ -280,9 +284,8 @@ def test_sources_are_sections_that_the_user_names(tmp_path: Path) -> None:
 
 
 def test_the_one_source_shorthand_keeps_its_order_and_draws(folders: dict[str, Path]) -> None:
-    config = config_of(folders)
-    config.data.train = str(folders["pairs"])
-    dataset = builders.build_dataset(config, VOCABS, "stage1", 3, folders["pairs"])
+    config = override_config(config_of(folders), [f"data.train={folders['pairs']}"])
+    dataset = builders.build_dataset(config, VOCABS, "stage1", needs_of("stage1"), 3, folders["pairs"])
     assert isinstance(dataset, ShardDataset) and dataset.plan.seed == 3 and dataset.names == ()
     assert dataset.fingerprint == Index.open(folders["pairs"]).fingerprint
 
@@ -290,15 +293,15 @@ def test_the_one_source_shorthand_keeps_its_order_and_draws(folders: dict[str, P
 def test_what_sources_cannot_be_is_said(folders: dict[str, Path]) -> None:
     def refused(config: Config, message: str, stage: str = "stage1") -> None:
         with pytest.raises(DataError, match=message):
-            builders.build_dataset(config, VOCABS, stage, 0, folders["pairs"] / "joins")
+            builders.build_dataset(config, VOCABS, stage, needs_of(stage), 0, folders["pairs"] / "joins")
 
     refused(config_of(folders), "neither data.train nor data.sources is set")
     config = config_of(folders, pairs=1)
-    config.data.sidecars = ["boxes"]
-    refused(config, r"data\.sidecars=\['boxes'\] and data\.sources \(pairs\) are given both")
-    config.data.sidecars = []
-    config.data.sources["a.b"] = dataclasses.replace(config.data.sources["pairs"])
-    refused(config, r"a source 'a\.b': name it with letters")
+    with_sidecars = override_config(config, ["data.sidecars=[boxes]"])
+    refused(with_sidecars, r"data\.sidecars=\['boxes'\] and data\.sources \(pairs\) are given both")
+    sources = config.data.sources | {"a.b": config.data.sources["pairs"]}
+    data = dataclasses.replace(config.data, sources=sources)
+    refused(dataclasses.replace(config, data=data), r"a source 'a\.b': name it with letters")
     # text-only and image-only samples: stage 1 alone
     for stage in ("stage2", "joint"):
         refused(
@@ -328,7 +331,8 @@ def test_sources_and_held_out_need_one_extractor(folders: dict[str, Path], tmp_p
         key, record, members = _item(number, np.random.default_rng(number))
         items.append((key, dataclasses.replace(record, extractor=Extractor("detr", "3")), members))
     write_shards(tmp_path / "other", items, 4)
-    builders.prepare_shards(config.data, 0, 1)  # texts have no regions that could differ
-    override_config(config, [f"data.sources.other.shards={tmp_path / 'other'}", "data.sources.other.weight=1"])
+    shard_folders.prepare_shards(config.data, 0, 1)  # texts have no regions that could differ
+    other = [f"data.sources.other.shards={tmp_path / 'other'}", "data.sources.other.weight=1"]
+    config = override_config(config, other)
     with pytest.raises(DataError, match=r"data\.sources\.pairs are of an unnamed .* data\.sources\.other of detr 3"):
-        builders.prepare_shards(config.data, 0, 1)
+        shard_folders.prepare_shards(config.data, 0, 1)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
 from mvptr_ds.model.config import MvptrConfig
-from mvptr_ds.model.encoder import EXECUTIONS
+from mvptr_ds.model.encoder import Execution
 from mvptr_ds.model.mvptr import PARTS, Mvptr
 from tests.support.pack import pack
 
@@ -127,7 +127,7 @@ def test_text_slots_know_their_position_and_regions_do_not() -> None:
     torch.testing.assert_close(permuted.padded(), states.padded()[:, order], rtol=0, atol=1e-12)  # float64 rounding
 
 
-@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("execution", get_args(Execution))
 def test_nothing_to_attend_to_is_finite_also_backwards(execution: str) -> None:
     model, x = tiny(), inputs()
     model.set_execution(execution)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mvptr_ds.config import TaskConfig, WeightsConfig
+from mvptr_ds.config import TaskConfig, WeightsConfig, WpgConfig
 from mvptr_ds.data.collate import IGNORE, Batch, Sample, collate
 from mvptr_ds.model import kernels
 from mvptr_ds.model.attention import PaddedAttention, SegmentAttention
@@ -187,8 +187,7 @@ def test_objectives_read_no_row_that_is_not_computed(stage: str, shapes: Any, da
     on = data.draw(
         st.sets(st.sampled_from([name for name, weight in vars(WEIGHTS[stage]).items() if weight]), min_size=1)
     )
-    config = TaskConfig()
-    config.wpg.states = data.draw(st.sampled_from(["uni", "cross"]))
+    config = TaskConfig(wpg=WpgConfig(states=data.draw(st.sampled_from(["uni", "cross"]))))
     batch = batch_of(shapes, stage)
     found = losses_and_gradients(stage, batch, torch.float64, on, config)
     with pytest.MonkeyPatch.context() as patch:
@@ -234,8 +233,3 @@ def test_attention_drops_out_the_same_share_in_both_executions() -> None:
     for values in noise:  # as much comes on top as is left out
         assert values.mean().item() == pytest.approx(0.0, abs=0.02)
     assert noise[0].std().item() == pytest.approx(noise[1].std().item(), rel=0.05)
-
-
-def test_unknown_execution_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"model\.execution is 'ragged'; choose from packed, padded"):
-        tiny_model().set_execution("ragged")

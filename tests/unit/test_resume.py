@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from mvptr_ds.checkpoints import resume
-from mvptr_ds.config import load_config, save_config
+from mvptr_ds.config import load_config, override_config, save_config
 from mvptr_ds.errors import CheckpointError
 from tests.support.checkpoint_states import state_at
 
@@ -53,7 +53,7 @@ def test_a_configuration_of_another_version_is_compared_as_far_as_it_goes(tmp_pa
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")
     config = load_config("demo", ["data.bucket_batches=4"])
     resume._check_order(tmp_path, config, tmp_path)
-    config.run.seed = 3
+    config = override_config(config, ["run.seed=3"])
     with pytest.raises(CheckpointError, match=r"run.seed: 0 there, 3 here"):
         resume._check_order(tmp_path, config, tmp_path)
 

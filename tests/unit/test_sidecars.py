@@ -7,6 +7,7 @@ import json
 import logging
 import pickle
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import torch
 import webdataset
 from PIL import Image
 
-from mvptr_ds import builders
-from mvptr_ds.config import Config, DataConfig, TaskConfig
+from mvptr_ds import shard_folders
+from mvptr_ds.config import Config, TaskConfig
+from mvptr_ds.config_data import DataConfig
 from mvptr_ds.data.collate import Sample
 from mvptr_ds.data.dataset import ShardDataset, load_samples, read_sample_record
 from mvptr_ds.data.features import SampleBuilder, SampleOptions
@@ -120,7 +122,7 @@ def config(images: Path, *sidecars: Path, **changes: Any) -> DataConfig:
 
 
 def opened(tmp_path: Path, data: DataConfig, stage: str = "stage2") -> JoinedIndex:
-    index = builders.open_sources(data, stage, tmp_path / "joins")[""]
+    index = shard_folders.open_sources(data, stage, stage != "stage1", tmp_path / "joins")[""]
     assert isinstance(index, JoinedIndex)
     return index
 
@@ -262,8 +264,6 @@ def test_records_without_partner_are_dropped_or_kept(
     assert "4 of 20 records have a partner, the others are used as they are" in caplog.text
     assert (kept.num_records, len(kept)) == (NUM, 30)
     assert [len(kept.read(kept.place(n))[0].regions) for n in (2, 3, 4, 5)] == [0, 1, 2, 3]
-    with pytest.raises(DataError, match="missing_partners is 'skip'; choose from drop, keep"):
-        opened(tmp_path, config(images, beside, missing_partners="skip"))
 
 
 def test_no_partner_at_all_shows_a_key_of_either_side(tmp_path: Path, images: Path) -> None:
@@ -291,10 +291,9 @@ def test_mixed_extractors_are_refused_unless_allowed(tmp_path: Path, images: Pat
     ]
     write_shards(tmp_path / "own", own, 9)
     with pytest.raises(DataError, match=r"own mixes extractors \(e 0: 1 of 2, e 1: 1 of 2\)"):
-        builders.open_sources(config(tmp_path / "own"), "stage1", tmp_path)
-    assert (
-        len(builders.open_sources(config(tmp_path / "own", allow_mixed_extractors=True), "stage1", tmp_path)[""]) == 2
-    )
+        shard_folders.open_sources(config(tmp_path / "own"), "stage1", False, tmp_path)
+    mixed = config(tmp_path / "own", allow_mixed_extractors=True)
+    assert len(shard_folders.open_sources(mixed, "stage1", False, tmp_path)[""]) == 2
 
 
 def test_kept_records_with_regions_of_their_own_are_a_mixture(tmp_path: Path) -> None:
@@ -331,24 +330,22 @@ def test_regions_that_name_no_extractor_are_of_one_of_their_own(tmp_path: Path) 
     ]
     write_shards(tmp_path / "own", own, 9)
     with pytest.raises(DataError, match=r"mixes extractors \(an unnamed extractor: 1 of 2, detr 3: 1 of 2\)"):
-        builders.open_sources(config(tmp_path / "own"), "stage1", tmp_path)
+        shard_folders.open_sources(config(tmp_path / "own"), "stage1", False, tmp_path)
 
 
 def test_train_and_held_out_shards_need_one_extractor(tmp_path: Path, images: Path, boxes: Path) -> None:
     other = write(tmp_path / "other", boxes_of(range(NUM), Extractor("detr", "4")))
     data = config(images, boxes)
-    data.held_out, data.held_out_sidecars = str(images), [str(other)]
+    data = replace(data, held_out=str(images), held_out_sidecars=[str(other)])
     with pytest.raises(DataError, match=r"data\.train are of detr 3, those of data\.held_out of detr 4"):
-        builders.prepare_shards(data, 0, 1)
-    data.allow_mixed_extractors = True
-    builders.prepare_shards(data, 0, 1)
-    data.allow_mixed_extractors, data.held_out_sidecars = False, None
-    builders.prepare_shards(data, 0, 1)
+        shard_folders.prepare_shards(data, 0, 1)
+    shard_folders.prepare_shards(replace(data, allow_mixed_extractors=True), 0, 1)
+    shard_folders.prepare_shards(replace(data, held_out_sidecars=None), 0, 1)
 
 
 def test_folders_of_the_wrong_kind_are_named(tmp_path: Path, images: Path, boxes: Path) -> None:
     with pytest.raises(DataError, match=r"boxes is a sidecar; name it among the sidecars"):
-        builders.open_sources(config(boxes), "stage1", tmp_path)
+        shard_folders.open_sources(config(boxes), "stage1", False, tmp_path)
     with pytest.raises(DataError, match=r"images holds records and is no sidecar"):
         opened(tmp_path, config(images, images))
 
@@ -361,13 +358,13 @@ def test_stages_that_align_refuse_what_is_no_pair(tmp_path: Path) -> None:
     ]
     write_shards(tmp_path / "all", items, 9)
     data = config(tmp_path / "all")
-    assert len(builders.open_sources(data, "stage1", tmp_path)[""]) == 4
+    assert len(shard_folders.open_sources(data, "stage1", False, tmp_path)[""]) == 4
     for stage in ("stage2", "joint"):
         with pytest.raises(DataError, match=rf"2 text-only and 1 image-only samples among 4; {stage} aligns both"):
-            builders.open_sources(data, stage, tmp_path)
-    data.held_out = data.train
+            shard_folders.open_sources(data, stage, stage != "stage1", tmp_path)
+    data = replace(data, held_out=data.train)
     with pytest.raises(DataError, match=r"2 text-only and 1 image-only samples among 4; evaluation needs"):
-        builders.open_held_out(data, tmp_path)
+        shard_folders.open_held_out(data, tmp_path)
     beside = write(tmp_path / "beside", boxes_of([0, 1]))  # gives the texts their regions, and drops the image
     index = opened(tmp_path, config(tmp_path / "all", beside), "stage2")
     assert (len(index), index.num_text_only_samples, index.num_image_only_samples) == (3, 0, 0)
@@ -438,15 +435,15 @@ def test_pictures_without_boxes_get_their_grid(tmp_path: Path) -> None:
 
 def test_held_out_shards_may_have_sidecars_of_their_own(tmp_path: Path, images: Path, boxes: Path) -> None:
     write_shards(tmp_path / "held", [("h", Record("h", 9, 9, (Caption(text(0)),)), {})], 1)
-    data = config(images, boxes)
-    data.held_out = str(tmp_path / "held")
+    data = replace(config(images, boxes), held_out=str(tmp_path / "held"))
     with pytest.raises(DataError, match=r"each split has sidecars of its own"):
-        builders.open_held_out(data, tmp_path / "joins")
-    data.held_out_sidecars = [str(write(tmp_path / "own", [("h", boxes_of([0])[0][1])]))]
+        shard_folders.open_held_out(data, tmp_path / "joins")
+    own = write(tmp_path / "own", [("h", boxes_of([0])[0][1])])
+    data = replace(data, held_out_sidecars=[str(own)])
     for name in ("manifest.json", "index.npy"):
         (tmp_path / "own" / name).unlink()  # made on first use
-    assert len(builders.open_held_out(data, tmp_path / "joins")) == 1
-    builders.prepare_shards(data, 0, 1)
+    assert len(shard_folders.open_held_out(data, tmp_path / "joins")) == 1
+    shard_folders.prepare_shards(data, 0, 1)
 
 
 # --- the join

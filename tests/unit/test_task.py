@@ -206,16 +206,6 @@ def test_an_objective_that_the_stage_cannot_compute_is_refused(stage: str, weigh
         build(stage, weights)
 
 
-def test_unknown_choices_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"task\.wpg\.states is 'both'"):
-        build("stage2", config=TaskConfig(wpg=WpgConfig(states="both")))
-    with pytest.raises(ValueError, match=r"task\.itm\.negatives is 'easy'"):
-        build("stage2", config=TaskConfig(itm=ItmConfig(negatives="easy")))
-    for scopes in ({"vsc": VscConfig(scope="all")}, {"itm": ItmConfig(scope="all")}, {"wpg": WpgConfig(scope="all")}):
-        with pytest.raises(ValueError, match=rf"task\.{next(iter(scopes))}\.scope is 'all'; choose from local, global"):
-            build("stage2", config=TaskConfig(**scopes))
-
-
 @pytest.mark.parametrize(
     ("stage", "negatives", "wanted"),
     [
@@ -287,8 +277,6 @@ def test_negatives_of_wpg() -> None:
     assert len({loss("stage2", mode) for mode in ("random", "hardest")}) == 2
     assert loss("stage2", "auto") == loss("stage2", "sampled")
     assert loss("joint", "auto") == loss("joint", "random")
-    with pytest.raises(ValueError, match=r"task\.wpg\.negatives is 'hard'; choose from hardest, sampled, random, auto"):
-        build("stage2", config=TaskConfig(wpg=WpgConfig(negatives="hard")))
 
 
 def test_margin_and_top_k_and_temperature_are_used() -> None:
@@ -302,8 +290,8 @@ def test_margin_and_top_k_and_temperature_are_used() -> None:
 @pytest.mark.parametrize("max_scale", [100.0, 20.0, 7.5, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_scale_is_capped_and_can_come_back(max_scale: float, dtype: torch.dtype) -> None:
-    task = build("stage2", model=tiny_model(initial_temperature=0.001).to(dtype))  # type: ignore[arg-type]
-    task.max_scale = max_scale
+    model = tiny_model(initial_temperature=0.001).to(dtype)  # type: ignore[arg-type]
+    task = build("stage2", config=TaskConfig(vsc=VscConfig(max_scale=max_scale)), model=model)
     scale = task.scale()  # exp(logit_scale) would be 1000
     assert scale.item() == pytest.approx(max_scale, rel=1e-6)
     scale.backward()

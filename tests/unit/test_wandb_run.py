@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mvptr_ds.config import WandbConfig
-from mvptr_ds.monitoring.wandb_run import WandbRun, check_mode
+from mvptr_ds.monitoring.wandb_run import WandbRun
 from tests.conftest import REPO
 
 CONFIG = {"run": {"seed": 3}, "train": {"batch_size": 8}}
@@ -130,8 +130,3 @@ def test_a_service_that_cannot_start_is_said(
     run.log(1, {"loss": 1.0})
     run.close()
     assert "no such luck" in caplog.text and run.id is not None
-
-
-def test_another_mode_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"wandb.mode is 'on'; choose from online, offline, disabled"):
-        check_mode("on")

@@ -20,6 +20,7 @@ from mvptr_ds.data.collate import IGNORE, Batch, Sample, collate
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.convert import to_reference
 from mvptr_ds.model.embeddings import TAG_SEGMENT, TEXT_SEGMENT
+from mvptr_ds.model.encoder import Execution
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.objectives import hard_negatives, losses
 from mvptr_ds.objectives.hard_negatives import RandomDraws
@@ -77,7 +78,7 @@ def _sample(
     )
 
 
-def build_task(config: MvptrConfig, execution: str) -> PretrainingLosses:
+def build_task(config: MvptrConfig, execution: Execution) -> PretrainingLosses:
     """Our task with the published sum of losses; the weights depend on the configuration alone."""
     torch.manual_seed(0)
     model = Mvptr(config)

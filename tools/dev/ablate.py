@@ -175,7 +175,7 @@ def parse_arguments(arms: Mapping[str, Arm]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=user_path, required=True, metavar="DIR", help="folder of the runs and the table")
-    parser.add_argument("--config", default="stamps", help="what the arms start from (%(default)s)")
+    parser.add_argument("--config", default="ablation_stamps", help="what the arms start from (%(default)s)")
     parser.add_argument("--arms", nargs="+", default=list(arms), choices=list(arms), metavar="ARM", help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="run.seed of the runs (0)")
     parser.add_argument("--ranks", type=int, default=2, metavar="N", help="ranks of a run (%(default)s)")

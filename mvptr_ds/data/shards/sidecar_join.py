@@ -66,8 +66,6 @@ def ensure_join(main: Index, sidecars: Sequence[Index], missing: str, allow_mixe
         DataError: a folder is of the wrong kind, extractors are mixed, a sidecar has no partner for any record, or no
             record has all of them.
     """
-    if missing not in (DROP, KEEP):
-        raise DataError(f"data.missing_partners is {missing!r}; choose from {DROP}, {KEEP}")
     check_kinds(main, sidecars)
     if not allow_mixed:
         for index in (main, *sidecars):

@@ -64,7 +64,11 @@ def merge_sidecar(
         captions = tuple(_without_regions(caption) for caption in captions)
     if entry.captions is not None:
         _check_same_texts(record.captions, entry.captions)
-        captions = entry.captions
+        # the sidecar knows phrases, the record its labels
+        captions = tuple(
+            theirs if ours.labels is None else msgspec.structs.replace(theirs, labels=ours.labels)
+            for ours, theirs in zip(record.captions, entry.captions, strict=True)
+        )
     if npy is not None:
         members = {**members, "npy": npy}
     merged = dataclasses.replace(
@@ -84,7 +88,8 @@ def merge_sidecar(
 def _without_regions(caption: Caption) -> Caption:
     if not any(phrase.regions for phrase in caption.phrases):
         return caption
-    return Caption(caption.text, tuple(msgspec.structs.replace(phrase, regions=()) for phrase in caption.phrases))
+    phrases = tuple(msgspec.structs.replace(phrase, regions=()) for phrase in caption.phrases)
+    return msgspec.structs.replace(caption, phrases=phrases)
 
 
 def _check_same_texts(captions: Sequence[Caption], others: Sequence[Caption]) -> None:

@@ -14,7 +14,7 @@ CONVERTER = "deepspeed.checkpoint.ds_to_universal"
 
 
 def end_with_parent() -> None:
-    """A rank that is killed leaves no conversion behind which would write on beside the next one."""
+    """Ends this process with the rank that started it: a conversion left behind would write beside the next one."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -29,7 +29,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])  # see train.py
     from mvptr_ds.user_io.terminal import accept_any_text
 
-    # schedulers and terminals send them to every process: the rank decides
+    # schedulers and terminals send these signals to every process, and the rank alone decides
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     end_with_parent()

@@ -2,9 +2,12 @@
 
     RUN/lock    who trains here: host, process, SLURM job; rank 0 renews its time every BEAT_S seconds
 
-The file is made with O_EXCL, which is atomic on network storage too. A start that finds it there waits a little for
-its owner to end, and takes it over once the owner is gone: its process on this machine, or the SLURM job's start before
-this one; of anybody else's, once its time has stood still for SILENT_S.
+The file is made with O_EXCL, which is atomic on network storage too. A start that finds one waits a little for its
+owner to end, and takes it over once the owner is gone. An owner is gone when
+
+- it ran on this machine, and its process has ended;
+- it was an earlier start of the same SLURM job;
+- it ran elsewhere, and the file's time has stood still for SILENT_S.
 """
 
 from __future__ import annotations
@@ -31,17 +34,18 @@ logger = logging.getLogger(__name__)
 NAME = "lock"
 BEAT_S = 10.0
 POLL_S = 2.0
-WAIT_S = 30.0  # for an owner that lives: it may just have been told to stop
+WAIT_S = 30.0  # for an owner that still runs: it may be about to stop
 SILENT_S = 60.0  # several beats
-OLD_S = 600.0  # beyond what the clocks of two machines differ: nobody has to wait for that
+OLD_S = 600.0  # more than the clocks of two machines differ: a lock so old needs no wait
 CANNOT_BE_MADE = {errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EPERM, errno.EROFS}
 
 
 @contextmanager
 def only_start(run_dir: Path) -> Iterator[Callable[[], None]]:
-    """Holds the run folder for this start, of which rank 0 has the lock. All ranks call it.
+    """Holds the lock of a run folder, on rank 0, as long as the context lasts. All ranks call it.
 
-    Yields what rank 0 may call to find out, by a RunLockError, that another start has taken the lock over.
+    Yields:
+        A function for rank 0 that raises RunLockError once another start has taken the lock over.
 
     Raises:
         RunLockError: on all ranks, where another start trains here.
@@ -64,7 +68,7 @@ class Held:
 
     @property
     def owner(self) -> dict[str, Any]:
-        """Empty where it was found half written."""
+        """The content as written by the owner; empty where the file was found half written."""
         try:
             content = json.loads(self.text)
         except ValueError:
@@ -87,7 +91,7 @@ class RunLock:
         self._released = threading.Event()
 
     def take(self) -> None:
-        """Returns with the lock, after a minute and a half at most.
+        """Takes the lock, after a minute and a half of waiting at most.
 
         Raises:
             RunLockError: another start has it.
@@ -117,9 +121,9 @@ class RunLock:
         threading.Thread(target=self._renew, name="run-lock", daemon=True).start()
 
     def check(self) -> None:
-        """Raises RunLockError where another start has taken the lock over meanwhile."""
+        """Raises RunLockError where another start has taken the lock over."""
         held = None
-        with suppress(OSError):  # what is saved next says what is wrong with the storage
+        with suppress(OSError):  # the save that follows reports what is wrong with the storage
             held = self._read()
         if held is not None and held.text != self._text:
             raise RunLockError(
@@ -157,7 +161,7 @@ class RunLock:
         return True
 
     def _read(self) -> Held | None:
-        """None where there is no lock. What is opened anew is read anew from network storage."""
+        """Reads the lock, None where there is none. Opening the file again bypasses the cache of network storage."""
         try:
             with self.path.open(encoding="utf-8", errors="replace") as opened:
                 return Held(opened.read(), os.fstat(opened.fileno()).st_mtime_ns)
@@ -165,7 +169,7 @@ class RunLock:
             return None
 
     def _take_over(self, held: Held) -> bool:
-        """Puts this lock in the place of that one; False where another start is quicker."""
+        """Replaces the lock that was found by this one. Returns False where another start was quicker."""
         taking = self.path.with_name(f"{NAME}-taking")
         try:
             os.close(os.open(taking, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
@@ -178,7 +182,7 @@ class RunLock:
             now = self._read()
             if now is None or now.text != held.text:
                 return False
-            with replacing(self.path, self.token) as partial:  # nobody can make one in between
+            with replacing(self.path, self.token) as partial:  # so that no start can make one in between
                 partial.write_text(self._text, encoding="utf-8")
         finally:
             taking.unlink(missing_ok=True)
@@ -207,10 +211,10 @@ def _myself() -> dict[str, Any]:
 
 
 def _alive(held: Held, unchanged_s: float) -> tuple[bool | None, str]:
-    """Whether the owner of a lock still runs, None where that is not known yet; and why it does not.
+    """Whether the owner of a lock still runs, None where that is not known yet; and if it does not, why.
 
     Args:
-        unchanged_s: for how long its time was seen to stand still.
+        unchanged_s: for how long the lock's time was seen to stand still.
     """
     owner, here = held.owner, _myself()
     if here["job"] is not None and owner.get("job") == here["job"] and owner.get("job_start") != here["job_start"]:
@@ -225,7 +229,7 @@ def _alive(held: Held, unchanged_s: float) -> tuple[bool | None, str]:
 
 
 def _machine() -> str | None:
-    """Where numbers of processes mean the same: one start of one machine, and in it one container."""
+    """Names the boot of this machine and the container, within which a process number means one process."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -234,7 +238,7 @@ def _machine() -> str | None:
 
 
 def _started(pid: int) -> str | None:
-    """When a process was started, in the machine's own ticks; None where it is gone. A number may be used again."""
+    """When a process was started, in clock ticks, None where it is gone. It tells processes of one number apart."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:

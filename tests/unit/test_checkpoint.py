@@ -18,6 +18,7 @@ from mvptr_ds.checkpoints.rng import restore_rng
 from mvptr_ds.checkpoints.state import read_state
 from mvptr_ds.config import load_config
 from mvptr_ds.errors import CheckpointError, StorageError
+from mvptr_ds.tasks import TASKS
 from tests.support.checkpoint_states import state_at
 
 
@@ -322,7 +323,8 @@ def test_what_a_run_that_begins_anew_finds_is_kept(tmp_path: Path, caplog: pytes
 
 def test_stage_2_starts_from_the_finished_stage_1_of_its_run_folder(tmp_path: Path) -> None:
     def start(*overrides: str) -> Path | None:
-        return first_model(load_config("demo", [f"run.dir={tmp_path}", "run.stages=[2]", *overrides]))
+        config = load_config("demo", [f"run.dir={tmp_path}", "run.stages=[2]", *overrides])
+        return first_model(config, TASKS[config.stage_names[0]].follows)
 
     assert start("run.stages=[1, 2]") is None and start("run.stages=[joint]") is None
     assert start("run.init_from=null") is None

@@ -35,7 +35,7 @@ def check_route(wanted_RB: Tensor, dtype: torch.dtype) -> None:
     found = route.fetch(local)
     assert found.dtype == dtype and torch.equal(found, torch.cat([samples[i] for i in wanted_RB[rank]]))
     assert route.lengths == lengths_S[wanted_RB[rank]].tolist()
-    assert sum(route.num_got_R) == sum(route.lengths)  # nothing travels but what was asked for
+    assert sum(route.recv_splits) == sum(route.lengths)  # nothing travels but what was asked for
     if not dtype.is_floating_point:
         return
     for asking in range(num):

@@ -17,14 +17,6 @@ from tools.dev.check_prose import FENCE, check, pages
 
 PAGES = pages()
 ALL = [str(page.relative_to(REPO)) for page in PAGES]
-# pages whose prose has yet to be rewritten
-LONG_PROSE = {
-    "slurm/README.md", "docs/mixing.md", "docs/performance.md", "docs/phrases.md",
-    "docs/planning.md", "docs/preflight.md", "docs/regions.md", "docs/vocabulary.md", "docs/extending.md",
-}  # fmt: skip
-# pages that name files which are still to come
-UNFINISHED = {"docs/extending.md"}
-NAMES = [name for name in ALL if name not in UNFINISHED]
 NO_PATHS = {"mvptr_ds/forward"}  # the name of a phase in a trace
 NO_TESTS = {"test_tuples"}  # a key of SPICE's results
 SECTIONS = "|".join(field.name for field in dataclasses.fields(Config))
@@ -82,13 +74,11 @@ def keys(text: str) -> Iterator[str]:
 
 @pytest.mark.parametrize("name", ALL)
 def test_the_prose_is_plain(name: str) -> None:
-    if name in LONG_PROSE:
-        pytest.skip("its prose has yet to be rewritten")
     page = REPO / name
     assert [str(finding) for finding in check(page, page.read_text(encoding="utf-8"))] == []
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_every_relative_link_leads_somewhere(name: str) -> None:
     page = REPO / name
     broken = []
@@ -102,7 +92,7 @@ def test_every_relative_link_leads_somewhere(name: str) -> None:
     assert broken == []
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_every_path_exists(name: str) -> None:
     missing = set()
     for found in PATH.findall((REPO / name).read_text(encoding="utf-8")):
@@ -114,7 +104,7 @@ def test_every_path_exists(name: str) -> None:
     assert missing == set()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_every_key_exists(name: str) -> None:
     text = (REPO / name).read_text(encoding="utf-8")
     assert {key for key in keys(text) if not resolves(key)} == set()
@@ -129,7 +119,7 @@ def tests_here() -> set[str]:
     }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_every_test_exists(name: str, tests_here: set[str]) -> None:
     """A page may name a test without its file."""
     assert set(TEST.findall((REPO / name).read_text(encoding="utf-8"))) - tests_here - NO_TESTS == set()

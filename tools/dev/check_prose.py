@@ -63,7 +63,8 @@ def prose_lines(text: str) -> Iterator[tuple[int, str]]:
             yield number, ""
             continue
         in_list = bool(ITEM.match(line)) or (in_list and (not line.strip() or line.startswith(" ")))
-        is_code = line.startswith("    ") and not in_list and before_is_blank
+        deep = 6 if in_list else 4  # the text of an item is indented by as much as its mark
+        is_code = line.startswith(" " * deep) and (before_is_blank or (in_list and not ITEM.match(line)))
         before_is_blank = not line.strip() or is_code
         yield number, "" if is_code or line.lstrip().startswith("|") else line
 

@@ -163,9 +163,11 @@ def is_printed(line: str) -> bool:
     shortened = line.endswith("...")
     for parts in templates():
         for end in range(1, len(parts) + 1) if shortened else [len(parts)]:
+            fixed = [part for part in parts[:end] if part]
+            if sum(map(len, fixed)) < LEAST_FIXED or not all(part in line for part in fixed):
+                continue  # most of them, so that few patterns are compiled
             pattern = "".join(".+" if part is None else re.escape(part) for part in parts[:end])
-            fixed = sum(len(part) for part in parts[:end] if part)
-            if fixed >= LEAST_FIXED and re.fullmatch(pattern, line.removesuffix("...")):
+            if re.fullmatch(pattern, line.removesuffix("...")):
                 return True
     return False
 

@@ -18,7 +18,7 @@ from tests.support.tiny_detector import save_detector
 
 DOC = REPO / "docs/corpus.md"
 NUM_IMAGES = 60
-COMMAND = re.compile(r"^    ((?:python|deepspeed) .+)$|^```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"^    ((?:python|deepspeed) [^\n]+)$|^```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CONFIG = re.compile(r"`(\w+\.yaml)` says:\n\n```yaml\n(.*?)```", re.DOTALL)
 NUMBER = re.compile(r"\d[\d.,e:+-]*")
 SMALLER = (  # the published size would not train here

@@ -1,6 +1,6 @@
 """LAMB for ordinary parameters, and for the flat partitions that DeepSpeed's ZeRO 1 and 2 put in their place.
 
-Legend: T the model's tensors of more than one dimension, over all groups.
+Legend: U the model's tensors of more than one dimension, over all groups.
 """
 
 from __future__ import annotations
@@ -138,9 +138,9 @@ class Lamb(torch.optim.Optimizer):
         for (n, _, _), of_weights, of_direction in zip(held, norms[: len(held)], norms[len(held) :], strict=True):
             rows[0][n], rows[1][n] = of_weights, of_direction
         nothing = torch.zeros((), dtype=torch.float64, device=device)
-        squares_2T = torch.stack([row.get(n, nothing) for row in rows for n in range(num)]).view(2, num).square()
+        squares_2U = torch.stack([row.get(n, nothing) for row in rows for n in range(num)]).view(2, num).square()
         if self._sum_over_ranks is not None:
-            squares_2T = self._sum_over_ranks(squares_2T)
-        weights_T, directions_T = squares_2T.sqrt()
-        moves_T = (weights_T > 0) & (directions_T > 0)
-        return torch.where(moves_T, weights_T / directions_T, torch.ones_like(weights_T)).unbind()
+            squares_2U = self._sum_over_ranks(squares_2U)
+        weights_U, directions_U = squares_2U.sqrt()
+        moves_U = (weights_U > 0) & (directions_U > 0)
+        return torch.where(moves_U, weights_U / directions_U, torch.ones_like(weights_U)).unbind()

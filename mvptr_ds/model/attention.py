@@ -17,7 +17,7 @@ from torch import Tensor
 from mvptr_ds.model import kernels
 from mvptr_ds.model.packed import Packed
 
-Attend = Callable[[Tensor, float], Tensor]  # queries, keys and values [..., 3, H, K], dropout -> [..., H, K]
+Attend = Callable[[Tensor, float], Tensor]  # queries, keys and values [..., 3, H, E], dropout -> [..., H, E]
 
 
 class PaddedAttention:

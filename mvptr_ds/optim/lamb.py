@@ -15,7 +15,7 @@ from torch import Tensor
 class Piece(NamedTuple):
     """What a stepped tensor holds of one of the model's tensors."""
 
-    number: int  # among T
+    number: int  # among the U tensors
     start: int
     length: int
 
@@ -33,7 +33,7 @@ class Lamb(torch.optim.Optimizer):
     group that does not decay either (`optim.parameter_groups`). State and settings are named as in `torch.optim.AdamW`.
 
     ZeRO gives each rank one flat float32 part of every group, whose borders cut through tensors. After
-    `follow_zero` the squared norms of the pieces are summed over the ranks: 2 T float64 numbers a step.
+    `follow_zero` the squared norms of the pieces are summed over the ranks: 2 U float64 numbers a step.
 
     Source: You et al. 2020 (arXiv 1904.00962), algorithm 2, with phi the identity.
     Differs: NVIDIA's and DeepSpeed's fused kernels clip the gradient themselves, which is the engine's task here.
@@ -49,7 +49,7 @@ class Lamb(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._tensors: list[list[Any]] = [list(group["params"]) for group in self.param_groups]
-        self._pieces: dict[Tensor, list[Piece]] = {}  # by flat part; not in it: without tensors of T
+        self._pieces: dict[Tensor, list[Piece]] = {}  # by flat part; not in it: those without such tensors
         self._num_tensors = 0
         self._sum_over_ranks: Callable[[Tensor], Tensor] | None = None
 
@@ -130,7 +130,7 @@ class Lamb(torch.optim.Optimizer):
                 torch._foreach_mul_([d for _, _, d in held], [ratios[n] for n, _, _ in held])
 
     def _ratios(self, held: list[tuple[int, Tensor, Tensor]], num: int, device: torch.device) -> tuple[Tensor, ...]:
-        """Of all T tensors, float64, from what this rank holds of some: their number, weights and direction."""
+        """Returns of all U tensors, float64, from what this rank holds of some: their number, weights and direction."""
         # in float64: float32's own sum on a CPU is 2e-3 off for 30 M numbers
         tensors = [w for _, w, _ in held] + [d for _, _, d in held]
         norms = torch._foreach_norm(tensors, 2, dtype=torch.float64) if held else []

@@ -130,7 +130,11 @@ class Lamb(torch.optim.Optimizer):
                 torch._foreach_mul_([d for _, _, d in held], [ratios[n] for n, _, _ in held])
 
     def _ratios(self, held: list[tuple[int, Tensor, Tensor]], num: int, device: torch.device) -> tuple[Tensor, ...]:
-        """Returns of all U tensors, float64, from what this rank holds of some: their number, weights and direction."""
+        """Returns the ratios of all U tensors, float64.
+
+        Args:
+            held: what this rank holds of some of them: number, weights and direction.
+        """
         # in float64: float32's own sum on a CPU is 2e-3 off for 30 M numbers
         tensors = [w for _, w, _ in held] + [d for _, _, d in held]
         norms = torch._foreach_norm(tensors, 2, dtype=torch.float64) if held else []

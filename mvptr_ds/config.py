@@ -304,9 +304,10 @@ class Config:
     @property
     def stage_names(self) -> list[str]:
         """`run.stages` as section names, checked."""
-        names = [s if s == "joint" or s.startswith("stage") else f"stage{s}" for s in self.run.stages]
-        if not names or any(n not in STAGES for n in names):
-            raise ValueError(f"run.stages is {self.run.stages}; it lists some of 1, 2, joint")
+        names = [name if name in STAGES else f"stage{name}" for name in self.run.stages]
+        if not names or any(name not in STAGES for name in names):
+            known = ", ".join(name.removeprefix("stage") for name in STAGES)
+            raise ValueError(f"run.stages is {self.run.stages}; it lists some of {known}")
         return names
 
 

@@ -281,7 +281,7 @@ def class_of_named_sections(hint: Any) -> type | None:
 
 
 def _names(cls: type, prefix: str = "") -> Iterator[str]:
-    """Of all sections and keys, as overrides write them; NAME stands for one that the user gives."""
+    """Lists all sections and keys as overrides write them; NAME stands for one that the user gives."""
     for key, hint in typing.get_type_hints(cls).items():
         yield f"{prefix}{key}"
         named = class_of_named_sections(hint)

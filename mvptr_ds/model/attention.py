@@ -2,7 +2,7 @@
 
 Both take queries, keys and values in one tensor, so that a layer does not know which of them it calls.
 
-Legend: B sequences, L slots of the longest, N rows of all sequences, H heads, K size of a head.
+Legend: B sequences, L slots of the longest, N rows of all sequences, H heads, E size of a head.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from mvptr_ds.model import kernels
 from mvptr_ds.model.packed import Packed
 
-Attend = Callable[[Tensor, float], Tensor]  # queries, keys and values [..., 3, H, K], dropout -> [..., H, K]
+Attend = Callable[[Tensor, float], Tensor]  # queries, keys and values [..., 3, H, E], dropout -> [..., H, E]
 
 
 class PaddedAttention:
@@ -28,10 +28,10 @@ class PaddedAttention:
         mask_BL = mask_BL | ~mask_BL.any(dim=1, keepdim=True)
         self.mask_B11L = mask_BL[:, None, None, :]
 
-    def __call__(self, qkv_BL3HK: Tensor, dropout: float) -> Tensor:
-        query, key, value = qkv_BL3HK.permute(2, 0, 3, 1, 4).unbind(0)
-        out_BHLK = F.scaled_dot_product_attention(query, key, value, attn_mask=self.mask_B11L, dropout_p=dropout)
-        return out_BHLK.transpose(1, 2)
+    def __call__(self, qkv_BL3HE: Tensor, dropout: float) -> Tensor:
+        query, key, value = qkv_BL3HE.permute(2, 0, 3, 1, 4).unbind(0)
+        out_BHLE = F.scaled_dot_product_attention(query, key, value, attn_mask=self.mask_B11L, dropout_p=dropout)
+        return out_BHLE.transpose(1, 2)
 
 
 class SegmentAttention:
@@ -48,26 +48,26 @@ class SegmentAttention:
         offsets[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
         self.offsets = offsets.to(device, non_blocking=True)
 
-    def __call__(self, qkv_N3HK: Tensor, dropout: float) -> Tensor:
+    def __call__(self, qkv_N3HE: Tensor, dropout: float) -> Tensor:
         if not self.longest:
-            return qkv_N3HK[:, 0]
-        choice = kernels.attention(qkv_N3HK.device, qkv_N3HK.dtype, dropout, qkv_N3HK.shape[-1])
-        return _KERNELS[choice.implementation](self, qkv_N3HK, dropout)
+            return qkv_N3HE[:, 0]
+        choice = kernels.attention(qkv_N3HE.device, qkv_N3HE.dtype, dropout, qkv_N3HE.shape[-1])
+        return _KERNELS[choice.implementation](self, qkv_N3HE, dropout)
 
-    def each(self, qkv_N3HK: Tensor, dropout: float) -> Tensor:
+    def each(self, qkv_N3HE: Tensor, dropout: float) -> Tensor:
         """One call a sequence. On a CPU faster than a nested or padded tensor (tools/bench/bench_attention.py)."""
         out = []
-        for qkv_L3HK in qkv_N3HK.split(self.lengths):
-            query, key, value = qkv_L3HK.permute(1, 2, 0, 3).unsqueeze(1).unbind(0)
+        for qkv_L3HE in qkv_N3HE.split(self.lengths):
+            query, key, value = qkv_L3HE.permute(1, 2, 0, 3).unsqueeze(1).unbind(0)
             out.append(F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)[0].transpose(0, 1))
         return torch.cat(out)
 
-    def padded(self, qkv_N3HK: Tensor, dropout: float) -> Tensor:
+    def padded(self, qkv_N3HE: Tensor, dropout: float) -> Tensor:
         """One call on rows that are padded for it and taken out again."""
         num_slots = len(self.lengths) * self.longest
-        qkv_X3HK = qkv_N3HK.new_zeros(num_slots, *qkv_N3HK.shape[1:]).index_copy(0, self._slots_N, qkv_N3HK)
-        out_BLHK = self._masked(qkv_X3HK.unflatten(0, (len(self.lengths), self.longest)), dropout)
-        return out_BLHK.flatten(0, 1).index_select(0, self._slots_N)
+        qkv_X3HE = qkv_N3HE.new_zeros(num_slots, *qkv_N3HE.shape[1:]).index_copy(0, self._slots_N, qkv_N3HE)
+        out_BLHE = self._masked(qkv_X3HE.unflatten(0, (len(self.lengths), self.longest)), dropout)
+        return out_BLHE.flatten(0, 1).index_select(0, self._slots_N)
 
     @cached_property
     def _slots_N(self) -> Tensor:
@@ -83,21 +83,21 @@ class SegmentAttention:
     def _numbered(self) -> Packed:
         return Packed(torch.empty(sum(self.lengths), device=self.offsets.device), self.lengths)
 
-    def torch_flash(self, qkv_N3HK: Tensor, dropout: float) -> Tensor:
+    def torch_flash(self, qkv_N3HE: Tensor, dropout: float) -> Tensor:
         """torch's variable-length flash attention, which knows no dropout."""
         from torch.nn.attention.varlen import varlen_attn
 
         assert not dropout
-        query, key, value = qkv_N3HK.unbind(1)
+        query, key, value = qkv_N3HE.unbind(1)
         out = varlen_attn(query, key, value, self.offsets, self.offsets, self.longest, self.longest)
         assert isinstance(out, Tensor)
         return out
 
-    def flash_attn(self, qkv_N3HK: Tensor, dropout: float) -> Tensor:
+    def flash_attn(self, qkv_N3HE: Tensor, dropout: float) -> Tensor:
         """The flash_attn package."""
         from flash_attn import flash_attn_varlen_qkvpacked_func
 
-        out: Tensor = flash_attn_varlen_qkvpacked_func(qkv_N3HK, self.offsets, self.longest, dropout_p=dropout)
+        out: Tensor = flash_attn_varlen_qkvpacked_func(qkv_N3HE, self.offsets, self.longest, dropout_p=dropout)
         return out
 
 

@@ -1,6 +1,6 @@
 """A post-LN BERT encoder: fused QKV, the attention of attention.py, erf GELU.
 
-Legend: N rows of all sequences, x leading dimensions (N, or padded B and L), D hidden, H heads, K size of a head.
+Legend: N rows of all sequences, x leading dimensions (N, or padded B and L), D hidden, H heads, E size of a head.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class EncoderLayer(nn.Module):
         Args:
             needed_K: int64, of [N, D] the rows that are wanted: [N, D] -> [K, D].
         """
-        qkv_x3HK = self.qkv(states_xD).unflatten(-1, (3, self.num_heads, -1))
-        attended_xD = attend(qkv_x3HK, self.attention_dropout if self.training else 0.0).flatten(-2)
+        qkv_x3HE = self.qkv(states_xD).unflatten(-1, (3, self.num_heads, -1))
+        attended_xD = attend(qkv_x3HE, self.attention_dropout if self.training else 0.0).flatten(-2)
         if needed_K is not None:
             states_xD, attended_xD = states_xD.index_select(0, needed_K), attended_xD.index_select(0, needed_K)
         return self.after_attention(states_xD, attended_xD)

@@ -45,7 +45,7 @@ class Packed:
         return self.like(self.rows.to(device, dtype))
 
     def positions(self) -> Tensor:
-        """Of each row in its sequence, int64 [N]."""
+        """Returns the place of each row in its sequence, int64 [N]."""
         lengths = np.array(self.lengths, dtype=np.int64)
         return on_device(_ranges(np.zeros_like(lengths), lengths), self.rows.device)
 

@@ -29,6 +29,7 @@ from mvptr_ds.user_io.atomic import replacing
 
 logger = logging.getLogger(__name__)
 GIB = 2**30
+SUMMARY = ("eval/retrieval/t2i_r1", "eval/rerank/t2i_r1", "eval/grounding/accuracy", "eval/mcr/accuracy")
 
 
 class Meters:
@@ -224,8 +225,9 @@ class MetricsLog:
 
 
 def _in_percent(scores: dict[str, float]) -> str:
-    shown = ("eval/retrieval/t2i_r1", "eval/rerank/t2i_r1", "eval/grounding/accuracy", "eval/mcr/accuracy")
-    return ", ".join(f"{k.removeprefix('eval/')} {100 * scores[k]:.1f} %" for k in shown if k in scores)
+    """The scores of pre-training that tell most, or the first four of another task."""
+    chosen = [key for key in SUMMARY if key in scores] or list(scores)[:4]
+    return ", ".join(f"{key.removeprefix('eval/')} {100 * scores[key]:.1f} %" for key in chosen)
 
 
 def _drop_lines_from(path: Path, step: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ class TaskOutput(NamedTuple):  # a tuple: ZeRO-3 hooks the tensors of tuples, li
     parts: dict[str, LossSum]
 
 
-class TaskModule(nn.Module):
+class TaskModule(nn.Module, ABC):
     """A model with the losses of one task; `tasks.Task.build` makes it.
 
     Args:
@@ -37,13 +38,13 @@ class TaskModule(nn.Module):
         super().__init__()
         self.model, self.head, self.max_scale = model, head, max_scale
 
+    @abstractmethod
     def trained_parts(self) -> list[str]:
         """The parts of the model (`Mvptr.parameters_of`) that the losses reach; the engine gets no others."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, batch: Batch, step: int, accumulation: int = 0) -> TaskOutput:
         """The losses of one micro-batch, through `normalised`."""
-        raise NotImplementedError
 
     def normalised(self, parts: Mapping[str, LossSum], weights: Mapping[str, float]) -> TaskOutput:
         """The weighted sum of the losses, each divided by the count of all ranks.

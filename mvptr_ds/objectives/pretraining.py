@@ -51,7 +51,8 @@ class PretrainingLosses(TaskModule):
         self.per_sample = per_sample
         if not self.weights or not set(self.weights) <= set(stage.objectives):
             given = ", ".join(self.weights) or "nothing"
-            raise ValueError(f"{stage.name}.weights sets {given}; {stage.name} computes {', '.join(stage.objectives)}")
+            known = ", ".join(name for name in vars(weights) if name in stage.objectives)
+            raise ValueError(f"{stage.name}.weights sets {given}; {stage.name} computes {known}")
         if "mcr_phrases" in self.weights and not model.config.num_phrases:
             raise ValueError(
                 f"{stage.name}.weights.mcr_phrases is {weights.mcr_phrases}, but there is no phrase vocabulary: set "

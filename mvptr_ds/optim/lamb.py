@@ -1,6 +1,6 @@
 """LAMB for ordinary parameters, and for the flat partitions that DeepSpeed's ZeRO 1 and 2 put in their place.
 
-Legend: T the model's tensors of more than one dimension, over all groups.
+Legend: U the model's tensors of more than one dimension, over all groups.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 class Piece(NamedTuple):
     """What a stepped tensor holds of one of the model's tensors."""
 
-    number: int  # among T
+    number: int  # among the U tensors
     start: int
     length: int
 
@@ -33,7 +33,7 @@ class Lamb(torch.optim.Optimizer):
     group that does not decay either (`optim.parameter_groups`). State and settings are named as in `torch.optim.AdamW`.
 
     ZeRO gives each rank one flat float32 part of every group, whose borders cut through tensors. After
-    `follow_zero` the squared norms of the pieces are summed over the ranks: 2 T float64 numbers a step.
+    `follow_zero` the squared norms of the pieces are summed over the ranks: 2 U float64 numbers a step.
 
     Source: You et al. 2020 (arXiv 1904.00962), algorithm 2, with phi the identity.
     Differs: NVIDIA's and DeepSpeed's fused kernels clip the gradient themselves, which is the engine's task here.
@@ -49,7 +49,7 @@ class Lamb(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._tensors: list[list[Any]] = [list(group["params"]) for group in self.param_groups]
-        self._pieces: dict[Tensor, list[Piece]] = {}  # by flat part; not in it: without tensors of T
+        self._pieces: dict[Tensor, list[Piece]] = {}  # by flat part; not in it: those without such tensors
         self._num_tensors = 0
         self._sum_over_ranks: Callable[[Tensor], Tensor] | None = None
 
@@ -130,7 +130,11 @@ class Lamb(torch.optim.Optimizer):
                 torch._foreach_mul_([d for _, _, d in held], [ratios[n] for n, _, _ in held])
 
     def _ratios(self, held: list[tuple[int, Tensor, Tensor]], num: int, device: torch.device) -> tuple[Tensor, ...]:
-        """Of all T tensors, float64, from what this rank holds of some: their number, weights and direction."""
+        """Returns the ratios of all U tensors, float64.
+
+        Args:
+            held: what this rank holds of some of them: number, weights and direction.
+        """
         # in float64: float32's own sum on a CPU is 2e-3 off for 30 M numbers
         tensors = [w for _, w, _ in held] + [d for _, _, d in held]
         norms = torch._foreach_norm(tensors, 2, dtype=torch.float64) if held else []
@@ -138,9 +142,9 @@ class Lamb(torch.optim.Optimizer):
         for (n, _, _), of_weights, of_direction in zip(held, norms[: len(held)], norms[len(held) :], strict=True):
             rows[0][n], rows[1][n] = of_weights, of_direction
         nothing = torch.zeros((), dtype=torch.float64, device=device)
-        squares_2T = torch.stack([row.get(n, nothing) for row in rows for n in range(num)]).view(2, num).square()
+        squares_2U = torch.stack([row.get(n, nothing) for row in rows for n in range(num)]).view(2, num).square()
         if self._sum_over_ranks is not None:
-            squares_2T = self._sum_over_ranks(squares_2T)
-        weights_T, directions_T = squares_2T.sqrt()
-        moves_T = (weights_T > 0) & (directions_T > 0)
-        return torch.where(moves_T, weights_T / directions_T, torch.ones_like(weights_T)).unbind()
+            squares_2U = self._sum_over_ranks(squares_2U)
+        weights_U, directions_U = squares_2U.sqrt()
+        moves_U = (weights_U > 0) & (directions_U > 0)
+        return torch.where(moves_U, weights_U / directions_U, torch.ones_like(weights_U)).unbind()

@@ -91,7 +91,7 @@ def given_twice(name: str, lines: list[int]) -> str:
 
 
 def _keys_given_twice(text: str) -> Iterator[str]:
-    """Of sound JSON: what is wrong with each key that an object has several times, by its path."""
+    """Says what is wrong with each key that an object of sound JSON has several times, by its path."""
     line, string = 1, ""
     path: list[str] = []  # the name under which each open object or list stands
     open_keys: list[dict[str, list[int]]] = []  # of each of them: its keys, and the lines of each

@@ -9,7 +9,6 @@ import gc
 import json
 import sys
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ def build(name: str) -> Engine:
     content["zero_optimization"] = content["zero_optimization"] | zero_changes
     filled = fill_ds_config(content, TRAIN, OPTIM, collectives.num_ranks(), bf16_supported=False, fp16_supported=False)
     task = build_task("stage2")
-    task.config = replace(task.config, vsc=replace(task.config.vsc, max_scale=MAX_SCALE))
+    task.max_scale = MAX_SCALE
     task.model.logit_scale.data.fill_(BELOW)
     task.push = 0.0  # type: ignore[assignment]
     task.forward = pushed_forward.__get__(task)  # type: ignore[method-assign]

@@ -140,7 +140,7 @@ def hang(trainer: Trainer, micro_batches: list[Any]) -> None:
 
 def close_and_count(trainer: Trainer) -> None:
     """How many of the model's parameters live on, without a further look by the garbage collector."""
-    parameters = [weakref.ref(parameter) for parameter in trainer.task.parameters()]
+    parameters = [weakref.ref(parameter) for parameter in trainer.module.parameters()]
     close(trainer)
     left.append(sum(parameter() is not None for parameter in parameters))
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from mvptr_ds import builders
-from mvptr_ds.checkpoints.model_folder import init_from_folder, load_model_folder
+from mvptr_ds.checkpoints.model_folder import check_fits, load_model_folder
 from mvptr_ds.config import load_config, override_config
 from mvptr_ds.errors import CheckpointError
 from mvptr_ds.train import parse_arguments
@@ -146,7 +146,7 @@ def test_every_difference_is_named(trained: Run, small: list[str], override: str
     model = builders.build_model(config, vocabs)
     path = trained.dir / "stage1/checkpoints/step-00000004/model"
     with pytest.raises(CheckpointError, match=named):
-        init_from_folder(model, vocabs, path)
+        check_fits(model, vocabs, path)
 
 
 def test_a_model_folder_stands_by_itself(trained: Run, tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_check_tells_a_page_that_is_not_current(
 
 
 def test_the_error_that_the_page_shows_is_printed() -> None:
-    found = re.search(r"--config mine\.yaml (train\.batchsize.*)\n\n((?: {7}.*\n)+)", PAGE)
+    found = re.search(r"--config mine\.yaml (train\.batchsize.*)\n((?: {3}(?!`).*\n)+)", PAGE)
     assert found is not None
     with pytest.raises(ValueError) as error:
         load_config("base", shlex.split(found[1]))

@@ -38,6 +38,7 @@ from mvptr_ds.engine import Engine
 from mvptr_ds.guards import LossScale, SkippedSteps
 from mvptr_ds.monitoring.bad_samples import BadSamples
 from mvptr_ds.stopping import StopSignal
+from mvptr_ds.tasks import TASKS
 from mvptr_ds.trainer import Trainer
 from tests.conftest import REPO
 
@@ -79,7 +80,7 @@ class Place:
         """Written by the trainer itself, but for the engine's files; then `state.json` is changed."""
         config = load_config("demo", arguments_for(self))
         content = load_ds_config(REPO / "ds_configs/z2.json")
-        trainer = Trainer(config, "stage1", content, torch.device("cpu"), None, StopSignal())
+        trainer = Trainer(config, TASKS["stage1"], content, torch.device("cpu"), None, StopSignal())
         trainer.step = 2
         trainer.save()
         path = self.dir / "run/stage1/checkpoints/step-00000002"

@@ -87,8 +87,8 @@ def test_kernels_of_attention_agree_in_states_and_gradients(lengths: list[int], 
         return [out, torch.autograd.grad((out * weights).sum(), given)[0]]
 
     def padded(given: Tensor) -> Tensor:
-        out_BLHK = PaddedAttention(packed.mask())(packed.like(given).padded(), 0.0)
-        return Packed.of_padded(out_BLHK, packed.lengths).rows
+        out_BLHE = PaddedAttention(packed.mask())(packed.like(given).padded(), 0.0)
+        return Packed.of_padded(out_BLHE, packed.lengths).rows
 
     wanted = run(padded)
     for attend in (segments, *([segments.each, segments.padded] if sum(lengths) else [])):

@@ -49,12 +49,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def nested(lengths: tuple[int, ...], offsets: Tensor) -> Attend:
     """Returns a call on a nested jagged tensor, which the package does not use."""
 
-    def attend(qkv_N3HK: Tensor, dropout: float) -> Tensor:
+    def attend(qkv_N3HE: Tensor, dropout: float) -> Tensor:
         query, key, value = (
             torch.nested.nested_tensor_from_jagged(
-                rows_NHK.contiguous(), offsets.long(), min_seqlen=min(lengths), max_seqlen=max(lengths)
+                rows_NHE.contiguous(), offsets.long(), min_seqlen=min(lengths), max_seqlen=max(lengths)
             ).transpose(1, 2)
-            for rows_NHK in qkv_N3HK.unbind(1)
+            for rows_NHE in qkv_N3HE.unbind(1)
         )
         return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout).transpose(1, 2).values()
 
@@ -77,8 +77,8 @@ def contenders(lengths: tuple[int, ...], device: torch.device, dtype: torch.dtyp
     return out
 
 
-def run(attend: Attend, qkv_N3HK: Tensor, weights: Tensor, dropout: float) -> tuple[Tensor, Tensor]:
-    given = qkv_N3HK.detach().requires_grad_()
+def run(attend: Attend, qkv_N3HE: Tensor, weights: Tensor, dropout: float) -> tuple[Tensor, Tensor]:
+    given = qkv_N3HE.detach().requires_grad_()
     out = attend(given, dropout)
     return out.detach(), torch.autograd.grad(out, given, weights)[0]
 

@@ -225,7 +225,7 @@ def compare(batch: int, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def gemm_gflops_per_cpu_s(product: Callable[[Tensor, Tensor], Tensor], repeats: int = 6) -> float:
-    """Of a matrix product at the FFN's two shapes, over 2,048 rows: the better of them."""
+    """Returns the better speed of matrix products at the FFN's two shapes, over 2,048 rows."""
     rows, dim, inner = GEMM
     best = 0.0
     for num_in, num_out in ((dim, inner), (inner, dim)):

@@ -16,6 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPO))
+
+if __name__ == "__main__":
+    from mvptr_ds.user_io.signals import end_on_interrupt
+
+    end_on_interrupt()
+
+from mvptr_ds.user_io.terminal import accept_any_text
+from mvptr_ds.user_io.user_files import user_path
+
 PAGES = ("README.md", "CONTRIBUTING.md", "slurm/README.md")  # and docs/**/*.md
 MAX_WORDS = 25
 MAX_COLUMNS = 150
@@ -116,8 +126,9 @@ def check(path: Path, text: str) -> list[Finding]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    accept_any_text()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pages", nargs="*", type=Path, help="Markdown files (default: all pages of the repository)")
+    parser.add_argument("pages", nargs="*", type=user_path, help="Markdown files (default: all pages)")
     parser.add_argument("--check", action="store_true", help="exit with 1 if anything is found")
     arguments = parser.parse_args(argv)
     findings = [f for page in arguments.pages or pages() for f in check(page, page.read_text(encoding="utf-8"))]

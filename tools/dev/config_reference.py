@@ -21,6 +21,11 @@ from typing import Any, NamedTuple
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO))
 
+if __name__ == "__main__":
+    from mvptr_ds.user_io.signals import end_on_interrupt
+
+    end_on_interrupt()
+
 from mvptr_ds.config import STAGES, Config
 from mvptr_ds.config_reading import CONFIGS_DIR, PATH, class_of_named_sections, range_of
 from mvptr_ds.user_io.terminal import accept_any_text

@@ -84,10 +84,12 @@ def split_of(captions: list[int], seed: int = 0) -> EncodedSplit:
     )
 
 
+@pytest.mark.parametrize("shift", [0.0, -20.0])  # so that a match of the best is less than a cosine of the others
 @torch.inference_mode()
-def test_reranking_orders_the_best_by_the_itm_head_and_leaves_the_others_behind() -> None:
+def test_reranking_orders_the_best_by_the_itm_head_and_leaves_the_others_behind(shift: float) -> None:
     split, model, top_k = split_of([1, 2, 3, 1, 2, 2, 1, 1]), tiny_model().eval(), 3
     model.itm_head.weight.mul_(50)  # far from 0.5, so that orders differ
+    model.itm_head.bias[0] += shift
     sim = split.sim_CI
     t2i, i2t = rerank(model, split, top_k, 5, CPU)
     every = torch.cartesian_prod(torch.arange(sim.shape[0]), torch.arange(sim.shape[1]))

@@ -46,13 +46,13 @@ def micro_batch_size(train: TrainConfig, num_ranks: int) -> int:
 
 
 def rounded_batch_size(train: TrainConfig, num_ranks: int) -> int:
-    """The multiple of ranks x accumulation steps that is nearest to `train.batch_size`."""
+    """Returns the multiple of ranks x accumulation steps that is nearest to `train.batch_size`."""
     unit = num_ranks * train.accumulation_steps
     return max(1, round(train.batch_size / unit)) * unit
 
 
 def fit_batch_to_ranks(train: TrainConfig, saved: BatchSplit | None, num_ranks: int) -> TrainConfig:
-    """`train` with the batch size and accumulation steps for so many ranks. A resumed run keeps its batch size.
+    """Returns `train` with the batch size and steps that fit so many ranks. A resumed run keeps its batch size.
 
     Where ranks x accumulation steps do not divide it, the accumulation steps change, so that the micro-batch of a rank
     is at most what it was.

@@ -63,7 +63,7 @@ NOTHING_MASKED = SampleNeeds(pairs=False)  # of any samples as they are
 def build_dataset(
     config: Config, vocabs: Vocabs, task_name: str, needs: SampleNeeds, seed: int, joins: Path
 ) -> SampleDataset:
-    """The samples of a task by their positions in the run. All ranks call it.
+    """Opens the samples of a task by their positions in the run. All ranks call it.
 
     Wrong tags are drawn from the list of the own source, which has the vocabulary of its detector.
 
@@ -82,7 +82,7 @@ def build_dataset(
 
 
 def build_mixture(config: Config, num_samples: Mapping[str, int], seed: int) -> Mixture:
-    """The mixture of `data.sources`, whose numbers of samples are the weights where none are given.
+    """Returns the mixture of `data.sources`, whose numbers of samples are the weights where none are given.
 
     Raises:
         DataError: its blocks are too short or too long.
@@ -100,7 +100,7 @@ def build_mixture(config: Config, num_samples: Mapping[str, int], seed: int) -> 
 def build_batches(
     config: Config, dataset: SampleDataset, seed: int, joins: Path, alive: Callable[[], None] = lambda: None
 ) -> Batches:
-    """Which positions make up each batch: as they come, or of samples of like lengths. All ranks call it.
+    """Returns which positions make up each batch: as they come, or of samples of like lengths. All ranks call it.
 
     Args:
         joins: folder where the samples' lengths are kept.
@@ -129,7 +129,7 @@ def _open_lengths(index: SampleIndex, builder: SampleBuilder, folder: Path, aliv
 
 
 def build_vocabs(data: DataConfig) -> Vocabs:
-    """Word and phrase vocabulary; without `data.phrase_vocab` every phrase is out of vocabulary."""
+    """Builds word and phrase vocabulary; without `data.phrase_vocab` every phrase is out of vocabulary."""
     words = WordPiece(data.word_vocab)
     phrases = PhraseVocab.load(data.phrase_vocab, words) if data.phrase_vocab else PhraseVocab.empty(words)
     return Vocabs(words, phrases)
@@ -138,7 +138,7 @@ def build_vocabs(data: DataConfig) -> Vocabs:
 def build_samples(
     config: Config, vocabs: Vocabs, index: SampleIndex, needs: SampleNeeds, tag_noise: bool
 ) -> SampleBuilder:
-    """What turns a record's members into a sample; evaluation has no tag noise, and mostly no masking."""
+    """Returns what turns a record's members into a sample; evaluation has no tag noise, and mostly no masking."""
     data, visual = config.data, config.visual
     options = SampleOptions(
         visual_source=visual.source,
@@ -164,7 +164,7 @@ def build_samples(
 
 
 def model_config(config: Config, vocabs: Vocabs) -> MvptrConfig:
-    """The model's own configuration; the vocabularies give its rows."""
+    """Returns the model's own configuration; the vocabularies give its rows."""
     model, visual = config.model, config.visual
     if config.data.max_text_slots > model.max_positions or config.data.max_tag_slots > model.max_positions:
         raise ValueError(
@@ -199,7 +199,7 @@ def model_config(config: Config, vocabs: Vocabs) -> MvptrConfig:
 
 
 def build_model(config: Config, vocabs: Vocabs) -> Mvptr:
-    """A fresh model, the same on every rank; from BERT's weights where `run.init_from_bert` names them."""
+    """Builds a fresh model, the same on every rank; from BERT's weights where `run.init_from_bert` names them."""
     torch.manual_seed(config.run.seed)
     model = Mvptr(model_config(config, vocabs))
     if len(vocabs.phrases):
@@ -218,7 +218,7 @@ def build_model(config: Config, vocabs: Vocabs) -> Mvptr:
 
 
 def filled_ds_config(config: Config, ds_content: dict[str, Any]) -> dict[str, Any]:
-    """The DeepSpeed JSON for these ranks and their devices. Raises ValueError like `fill_ds_config`."""
+    """Returns the DeepSpeed JSON for these ranks and their devices. Raises ValueError like `fill_ds_config`."""
     bf16, fp16 = ds_config.precision_supported()
     return ds_config.fill_ds_config(
         ds_content, config.train, config.optim, collectives.num_ranks(), bf16_supported=bf16, fp16_supported=fp16
@@ -228,7 +228,7 @@ def filled_ds_config(config: Config, ds_content: dict[str, Any]) -> dict[str, An
 def kernel_report(
     config: Config, device: torch.device, dtype: torch.dtype, optimizer_device: torch.device
 ) -> list[kernels.Choice]:
-    """Which implementation each operation of training uses on this device, and why."""
+    """Returns which implementation each operation of training uses on this device, and why."""
     model = config.model
     found = kernels.report(
         device,

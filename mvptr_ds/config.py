@@ -296,7 +296,7 @@ class Config:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def stage(self, name: str) -> StageConfig:
-        """The section of one stage: `stage1`, `stage2` or `joint`."""
+        """Returns the section of one stage: `stage1`, `stage2` or `joint`."""
         if name not in STAGES:
             raise ValueError(f"stage {name!r} is unknown; choose from {', '.join(STAGES)}")
         return typing.cast(StageConfig, getattr(self, name))

@@ -62,7 +62,7 @@ def conclude(problems: Sequence[str]) -> None:
 
 
 def layers_of(path: Path, inner: tuple[Path, ...] = ()) -> list[Node]:
-    """The YAML of a file, and before it that of the files that it extends.
+    """Returns the YAML of a file, and before it that of the files that it extends.
 
     Raises:
         ValueError: a file extends itself or what is no file, or is not YAML.
@@ -83,7 +83,7 @@ def layers_of(path: Path, inner: tuple[Path, ...] = ()) -> list[Node]:
 
 
 def find_config(path: str | Path, extended_by: Path | None = None) -> Path:
-    """The file of that path or, with or without `.yaml`, the packaged configuration of that name.
+    """Returns the file of that path or, with or without `.yaml`, the packaged configuration of that name.
 
     Args:
         extended_by: the file that names it after `extends`, beside which it may lie.
@@ -119,11 +119,11 @@ class Overlay:
         self.problems: list[str] = []
 
     def add(self, node: Node) -> None:
-        """A mapping of sections, of which each says what differs."""
+        """Adds a mapping of sections, of which each says what differs."""
         self.tree = self._section(self.tree, node, "")
 
     def add_argument(self, argument: str) -> None:
-        """`section.key=value`."""
+        """Adds one argument, `section.key=value`."""
         key, equals, value = argument.partition("=")
         if not equals or not key:
             self.problems.append(f"cannot read the argument {argument!r}; overrides look like train.batch_size=64")
@@ -248,7 +248,7 @@ def _choice(node: Node, choices: Sequence[str]) -> str:
 
 
 def out_of_range(section: Any, prefix: str = "") -> Iterator[str]:
-    """What is wrong with each number of a tree that is not in the Range of its annotation, which each must have."""
+    """Returns what is wrong with each number of a tree outside the Range of its annotation, which each must have."""
     for key, hint in typing.get_type_hints(type(section), include_extras=True).items():
         value, name = getattr(section, key), f"{prefix}{key}"
         if dataclasses.is_dataclass(value):
@@ -266,7 +266,7 @@ def out_of_range(section: Any, prefix: str = "") -> Iterator[str]:
 
 
 def range_of(hint: Any) -> Range | None:
-    """The Range that an annotation holds anywhere in it."""
+    """Returns the Range that an annotation holds anywhere in it."""
     marks = hint.__metadata__ if typing.get_origin(hint) is typing.Annotated else ()
     found = [mark for mark in marks if isinstance(mark, Range)]
     found += [inner for inner in map(range_of, typing.get_args(hint)) if inner is not None]
@@ -274,7 +274,7 @@ def range_of(hint: Any) -> Range | None:
 
 
 def class_of_named_sections(hint: Any) -> type | None:
-    """The dataclass of a section that the user names, where the annotation is dict[str, dataclass]."""
+    """Returns the dataclass of a section that the user names, where the annotation is dict[str, dataclass]."""
     args = typing.get_args(hint)
     is_named = typing.get_origin(hint) is dict and dataclasses.is_dataclass(args[1])
     return typing.cast(type, args[1]) if is_named else None

@@ -61,7 +61,7 @@ class Engine:
                 deepspeed.zero.register_external_parameter(task, parameter)
 
     def forward(self, batch: Batch, step: int, accumulation: int) -> TaskOutput:
-        """The task on a micro-batch, in the engine's precision."""
+        """Computes the task's losses of a micro-batch, in the engine's precision."""
         output: TaskOutput = self._deepspeed(batch, step, accumulation)
         return output
 
@@ -81,7 +81,7 @@ class Engine:
             group["lr"] = learning_rate
 
     def was_step_applied(self) -> bool:
-        """False where the last gradient was not finite, on all ranks alike: the weights are as before."""
+        """Returns False, on all ranks alike, where the last gradient was not finite: the weights are as before."""
         return bool(self._deepspeed.was_step_applied())
 
     def grad_norm(self) -> float:
@@ -100,7 +100,7 @@ class Engine:
             return float(self.task.scale().detach())
 
     def weights(self) -> dict[str, Tensor]:
-        """The whole model on rank 0's host, and a task's head, float32 where they are trained.
+        """Returns the whole model on rank 0's host, and a task's head, float32 where they are trained.
 
         The engine keeps its float32 weights in parts; on the other ranks it is empty.
         """
@@ -113,7 +113,7 @@ class Engine:
         return weights
 
     def whole_module(self, build: Callable[[Mvptr], TaskModule]) -> TaskModule:
-        """The module as rank 0 can run it alone: with stage 3, which gathers partitions from all ranks, a copy.
+        """Returns the module as rank 0 can run it alone: with stage 3, which gathers partitions from all ranks, a copy.
 
         Args:
             build: makes such a module over another model.

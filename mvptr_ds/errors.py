@@ -65,7 +65,7 @@ _PASSING = frozenset(
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether an error, or the one that it was raised from, is of the moment: storage or network that fails now.
+    """Returns whether an error, or its cause, is of the moment: storage or network that fails now.
 
     What is missing, forbidden, full or over a quota waits for somebody to mend it, and so does all that names no
     number of an error.
@@ -80,7 +80,7 @@ def may_pass(error: BaseException) -> bool:
 
 
 def exit_code(error: BaseException) -> int:
-    """What a command ends with after a user's error: 1 where it may pass by itself, else 2."""
+    """Returns what a command ends with after a user's error: 1 where it may pass by itself, else 2."""
     return EXIT_PASSING if may_pass(error) else EXIT_USER
 
 

@@ -18,7 +18,7 @@ from mvptr_ds.errors import DataError
 
 
 def read_options(data: DataConfig) -> ReadOptions:
-    """How shards behind a URL are read."""
+    """Returns how shards behind a URL are read."""
     return ReadOptions(data.read_ahead_mib, data.read_retries, data.read_timeout_s, data.cache_dir)
 
 
@@ -39,7 +39,7 @@ def prepare_shards(data: DataConfig, seed: int, num_processes: int) -> None:
 
 
 def demo_shards_are_there(data: DataConfig, seed: int) -> bool:
-    """Whether the demo shards that the configuration asks for are built; else their folder is free for them.
+    """Returns whether the demo shards that the configuration asks for are built; else their folder is free for them.
 
     Raises:
         DataError: they cannot be built there; a user's own shards under a demo's configuration are the usual case.
@@ -60,7 +60,7 @@ def demo_shards_are_there(data: DataConfig, seed: int) -> bool:
 
 
 def sources_of(data: DataConfig) -> dict[str, SourceConfig]:
-    """What to train on by name: `data.sources`, or `data.train` alone, whose name is empty.
+    """Returns what to train on by name: `data.sources`, or `data.train` alone, whose name is empty.
 
     Raises:
         DataError: both or neither are given, a source has a name that cannot be used or no shards, or some a weight.
@@ -90,7 +90,7 @@ def sources_of(data: DataConfig) -> dict[str, SourceConfig]:
 
 
 def splits_of(data: DataConfig) -> dict[str, SourceConfig]:
-    """Every folder of shards that a run reads, by the key of the configuration that names it."""
+    """Returns every folder of shards that a run reads, by the key of the configuration that names it."""
     splits = {f"data.sources.{name}" if name else "data.train": source for name, source in sources_of(data).items()}
     if data.held_out is not None:
         sidecars = data.sidecars if data.held_out_sidecars is None else data.held_out_sidecars
@@ -99,7 +99,7 @@ def splits_of(data: DataConfig) -> dict[str, SourceConfig]:
 
 
 def roles_of(splits: dict[str, SourceConfig]) -> dict[str, str]:
-    """Every folder of these splits, and what it is for the configuration."""
+    """Returns every folder of these splits, and what it is for the configuration."""
     roles: dict[str, str] = {}
     for key, split in splits.items():
         roles |= {folder: f"a sidecar of {key}" for folder in split.sidecars if folder not in roles}
@@ -125,7 +125,7 @@ def _check_same_extractors(splits: dict[str, SourceConfig], options: ReadOptions
 
 
 def open_sources(data: DataConfig, name: str, needs_pairs: bool, joins: Path) -> dict[str, SampleIndex]:
-    """The samples of each source that a task trains on; their indices must be there. All ranks call it.
+    """Returns the samples of each source that a task trains on; their indices must be there. All ranks call it.
 
     Args:
         name: of the task, for messages.
@@ -145,7 +145,7 @@ def open_sources(data: DataConfig, name: str, needs_pairs: bool, joins: Path) ->
 
 
 def open_held_out(data: DataConfig, joins: Path) -> SampleIndex:
-    """The samples to evaluate on, like `open_sources`; builds missing indices."""
+    """Returns the samples to evaluate on, like `open_sources`; builds missing indices."""
     if data.held_out is None:
         raise DataError("data.held_out is not set: give data.held_out=FOLDER of shards to evaluate on")
     sidecars = data.sidecars if data.held_out_sidecars is None else data.held_out_sidecars

@@ -66,18 +66,18 @@ class StopSignal:
         os.close(self._read_end)
 
     def start(self) -> None:
-        """A stage starts: nothing has to be saved until `note_only`."""
+        """Begins a stage: nothing has to be saved until `note_only`."""
         self._is_starting = True
         if self.received is not None:
             self._end_start()
 
     def note_only(self) -> None:
-        """From now on a signal is noted, and the caller asks whether there was one."""
+        """Notes every later signal; the caller asks whether there was one."""
         self._is_starting = False
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
-        """What is inside can be given up: a signal, also one of before, raises Interrupted there.
+        """Marks work that can be given up: a signal, also an earlier one, raises Interrupted there.
 
         To be used in the main thread.
         """

@@ -32,7 +32,7 @@ _FIRST_STAGES = ("stage1", "stage2", "joint")
 
 
 def stage_seed(name: str, run_seed: int) -> int:
-    """The seed of a stage, from its name, so that stages of one run differ and a new one changes no other's numbers.
+    """Returns a stage's seed, from its name: stages of a run differ, and a new one changes no other's numbers.
 
     The first three keep the seeds that they had when they were counted: checkpoints of then go on as they began.
     """
@@ -42,10 +42,10 @@ def stage_seed(name: str, run_seed: int) -> int:
 
 
 def seed_sequence(stream: Stream, *key: int) -> np.random.SeedSequence:
-    """The numbers that any generator of this stream begins with; `key` holds no negative ones."""
+    """Returns the numbers that any generator of this stream begins with; `key` holds no negative ones."""
     return np.random.SeedSequence([stream, *key])
 
 
 def generator(stream: Stream, *key: int) -> np.random.Generator:
-    """A generator of its own for one purpose and one place of a run."""
+    """Returns a generator of its own for one purpose and one place of a run."""
     return np.random.default_rng(seed_sequence(stream, *key))

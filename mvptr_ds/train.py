@@ -57,7 +57,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace, stop: StopSignal) -> int:
-    """Every stage of `run.stages`, one after the other, each from the one before it. Returns the exit code."""
+    """Trains every stage of `run.stages`, one after the other, each from the one before it. Returns the exit code."""
     config = load_config(arguments.config or "demo", arguments.overrides)
     ds_content = load_ds_config(arguments.deepspeed)
     hang_s, start_s = config.train.hang_timeout_s, config.train.start_timeout_s

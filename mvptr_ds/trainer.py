@@ -214,7 +214,7 @@ class Trainer:
             self.module.train()
 
     def save(self, must: bool = False) -> None:
-        """A checkpoint of this step; all ranks call it. One that cannot be written is reported, no more.
+        """Saves a checkpoint of this step; all ranks call it. One that cannot be written is reported, no more.
 
         Raises:
             CheckpointError, StorageError: it cannot be written and `must`, since the run ends with it.

@@ -190,7 +190,7 @@ def _remove(path: Path) -> None:
 
 
 def newest_good(folder: Path, remedy: str = START_OVER) -> Path | None:
-    """The newest checkpoint whose every file has its checksum; damaged ones are reported and passed over.
+    """Returns the newest checkpoint whose every file has its checksum; damaged ones are reported and passed over.
 
     Args:
         remedy: what the user may do where none is good, as the error says it.
@@ -217,14 +217,14 @@ def newest_good(folder: Path, remedy: str = START_OVER) -> Path | None:
 
 
 def damaged(text: str, problems: Sequence[str], remedy: str) -> Exception:
-    """The error for what `verify` has found: StorageError where files cannot be read, else CheckpointError."""
+    """Returns the error for what `verify` has found: StorageError where files cannot be read, else CheckpointError."""
     if any(UNREADABLE in problem for problem in problems):
         return StorageError(f"{text}start again when the storage can be read")
     return CheckpointError(text + remedy)
 
 
 def verify(path: Path, part: str = ".") -> str | None:
-    """What is wrong with a checkpoint, or with one folder of it alone; None where nothing is."""
+    """Returns what is wrong with a checkpoint, or with one folder of it alone; None where nothing is."""
     expected = collectives.of_main(lambda: _read_checksums(path))
     if isinstance(expected, str):
         return expected
@@ -254,7 +254,7 @@ def _read_checksums(path: Path) -> dict[str, str] | str:
 
 
 def complete(folder: Path) -> list[Path]:
-    """Complete checkpoints, newest first.
+    """Returns the complete checkpoints, newest first.
 
     Raises:
         StorageError, OSError: the folder is there and cannot be listed.

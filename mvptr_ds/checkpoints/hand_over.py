@@ -26,7 +26,10 @@ NAME_ANOTHER = "name another stage folder, checkpoint or model folder"
 
 
 def newest_state(run_dir: Path, stages: Sequence[str]) -> CheckpointState | None:
-    """The state of the newest checkpoint of the last stage that has one, None without any. Nothing is verified."""
+    """Returns the state of the newest checkpoint of the last stage that has one, None without any.
+
+    Nothing is verified.
+    """
 
     def read() -> CheckpointState | None:
         state = None
@@ -39,7 +42,7 @@ def newest_state(run_dir: Path, stages: Sequence[str]) -> CheckpointState | None
 
 
 def find_model(path: Path) -> Path:
-    """The model folder meant by a run folder, a stage folder, a checkpoint or a model folder itself.
+    """Returns the model folder meant by a run folder, a stage folder, a checkpoint or a model folder itself.
 
     Raises:
         CheckpointError: there is none below `path`, or none that is good.
@@ -70,13 +73,13 @@ def _check_whole(model: Path) -> None:
 
 
 def resumes(config: Config) -> bool:
-    """Whether the first of `run.stages` has checkpoints of its own to resume from."""
+    """Returns whether the first of `run.stages` has checkpoints of its own to resume from."""
     own = Path(config.run.dir) / config.stage_names[0] / "checkpoints"
     return config.train.resume == "auto" and collectives.of_main(lambda: bool(complete(own)))
 
 
 def first_model(config: Config, follows: str | None) -> Path | None:
-    """The model folder that the first of `run.stages` starts from, as `run.init_from` says.
+    """Returns the model folder that the first of `run.stages` starts from, as `run.init_from` says.
 
     Args:
         follows: the stage whose finished weights it takes with `run.init_from=auto`; None: it starts fresh.
@@ -119,7 +122,7 @@ def _spoken(stage: str) -> str:
 
 
 def finished_model(stage_dir: Path, num_steps: int) -> Path:
-    """The model folder of a stage that has just ended after so many steps.
+    """Returns the model folder of a stage that has just ended after so many steps.
 
     Raises:
         CheckpointError: its newest good checkpoint is of an earlier step.

@@ -49,7 +49,7 @@ def save_model_folder(
 
 
 def load_model_folder(path: Path) -> tuple[Mvptr, Vocabs, Config]:
-    """The model (float32, eval mode), its vocabularies and the configuration of the run that trained it."""
+    """Returns the model (float32, eval mode), its vocabularies and the configuration of the run that trained it."""
     words = WordPiece(path / "vocab.txt")
     vocabs = Vocabs(words, PhraseVocab.load(path / "phrase_vocab.json", words))
     model = Mvptr.from_pretrained(path, dtype=torch.float32)
@@ -85,7 +85,7 @@ def init_from_folder(module: TaskModule, vocabs: Vocabs, path: Path, fresh: Sequ
 
 
 def check_fits(model: Mvptr, vocabs: Vocabs, path: Path, fresh: Sequence[str] = ()) -> None:
-    """Whether `model`, of which only shapes are looked at, could take the weights of a model folder.
+    """Returns whether `model`, of which only shapes are looked at, could take the weights of a model folder.
 
     Args:
         fresh: see `init_from_folder`.
@@ -114,7 +114,7 @@ def load_weights(module: TaskModule, path: Path) -> None:
 
 
 def copy_of(model: Mvptr, weights: Mapping[str, torch.Tensor], device: torch.device) -> Mvptr:
-    """Another model of the same structure with these weights, in eval mode; no random number is drawn for it."""
+    """Returns another model of this structure with these weights, in eval mode; no random number is drawn."""
     with torch.random.fork_rng(devices=[]):  # fresh weights are made on the host
         copied = Mvptr(typing.cast(MvptrConfig, model.config))
     copied.load_state_dict({name: tensor for name, tensor in weights.items() if not name.startswith(HEAD)})
@@ -124,7 +124,7 @@ def copy_of(model: Mvptr, weights: Mapping[str, torch.Tensor], device: torch.dev
 
 
 def differences(model: Mvptr, vocabs: Vocabs, path: Path, fresh: Sequence[str] = ()) -> list[str]:
-    """Why the weights of a model folder would not fit `model`, each with both values; empty where they do.
+    """Returns why the weights of a model folder would not fit `model`, each with both values; empty where they do.
 
     Args:
         fresh: prefixes of the names of weights that the folder may lack.

@@ -35,7 +35,7 @@ JOINABLE = ({1, 2}, {3})  # ZeRO stages that can read each other's universal che
 
 
 def needs_conversion(checkpoint: Path, saved: CheckpointState, num_ranks: int, zero_stage: int) -> bool:
-    """Whether the engine's files have to be joined before a run on these ranks and in this ZeRO stage can read them.
+    """Returns whether these ranks and this ZeRO stage can read the engine's files only once they are joined.
 
     Raises:
         CheckpointError: no conversion makes them readable.

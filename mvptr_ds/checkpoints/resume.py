@@ -21,7 +21,7 @@ from mvptr_ds.model.mvptr import Mvptr
 def find_checkpoint(
     stage_dir: Path, current: CheckpointState, config: Config, model: Mvptr, vocabs: Vocabs
 ) -> Path | None:
-    """The checkpoint that a stage resumes from, None for a fresh start. All ranks call it.
+    """Returns the checkpoint that a stage resumes from, None for a fresh start. All ranks call it.
 
     The engine is not needed: what does not fit is found before it is built.
 

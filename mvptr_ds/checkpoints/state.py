@@ -70,7 +70,7 @@ class CheckpointState:
             raise ValueError(str(error)) from error
 
     def to_json(self) -> dict[str, Any]:
-        """The content of `state.json`."""
+        """Returns the content of `state.json`."""
         return dataclasses.asdict(self)
 
     @property
@@ -79,12 +79,12 @@ class CheckpointState:
         return BatchSplit(self.batch_size, self.num_ranks, self.accumulation_steps)
 
     def has_data_of(self, current: CheckpointState) -> bool:
-        """Whether both runs read the same samples. Of a mixture, the order of its sources counts too."""
+        """Returns whether both runs read the same samples. Of a mixture, the order of its sources counts too."""
         return self.data == current.data and list(self.data) == list(current.data)
 
 
 def read_state(checkpoint: Path) -> CheckpointState:
-    """The state of a checkpoint.
+    """Returns the state of a checkpoint.
 
     Raises:
         CheckpointError: it is not the state of a checkpoint.

@@ -35,7 +35,7 @@ _timed: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 def time_collectives(timer: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
-    """From now on every collective of tensors here runs within `timer()`; without argument none is timed."""
+    """Runs every later collective of tensors within `timer()`; without argument none is timed."""
     global _timed
     _timed = timer
 
@@ -121,7 +121,7 @@ def take_place_from_slurm(environment: MutableMapping[str, str]) -> None:
 
 
 def first_host(nodelist: str) -> str:
-    """The first name of SLURM's short form of a list: `gpu[07-09,12],login` -> `gpu07`."""
+    """Returns the first name of SLURM's short form of a list: `gpu[07-09,12],login` -> `gpu07`."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodelist)
     assert first is not None, nodelist
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0])
@@ -150,7 +150,7 @@ def _skip_shm_comm(deepspeed: Any) -> None:
 
 
 def launched_as_main() -> bool:
-    """Whether the launcher made this process rank 0; also true before `init`, and where RANK is no number."""
+    """Returns whether the launcher made this process rank 0; also true before `init`, and where RANK is no number."""
     rank = os.environ.get("RANK", "0")
     return not rank.isdigit() or int(rank) == 0
 
@@ -173,7 +173,7 @@ def barrier() -> None:
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's value on every rank (picklable, small)."""
+    """Returns rank 0's value, which is picklable and small, on every rank."""
     if num_ranks() == 1:
         return value
     box = [value]
@@ -182,7 +182,7 @@ def broadcast_object(value: Any) -> Any:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every rank's value, in the order of ranks, on every rank (picklable, small)."""
+    """Returns the values of all ranks, picklable and small, in the order of ranks on every rank."""
     if num_ranks() == 1:
         return [value]
     out: list[Any] = [None] * num_ranks()
@@ -191,7 +191,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def of_main(function: Callable[[], T]) -> T:
-    """What a short `function` gives on rank 0, on every rank; its error is raised on every rank."""
+    """Returns what a short `function` gives on rank 0, on every rank; its error is raised on every rank."""
     if num_ranks() == 1:
         return function()
     value, error = None, None
@@ -243,7 +243,7 @@ def wait_for_all(work: Future[Any] | None, alive: Callable[[], None] | None = No
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:
-    """Sum over ranks, without gradient; `value` itself is left alone."""
+    """Returns the sum over ranks, without gradient; `value` itself is left alone."""
     if num_ranks() == 1:
         return value.detach()
     total = value.detach().clone()

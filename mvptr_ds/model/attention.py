@@ -55,7 +55,10 @@ class SegmentAttention:
         return _KERNELS[choice.implementation](self, qkv_N3HE, dropout)
 
     def each(self, qkv_N3HE: Tensor, dropout: float) -> Tensor:
-        """One call a sequence. On a CPU faster than a nested or padded tensor (tools/bench/bench_attention.py)."""
+        """Calls the kernel once for each sequence.
+
+        On a CPU faster than a nested or padded tensor (tools/bench/bench_attention.py).
+        """
         out = []
         for qkv_L3HE in qkv_N3HE.split(self.lengths):
             query, key, value = qkv_L3HE.permute(1, 2, 0, 3).unsqueeze(1).unbind(0)
@@ -63,7 +66,7 @@ class SegmentAttention:
         return torch.cat(out)
 
     def padded(self, qkv_N3HE: Tensor, dropout: float) -> Tensor:
-        """One call on rows that are padded for it and taken out again."""
+        """Pads the rows, calls the kernel once, and takes the rows out again."""
         num_slots = len(self.lengths) * self.longest
         qkv_X3HE = qkv_N3HE.new_zeros(num_slots, *qkv_N3HE.shape[1:]).index_copy(0, self._slots_N, qkv_N3HE)
         out_BLHE = self._masked(qkv_X3HE.unflatten(0, (len(self.lengths), self.longest)), dropout)
@@ -84,7 +87,7 @@ class SegmentAttention:
         return Packed(torch.empty(sum(self.lengths), device=self.offsets.device), self.lengths)
 
     def torch_flash(self, qkv_N3HE: Tensor, dropout: float) -> Tensor:
-        """torch's variable-length flash attention, which knows no dropout."""
+        """Calls torch's variable-length flash attention, which knows no dropout."""
         from torch.nn.attention.varlen import varlen_attn
 
         assert not dropout
@@ -94,7 +97,7 @@ class SegmentAttention:
         return out
 
     def flash_attn(self, qkv_N3HE: Tensor, dropout: float) -> Tensor:
-        """The flash_attn package."""
+        """Calls the flash_attn package."""
         from flash_attn import flash_attn_varlen_qkvpacked_func
 
         out: Tensor = flash_attn_varlen_qkvpacked_func(qkv_N3HE, self.offsets, self.longest, dropout_p=dropout)

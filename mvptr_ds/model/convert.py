@@ -52,7 +52,7 @@ _QKV = tuple(f"attention.self.{name}" for name in ("query", "key", "value"))
 
 
 def config_from_reference(config_json: Mapping[str, Any], state: State) -> MvptrConfig:
-    """Our configuration for a checkpoint of the reference: its config.json and its state dict.
+    """Returns our configuration for a checkpoint of the reference: its config.json and its state dict.
 
     Word heads are tied when both decoders hold the embedding's rows; the qa_head is kept when the state has one.
 
@@ -89,7 +89,7 @@ def config_from_reference(config_json: Mapping[str, Any], state: State) -> Mvptr
 
 
 def from_reference(state: State, config: MvptrConfig) -> dict[str, Tensor]:
-    """The reference's state dict -> the state dict of `Mvptr(config)`; tensors keep their dtype.
+    """Translates the reference's state dict into that of `Mvptr(config)`; tensors keep their dtype.
 
     Raises:
         ValueError: listing every missing, extra and wrongly shaped name at once; or when the model is tied and the
@@ -116,7 +116,7 @@ def from_reference(state: State, config: MvptrConfig) -> dict[str, Tensor]:
 
 
 def to_reference(model: Mvptr | State, config: MvptrConfig, drop_phrase_head: bool = False) -> dict[str, Tensor]:
-    """A model, or its state dict, under the reference's names; nothing is lost, and tied decoders are written out.
+    """Translates a model, or its state dict, into the reference's names, with tied decoders written out.
 
     The reference has no phrase head: a model that has one is converted only with `drop_phrase_head`.
 
@@ -204,7 +204,7 @@ def _compare(what: str, state: State, expected: Mapping[str, tuple[int, ...]]) -
 
 
 def load_bert(path_or_name: str) -> dict[str, Tensor]:
-    """State dict of a BERT checkpoint (folder or hub name), float32; heads it does not have are left out.
+    """Returns a BERT checkpoint's state dict (folder or hub name), float32; heads it lacks are left out.
 
     Raises:
         OSError: from transformers, when there is no such checkpoint.

@@ -31,7 +31,7 @@ class SlotEmbeddings(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, ids: Packed, segment: int, rows_ND: Tensor | None = None) -> Packed:
-        """int64 rows of one segment [N] -> states [N, D].
+        """Embeds int64 rows of one segment [N] as states [N, D].
 
         Args:
             rows_ND: the table's rows `ids`, where they have been read already.

@@ -46,7 +46,7 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(sizes.hidden_dropout)
 
     def forward(self, states_xD: Tensor, attend: Attend, needed_K: Tensor | None = None) -> Tensor:
-        """[..., D] -> [..., D]; `attend` knows which states belong to one sequence.
+        """Computes new states [..., D] from states [..., D]; `attend` knows which belong to one sequence.
 
         Args:
             needed_K: int64, of [N, D] the rows that are wanted: [N, D] -> [K, D].
@@ -58,7 +58,7 @@ class EncoderLayer(nn.Module):
         return self.after_attention(states_xD, attended_xD)
 
     def after_attention(self, states_xD: Tensor, attended_xD: Tensor) -> Tensor:
-        """All that follows attention, row by row (and what `model.compile` compiles)."""
+        """Computes all that follows attention, row by row: what `model.compile` compiles."""
         states_xD = self.attention_norm(states_xD + self.dropout(self.attention_out(attended_xD)))
         fed_xD = self.ffn_out(F.gelu(self.ffn_in(states_xD)))
         return self.ffn_norm(states_xD + self.dropout(fed_xD))
@@ -106,7 +106,7 @@ class Encoder(nn.Module):
         return states_xD
 
     def compile_layers(self) -> None:
-        """torch.compile of what is row by row; attention keeps its own kernel, whose lengths change every step."""
+        """Compiles what is row by row; attention keeps its own kernel, whose lengths change every step."""
         for layer in self.layers:
             assert isinstance(layer, EncoderLayer)
             setattr(layer, "after_attention", torch.compile(layer.after_attention, dynamic=True))  # noqa: B010

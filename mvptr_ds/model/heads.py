@@ -34,7 +34,7 @@ class RowHead(nn.Module):
     def forward(
         self, states_KD: Tensor, tied_CD: Tensor, score: Callable[..., Tensor] = kernels.linear, *asked: Tensor
     ) -> Tensor:
-        """[K, D] -> logits [K, C], or what another `score` makes of hidden states, decoder and bias.
+        """Returns the logits [K, C] of [K, D], or what another `score` makes of hidden states, decoder and bias.
 
         Args:
             tied_CD: used when the head has no decoder of its own.
@@ -48,7 +48,7 @@ class RowHead(nn.Module):
         return out
 
     def log_p_of(self, states_KD: Tensor, classes_A: Tensor, tied_CD: Tensor) -> Tensor:
-        """Log probabilities of the asked classes (int64 [A]) at every row, float32 [K, A]; memory as `nll`."""
+        """Returns log probabilities of the asked classes (int64 [A]) at every row, float32 [K, A]; memory as `nll`."""
         out: Tensor = self(states_KD, tied_CD, kernels.log_p_of, classes_A)
         return out
 
@@ -65,7 +65,7 @@ class Pooler(nn.Module):
 
 
 def global_state(states: Packed, projection_DD: Tensor) -> Tensor:
-    """`normalize(slot 0 @ projection)` -> [B, D] of length 1, at least float32 (norms are never half precision)."""
+    """Returns slot 0 times the projection, scaled to length 1: [B, D], at least float32 (no norm is half precision)."""
     projected_BD = states.firsts() @ projection_DD
     if projected_BD.dtype in (torch.float16, torch.bfloat16):
         projected_BD = projected_BD.float()

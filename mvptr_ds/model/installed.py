@@ -15,7 +15,7 @@ import torch
 
 @functools.lru_cache
 def flash_attn_lacks(function: str) -> str:
-    """What the flash_attn package lacks of a function of its version 2.
+    """Returns what the flash_attn package lacks of a function of its version 2.
 
     Other wheels share its folder: that of flash-attn-4 leaves a package of this name without anything in it.
     """
@@ -27,7 +27,7 @@ def flash_attn_lacks(function: str) -> str:
 
 @functools.lru_cache
 def apex_lacks(file: str, extension: str, *names: str) -> str:
-    """What NVIDIA's apex lacks of a file's names and its built kernels.
+    """Returns what NVIDIA's apex lacks of a file's names and its built kernels.
 
     It is imported only when it has the file: PyPI's `apex` is another project.
     """

@@ -49,7 +49,7 @@ class Choice:
 
 
 def attention(device: torch.device, dtype: torch.dtype, dropout: float, head_size: int) -> Choice:
-    """The kernel of `SegmentAttention` (attention.py bears the calls themselves).
+    """Returns the kernel of `SegmentAttention` (attention.py bears the calls themselves).
 
     Where no kernel for sequences of different lengths serves, attention alone is padded: on an H200 one call on a
     nested jagged tensor took 8 times as long (tools/bench/bench_attention.py).
@@ -108,7 +108,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 def layer_norm(device: torch.device) -> Choice:
-    """The kernel of `LayerNorm`."""
+    """Returns the kernel of `LayerNorm`."""
     name = "LayerNorm"
     if device.type != "cuda":
         return Choice(name, TORCH_NORM, f"the device is {device.type}")
@@ -127,7 +127,7 @@ class Linear(nn.Linear):
 
 
 def linear(input_xI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """`input @ weight.T + bias`, [..., O]."""
+    """Computes `input @ weight.T + bias`, [..., O]."""
     is_small = input_xI.numel() * len(weight_OI) < _LARGE_PRODUCT
     fits = (
         input_xI.shape[-1] == weight_OI.shape[1] and input_xI.dtype == weight_OI.dtype
@@ -140,7 +140,10 @@ def linear(input_xI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) ->
 
 
 def linear_product(device: torch.device, dtype: torch.dtype) -> Choice:
-    """What multiplies in `linear`. On CPU torch takes MKL, which leaves AVX-512 unused on processors not Intel's."""
+    """Returns the kernel that multiplies in `linear`.
+
+    On CPU torch takes MKL, which leaves AVX-512 unused on processors not Intel's.
+    """
     name = "linear layers"
     if device.type != "cpu" or dtype != torch.float32:
         return Choice(name, TORCH_LINEAR, f"the device is {device.type}, the products are in {_short(dtype)}")
@@ -189,7 +192,7 @@ def picked_nll(hidden_KD: Tensor, weight_CD: Tensor, bias_C: Tensor, labels_K: T
 
 
 def log_p_of(hidden_KD: Tensor, weight_CD: Tensor, bias_C: Tensor, classes_A: Tensor) -> Tensor:
-    """Log probabilities of the asked classes, int64 [A], at every row: at least float32 [K, A]; as `picked_nll`."""
+    """Returns log probabilities of the asked classes, int64 [A], at every row: at least float32 [K, A]."""
 
     def part(hidden: Tensor, weight: Tensor, bias: Tensor, _: Tensor) -> Tensor:
         logits = _logits(hidden, weight, bias)
@@ -275,7 +278,7 @@ def report(
     compiled: bool,
     checkpointing: bool,
 ) -> list[Choice]:
-    """What each operation of a training step uses.
+    """Returns what each operation of a training step uses.
 
     Args:
         dropout, head_size: of attention.

@@ -146,7 +146,7 @@ class Mvptr(PreTrainedModel):
     def set_execution(
         self, execution: Execution, activation_checkpointing: bool = False, compiled: bool = False
     ) -> None:
-        """How the encoders run; the states are the same.
+        """Sets how the encoders run; the states are the same.
 
         Args:
             execution: `packed` or `padded`, see `Encoder`.
@@ -161,7 +161,7 @@ class Mvptr(PreTrainedModel):
     # --- encoders
 
     def look_up(self, text_ids: Packed, tag_ids: Packed, phrases: bool = False) -> TableRows:
-        """The table's rows for a pass: of the texts, of the tags, and those that tied heads score against."""
+        """Returns the table's rows for a pass: of the texts, of the tags, and those that tied heads score against."""
         asked = [text_ids.rows, tag_ids.rows, *([self.phrase_rows] if phrases else [])]
         table: Tensor = self.embeddings.word_embeddings.weight
         rows, words_WD = TableLookup.apply(table, torch.cat(asked), self.config.num_words)
@@ -169,7 +169,7 @@ class Mvptr(PreTrainedModel):
         return TableRows(parts[0], parts[1], words_WD, parts[2] if phrases else None)
 
     def embed_regions(self, features: Packed | None, images_B3HW: Tensor | None, geometry: Packed) -> Packed:
-        """Float features [N, F] or uint8 images [B, 3, H, W], and geometry [N, 6] -> [N, D].
+        """Embeds regions as [N, D], from float features [N, F] or uint8 images [B, 3, H, W], and geometry [N, 6].
 
         Raises:
             ValueError: when what the model's visual source needs is missing or of another size.
@@ -180,14 +180,14 @@ class Mvptr(PreTrainedModel):
     # `needed` marks the rows (bool, on the host) whose states are wanted; the others come back as zeros (`Encoder`)
 
     def encode_text(self, ids: Packed, rows_ND: Tensor | None = None, needed: Packed | None = None) -> Packed:
-        """int64 rows of the table [N] -> text states [N, D]; `rows_ND` where `look_up` has read them."""
+        """Computes text states [N, D] of int64 rows of the table [N]; `rows_ND` where `look_up` has read them."""
         states: Packed = self.text_encoder(self.embeddings(ids, TEXT_SEGMENT, rows_ND), needed)
         return states
 
     def encode_visual(
         self, tag_ids: Packed, regions: Packed, tag_rows_ND: Tensor | None = None, needed: Packed | None = None
     ) -> tuple[Packed, Packed]:
-        """int64 rows of the table and embedded regions [N, D] -> tag states and region states, [N, D] each."""
+        """Computes tag and region states, [N, D] each, of int64 rows of the table and embedded regions [N, D]."""
         tags = self.embeddings(tag_ids, TAG_SEGMENT, tag_rows_ND)
         return unjoin(self.visual_encoder(join(tags, regions), needed), tags.lengths)
 
@@ -198,7 +198,7 @@ class Mvptr(PreTrainedModel):
         pairs: Sequence[tuple[int, int]] | None = None,
         needed: Packed | None = None,
     ) -> tuple[Packed, Packed]:
-        """Text and region states of the uni-modal encoders -> both after cross encoding.
+        """Computes both modalities' states after cross encoding, from those of the uni-modal encoders.
 
         Args:
             pairs: which text with which image, any number of times; default: those of the same number.
@@ -208,34 +208,34 @@ class Mvptr(PreTrainedModel):
         return unjoin(self.cross_encoder(joined, needed), [text.lengths[i] for i in text_of])
 
     def text_global(self, text_states: Packed) -> Tensor:
-        """-> [B, D] of length 1, float32 (float64 for a float64 model)."""
+        """Returns the global states of texts, [B, D] of length 1, float32 (float64 for a float64 model)."""
         return global_state(text_states, self.text_proj)
 
     def visual_global(self, tag_states: Packed) -> Tensor:
-        """-> [B, D] of length 1, float32 (float64 for a float64 model)."""
+        """Returns the global states of images, [B, D] of length 1, float32 (float64 for a float64 model)."""
         return global_state(tag_states, self.visual_proj)
 
     # --- heads
 
     def pool(self, cross_text_states: Packed) -> Tensor:
-        """tanh(linear) of slot 0 -> [B, D]."""
+        """Returns tanh(linear) of slot 0, [B, D]."""
         pooled_BD: Tensor = self.pooler(cross_text_states)
         return pooled_BD
 
     def itm_logits(self, pooled_BD: Tensor) -> Tensor:
-        """-> [B, 2]; class 0 is a match. Source: Li et al. 2022, ITM."""
+        """Returns matching logits [B, 2]; class 0 is a match. Source: Li et al. 2022, ITM."""
         return self.itm_head(pooled_BD)
 
     def token_logits(self, states_KD: Tensor) -> Tensor:
-        """Cross-encoder (stage 1: text-encoder) states [K, D] -> logits over the words [K, W]."""
+        """Returns logits over the words [K, W] of cross-encoder (stage 1: text-encoder) states [K, D]."""
         return self.token_head(states_KD, self._word_rows())
 
     def tag_logits(self, states_KD: Tensor) -> Tensor:
-        """Visual-encoder states [K, D] -> logits over the words [K, W]."""
+        """Returns logits over the words [K, W] of visual-encoder states [K, D]."""
         return self.tag_head(states_KD, self._word_rows())
 
     def phrase_logits(self, states_KD: Tensor) -> Tensor:
-        """Text-encoder states [K, D] -> logits over the phrase vocabulary [K, P].
+        """Returns logits over the phrase vocabulary [K, P] of text-encoder states [K, D].
 
         Raises:
             ValueError: when the model has no phrase head (num_phrases 0).
@@ -277,7 +277,7 @@ class Mvptr(PreTrainedModel):
         return [name for name in names if frozen is None or not name.startswith(frozen)]
 
     def parameters_used_at_large(self) -> list[nn.Parameter]:
-        """Those read outside the forward pass of the module that owns them, which ZeRO-3 has to be told of."""
+        """Returns the parameters read outside their own module's forward pass, of which ZeRO-3 has to be told."""
         return [*self.parameters(recurse=False), *self.embeddings.parameters()]
 
     def _word_rows(self) -> Tensor:

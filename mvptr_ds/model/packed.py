@@ -38,7 +38,7 @@ class Packed:
         return np.cumsum([0, *self.lengths])[:-1]
 
     def like(self, rows: Tensor) -> Packed:
-        """Other rows of the same sequences."""
+        """Returns other rows of the same sequences."""
         return Packed(rows, self.lengths)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Packed:
@@ -50,30 +50,30 @@ class Packed:
         return on_device(_ranges(np.zeros_like(lengths), lengths), self.rows.device)
 
     def firsts(self) -> Tensor:
-        """Slot 0 of every sequence, [B, ...]."""
+        """Returns slot 0 of every sequence, [B, ...]."""
         assert all(self.lengths), "an empty sequence has no slot 0"
         return self.rows[on_device(self.starts, self.rows.device)]
 
     def take(self, wanted: Sequence[int]) -> Packed:
-        """The sequences `wanted`, in that order; one may be taken several times."""
+        """Returns the sequences `wanted`, in that order; one may be taken several times."""
         lengths = np.array(self.lengths, dtype=np.int64)[list(wanted)]
         index_M = on_device(_ranges(self.starts[list(wanted)], lengths), self.rows.device)
         return Packed(self.rows.index_select(0, index_M), tuple(lengths.tolist()))
 
     def split(self, num: int) -> tuple[Packed, Packed]:
-        """The first `num` sequences, and the others."""
+        """Returns the first `num` sequences, and the others."""
         num_rows = sum(self.lengths[:num])
         return Packed(self.rows[:num_rows], self.lengths[:num]), Packed(self.rows[num_rows:], self.lengths[num:])
 
     def owners(self) -> Tensor:
-        """The sequence of each row, int64 [N]."""
+        """Returns the sequence of each row, int64 [N]."""
         return on_device(np.repeat(np.arange(len(self)), self.lengths), self.rows.device)
 
     # --- the padded form
 
     @classmethod
     def of_padded(cls, slots_BLx: Tensor, lengths: Sequence[int]) -> Packed:
-        """The first `lengths[b]` slots of every row of [B, L, ...]."""
+        """Returns the first `lengths[b]` slots of every row of [B, L, ...]."""
         if slots_BLx.shape[0] != len(lengths) or max(lengths, default=0) > slots_BLx.shape[1]:
             raise ValueError(f"lengths {list(lengths)} for slots of shape {tuple(slots_BLx.shape)}")
         starts = np.arange(len(lengths)) * slots_BLx.shape[1]
@@ -81,12 +81,12 @@ class Packed:
         return cls(slots_BLx.flatten(0, 1).index_select(0, index_N), tuple(lengths))
 
     def mask(self) -> Tensor:
-        """True where the padded form has a row, bool [B, L]; L is one at least."""
+        """Returns where the padded form has a row, bool [B, L]; L is one at least."""
         lengths_B1 = torch.tensor(self.lengths, dtype=torch.int64)[:, None]
         return (torch.arange(max(1, *self.lengths)) < lengths_B1).to(self.rows.device, non_blocking=True)
 
     def padded(self, fill: float = 0) -> Tensor:
-        """[B, L, ...] with `fill` behind the rows of each sequence."""
+        """Returns the padded form [B, L, ...], with `fill` behind the rows of each sequence."""
         longest = max(1, *self.lengths)
         out_Xx = self.rows.new_full((len(self) * longest, *self.rows.shape[1:]), fill)
         slots_N = _ranges(np.arange(len(self)) * longest, np.array(self.lengths, dtype=np.int64))
@@ -95,7 +95,7 @@ class Packed:
 
 
 def concat(parts: Sequence[Packed]) -> Packed:
-    """The sequences of all parts, one part behind the other."""
+    """Returns the sequences of all parts, one part behind the other."""
     return Packed(torch.cat([part.rows for part in parts]), sum((part.lengths for part in parts), ()))
 
 
@@ -133,5 +133,5 @@ def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def on_device(index: np.ndarray, device: torch.device) -> Tensor:
-    """int64 numbers of the host, without waiting for the device."""
+    """Copies int64 numbers of the host, without waiting for the device."""
     return torch.from_numpy(index.astype(np.int64, copy=False)).to(device, non_blocking=True)

@@ -99,7 +99,7 @@ class ImageBackbone(nn.Module):
         return self
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] RGB -> the last feature map, float [B, C, h, w]."""
+        """Computes the last feature map, float [B, C, h, w], of uint8 RGB images [B, 3, H, W]."""
         if images_B3HW.dtype != torch.uint8:
             raise ValueError(f"images are {images_B3HW.dtype}, expected uint8 RGB: normalisation happens in the model")
         dtype = next(self.net.parameters()).dtype
@@ -123,7 +123,7 @@ class RegionEmbedding(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, features: Packed | None, images_B3HW: Tensor | None, geometry: Packed) -> Packed:
-        """Float features [N, F] or uint8 images [B, 3, H, W], and geometry [N, 6] -> [N, D].
+        """Embeds regions as [N, D], from float features [N, F] or uint8 images [B, 3, H, W], and geometry [N, 6].
 
         Raises:
             ValueError: when what this model's visual source needs is missing or of another size.
@@ -147,7 +147,7 @@ class RegionEmbedding(nn.Module):
 
 
 def backbone_structure(name: str | None, from_scratch: dict[str, Any] | None) -> PretrainedConfig:
-    """The transformers config of a backbone given by hub name or folder, or by `{"model_type": ..., ...}`.
+    """Returns the transformers config of a backbone given by hub name or folder, or by `{"model_type": ..., ...}`.
 
     Raises:
         ValueError: for a dict without a known model_type.

@@ -27,7 +27,7 @@ FORWARD_AND_BACKWARD = 3
 
 
 def forward_flops(lengths: Lengths, model: MvptrConfig, objectives: Chosen, num_samples: float) -> dict[str, float]:
-    """FLOPs of one forward pass by part of the model and by objective, without an image backbone.
+    """Returns one forward pass's FLOPs by part of the model and by objective, without an image backbone.
 
     Args:
         num_samples: samples of the global micro-batch, which contrast compares each sample with.
@@ -90,7 +90,7 @@ class StepFlops:
         return self.of_lengths(Lengths.of(batch))
 
     def of_lengths(self, lengths: Lengths) -> float:
-        """The same of a micro-batch of these lengths."""
+        """Returns the FLOPs of a micro-batch of these lengths, as `forward_flops` does."""
         num_samples = lengths.samples * self.num_ranks
         parts = forward_flops(lengths, self.model, self.objectives, num_samples)
         return FORWARD_AND_BACKWARD * sum(parts.values()) + self.an_image * lengths.images

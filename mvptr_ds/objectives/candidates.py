@@ -28,7 +28,7 @@ class Globals:
     image_index_N: Tensor
 
     def of_all_ranks(self) -> Globals:
-        """In the order of ranks, with gradient."""
+        """Returns the states of all ranks, in their order, with gradient."""
         return Globals(*(collectives.gather(x) for x in (self.text_ND, self.image_ND, self.image_index_N)))
 
 
@@ -55,7 +55,7 @@ class Candidates:
         self.rows_at_once = max(1, int(scores_mib * 2**20 / 4 / max(1, len(self.all.image_index_N))))
 
     def vsc(self, scale: Tensor) -> LossSum:
-        """The contrast of this rank's samples with all candidates; see `losses.vsc`."""
+        """Returns the contrast of this rank's samples with all candidates; see `losses.vsc`."""
         return losses.vsc(
             (self.local.text_ND, self.local.image_ND),
             (self.all.text_ND, self.all.image_ND),
@@ -67,11 +67,11 @@ class Candidates:
         )
 
     def has_negative(self) -> Tensor:
-        """Whether a sample's candidates show another image than its own, bool [B]."""
+        """Returns whether a sample's candidates show another image than its own, bool [B]."""
         return hard_negatives.has_negative(self.local.image_index_N, self.all.image_index_N)
 
     def negatives(self, mode: str, takes_image_B: Tensor, uniform_B: Tensor, scale: Tensor) -> Tensor:
-        """A negative for each sample: a candidate whose image goes with its text, or (False) the other way round.
+        """Returns each sample's negative: a candidate whose image goes with its text, or (False) the other way round.
 
         Args:
             mode: of `hard_negatives.choose`.

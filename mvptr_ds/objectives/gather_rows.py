@@ -76,7 +76,7 @@ class RowExchange:
         self.lengths: list[int] = num_rows_B.tolist()
 
     def fetch(self, rows_Nx: Tensor) -> Tensor:
-        """The rows of the requested samples, [M, ...], from this rank's own packed rows [N, ...]."""
+        """Returns the rows of the requested samples, [M, ...], from this rank's own packed rows [N, ...]."""
         assert len(rows_Nx) == self.num_rows, (len(rows_Nx), self.num_rows)
         sent = rows_Nx[self.sent]
         if len(self.send_splits) == 1:

@@ -39,7 +39,7 @@ class RandomDraws:
         return cls(torch.from_numpy(takes_image), *per_sample, *per_slot)
 
     def rows(self, first: int, num: int) -> RandomDraws:
-        """The choices of samples first..first+num."""
+        """Returns the choices of samples first..first+num."""
         part = slice(first, first + num)
         return RandomDraws(
             self.itm_takes_image_N[part],
@@ -51,7 +51,7 @@ class RandomDraws:
 
 
 def choose(mode: str, sim_BN: Tensor, same_image_BN: Tensor, uniform_B: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-    """One negative for every row: the index of a sample of another image.
+    """Returns one negative for every row: the index of a sample of another image.
 
     Args:
         mode: `hardest` (the most similar), `sampled` (by softmax of scale x similarity), `random` (uniform).
@@ -81,7 +81,7 @@ def choose(mode: str, sim_BN: Tensor, same_image_BN: Tensor, uniform_B: Tensor, 
 
 
 def has_negative(image_index_B: Tensor, image_index_N: Tensor) -> Tensor:
-    """Whether one of the candidates N shows another image than the row's own; bool [B]."""
+    """Returns whether one of the candidates N shows another image than the row's own; bool [B]."""
     return (image_index_N.amin() != image_index_B) | (image_index_N.amax() != image_index_B)
 
 

@@ -31,7 +31,7 @@ class Lengths:
 
     @classmethod
     def of(cls, batch: Batch) -> Lengths:
-        """The sums of a batch on the host (on a GPU every number would wait for it)."""
+        """Returns the sums of a batch on the host (on a GPU every number would wait for it)."""
         text, tags, regions = (
             mask.sum(-1).double() for mask in (batch.text_mask_BT, batch.tag_mask_BG, batch.region_mask_BR)
         )

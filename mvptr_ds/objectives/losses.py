@@ -32,14 +32,14 @@ class LossSum:
 
     @classmethod
     def of_slots(cls, values_K: Tensor, owner_K: Tensor, num_samples: int) -> LossSum:
-        """Sum of the values, also by the sample that owns each (int64 [K])."""
+        """Returns the sum of the values, also by the sample that owns each (int64 [K])."""
         both_K2 = torch.stack([values_K.detach(), torch.ones_like(values_K)], dim=1)
         per_sample_B2 = both_K2.new_zeros(num_samples, 2).index_add_(0, owner_K, both_K2)
         return cls(values_K.sum(), values_K.new_full((), values_K.numel()), per_sample_B2)
 
     @classmethod
     def of(cls, values: Tensor, valid: Tensor | None = None) -> LossSum:
-        """Sum of `values` where `valid` (default: everywhere); invalid entries give no gradient, whatever they hold."""
+        """Sums `values` where `valid` (default: everywhere); others give no gradient, whatever they hold."""
         if valid is None:
             return cls(values.sum(), values.new_full((), values.numel()))
         return cls(torch.where(valid, values, 0.0).sum(), valid.sum().to(values.dtype))
@@ -50,7 +50,9 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 def mcr_regions(log_p_RK: Tensor, own_RK: Tensor) -> LossSum:
-    """A masked tag must be recoverable from some region: `max(0, -logsumexp over regions of log p(tag | region))`.
+    """Computes masked concept recovering of tags: `max(0, -logsumexp over regions of log p(tag | region))`.
+
+    Some region must let a masked tag be recovered.
 
     Args:
         log_p_RK: the tag head's log probability of every masked tag at the regions; K or R may be 0.
@@ -73,7 +75,7 @@ def vsc(
     first: int,
     rows_at_once: int,
 ) -> LossSum:
-    """Visual-semantic contrast: this rank's rows and columns of the global similarity matrix, a few at a time.
+    """Computes the visual-semantic contrast of this rank's rows and columns of the global matrix, a few at a time.
 
     Args:
         own: normalised global states of this rank's samples, of the texts and of the images, [B, D] each.
@@ -102,7 +104,7 @@ class _OwnRows:
     at_once: int
 
     def logits(self, queries_BD: Tensor, keys_ND: Tensor, scale: Tensor) -> Iterator[tuple[slice, int, Tensor]]:
-        """Some queries at a time: which, the diagonal of their own keys, their logits (-inf where left out)."""
+        """Returns some queries at a time: which, the diagonal of their own keys, their logits (-inf where left out)."""
         for start in range(0, len(queries_BD), self.at_once):
             chosen = slice(start, start + self.at_once)
             logits_KN = (queries_BD[chosen] @ keys_ND.T).mul_(scale)
@@ -141,7 +143,7 @@ class _Contrast(torch.autograd.Function):
 
 
 def itm(matched_logits_B2: Tensor, mismatched_logits_B2: Tensor, has_negative_B: Tensor) -> LossSum:
-    """Image-text matching: cross entropy with 0 = match, 1 = mismatch, over 2B pairs.
+    """Computes image-text matching: cross entropy with 0 = match, 1 = mismatch, over 2B pairs.
 
     Args:
         has_negative_B: bool; False where the batch holds no other image, whose pair then does not count.
@@ -158,7 +160,7 @@ def itm(matched_logits_B2: Tensor, mismatched_logits_B2: Tensor, has_negative_B:
 def phrase_region_score(
     text_BTD: Tensor, phrase_mask_BT: Tensor, regions_BRD: Tensor, region_mask_BR: Tensor, draw_BT: Tensor, top_k: int
 ) -> Tensor:
-    """How well an image grounds a sample's phrases: for each phrase one of its `top_k` highest cosine similarities.
+    """Returns how well an image grounds phrases: for each, one of its `top_k` highest cosine similarities.
 
     Args:
         phrase_mask_BT: bool, the slots that hold a phrase.
@@ -182,7 +184,7 @@ def phrase_region_score(
 
 
 def wpg(pos_B: Tensor, neg_B: Tensor, counts_B: Tensor, margin: float) -> LossSum:
-    """Weakly supervised phrase grounding: hinge `max(0, neg + margin - pos)` over samples with a phrase.
+    """Computes weakly supervised phrase grounding: `max(0, neg + margin - pos)` over samples with a phrase.
 
     Args:
         pos_B, neg_B: `phrase_region_score` with the own and with another image.

@@ -40,14 +40,14 @@ class TaskModule(nn.Module, ABC):
 
     @abstractmethod
     def trained_parts(self) -> list[str]:
-        """The parts of the model (`Mvptr.parameters_of`) that the losses reach; the engine gets no others."""
+        """Returns the parts of the model (`Mvptr.parameters_of`) that the losses reach; the engine gets no others."""
 
     @abstractmethod
     def forward(self, batch: Batch, step: int, accumulation: int = 0) -> TaskOutput:
-        """The losses of one micro-batch, through `normalised`."""
+        """Computes the losses of one micro-batch, through `normalised`."""
 
     def normalised(self, parts: Mapping[str, LossSum], weights: Mapping[str, float]) -> TaskOutput:
-        """The weighted sum of the losses, each divided by the count of all ranks.
+        """Returns the weighted sum of the losses, each divided by the count of all ranks.
 
         The sum is multiplied by the number of ranks, because the engine averages gradients over them.
 
@@ -64,7 +64,7 @@ class TaskModule(nn.Module, ABC):
         return TaskOutput(loss, {name: part.detach() for name, part in parts.items()})
 
     def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """All parameters: those of the model by their names there, those of the head behind `head.`."""
+        """Returns all parameters: those of the model by their names there, those of the head behind `head.`."""
         yield from self.model.named_parameters()
         if self.head is not None:
             yield from ((HEAD + name, parameter) for name, parameter in self.head.named_parameters())
@@ -81,7 +81,7 @@ class TaskModule(nn.Module, ABC):
             parameter.requires_grad_(name in trained or name.startswith(HEAD))
 
     def scale(self) -> Tensor:
-        """The factor of the contrastive logits, capped; one element, float32 (float64 for a float64 model).
+        """Returns the factor of the contrastive logits, capped; one element, float32 (float64 for a float64 model).
 
         The cap leaves the gradient alone, which would else be zero above it: the parameter could never come back.
         """

@@ -25,7 +25,7 @@ COVERED = {  # kinds that are part of another one
 
 
 def without_covered(kinds: Collection[str]) -> frozenset[str]:
-    """The same rows in kinds that do not overlap, so that their numbers can be added up."""
+    """Returns the same rows in kinds that do not overlap, so that their numbers can be added up."""
     covered = (COVERED[kind] for kind in kinds if kind in COVERED)
     return frozenset(kinds).difference(*covered)
 

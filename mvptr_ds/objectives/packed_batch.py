@@ -51,7 +51,7 @@ class PackedBatch:
 
     @classmethod
     def of(cls, batch: Batch, device: torch.device | None = None) -> PackedBatch:
-        """On `device` (default: where the batch is). Out of a batch on the host, nothing waits for the device."""
+        """Packs a batch on `device` (default: where it is). Nothing waits for the device for a batch on the host."""
         device = batch.text_ids_BT.device if device is None else device
 
         def text(slots_BT: Tensor) -> Packed:

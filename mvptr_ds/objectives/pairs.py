@@ -27,18 +27,18 @@ class Pairs:
     regions: Packed
 
     def split(self, num: int) -> tuple[Pairs, Pairs]:
-        """The first `num` pairs, and the rest."""
+        """Returns the first `num` pairs, and the rest."""
         (text, text_rest), (mask, mask_rest) = self.text.split(num), self.phrase_mask.split(num)
         regions, regions_rest = self.regions.split(num)
         return Pairs(text, mask, regions), Pairs(text_rest, mask_rest, regions_rest)
 
     def can_be_grounded(self) -> Tensor:
-        """Whether the text has a phrase and the image a region, bool [B]."""
+        """Returns whether the text has a phrase and the image a region, bool [B]."""
         has_region_B = torch.tensor([num > 0 for num in self.regions.lengths])
         return self.phrase_mask.padded(False).any(-1) & has_region_B.to(self.phrase_mask.rows.device, non_blocking=True)
 
     def grounding_score(self, draw_BT: Tensor, top_k: int) -> Tensor:
-        """How well each text's phrases are grounded in the image beside it, [B]; see `losses.phrase_region_score`."""
+        """Returns how well texts' phrases are grounded in the images beside them, [B]; see `phrase_region_score`."""
         text_BTD, regions = self.text.padded(), self.regions
         return losses.phrase_region_score(
             text_BTD,
@@ -51,7 +51,7 @@ class Pairs:
 
 
 def fetch_samples(parts: list[Packed], requested_B: Tensor, across: bool) -> list[Packed]:
-    """The samples `requested_B` out of each part.
+    """Returns the samples `requested_B` out of each part.
 
     Args:
         requested_B: int64, places among the samples of all ranks (`across`), or else of this rank alone.
@@ -63,7 +63,7 @@ def fetch_samples(parts: list[Packed], requested_B: Tensor, across: bool) -> lis
 def grounding_scores(
     pairs: Pairs, negative_index_B: Tensor, draws: RandomDraws, wpg: WpgConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """How well a sample's phrases are grounded in its own image and in that of sample `negative_index_B`, [B] each.
+    """Returns how well phrases are grounded in their own image and in that of `negative_index_B`, [B] each.
 
     The third tensor, bool [B], says whether they can be grounded in both.
     """

@@ -76,7 +76,7 @@ class ModelPass:
         return self._visual[1]
 
     def sum_over_slots(self, values_K: Tensor, slots: Packed, masked: MaskedTargets) -> LossSum:
-        """Sum and count of a loss at masked slots; also by sample, where a mixture's meters want them."""
+        """Returns sum and count of a loss at masked slots; also by sample, where a mixture's meters want them."""
         if not self.per_sample:
             return LossSum.of(values_K)
         return LossSum.of_slots(values_K, slots.owners().index_select(0, masked.rows_K), len(slots))
@@ -170,7 +170,7 @@ class AlignedPass(PairPass):
         super().__init__(model, packed, rows, per_sample=per_sample)
 
     def candidates(self, scope: str) -> Candidates:
-        """Among which samples of this rank (`local`) or of all ranks (`global`) negatives are chosen."""
+        """Returns the samples, of this rank (`local`) or of all ranks (`global`), from which negatives are chosen."""
         if scope not in self._candidates:
             self._candidates[scope] = Candidates(self._globals, scope, self.config.scores_mib)
         return self._candidates[scope]

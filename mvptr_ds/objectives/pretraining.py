@@ -69,11 +69,11 @@ class PretrainingLosses(TaskModule):
         self.output_rows = self.objectives.output_rows()
 
     def trained_parts(self) -> list[str]:
-        """The parts of the model that the objectives reach; see `Chosen.trained_parts`."""
+        """Returns the parts of the model that the objectives reach; see `Chosen.trained_parts`."""
         return self.objectives.trained_parts()
 
     def forward(self, batch: Batch, step: int, accumulation: int = 0) -> TaskOutput:
-        """All objectives of one micro-batch, normalised over the global micro-batch."""
+        """Computes all objectives of one micro-batch, normalised over the global micro-batch."""
         num = len(batch) * collectives.num_ranks()
         draws = RandomDraws.keyed(self.seed, step, accumulation, num, self.max_text_slots)
         return self.normalised(self.sums(batch, draws, step), self.weights)
@@ -84,7 +84,7 @@ class PretrainingLosses(TaskModule):
         return {name: objective.compute(outputs) for name, objective in self.objectives.by_name.items()}
 
     def outputs(self, batch: Batch, draws: RandomDraws, step: int = 0) -> ModelPass:
-        """The pass of the model over a batch whose outputs the objectives share."""
+        """Runs the model over a batch and returns the outputs that the objectives share."""
         packed = PackedBatch.of(batch, self.model.device)
         if not self.stage.aligned:
             with_phrases = "mcr_phrases" in self.weights

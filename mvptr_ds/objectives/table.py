@@ -248,7 +248,7 @@ class Chosen:
 
     @classmethod
     def of(cls, names: Collection[str], order: Collection[str], aligned: bool, wpg_states: str) -> Chosen:
-        """Those of `names`, in `order`."""
+        """Returns those of `names`, in `order`."""
         crossing = {"mlm": aligned, "wpg": wpg_states == "cross"}
         rows = {}
         for name in (name for name in order if name in names):
@@ -258,7 +258,7 @@ class Chosen:
         return cls(rows, aligned)
 
     def trained_parts(self) -> list[str]:
-        """The parts of the model that a gradient reaches, in the order of `PARTS`; the engine gets no others."""
+        """Returns the parts of the model that a gradient reaches, in the order of `PARTS`: all that the engine gets."""
         reached = {"embeddings"}
         for objective in self.by_name.values():
             reached |= objective.heads
@@ -267,11 +267,11 @@ class Chosen:
         return [part for part in PARTS if part in reached]
 
     def computed_parts(self) -> frozenset[str]:
-        """The parts that are computed, trained or not: in an aligned stage both encoders always are."""
+        """Returns the parts that are computed, trained or not: in an aligned stage both encoders always are."""
         return frozenset((*self.trained_parts(), *(("text", "visual") if self.aligned else ())))
 
     def output_rows(self) -> dict[str, frozenset[str]]:
-        """Encoder -> kinds of rows that its last layer must compute.
+        """Returns by encoder the kinds of rows that its last layer must compute.
 
         An encoder that is not named is read wholly: the text encoder of an aligned stage, whose states the cross
         encoder takes.
@@ -287,25 +287,25 @@ class Chosen:
         return {encoder: without_covered(kinds) for encoder, kinds in rows.items()}
 
     def scopes(self) -> set[str]:
-        """Whose `scope` is in use, as `task.NAME.scope`."""
+        """Returns the sections of `task` whose `scope` is in use."""
         return {o.candidates for o in self.by_name.values() if o.candidates is not None}
 
     def needs_mismatched(self) -> bool:
-        """Whether pairs that do not match go through the cross encoder, too."""
+        """Returns whether pairs that do not match go through the cross encoder, too."""
         return any(objective.needs_mismatched for objective in self.by_name.values())
 
     def crosses(self) -> bool:
-        """Whether the cross encoder runs at all."""
+        """Returns whether the cross encoder runs at all."""
         return any(objective.crosses for objective in self.by_name.values())
 
     def num_cross_calls(self) -> int:
-        """Matched pairs, and mismatched ones where an objective compares them."""
+        """Returns 2 where an objective compares matched pairs with mismatched ones, else 1."""
         return 2 if self.needs_mismatched() else 1
 
     def num_groundings(self) -> int:
-        """How often phrases are compared with regions."""
+        """Returns how often phrases are compared with regions."""
         return sum(objective.groundings for objective in self.by_name.values())
 
     def head_flops(self, lengths: Lengths, model: MvptrConfig, num_samples: float) -> dict[str, float]:
-        """FLOPs of each objective's head, one forward pass."""
+        """Returns the FLOPs of each objective's head, one forward pass."""
         return {name: o.flops(lengths, model, num_samples) for name, o in self.by_name.items()}

@@ -96,15 +96,17 @@ class Lamb(torch.optim.Optimizer):
                 step = torch.zeros((), dtype=torch.float32, device=p.device)
                 self.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         states, (beta1, beta2) = [self.state[p] for p in stepped], group["betas"]
+        # moments, as in Adam: m += (1 - beta1) (g - m);  v = beta2 v + (1 - beta2) g^2
         counts, means, squares = ([state[name] for state in states] for name in ("step", "exp_avg", "exp_avg_sq"))
         gradients = [p.grad for p in stepped if p.grad is not None]
         torch._foreach_add_(counts, 1)
         torch._foreach_lerp_(means, gradients, 1 - beta1)
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
-        # in float64: 1 - 0.999 has lost four of float32's seven digits
+        # bias corrections, in float64: 1 - 0.999 has lost four of float32's seven digits
         taken = torch.stack(counts).double()
         corrections1, corrections2 = ((1 - beta**taken).unbind() for beta in (beta1, beta2))
+        # m / c1 / (sqrt(v / c2) + eps), written as m * 1 / ((sqrt(v / c2) + eps) * c1)
         directions = torch._foreach_div(squares, corrections2)
         torch._foreach_sqrt_(directions)
         torch._foreach_add_(directions, group["eps"])
@@ -141,6 +143,8 @@ class Lamb(torch.optim.Optimizer):
         rows: list[dict[int, Tensor]] = [{}, {}]
         for (n, _, _), of_weights, of_direction in zip(held, norms[: len(held)], norms[len(held) :], strict=True):
             rows[0][n], rows[1][n] = of_weights, of_direction
+        # one row of |weights|^2 and one of |direction|^2 over all U tensors, 0 where this rank holds nothing: pieces
+        # of one tensor lie on several ranks, and only the squares of their norms add up
         nothing = torch.zeros((), dtype=torch.float64, device=device)
         squares_2U = torch.stack([row.get(n, nothing) for row in rows for n in range(num)]).view(2, num).square()
         if self._sum_over_ranks is not None:

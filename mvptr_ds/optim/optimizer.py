@@ -23,7 +23,7 @@ PARAMETER_ORDER = "aligned"  # of a checkpoint's flat buffers; before there was 
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices decay; biases, norms and the logit scale (everything of one dimension) do not.
+    """Returns two groups of parameters: matrices decay; those of one dimension (biases, norms, the scale) do not.
 
     Within a group, those of an odd size come last: ZeRO lays a group's parameters one behind another in one buffer,
     and behind a logit scale of 2 bytes all would stand where a GPU's kernels cannot read 16 bytes at a time.
@@ -40,7 +40,7 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: fl
 def build_optimizer(
     groups: list[dict[str, Any]], config: OptimConfig, learning_rate: float, device: torch.device = HOST
 ) -> torch.optim.Optimizer:
-    """The optimiser of `optimizer_choice`. Its state goes into any other of them.
+    """Returns the optimiser of `optimizer_choice`. Its state goes into any other of them.
 
     Args:
         device: where it will step: that of the engine, which moves the parameters there, or the host when offloading.
@@ -61,7 +61,7 @@ def build_optimizer(
 
 
 def optimizer_choice(config: OptimConfig, device: torch.device) -> Choice:
-    """The kernel of `build_optimizer`, and why."""
+    """Returns the kernel of `build_optimizer`, and why."""
     name = "optimiser"
     if config.name == "lamb":
         return Choice(name, LAMB, "optim.name=lamb; fused kernels know no tensors that ZeRO cuts")
@@ -93,7 +93,7 @@ def _as_its_own(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict
 
 
 def learning_rate_at(step: int, stage: StageConfig) -> float:
-    """Linear warm-up over `warmup_steps`, then linear decay to 0 at `max_steps`.
+    """Warms up linearly over `warmup_steps`, then decays linearly to 0 at `max_steps`.
 
     A pure function of the step, so that a resume has nothing to restore.
     """

@@ -36,11 +36,11 @@ class Task(ABC):
 
     @abstractmethod
     def sample_needs(self, config: Config) -> SampleNeeds:
-        """Which samples it trains on, and what is masked in them."""
+        """Returns which samples it trains on, and what is masked in them."""
 
     @abstractmethod
     def build(self, config: Config, model: Mvptr, seed: int, per_sample: bool = False) -> TaskModule:
-        """The losses over `model`, and the head that the task adds to it.
+        """Returns the losses over `model`, and the head that the task adds to it.
 
         Args:
             seed: of all random choices.
@@ -61,7 +61,7 @@ class Task(ABC):
         """
 
     def step_flops(self, module: TaskModule, num_ranks: int) -> StepFlops | None:
-        """What counts the training FLOPs of a batch. None, the default: no FLOPs and no MFU are logged."""
+        """Returns what counts the training FLOPs of a batch. None, the default: no FLOPs and no MFU are logged."""
         return None
 
     def write(self, folder: Path, config: Config) -> None:

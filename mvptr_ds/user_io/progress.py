@@ -15,7 +15,7 @@ _FORMAT = "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} so far, {remaining} 
 
 
 def progress_bar(items: Iterable[Any] | None = None, **options: Any) -> Any:
-    """`tqdm` with its arguments, which on a terminal it is."""
+    """Returns `tqdm` with these arguments on a terminal, else what reports in lines of the log."""
     if sys.stderr.isatty():
         return tqdm(items, **options)
     _lines.begin()
@@ -37,7 +37,7 @@ class _Lines:
         self._said_s = self._seen_s = float("-inf")
 
     def begin(self) -> None:
-        """Work that follows on other work does not delay its first line; after a pause the time begins anew."""
+        """Starts the clock of the first line anew after a pause; work right after other work delays no line."""
         now_s = time.monotonic()
         if now_s - self._seen_s > EVERY_S:
             self._said_s = now_s

@@ -15,7 +15,7 @@ EXIT_INTERRUPTED = 128 + signal.SIGINT  # 130, as a shell reports it
 
 
 def end_on_interrupt(line: str = "interrupted") -> None:
-    """From now on Ctrl-C ends this script with one line and 130; to be called before the imports that take long.
+    """Makes Ctrl-C end this script with one line and 130; to be called before the imports that take long.
 
     What is open on the way out is closed; a second Ctrl-C does not wait for that. A script that was started with
     SIGINT ignored, as a shell does for `script &`, goes on ignoring it.
@@ -35,7 +35,7 @@ def end_on_interrupt(line: str = "interrupted") -> None:
 
 
 def end_with_parent() -> None:
-    """Called in a process of `multiprocessing`: it ends when the one that started it does, however that ends."""
+    """Makes a process of `multiprocessing` end when the one that started it does, however that ends."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -14,7 +14,7 @@ _JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[][{},:\n]')
 
 
 def user_path(text: str) -> Path:
-    """A path of a command's argument, its `~` expanded: a type for argparse.
+    """Returns a path of a command's argument, its `~` expanded: a type for argparse.
 
     Raises:
         ArgumentTypeError: `~NAME` names nobody.
@@ -39,7 +39,7 @@ def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
 
 
 def expanded(text: str) -> str:
-    """The text of a path or URL, with a leading `~` or `~NAME` expanded.
+    """Returns the text of a path or URL, with a leading `~` or `~NAME` expanded.
 
     Raises:
         ValueError: `~NAME` names nobody.
@@ -51,7 +51,7 @@ def expanded(text: str) -> str:
 
 
 def read_text(path: Path) -> str:
-    """A file of the user as text, without a byte order mark.
+    """Returns a file of the user as text, without a byte order mark.
 
     Raises:
         ValueError: it cannot be read or is not UTF-8, with its name.
@@ -66,7 +66,7 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(text: str, origin: str) -> Any:
-    """What the JSON says, if each object says each key once.
+    """Returns what the JSON says, if each object says each key once.
 
     Raises:
         ValueError: it is not JSON, or a key comes twice in an object, with the lines.
@@ -85,7 +85,7 @@ def parse_json(text: str, origin: str) -> Any:
 
 
 def given_twice(name: str, lines: list[int]) -> str:
-    """What is wrong with a key that comes several times, each in its line."""
+    """Returns what is wrong with a key that comes several times, each in its line."""
     places = f"line {lines[0]}" if len(set(lines)) == 1 else f"lines {' and '.join(map(str, lines))}"
     return f"{name} is given {'twice' if len(lines) == 2 else f'{len(lines)} times'}, in {places}: keep one"
 

@@ -40,7 +40,7 @@ Content: TypeAlias = "str | list[Node] | dict[str, Node] | None"
 
 
 def parse_yaml(text: str, origin: str, has_lines: bool = True) -> Node:
-    """What the YAML says, if each mapping says each key once.
+    """Returns what the YAML says, if each mapping says each key once.
 
     Args:
         has_lines: whether messages about a value begin with its place.
@@ -117,14 +117,14 @@ class _Composed:
 
 
 def parse_argument(text: str, origin: str) -> Node:
-    """The value of `section.key=value`: as it stands, unless brackets or quotes say that it is YAML."""
+    """Returns the value of `section.key=value`: as it stands, unless brackets or quotes say that it is YAML."""
     if text.lstrip()[:1] in tuple("[{'\""):
         return parse_yaml(text, origin, has_lines=False)
     return Node(None if text.strip() in NULLS else text)
 
 
 def plain(node: Node) -> Any:
-    """The value where nothing says what it is for: null, a boolean, a number, or text."""
+    """Returns the value where nothing says what it is for: null, a boolean, a number, or text."""
     content = node.content
     if isinstance(content, dict):
         return {key: plain(value) for key, value in content.items()}
@@ -141,7 +141,7 @@ def _plain_text(text: str) -> Any:
 
 
 def number_of(text: str) -> int | float | None:
-    """The number that a text looks like: `0100` is 100, `1_000` 1000, `1e-4` 0.0001; None for any other text."""
+    """Returns the number that a text looks like (`0100` 100, `1_000` 1000, `1e-4` 0.0001), None for any other text."""
     text = text.strip()
     if _INTEGER.fullmatch(text):
         return int(text) if len(text) < 300 else None  # what a float can hold
@@ -155,7 +155,7 @@ def number_of(text: str) -> int | float | None:
 
 
 def dump_yaml(tree: Any) -> str:
-    """YAML that `parse_yaml` reads back to the same tree, by `plain` or by what its values are for."""
+    """Writes YAML that `parse_yaml` reads back to the same tree, by `plain` or by what its values are for."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
 
 

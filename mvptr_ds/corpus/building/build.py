@@ -120,7 +120,10 @@ def build_listed(
         options.images,
     )
     plan_folder = out / _PLAN_FOLDER
-    split_of = functools.partial(_split_of, shares=options.shares)
+
+    def split_of(row: Row) -> str:
+        return row.split if row.split is not None else split_by_hash(row.image_id, options.shares)
+
     try:
         shards, digest = gather(rows, plan_folder, split_of, gather_options, row_summary)
         units = [ListedUnit(shard, {} if number else row_summary.to_json()) for number, shard in enumerate(shards)]
@@ -129,10 +132,6 @@ def build_listed(
         return run_units(out, arguments, units, work, num_processes, "shards")
     finally:
         shutil.rmtree(plan_folder, ignore_errors=True)  # made anew when the build resumes
-
-
-def _split_of(row: Row, shares: tuple[tuple[str, float], ...]) -> str:
-    return row.split if row.split is not None else split_by_hash(row.image_id, shares)
 
 
 def build_streamed(

@@ -52,17 +52,15 @@ class SpillingCounter:
         self._counts.clear()
 
     def _sorted(self) -> _Run:
-        return iter(sorted((_to_key(phrase), count) for phrase, count in self._counts.items()))
+        # a key is ASCII, without tab and line end, whatever the words hold
+        keys = (json.dumps(phrase, separators=(",", ":")) for phrase in self._counts)
+        return iter(sorted(zip(keys, self._counts.values(), strict=True)))
 
     def write(self) -> None:
         """Writes all counts to `path`, sorted; the runs in between are removed."""
         write_run(self._path, _merged(self._runs, self._path, self._sorted()))
         for run in self._runs:
             run.unlink()
-
-
-def _to_key(phrase: PhraseTuple) -> str:
-    return json.dumps(phrase, separators=(",", ":"))  # ASCII, no tab and no line end whatever the words hold
 
 
 def write_run(path: Path, run: _Run) -> None:

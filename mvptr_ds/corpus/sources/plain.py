@@ -33,10 +33,14 @@ def read_image_folder(source: Path, summary: Summary) -> Iterator[Row]:
     """
     if not source.is_dir():
         raise DataError(f"{source} is not a folder; give the folder of pictures")
+
+    def count(error: OSError) -> None:
+        summary.drop("folder: cannot be read", f"{_below(source, Path(error.filename))}: {error.strerror}")
+
     known: set[tuple[int, int]] = set()  # device and inode of every folder that was read
     links = deque([source])
     while links:
-        walk = os.walk(links.popleft(), onerror=lambda error: _count_folder(error, source, summary))
+        walk = os.walk(links.popleft(), onerror=count)
         for folder, folders, names in walk:
             status = os.stat(folder)
             if (identity := (status.st_dev, status.st_ino)) in known:
@@ -55,7 +59,3 @@ def read_image_folder(source: Path, summary: Summary) -> Iterator[Row]:
 
 def _below(source: Path, path: Path) -> str:
     return path.relative_to(source).as_posix()
-
-
-def _count_folder(error: OSError, source: Path, summary: Summary) -> None:
-    summary.drop("folder: cannot be read", f"{_below(source, Path(error.filename))}: {error.strerror}")

@@ -31,7 +31,7 @@ _NUM_SAMPLED, _SAMPLED_BYTES = 16, 4096
 
 
 def pack_span(num_blocks: int, flags: int) -> int:
-    """The `span` of a row: blocks of the record, and its flags."""
+    """Returns the `span` of a row: blocks of the record, and its flags."""
     return num_blocks | flags << _SPAN_BITS
 
 
@@ -46,12 +46,12 @@ def span_flags(spans_N: np.ndarray) -> np.ndarray:
 
 
 def key_hash(key: str) -> int:
-    """64 bits of a key, by which folders are joined."""
+    """Returns 64 bits of a key's hash, by which folders are joined."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
 
 
 def sha256(file: BinaryIO) -> str:
-    """The digest of a file from where it stands to its end."""
+    """Returns the digest of a file from where it stands to its end."""
     digest = hashlib.sha256()
     while chunk := file.read(1 << 20):
         digest.update(chunk)
@@ -59,7 +59,7 @@ def sha256(file: BinaryIO) -> str:
 
 
 def sampled_digest(file: BinaryIO, whole_sha256: str) -> str:
-    """The digest that `Index.open` compares: of 16 places from the head of the index to its end, its size, its hash.
+    """Returns the digest that `Index.open` compares: of 16 places of the index, its size and its hash.
 
     Key hashes stand in every place. So the digest tells another index of the same size, or one whose tail was lost to
     zeros. A changed byte between the places goes unnoticed. An index of up to 64 KiB is read whole.

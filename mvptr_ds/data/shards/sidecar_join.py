@@ -165,7 +165,8 @@ def _write(path: Path, main: Index, sidecars: Sequence[Index], partners_SN: np.n
     first = np.append(main.first_samples(), main.num_samples)
     num_samples = np.diff(first)[kept]
     flags, not_visual = main.flags()[kept], not_visual_N[kept]
-    rows = np.empty(len(kept), dtype=_row(len(sidecars)))
+    row = np.dtype([("record", "<u4"), ("first_sample", "<u4"), ("partners", "<u4", (len(sidecars),))])
+    rows = np.empty(len(kept), dtype=row)
     rows["record"] = kept
     rows["first_sample"] = np.cumsum(num_samples) - num_samples
     rows["partners"] = partners_SN[:, kept].T
@@ -209,10 +210,6 @@ def _what_is_seen(main: Index, sidecars: Sequence[Index], partners_SN: np.ndarra
         for gone_N in (not_visual_N, emptied_N):
             gone_N[has_N] &= (flags & NOT_VISUAL).astype(bool)
     return not_visual_N, emptied_N & not_visual_N
-
-
-def _row(num_sidecars: int) -> np.dtype:
-    return np.dtype([("record", "<u4"), ("first_sample", "<u4"), ("partners", "<u4", (num_sidecars,))])
 
 
 def _counts(path: Path) -> dict[str, Any] | None:

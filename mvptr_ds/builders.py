@@ -48,13 +48,17 @@ class SampleNeeds:
         pairs: image-text pairs only. Folders with other samples are refused, and a sample without regions is replaced.
         masking: how much of each sample is masked.
         phrase_labels: whether masked phrases are labelled, for a head over the phrase vocabulary.
-        labels: names in the labels of a caption; they come as `Batch.labels`. A sample that lacks one is replaced.
+        labels: names in the labels of a caption, each with an example, which messages show. They come as
+            `Batch.labels`, and a sample that lacks one is replaced.
+        check_labels: raises DataError for labels that the task cannot use; such a sample is replaced, too. Loader
+            processes call it: a function of a module, or `functools.partial` of one.
     """
 
     pairs: bool = True
     masking: MaskingConfig = field(default_factory=lambda: NO_MASKING)
     phrase_labels: bool = False
-    labels: tuple[str, ...] = ()
+    labels: Mapping[str, Any] = field(default_factory=dict)
+    check_labels: Callable[[Mapping[str, Any]], None] | None = None
 
 
 NOTHING_MASKED = SampleNeeds(pairs=False)  # of any samples as they are
@@ -158,6 +162,7 @@ def build_samples(
         tag_withhold_prob=data.tag_withhold_prob if tag_noise else 0.0,
         needs_regions=needs.pairs,
         labels=needs.labels,
+        check_labels=needs.check_labels,
         tag_list=list(index.tags),
     )
     return SampleBuilder(vocabs.words, vocabs.phrases, options)

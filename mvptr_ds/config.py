@@ -177,7 +177,7 @@ class MaskingConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One stage of training: its length, learning rate, objectives and masks."""
+    """One stage of training: its length and learning rate."""
 
     max_steps: Positive = 100_000
     """Optimiser steps of the stage."""
@@ -185,6 +185,12 @@ class StageConfig:
     """Learning rate after the warm-up; it then falls linearly to 0 at max_steps."""
     warmup_steps: Count = 1_000
     """Steps of the warm-up, in which the learning rate rises linearly from 0."""
+
+
+@dataclass(frozen=True)
+class PretrainingConfig(StageConfig):
+    """One stage of pre-training: its length, learning rate, objectives and masks."""
+
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
 
@@ -276,19 +282,21 @@ class Config:
     visual: VisualConfig = field(default_factory=VisualConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
-    stage1: StageConfig = field(
-        default_factory=lambda: StageConfig(
+    stage1: PretrainingConfig = field(
+        default_factory=lambda: PretrainingConfig(
             weights=WeightsConfig(mcr_tags=1.0, mcr_regions=1.0, mcr_phrases=1.0, mlm=1.0),
             masking=MaskingConfig(tag_prob=0.5),
         )
     )
-    stage2: StageConfig = field(
-        default_factory=lambda: StageConfig(
+    stage2: PretrainingConfig = field(
+        default_factory=lambda: PretrainingConfig(
             weights=WeightsConfig(mcr_tags=1.0, mcr_regions=1.0, mlm=1.0, vsc=1.0, wpg=1.0, wpg_cross=1.0, itm=1.0)
         )
     )
-    joint: StageConfig = field(
-        default_factory=lambda: StageConfig(weights=WeightsConfig(mcr_tags=1.0, mlm=1.0, vsc=1.0, wpg=1.0, itm=1.0))
+    joint: PretrainingConfig = field(
+        default_factory=lambda: PretrainingConfig(
+            weights=WeightsConfig(mcr_tags=1.0, mlm=1.0, vsc=1.0, wpg=1.0, itm=1.0)
+        )
     )
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -296,10 +304,15 @@ class Config:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def stage(self, name: str) -> StageConfig:
-        """Returns the section of one stage: `stage1`, `stage2` or `joint`."""
+        """Returns the section of one stage, such as `stage1`, `stage2` or `joint`."""
         if name not in STAGES:
             raise ValueError(f"stage {name!r} is unknown; choose from {', '.join(STAGES)}")
         return typing.cast(StageConfig, getattr(self, name))
+
+    def pretraining(self, name: str) -> PretrainingConfig | None:
+        """Returns the section of one stage as that of a stage of pre-training; None where it is another task's."""
+        section = self.stage(name)
+        return section if isinstance(section, PretrainingConfig) else None
 
     @property
     def stage_names(self) -> list[str]:
@@ -312,7 +325,7 @@ class Config:
 
 
 # every section that is a `StageConfig` is a stage, whose task stands in mvptr_ds/tasks/
-STAGES = tuple(section.name for section in dataclasses.fields(Config) if section.type in ("StageConfig", StageConfig))
+STAGES = tuple(name for name, section in vars(Config()).items() if isinstance(section, StageConfig))
 
 
 def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] = ()) -> Config:

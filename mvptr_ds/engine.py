@@ -57,7 +57,7 @@ class Engine:
         if isinstance(self._optimizer, Lamb):
             self._optimizer.follow_zero(self._sum_over_ranks)
         if self.zero_stage == 3:
-            for parameter in self.model.parameters_used_at_large():
+            for parameter in self.task.parameters_used_at_large():
                 deepspeed.zero.register_external_parameter(task, parameter)
 
     def forward(self, batch: Batch, step: int, accumulation: int) -> TaskOutput:

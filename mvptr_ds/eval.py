@@ -22,7 +22,7 @@ if __name__ == "__main__":  # see train.py
 import torch
 
 from mvptr_ds.checkpoints.hand_over import find_model
-from mvptr_ds.checkpoints.model_folder import load_model_folder
+from mvptr_ds.checkpoints.model_folder import head_settings, load_model_folder, load_weights
 from mvptr_ds.config import STAGES, override_config
 from mvptr_ds.errors import USER_ERRORS, exit_code
 from mvptr_ds.evaluation.curves import draw_curves, draw_scores, read_metrics, wall_s
@@ -30,6 +30,7 @@ from mvptr_ds.evaluation.pictures import draw_grounding
 from mvptr_ds.evaluation.report import evaluate_split
 from mvptr_ds.evaluation.table import table
 from mvptr_ds.shard_folders import open_held_out
+from mvptr_ds.tasks import TASKS
 from mvptr_ds.user_io.atomic import partial_path, replacing
 from mvptr_ds.user_io.terminal import accept_any_text
 from mvptr_ds.user_io.user_files import user_path
@@ -69,6 +70,14 @@ def evaluate(run: Path, overrides: list[str], out: Path) -> dict[str, Any]:
     model.to(device)  # type: ignore[arg-type]  # transformers' wrapper of nn.Module.to hides its types
     index = open_held_out(config.data, out / "joins")
     logger.info("model %s on %d captions of %d images", path, len(index), index.num_records)
+    task = TASKS.get(head_settings(path).get("task", ""))
+    if task is not None:
+        module = task.build(config, model, config.run.seed)
+        load_weights(module, path)
+        scores = task.evaluate(module.to(device), vocabs, config, index, device)
+        report: dict[str, Any] = {"model": str(path), "task": task.name, "scores": scores}
+        _write_report(out / "report.json", json.dumps(report, indent=1) + "\n")
+        return report
     evaluation = evaluate_split(model, vocabs, config, index, device, config.run.seed)
     report = {"model": str(path), **evaluation.report}
     report["wall_s"] = {k: round(v, 1) for k, v in seconds.items() if v is not None} | report["wall_s"]
@@ -123,7 +132,9 @@ def main() -> int:
         logger.debug("where it was raised", exc_info=True)
         logger.error("error: %s", error)
         return exit_code(error)
-    sys.stdout.write(table(report) + f"\nwritten: {out / 'report.json'}\n")
+    scores = report.get("scores")
+    text = table(report) if scores is None else "\n".join(f"{name} {100 * s:.1f} %" for name, s in scores.items())
+    sys.stdout.write(text + f"\nwritten: {out / 'report.json'}\n")
     return 0
 
 

@@ -27,7 +27,8 @@ from mvptr_ds.engine import UNIVERSAL, Engine
 from mvptr_ds.errors import DataError
 from mvptr_ds.guards import SkippedSteps, any_rank
 from mvptr_ds.monitoring.bad_samples import BadSamples
-from mvptr_ds.monitoring.metrics import Meters, MetricsLog
+from mvptr_ds.monitoring.meters import Meters
+from mvptr_ds.monitoring.metrics import MetricsLog
 from mvptr_ds.monitoring.timing import ProfileWindow, device_peak
 from mvptr_ds.monitoring.versions import versions
 from mvptr_ds.optim.optimizer import PARAMETER_ORDER, learning_rate_at
@@ -188,6 +189,7 @@ class Trainer:
         if values["data/bad_samples"]:  # of all ranks
             self._write_bad_samples()
         self.bad_samples.count(int(values["data/bad_samples"]), int(values["data/samples"]))
+        self.bad_samples.check(self.save)
 
     def _write_bad_samples(self) -> None:
         self.bad_samples.write(stage=self.dir.name, step=self.step)
@@ -213,8 +215,11 @@ class Trainer:
         finally:
             self.module.train()
 
-    def save(self, must: bool = False) -> None:
+    def save(self, must: bool = False) -> int:
         """Saves a checkpoint of this step; all ranks call it. One that cannot be written is reported, no more.
+
+        Returns:
+            The step of the newest checkpoint, 0 where there is none.
 
         Raises:
             CheckpointError, StorageError: it cannot be written and `must`, since the run ends with it.
@@ -226,10 +231,11 @@ class Trainer:
         path = writer.save(state, self.engine.save, lambda path: self._write_model(path, weights), must)
         if path is not None:
             self.saved_step = self.step
+        return self.saved_step
 
     def _write_model(self, path: Path, weights: dict[str, torch.Tensor]) -> None:
-        model_folder.save_model_folder(path, self.module.model, weights, self.vocabs, self.config)
-        self.task.write(path, self.config)
+        module = self.module
+        model_folder.save_model_folder(path, module.model, weights, self.vocabs, self.config, module.head_settings)
 
     def close(self) -> None:
         """Frees the engine, so that the next stage has the memory."""
@@ -330,6 +336,7 @@ class Trainer:
         collectives.run_on_rank_zero(lambda: shutil.rmtree(self.dir / reshard.FOLDER, ignore_errors=True))
         self.skipped.total = saved.skipped_steps
         self.bad_samples.count(saved.samples.bad, saved.samples.read)
+        self.bad_samples.check(lambda: self.saved_step)
         if self.step < self.stage.max_steps:
             logger.info("%s goes on from step %d (%s)", self.dir.name, self.step, path)
             return

@@ -58,6 +58,7 @@ def _plan(args: argparse.Namespace, nodes: list[int]) -> None:
     from mvptr_ds.planning.cost import GPUS, Assumptions
     from mvptr_ds.planning.lengths import Ranges, drawn, measured
     from mvptr_ds.planning.plan import PUBLISHED_PHRASES, PUBLISHED_ROWS, Cluster, make_plan, table, task_without_memory
+    from mvptr_ds.tasks import TASKS
 
     if args.gpu not in GPUS:
         raise ValueError(f"--gpu is {args.gpu!r}; choose from {', '.join(GPUS)}")
@@ -73,7 +74,7 @@ def _plan(args: argparse.Namespace, nodes: list[int]) -> None:
         assumed = replace(assumed, loader_samples_per_core_s=round(per_core_s))
     else:
         with_images = config.visual.source == "image"
-        mean = drawn(Ranges(), config.data, config.stage(stage).masking, with_images)
+        mean = drawn(Ranges(), config.data, TASKS[stage].sample_needs(config).masking, with_images)
     plans = []
     for num_nodes in nodes:
         cluster = Cluster(GPUS[args.gpu], num_nodes, args.gpus_per_node)

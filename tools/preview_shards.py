@@ -50,6 +50,9 @@ def _arguments() -> argparse.Namespace:
         "--seed", type=whole_number(0), default=0, help="seed of the records drawn (default: %(default)s)"
     )
     parser.add_argument(
+        "--keys", nargs="+", default=[], metavar="KEY", help="show these records instead, such as those of a bad sample"
+    )
+    parser.add_argument(
         "--sidecars",
         type=user_path,
         nargs="+",
@@ -80,7 +83,7 @@ def main() -> int:
     args = _arguments()
     try:
         preview = write_preview(
-            args.folder, args.out, args.num, args.stats_records, args.seed, args.processes, args.sidecars
+            args.folder, args.out, args.num, args.stats_records, args.seed, args.processes, args.sidecars, args.keys
         )
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,14 +1,16 @@
 """A trained model as a folder that needs nothing else: weights, vocabularies, configuration. Holds no pickle.
 
-config.json  model.safetensors  vocab.txt  phrase_vocab.json  mvptr.yaml  [head.safetensors, of a task with a head]
+config.json  model.safetensors  vocab.txt  phrase_vocab.json  mvptr.yaml  [head.safetensors  task.json: of a head]
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,7 +23,7 @@ from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.objectives.module import HEAD, TaskModule
 
-WEIGHTS, HEAD_WEIGHTS = "model.safetensors", "head.safetensors"
+WEIGHTS, HEAD_WEIGHTS, HEAD_SETTINGS = "model.safetensors", "head.safetensors", "task.json"
 STRUCTURE = (  # what two models must share for the weights of one to mean the same in the other
     "num_words", "num_rows", "num_phrases", "hidden_size", "num_attention_heads", "intermediate_size",
     "num_text_layers", "num_visual_layers", "num_cross_layers", "max_positions", "type_vocab_size", "layer_norm_eps",
@@ -31,7 +33,12 @@ STRUCTURE = (  # what two models must share for the weights of one to mean the s
 
 
 def save_model_folder(
-    path: Path, model: Mvptr, weights: Mapping[str, torch.Tensor], vocabs: Vocabs, config: Config
+    path: Path,
+    model: Mvptr,
+    weights: Mapping[str, torch.Tensor],
+    vocabs: Vocabs,
+    config: Config,
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the folder: the structure of `model`, and these weights; those behind `head.` have a file of their own."""
     path.mkdir(parents=True, exist_ok=True)
@@ -43,6 +50,7 @@ def save_model_folder(
     save_file(of_model, path / WEIGHTS, metadata={"format": "pt"})
     if head:
         save_file(head, path / HEAD_WEIGHTS, metadata={"format": "pt"})
+        (path / HEAD_SETTINGS).write_text(json.dumps(settings or {}) + "\n", encoding="utf-8")
     (path / "vocab.txt").write_text("\n".join(vocabs.words.tokens) + "\n", encoding="utf-8")
     vocabs.phrases.save(path / "phrase_vocab.json")
     save_config(config, path / "mvptr.yaml")
@@ -74,7 +82,7 @@ def init_from_folder(module: TaskModule, vocabs: Vocabs, path: Path, fresh: Sequ
     missing, _ = module.model.load_state_dict(saved, strict=False)  # what may be missing was checked
     if module.head is None:
         return list(missing)
-    saved_head = load_file(path / HEAD_WEIGHTS) if (path / HEAD_WEIGHTS).exists() else {}
+    saved_head = _read_head(module, path)
     own = module.head.state_dict()
     fitting = {name: t for name, t in saved_head.items() if name in own and t.shape == own[name].shape}
     head_missing, _ = module.head.load_state_dict(fitting, strict=False)
@@ -110,7 +118,38 @@ def load_weights(module: TaskModule, path: Path) -> None:
     """Gives a task's model and head the weights of a model folder of the same task."""
     module.model.load_state_dict(load_file(path / WEIGHTS))
     if module.head is not None:
-        module.head.load_state_dict(load_file(path / HEAD_WEIGHTS))
+        saved, own = _read_head(module, path), module.head.state_dict()
+        if saved.keys() != own.keys():
+            raise CheckpointError(
+                f"{path} holds the own weights {', '.join(saved) or 'of none'}, and this configuration asks for "
+                f"{', '.join(own)}: resume it with the objectives it had, or start elsewhere with run.init_from={path}"
+            )
+        module.head.load_state_dict(saved)
+
+
+def head_settings(path: Path) -> dict[str, Any]:
+    """Returns the settings of a model folder's head (`TaskModule.head_settings`), without a head none."""
+    file = path / HEAD_SETTINGS
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+
+
+def _read_head(module: TaskModule, path: Path) -> dict[str, torch.Tensor]:
+    """Returns the weights of the folder's head if it is of the same task, else none.
+
+    Raises:
+        CheckpointError: it was trained with other settings, which gave its rows another meaning.
+    """
+    there, here = head_settings(path), json.loads(json.dumps(module.head_settings))
+    if not (path / HEAD_WEIGHTS).exists() or there.get("task") != here.get("task"):
+        return {}
+    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    if names:
+        changes = "\n  - ".join(f"{name}: {there.get(name)} there, {here.get(name)} here" for name in names)
+        raise CheckpointError(
+            f"the head of {path} was trained with other settings:\n  - {changes}\n  set them as they are in "
+            f"{path / HEAD_SETTINGS}, or start from a model without this head"
+        )
+    return load_file(path / HEAD_WEIGHTS)
 
 
 def copy_of(model: Mvptr, weights: Mapping[str, torch.Tensor], device: torch.device) -> Mvptr:

@@ -10,9 +10,9 @@ import functools
 import io
 import math
 import tokenize
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -53,7 +53,8 @@ class SampleOptions:
     tag_wrong_prob: float = 0.0  # one tag is replaced by a random other one
     tag_withhold_prob: float = 0.0  # all tags are left out
     needs_regions: bool = False  # a sample with nothing to see cannot be used
-    labels: tuple[str, ...] = ()  # names in the labels of a caption; a sample that lacks one cannot be used
+    labels: Mapping[str, Any] = field(default_factory=dict)  # names in the labels of a caption, each with an example
+    check_labels: Callable[[Mapping[str, Any]], None] | None = None  # raises DataError for labels that are no use
     tag_list: Sequence[str] = field(default=())  # tags that a wrong one is drawn from (those of the manifest)
 
     def __post_init__(self) -> None:
@@ -128,9 +129,7 @@ class SampleBuilder:
         if not 0 <= caption_number < len(captions):
             raise DataError(f"caption {caption_number} of a record with {len(captions)}; rebuild the index")
         caption = captions[caption_number]
-        missing = [name for name in self.options.labels if name not in (caption.labels or {})]
-        if missing:
-            raise DataError(f"the caption has no label {missing[0]!r}, which the task learns from")
+        labels = self._labels(caption)
         text = self._text(caption, rng)
         tag_ids_G, tag_labels_G = self._tags(record, rng)
         geometry_R6 = _NO_GEOMETRY
@@ -156,8 +155,18 @@ class SampleBuilder:
             position=position,
             num_oov_phrases=text.num_dropped,
             num_phrases=text.num_phrases,
-            labels={name: (caption.labels or {})[name] for name in self.options.labels},
+            labels=labels,
         )
+
+    def _labels(self, caption: Caption) -> dict[str, Any]:
+        options, given = self.options, caption.labels or {}
+        for name, example in options.labels.items():
+            if name not in given:
+                raise DataError(f"the caption has no label {name!r} (such as {example!r}), which the task learns from")
+        labels = {name: given[name] for name in options.labels}
+        if options.check_labels is not None:
+            options.check_labels(labels)
+        return labels
 
     def add_visual(self, sample: Sample, members: Mapping[str, bytes]) -> None:
         """Adds the features or the image; a sample with nothing to see has no regions."""

@@ -349,7 +349,7 @@ def _extractor(content: dict[str, Any]) -> Extractor:
 def _caption(content: dict[str, Any]) -> Caption:
     text = _text(content["text"], "caption text")
     if not text.strip():
-        raise DataError(f"caption text is {text!r}; empty captions are rejected when shards are built")
+        raise DataError(f"caption text is {text[:16]!r}, and says nothing; write one, or leave it out")
     labels = content.get("labels")
     if labels is not None and not isinstance(labels, dict):
         raise DataError(f"caption labels are {labels!r}, expected an object such as {{'answer': 'red'}}")

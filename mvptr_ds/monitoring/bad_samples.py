@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ MAX_CHARS = 1_000  # characters of a text
 
 
 class BadSamples:
-    """Counts bad samples over all ranks, records which they are, and ends the run when they are too many.
+    """Counts bad samples over all ranks, records which they are, and tells when they are too many.
 
     Args:
         run_dir: the folder of the file, which only rank 0 writes.
@@ -53,7 +53,10 @@ class BadSamples:
         if noted and collectives.is_main():
             noted.sort(key=lambda bad: bad.position)
             self._append("".join(_line(bad, more) for bad in noted).encode())
-            logger.info("%d samples were replaced by others; %s says which and why", len(noted), self.path)
+            logger.info(
+                "%d samples were replaced by others since the last report; %s says which and why",
+                len(noted), self.path,
+            )  # fmt: skip
 
     def _append(self, lines: bytes) -> None:
         try:
@@ -72,16 +75,32 @@ class BadSamples:
             logger.error("%s: %s; training goes on without these lines", self.path, error)
 
     def count(self, bad: int, read: int) -> None:
-        """Raises DataError above the allowed fraction."""
+        """Adds to the numbers of samples that were bad, and that were read."""
         self.bad += bad
         self.read += read
-        if self.bad > self.max_fraction * max(self.read, self.MIN_SAMPLES):
-            raise DataError(
-                f"{self.bad} samples could not be read among {self.read}, more than data.max_bad_fraction="
-                f"{self.max_fraction} allows; {self.path} says which and why: check the folder with "
-                "tools/validate_shards.py. The run goes on with the same folder and a larger data.max_bad_fraction; "
-                f"with a repaired one, start in another run.dir with run.init_from={self.path.parent}"
+
+    def check(self, save: Callable[[], int]) -> None:
+        """Raises DataError above the allowed fraction, once the run is saved.
+
+        Args:
+            save: saves a checkpoint, and returns the step of the newest one; 0: there is none.
+        """
+        counted = max(self.read, self.MIN_SAMPLES)
+        if self.bad <= self.max_fraction * counted:
+            return
+        saved = save()
+        remedy = "allow more with a larger data.max_bad_fraction"
+        if saved:
+            remedy = (
+                f"the run is saved at step {saved}. It resumes there with the same folder and a larger "
+                f"data.max_bad_fraction; with a repaired one, start in another run.dir with run.init_from="
+                f"{self.path.parent}"
             )
+        raise DataError(
+            f"{self.bad} samples could not be read among {self.read}, more than data.max_bad_fraction="
+            f"{self.max_fraction} allows ({int(self.max_fraction * counted)} of {counted}); {self.path} says which and "
+            f"why, and tools/validate_shards.py FOLDER --repair OUT leaves them out: {remedy}"
+        )
 
 
 def _line(bad: BadSample, more: Mapping[str, Any]) -> str:

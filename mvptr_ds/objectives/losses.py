@@ -38,6 +38,11 @@ class LossSum:
         return cls(values_K.sum(), values_K.new_full((), values_K.numel()), per_sample_B2)
 
     @classmethod
+    def of_samples(cls, values_B: Tensor) -> LossSum:
+        """Returns the sum of one value a sample, also by sample."""
+        return cls.of_slots(values_B, torch.arange(len(values_B), device=values_B.device), len(values_B))
+
+    @classmethod
     def of(cls, values: Tensor, valid: Tensor | None = None) -> LossSum:
         """Sums `values` where `valid` (default: everywhere); others give no gradient, whatever they hold."""
         if valid is None:

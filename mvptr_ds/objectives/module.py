@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,12 +31,21 @@ class TaskModule(nn.Module, ABC):
 
     Args:
         head: weights that the task adds to the model; all of them are trained.
+        head_settings: what gives the head's rows their meaning: the task's name, and for example its classes. They
+            stand in the model folder's task.json, and a head that was trained with other settings is refused.
         max_scale: cap of exp(logit_scale).
     """
 
-    def __init__(self, model: Mvptr, head: nn.Module | None = None, max_scale: float = 100.0) -> None:
+    def __init__(
+        self,
+        model: Mvptr,
+        head: nn.Module | None = None,
+        head_settings: Mapping[str, Any] | None = None,
+        max_scale: float = 100.0,
+    ) -> None:
         super().__init__()
         self.model, self.head, self.max_scale = model, head, max_scale
+        self.head_settings = dict(head_settings or {})
 
     @abstractmethod
     def trained_parts(self) -> list[str]:
@@ -68,6 +77,11 @@ class TaskModule(nn.Module, ABC):
         yield from self.model.named_parameters()
         if self.head is not None:
             yield from ((HEAD + name, parameter) for name, parameter in self.head.named_parameters())
+
+    def parameters_used_at_large(self) -> list[nn.Parameter]:
+        """Returns the parameters read outside their own module's forward pass, of which ZeRO-3 has to be told."""
+        held = [] if self.head is None else [m for m in self.head.modules() if isinstance(m, nn.ParameterDict)]
+        return [*self.model.parameters_used_at_large(), *(p for module in held for p in module.parameters())]
 
     def load_head(self, weights: Mapping[str, Tensor]) -> None:
         """Gives the head its weights of `named_weights`, if there is one."""

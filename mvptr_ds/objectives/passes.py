@@ -33,6 +33,7 @@ class ModelPass:
         rows: encoder -> kinds of rows that its last layer computes (`table.Chosen.output_rows`); the others are zero.
         with_phrases: whether the rows of the phrase vocabulary are looked up, for the phrase head.
         per_sample: whether losses over slots are also summed by sample.
+        scalars: the weights that objectives own, by objective and name.
     """
 
     def __init__(
@@ -43,8 +44,10 @@ class ModelPass:
         *,
         with_phrases: bool = False,
         per_sample: bool = False,
+        scalars: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
         self.model, self.packed, self.rows, self.per_sample = model, packed, rows, per_sample
+        self.scalars = scalars or {}
         self.table = model.look_up(packed.text_ids, packed.tag_ids, phrases=with_phrases)
 
     @cached_property
@@ -89,9 +92,15 @@ class PairPass(ModelPass):
     """
 
     def __init__(
-        self, model: Mvptr, packed: PackedBatch, rows: Mapping[str, frozenset[str]], *, per_sample: bool = False
+        self,
+        model: Mvptr,
+        packed: PackedBatch,
+        rows: Mapping[str, frozenset[str]],
+        *,
+        per_sample: bool = False,
+        scalars: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
-        super().__init__(model, packed, rows, per_sample=per_sample)
+        super().__init__(model, packed, rows, per_sample=per_sample, scalars=scalars)
         # Both encoders run before any objective, visual first. The cross encoder takes all of their states, and this
         # order fixes the order in which their gradients are added up.
         regions = self.regions
@@ -163,11 +172,12 @@ class AlignedPass(PairPass):
         scale: Tensor,
         needs_mismatched: bool,
         per_sample: bool = False,
+        scalars: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
         self.config, self.choices, self.draws, self.scale = config, choices, draws, scale
         self.needs_mismatched = needs_mismatched
         self._candidates: dict[str, Candidates] = {}
-        super().__init__(model, packed, rows, per_sample=per_sample)
+        super().__init__(model, packed, rows, per_sample=per_sample, scalars=scalars)
 
     def candidates(self, scope: str) -> Candidates:
         """Returns the samples, of this rank (`local`) or of all ranks (`global`), from which negatives are chosen."""

@@ -5,6 +5,11 @@ Sequences are packed (model/packed.py); only WPG's scores pad theirs, phrases by
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
 from mvptr_ds.config import TaskConfig, WeightsConfig
 from mvptr_ds.data.collate import Batch
 from mvptr_ds.distributed import collectives
@@ -65,8 +70,18 @@ class PretrainingLosses(TaskModule):
         self.wpg_states = resolved(config.wpg.states, stage.wpg_states)
         self.wpg_negatives = resolved(config.wpg.negatives, stage.wpg_negatives)
         self.itm_negatives = resolved(config.itm.negatives, stage.itm_negatives)
-        self.objectives = Chosen.of(self.weights, stage.objectives, stage.aligned, self.wpg_states)
+        self.objectives = Chosen.of(self.weights, stage.aligned, self.wpg_states)
+        if scalars := self.objectives.scalars():
+            # float32 whatever the model computes in, and of one dimension, since DeepSpeed refuses those of none
+            self.head = nn.ModuleDict({name: _parameters(first) for name, first in scalars.items()})
+            self.head_settings = {"task": "pretraining"}
         self.output_rows = self.objectives.output_rows()
+
+    @property
+    def scalars(self) -> dict[str, dict[str, Tensor]]:
+        """The weights that the objectives own, by objective and name, one element each."""
+        named = {} if self.head is None else dict(self.head.named_children())
+        return {objective: dict(owned.named_parameters()) for objective, owned in named.items()}
 
     def trained_parts(self) -> list[str]:
         """Returns the parts of the model that the objectives reach; see `Chosen.trained_parts`."""
@@ -89,12 +104,18 @@ class PretrainingLosses(TaskModule):
         if not self.stage.aligned:
             with_phrases = "mcr_phrases" in self.weights
             return ModelPass(
-                self.model, packed, self.output_rows, with_phrases=with_phrases, per_sample=self.per_sample
+                self.model,
+                packed,
+                self.output_rows,
+                with_phrases=with_phrases,
+                per_sample=self.per_sample,
+                scalars=self.scalars,
             )
         return AlignedPass(
             self.model,
             packed,
             self.output_rows,
+            scalars=self.scalars,
             config=self.config,
             choices=Choices(self._itm_negatives(step), self.wpg_negatives, self.wpg_states),
             draws=draws.rows(collectives.rank() * len(batch), len(batch)),
@@ -107,3 +128,7 @@ class PretrainingLosses(TaskModule):
         if self.itm_negatives != "schedule":
             return self.itm_negatives
         return "random" if step < self.config.itm.random_until * self.max_steps else "hardest"
+
+
+def _parameters(first_values: Mapping[str, float]) -> nn.ParameterDict:
+    return nn.ParameterDict({name: nn.Parameter(torch.tensor([value])) for name, value in first_values.items()})

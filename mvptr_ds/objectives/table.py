@@ -1,6 +1,6 @@
 """The table of objectives: everything that the package knows of an objective besides its formula (losses.py).
 
-A new objective is a formula in losses.py, a row here, its name in a stage (stages.py), and a weight in config.py.
+A new objective is a formula in losses.py, a row here, and a weight in config.py.
 What else asks about objectives reads this table: which parameters the optimiser gets, which rows of an encoder's last
 layer are computed, FLOPs, memory, traffic, preflight's search for targets, and the names in the log.
 
@@ -10,7 +10,7 @@ Legend: B samples of this rank, K rows with a label, R regions, W word rows, D h
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,9 @@ class Objective:
 
     Attributes:
         compute: sum and count of this rank's samples, from the model's outputs (passes.py).
+        single, aligned: its place in the order of computation, in stages of single modalities and in aligned ones;
+            None: they cannot compute it. Objectives that share an encoder's outputs find them there, and the order in
+            which gradients are added up is part of what a resumed run must repeat to the bit.
         outputs: encoder -> kinds of rows (output_rows.py) whose last-layer states it reads. `matched` and
             `mismatched` are the two calls of the cross encoder.
         outputs_on_cross: the same where it reads the cross encoder instead (`Chosen.of` says when).
@@ -52,18 +55,23 @@ class Objective:
         needs: what a sample must hold for it to learn anything (preflight.sample_checks).
         target: the same in words, for the log.
         masked_by: the probability of the stage's `masking` that makes its targets, if any does.
+        scalars: name -> first value of weights of its own, such as a bias; all stages train them, and a model folder
+            that lacks them lets them start fresh. `compute` finds them in `outputs.scalars`.
     """
 
     compute: Callable[[Any], LossSum]  # of an AlignedPass; in stages of single modalities of a ModelPass
     outputs: Mapping[str, frozenset[str]]
     needs: tuple[str, ...]
     target: str
+    single: int | None = None
+    aligned: int | None = None
     outputs_on_cross: Mapping[str, frozenset[str]] | None = None
     heads: frozenset[str] = frozenset()
     flops: Callable[[Lengths, MvptrConfig, float], float] = lambda lengths, model, num_samples: 0.0
     candidates: str | None = None
     groundings: int = 0
     masked_by: str | None = None
+    scalars: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def needs_mismatched(self) -> bool:
@@ -155,6 +163,8 @@ OBJECTIVES: dict[str, Objective] = {
     "mlm": Objective(
         _mlm,
         {"text": frozenset({"tokens"})},
+        single=10,
+        aligned=40,
         outputs_on_cross={"matched": frozenset({"tokens"})},  # in an aligned stage
         needs=(WORDS,),
         target="a masked word",
@@ -165,6 +175,7 @@ OBJECTIVES: dict[str, Objective] = {
     "mcr_phrases": Objective(
         _mcr_phrases,
         {"text": frozenset({"picked_phrases"})},
+        single=20,
         needs=(PHRASES,),
         target="a masked phrase of the vocabulary",
         heads=frozenset({"phrase_head"}),
@@ -174,6 +185,8 @@ OBJECTIVES: dict[str, Objective] = {
     "mcr_tags": Objective(
         _mcr_tags,
         {"visual": frozenset({"tags"})},
+        single=30,
+        aligned=10,
         needs=(TAGS,),
         target="a masked tag",
         heads=frozenset({"tag_head"}),
@@ -183,6 +196,8 @@ OBJECTIVES: dict[str, Objective] = {
     "mcr_regions": Objective(
         _mcr_regions,
         {"visual": frozenset({"asking_regions"})},
+        single=40,
+        aligned=20,
         needs=(TAGS, REGIONS),
         target="a masked tag beside a region",
         heads=frozenset({"tag_head"}),
@@ -192,6 +207,7 @@ OBJECTIVES: dict[str, Objective] = {
     "vsc": Objective(
         _vsc,
         {"text": frozenset({"first"}), "visual": frozenset({"first"})},
+        aligned=30,
         needs=(WORDS, REGIONS),
         target="another image beside it",
         heads=frozenset({"globals"}),
@@ -204,6 +220,7 @@ OBJECTIVES: dict[str, Objective] = {
     "itm": Objective(
         _itm,
         {"matched": frozenset({"first"}), "mismatched": frozenset({"first"})},
+        aligned=50,
         needs=(WORDS, REGIONS),
         target="another image beside it",
         heads=frozenset({"itm"}),
@@ -214,6 +231,7 @@ OBJECTIVES: dict[str, Objective] = {
     "wpg_cross": Objective(
         _wpg_cross,
         {"matched": _GROUNDED, "mismatched": frozenset({"text", "regions"})},
+        aligned=60,
         needs=(PHRASES, REGIONS),
         target="a phrase of the vocabulary and another image beside it",
         candidates="itm",
@@ -222,6 +240,7 @@ OBJECTIVES: dict[str, Objective] = {
     "wpg": Objective(
         _wpg,
         {"text": frozenset({"phrases"}), "visual": frozenset({"regions"})},
+        aligned=70,
         outputs_on_cross={"matched": _GROUNDED},  # with task.wpg.states=cross
         needs=(PHRASES, REGIONS),
         target="a phrase of the vocabulary and another image beside it",
@@ -232,6 +251,12 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 # --- what a set of objectives comes to
+
+
+def objectives_of(aligned: bool) -> tuple[str, ...]:
+    """Returns the objectives that aligned stages, or those of single modalities, can compute, in that order."""
+    places = {name: row.aligned if aligned else row.single for name, row in OBJECTIVES.items()}
+    return tuple(sorted((n for n, place in places.items() if place is not None), key=lambda n: (places[n], n)))
 
 
 @dataclass(frozen=True)
@@ -247,11 +272,11 @@ class Chosen:
     aligned: bool
 
     @classmethod
-    def of(cls, names: Collection[str], order: Collection[str], aligned: bool, wpg_states: str) -> Chosen:
-        """Returns those of `names`, in `order`."""
+    def of(cls, names: Collection[str], aligned: bool, wpg_states: str) -> Chosen:
+        """Returns those of `names`, in the order of computation."""
         crossing = {"mlm": aligned, "wpg": wpg_states == "cross"}
         rows = {}
-        for name in (name for name in order if name in names):
+        for name in (name for name in objectives_of(aligned) if name in names):
             rows[name] = row = OBJECTIVES[name]
             if crossing.get(name) and row.outputs_on_cross is not None:
                 rows[name] = replace(row, outputs=row.outputs_on_cross)
@@ -305,6 +330,10 @@ class Chosen:
     def num_groundings(self) -> int:
         """Returns how often phrases are compared with regions."""
         return sum(objective.groundings for objective in self.by_name.values())
+
+    def scalars(self) -> dict[str, Mapping[str, float]]:
+        """Returns the first values of the weights of their own, by objective."""
+        return {name: objective.scalars for name, objective in self.by_name.items() if objective.scalars}
 
     def head_flops(self, lengths: Lengths, model: MvptrConfig, num_samples: float) -> dict[str, float]:
         """Returns the FLOPs of each objective's head, one forward pass."""

@@ -7,11 +7,13 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mvptr_ds import builders
-from mvptr_ds.builders import NOTHING_MASKED
+from mvptr_ds.builders import SampleNeeds
 from mvptr_ds.config import Config
 from mvptr_ds.data.features import SampleBuilder
 from mvptr_ds.data.phrases import Vocabs
@@ -20,6 +22,7 @@ from mvptr_ds.data.shards.tar_reader import IMAGE_EXTENSIONS
 from mvptr_ds.errors import DataError
 from mvptr_ds.objectives.table import OBJECTIVES, PHRASES, REGIONS, TAGS, WORDS
 from mvptr_ds.preflight.rank_checks import ERROR, OK, WARNING, Finding
+from mvptr_ds.tasks import TASKS
 
 NUM_LOOKED_AT = 256  # samples of a local folder, spread evenly over it
 NUM_REMOTE, REMOTE_LIMIT_S = 32, 20.0  # the same behind a URL, where each sample may take a request
@@ -40,6 +43,7 @@ class Seen:
     """Counts what the samples of one folder hold."""
 
     num: int = 0
+    decoded: int = 0  # pictures
     holds: Counter[str] = field(default_factory=Counter)  # number of samples that hold each kind
     targets: Counter[str] = field(default_factory=Counter)  # number of samples that suffice for each objective
     unusable: list[str] = field(default_factory=list)  # why samples cannot be used
@@ -51,9 +55,9 @@ def examine(config: Config, vocabs: Vocabs, indices: Mapping[str, SampleIndex]) 
     Args:
         indices: samples of the run's folders, by the key of the configuration that names each.
     """
-    seen = {}
+    seen, needs = {}, _needs(config)
     for name, index in indices.items():
-        builder = builders.build_samples(config, vocabs, index, NOTHING_MASKED, tag_noise=False)
+        builder = builders.build_samples(config, vocabs, index, needs, tag_noise=False)
         seen[name] = look(index, builder)
         yield from _shares(name, seen[name], config)
     trained_on = [of_folder for name, of_folder in seen.items() if name != HELD_OUT]
@@ -62,6 +66,19 @@ def examine(config: Config, vocabs: Vocabs, indices: Mapping[str, SampleIndex]) 
     targets = sum((of_folder.targets for of_folder in trained_on), Counter())
     for stage in config.stage_names:
         yield from _objectives(config, stage, targets)
+
+
+def _needs(config: Config) -> SampleNeeds:
+    """Returns what all stages of the run want of a caption's labels; nothing is masked, and any sample will do."""
+    of_stages = [TASKS[stage].sample_needs(config) for stage in config.stage_names]
+    checks = [needs.check_labels for needs in of_stages if needs.check_labels is not None]
+
+    def check(labels: Mapping[str, Any]) -> None:
+        for check_labels in checks:
+            check_labels(labels)
+
+    labels = {name: example for needs in of_stages for name, example in needs.labels.items()}
+    return SampleNeeds(pairs=False, labels=labels, check_labels=check)
 
 
 def look(index: SampleIndex, builder: SampleBuilder) -> Seen:
@@ -74,10 +91,12 @@ def look(index: SampleIndex, builder: SampleBuilder) -> Seen:
         if time.monotonic() > until_s:
             break
         seen.num += 1
+        sample = (2 * number + 1) * len(index) // (2 * num)
         try:
-            _look_at(index, builder, (2 * number + 1) * len(index) // (2 * num), number % DECODE_EVERY == 0, seen)
+            _look_at(index, builder, sample, number % DECODE_EVERY == 0, seen)
         except (DataError, OSError) as error:
-            seen.unusable.append(str(error))
+            place = index.locate(sample)
+            seen.unusable.append(f"{error} ({Path(place.path).name}, byte {place.offset})")
     return seen
 
 
@@ -97,13 +116,15 @@ def _look_at(index: SampleIndex, builder: SampleBuilder, sample: int, decode: bo
     seen.holds.update(kind for kind, holds in held.items() if holds)
     if builder.options.visual_source == "features" or decode:
         builder.add_visual(begun, members)
+        seen.decoded += builder.options.visual_source == "image" and held["pictures"]
     seen.targets.update(name for name, row in OBJECTIVES.items() if all(held[kind] for kind in row.needs))
 
 
 def _shares(name: str, seen: Seen, config: Config) -> Iterator[Finding]:
     """Reports which share of a folder holds what, and whether the samples can be used."""
     shares = ", ".join(f"{kind} {100 * seen.holds[kind] / max(1, seen.num):.0f} %" for kind in KINDS)
-    yield Finding("records", OK, f"{name}: {seen.num} samples looked at: {shares}")
+    decoded = f" ({seen.decoded} pictures decoded)" if seen.decoded else ""
+    yield Finding("records", OK, f"{name}: {seen.num} samples looked at{decoded}: {shares}")
     num_bad = len(seen.unusable)
     if not num_bad:
         return
@@ -123,7 +144,9 @@ def _shares(name: str, seen: Seen, config: Config) -> Iterator[Finding]:
 
 def _objectives(config: Config, stage: str, targets: Counter[str]) -> Iterator[Finding]:
     """Reports the objectives of a stage for which no sample holds anything to learn."""
-    section, data = config.stage(stage), config.data
+    section, data = config.pretraining(stage), config.data
+    if section is None:
+        return
     weights = {name: weight for name, weight in vars(section.weights).items() if weight > 0}
     idle = []
     for name, weight in weights.items():

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from mvptr_ds.builders import SampleNeeds
-from mvptr_ds.config import Config
+from mvptr_ds.config import Config, PretrainingConfig
 from mvptr_ds.data.phrases import Vocabs
 from mvptr_ds.data.shards.index import SampleIndex
 from mvptr_ds.evaluation.report import evaluate_model, flatten_scores
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.monitoring.flops import StepFlops
-from mvptr_ds.objectives.module import TaskModule
+from mvptr_ds.objectives.module import HEAD, TaskModule
 from mvptr_ds.objectives.pretraining import PretrainingLosses
 from mvptr_ds.objectives.stages import STAGES, Stage
 from mvptr_ds.tasks.task import Task
@@ -20,11 +20,13 @@ from mvptr_ds.tasks.task import Task
 class Pretraining(Task):
     """One stage of pre-training."""
 
+    fresh_weights = (HEAD,)  # what objectives own: a folder of other objectives lacks them
+
     def __init__(self, stage: Stage, follows: str | None = None) -> None:
         self.stage, self.name, self.follows = stage, stage.name, follows
 
     def sample_needs(self, config: Config) -> SampleNeeds:
-        section = config.stage(self.name)
+        section = self._section(config)
         return SampleNeeds(
             pairs=self.stage.aligned,
             masking=section.masking,
@@ -32,7 +34,7 @@ class Pretraining(Task):
         )
 
     def build(self, config: Config, model: Mvptr, seed: int, per_sample: bool = False) -> PretrainingLosses:
-        section = config.stage(self.name)
+        section = self._section(config)
         return PretrainingLosses(
             model,
             self.stage,
@@ -43,6 +45,11 @@ class Pretraining(Task):
             seed=seed,
             per_sample=per_sample,
         )
+
+    def _section(self, config: Config) -> PretrainingConfig:
+        section = config.pretraining(self.name)
+        assert section is not None
+        return section
 
     def step_flops(self, module: TaskModule, num_ranks: int) -> StepFlops | None:
         return StepFlops(module, num_ranks) if isinstance(module, PretrainingLosses) else None

@@ -7,7 +7,6 @@ configuration that bears its name (config.py), and its name in `tasks/__init__.p
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from pathlib import Path
 
 import torch
 
@@ -63,7 +62,3 @@ class Task(ABC):
     def step_flops(self, module: TaskModule, num_ranks: int) -> StepFlops | None:
         """Returns what counts the training FLOPs of a batch. None, the default: no FLOPs and no MFU are logged."""
         return None
-
-    def write(self, folder: Path, config: Config) -> None:
-        """Writes what a user of the model folder needs beside its weights, such as the answers of a head."""
-        return

@@ -17,7 +17,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from mvptr_ds.distributed import collectives
 from mvptr_ds.ds_config import fill_ds_config, load_ds_config
 from mvptr_ds.errors import DataError
-from mvptr_ds.monitoring.metrics import Meters
+from mvptr_ds.monitoring.meters import Meters
 from mvptr_ds.optim.optimizer import build_optimizer, parameter_groups
 from tests.conftest import REPO
 from tests.distributed.steps import CASES, NUM_STEPS, OPTIM, TRAIN, batch_of, build_task, learning_rate

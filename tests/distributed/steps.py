@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mvptr_ds.config import Config, OptimConfig, StageConfig, TrainConfig
+from mvptr_ds.config import Config, OptimConfig, PretrainingConfig, TrainConfig
 from mvptr_ds.data.collate import Batch, Sample, collate
 from mvptr_ds.data.sampling.batches import Batches
 from mvptr_ds.objectives.pretraining import PretrainingLosses
@@ -45,9 +45,9 @@ def single_at(position: int) -> Sample:
     return sample(position, position, tokens=0, phrases=0, tags=1 + position % 3, regions=1 + position % 5)
 
 
-def stage_config(case: str) -> StageConfig:
+def stage_config(case: str) -> PretrainingConfig:
     weights = Config().stage(case.split()[0]).weights
-    return StageConfig(max_steps=NUM_STEPS + 1, learning_rate=1e-3, warmup_steps=2, weights=weights)
+    return PretrainingConfig(max_steps=NUM_STEPS + 1, learning_rate=1e-3, warmup_steps=2, weights=weights)
 
 
 def build_task(case: str) -> PretrainingLosses:

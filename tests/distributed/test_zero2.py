@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from mvptr_ds.monitoring.metrics import Meters
+from mvptr_ds.monitoring.meters import Meters
 from mvptr_ds.optim.optimizer import parameter_groups
 from tests.distributed.steps import CASES, NUM_STEPS, ONE_MODALITY, OPTIM, TRAIN, batch_of, build_task, learning_rate
 from tests.support.launch import run_ranks

@@ -245,6 +245,8 @@ def test_bad_samples_are_replaced_counted_and_end_the_run_when_too_many(outcomes
     assert len(written) == bad and {line["key"] for line in written} <= set(outcome["keys"])
     assert {line["position"] % 8 // 4 for line in written} == {0, 1}  # of both ranks
     assert message in outcome["outputs"][0]
+    last = lines[-1]["step"]  # the work so far is not lost
+    assert f"the run is saved at step {last}" in outcome["outputs"][0] and weights_of(outcome["dir"], last)
     assert not any("Traceback" in output for output in outcome["outputs"])
 
 

@@ -39,7 +39,10 @@ def test_each_line_has_place_and_reason_and_a_second_start_appends(
         "caption": 1, "reason": "cut",
     }  # fmt: skip
     assert found[0]["reason"] == "x" * 1000
-    assert caplog.text.count(f"2 samples were replaced by others; {first.path} says which and why") == 1
+    assert (
+        caplog.text.count(f"2 samples were replaced by others since the last report; {first.path} says which and why")
+        == 1
+    )
     with first.path.open("a", encoding="utf-8") as file:
         file.write('{"stage": "sta')  # of a start that was killed in the middle of a line
     second.note([bad(11)])

@@ -558,7 +558,12 @@ def samples_that_cannot_be_used(place: Place) -> None:
 
 @case
 def too_many_bad_samples(place: Place) -> None:
-    place.patch.setattr(Trainer, "_build_engine", lambda *_: BadSamples(0.01, Path("run")).count(31, 3000))
+    def build_engine(*_: object) -> None:
+        bad_samples = BadSamples(0.01, Path("run"))
+        bad_samples.count(31, 3000)
+        bad_samples.check(lambda: 47)
+
+    place.patch.setattr(Trainer, "_build_engine", build_engine)
 
 
 @case

@@ -17,7 +17,7 @@ from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.monitoring.flops import StepFlops, backbone_flops, forward_flops
 from mvptr_ds.objectives.lengths import Lengths
 from mvptr_ds.objectives.pretraining import PretrainingLosses
-from mvptr_ds.objectives.stages import ALIGNING, STAGES
+from mvptr_ds.objectives.stages import STAGES
 from mvptr_ds.objectives.table import Chosen
 from tests.support.tiny_models import sample, tiny_model
 
@@ -99,7 +99,7 @@ def test_the_base_model_by_hand() -> None:
         samples=1, text=20, text_pairs=400, visual=50, visual_pairs=2500, cross=55, cross_pairs=3025, regions=35,
         picked_tokens=2,
     )  # fmt: skip
-    chosen = Chosen.of(("mlm", "vsc"), ALIGNING, aligned=True, wpg_states="uni")
+    chosen = Chosen.of(("mlm", "vsc"), aligned=True, wpg_states="uni")
     out = forward_flops(lengths, MvptrConfig(), chosen, 1024)
     assert out["text"] == pytest.approx(6 * (20 * 14.155776e6 + 400 * 3072))
     # the last layer of the cross encoder goes on behind its attention at the two masked words alone

@@ -14,12 +14,13 @@ import torch
 
 from mvptr_ds.config import Config, WandbConfig, WeightsConfig
 from mvptr_ds.data.collate import collate
-from mvptr_ds.monitoring.metrics import Meters, MetricsLog
+from mvptr_ds.monitoring.meters import Meters
+from mvptr_ds.monitoring.metrics import MetricsLog
 from mvptr_ds.monitoring.wandb_run import WandbRun
 from mvptr_ds.objectives.losses import LossSum
 from mvptr_ds.objectives.pretraining import PretrainingLosses
-from mvptr_ds.objectives.stages import ALIGNING, SINGLE_MODALITY, STAGES
-from mvptr_ds.objectives.table import OBJECTIVES
+from mvptr_ds.objectives.stages import STAGES
+from mvptr_ds.objectives.table import OBJECTIVES, objectives_of
 from tests.support.tiny_models import TEXT_SLOTS, sample, tiny_model, whole_batch
 
 VALUES = {
@@ -106,7 +107,7 @@ def test_shares_of_a_batch() -> None:
 
 def test_waiting_is_a_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([100.0, 110.0, 110.0])
-    monkeypatch.setattr("mvptr_ds.monitoring.metrics.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("mvptr_ds.monitoring.meters.time.perf_counter", lambda: next(clock))
     meters = Meters(torch.device("cpu"))
     meters.add_batch(whole_batch(), data_wait_s=2.5)
     report = meters.report()
@@ -155,7 +156,9 @@ def test_an_objective_without_targets_is_a_dash_and_is_named_once(
 
 
 def test_every_objective_has_its_targets_named() -> None:
-    assert set(OBJECTIVES) == {*SINGLE_MODALITY, *ALIGNING} == set(vars(WeightsConfig()))
+    assert (
+        set(OBJECTIVES) == {*objectives_of(aligned=False), *objectives_of(aligned=True)} == set(vars(WeightsConfig()))
+    )
 
 
 def test_lines_after_the_resume_point_are_dropped(tmp_path: Path) -> None:

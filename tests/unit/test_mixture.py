@@ -26,7 +26,7 @@ from mvptr_ds.data.shards.index import Index
 from mvptr_ds.data.shards.writer import write_shards
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.errors import DataError
-from mvptr_ds.monitoring.metrics import Meters
+from mvptr_ds.monitoring.meters import Meters
 from mvptr_ds.tasks import TASKS
 from tests.support.batch_equality import assert_equal_batches
 from tests.unit.test_loader import _damage, _item

@@ -15,7 +15,7 @@ from mvptr_ds.ds_config import load_ds_config
 from mvptr_ds.monitoring.flops import last_layer_rows
 from mvptr_ds.objectives.lengths import Lengths
 from mvptr_ds.objectives.pretraining import PretrainingLosses
-from mvptr_ds.objectives.stages import ALIGNING, STAGES
+from mvptr_ds.objectives.stages import STAGES
 from mvptr_ds.objectives.table import Chosen
 from mvptr_ds.planning.cost import GPUS, Assumptions, traffic
 from mvptr_ds.planning.lengths import Ranges, drawn, measured
@@ -101,7 +101,7 @@ def test_what_is_sent() -> None:
         samples=4, text=40, text_pairs=0, visual=0, visual_pairs=0, cross=0, cross_pairs=0, regions=80
     )  # fmt: skip
     zero = Zero.of({"zero_optimization": {"stage": 2}})
-    chosen = Chosen.of(("vsc", "itm", "wpg"), ALIGNING, aligned=True, wpg_states="uni")
+    chosen = Chosen.of(("vsc", "itm", "wpg"), aligned=True, wpg_states="uni")
     sent = traffic(1000, 16, 2, zero, 4, 2, lengths, chosen)
     assert sent.gradients == 2 * 1000 * 2 * 0.75  # each micro-batch's are reduced
     assert sent.parameters == 1000 * 2 * 0.75

@@ -439,6 +439,12 @@ def test_sidecars_are_joined_as_in_training(tmp_path: Path) -> None:
     assert "features 2 x 4" in text and len(_Page(page).classes("box")) == 6
     write_preview(tmp_path / "s", out, sidecars=[first, second])
     assert out.read_text() == page
+    assert write_preview(tmp_path / "s", out, keys=["k3", "k0"]).num_shown == 2
+    joined = write_preview(tmp_path / "s", out, sidecars=[first, second], keys=["k3"])
+    chosen = " ".join(_Page(out.read_text()).texts)
+    assert joined.num_shown == 1 and "k3" in chosen and "k0" not in chosen
+    with pytest.raises(DataError, match=r"no record has the key 'k2', 'k7'; "):  # k2 lacks a partner
+        write_preview(tmp_path / "s", out, sidecars=[first, second], keys=["k3", "k2", "k7"])
     for folders in ([first], [tmp_path / "s", tmp_path / "s"]):
         with pytest.raises(DataError, match=r"is a sidecar|is no sidecar"):
             write_preview(folders[0], out, sidecars=folders[1:])

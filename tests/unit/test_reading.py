@@ -13,7 +13,8 @@ from mvptr_ds.model.encoder import Encoder
 from mvptr_ds.model.packed import Packed
 from mvptr_ds.objectives.hard_negatives import RandomDraws
 from mvptr_ds.objectives.pretraining import PretrainingLosses
-from mvptr_ds.objectives.stages import ALIGNING, SINGLE_MODALITY, STAGES
+from mvptr_ds.objectives.stages import STAGES
+from mvptr_ds.objectives.table import objectives_of
 from tests.support.tiny_models import TEXT_SLOTS, tiny_model, whole_batch
 
 BATCH = whole_batch()
@@ -53,10 +54,10 @@ def subsets(names: tuple[str, ...]) -> tuple[WeightsConfig, ...]:
 @pytest.mark.parametrize(
     ("stage", "states", "every"),
     [
-        ("stage1", "auto", subsets(SINGLE_MODALITY)),
-        ("stage2", "uni", subsets(ALIGNING)),
-        ("stage2", "cross", tuple(weights for weights in subsets(ALIGNING) if weights.wpg)),
-        ("joint", "auto", (Config().joint.weights, *subsets(ALIGNING)[:7])),
+        ("stage1", "auto", subsets(objectives_of(aligned=False))),
+        ("stage2", "uni", subsets(objectives_of(aligned=True))),
+        ("stage2", "cross", tuple(weights for weights in subsets(objectives_of(aligned=True)) if weights.wpg)),
+        ("joint", "auto", (Config().joint.weights, *subsets(objectives_of(aligned=True))[:7])),
     ],
 )
 def test_no_objective_reads_a_row_that_is_not_listed(stage: str, states: str, every: tuple[WeightsConfig, ...]) -> None:
@@ -65,7 +66,9 @@ def test_no_objective_reads_a_row_that_is_not_listed(stage: str, states: str, ev
     assert {names: wrong for names, wrong in found.items() if wrong} == {}
 
 
-@pytest.mark.parametrize(("stage", "names"), [("stage1", SINGLE_MODALITY), ("stage2", ALIGNING)])
+@pytest.mark.parametrize(
+    ("stage", "names"), [("stage1", objectives_of(aligned=False)), ("stage2", objectives_of(aligned=True))]
+)
 def test_a_kind_that_is_not_listed_is_noticed(stage: str, names: tuple[str, ...]) -> None:
     (task,) = tasks(stage, "uni", (WeightsConfig(**dict.fromkeys(names, 1.0)),))
     listed = task.output_rows

@@ -135,18 +135,23 @@ def test_skipped_steps(caplog: pytest.LogCaptureFixture) -> None:
 def test_bad_samples_are_compared_with_what_was_read() -> None:
     bad = BadSamples(0.01, Path("run"))
     bad.count(10, 20)  # what 1,000 samples may have: too early to say more
+    bad.check(pytest.fail)
     bad.count(10, 1980)  # 20 of 2,000
-    with pytest.raises(DataError, match=r"21 samples could not be read among 2000, .*data.max_bad_fraction=0.01"):
-        bad.count(1, 0)
+    bad.check(pytest.fail)
+    bad.count(1, 0)
+    wanted = r"21 samples could not be read among 2000, more than data.max_bad_fraction=0.01 allows \(20 of 2000\); "
+    with pytest.raises(DataError, match=wanted + r".* saved at step 7\. It resumes there .*run.init_from=run$"):
+        bad.check(lambda: 7)
 
 
 def test_a_few_samples_can_have_too_many_bad_ones() -> None:
     """A run that is shorter than the samples that the fraction is taken of ends, too."""
-    bad = BadSamples(0.01, Path("run"))
-    with pytest.raises(DataError, match="11 samples could not be read among 64"):
-        bad.count(11, 64)
-    with pytest.raises(DataError, match="1 samples could not be read among 8"):
-        BadSamples(0.0, Path("run")).count(1, 8)
+    for fraction, num_bad, num_read in ((0.01, 11, 64), (0.0, 1, 8)):
+        bad = BadSamples(fraction, Path("run"))
+        bad.count(num_bad, num_read)
+        with pytest.raises(DataError, match=f"{num_bad} samples .* among {num_read}, .* of 1000") as error:
+            bad.check(lambda: 0)
+        assert "saved" not in str(error.value)  # nothing could be written
 
 
 class SlowDataset(ShardDataset):

@@ -61,7 +61,7 @@ def region(**changes: Any) -> list[dict[str, Any]]:
         (changed(width=float("inf")), "wrong type"),
         (changed(width=[1]), "wrong type"),
         (changed(captions=None), "wrong type"),
-        (changed(captions=[{"text": " \t"}]), "empty captions"),
+        (changed(captions=[{"text": " \t"}]), "says nothing; write one, or leave it out"),
         (changed(captions=[{"text": 3}]), "caption text is 3, expected text"),
         (changed(captions=[{"text": "a \ud800 b"}]), "no valid Unicode"),
         (changed(captions=["a"]), "wrong type"),

@@ -22,7 +22,8 @@ from mvptr_ds.objectives import hard_negatives
 from mvptr_ds.objectives.hard_negatives import RandomDraws
 from mvptr_ds.objectives.packed_batch import PackedBatch
 from mvptr_ds.objectives.pretraining import PretrainingLosses
-from mvptr_ds.objectives.stages import ALIGNING, SINGLE_MODALITY, STAGES
+from mvptr_ds.objectives.stages import STAGES
+from mvptr_ds.objectives.table import objectives_of
 from tests.support.tiny_models import TEXT_SLOTS, sample, tiny_model, whole_batch
 
 BATCHES: dict[str, Callable[[], Batch]] = {
@@ -156,7 +157,7 @@ def reached(task: PretrainingLosses, step: int) -> set[str]:
 
 def subsets(stage: str) -> list[WeightsConfig]:
     """All objectives, all but one, and each alone."""
-    known = SINGLE_MODALITY if stage == "stage1" else ALIGNING
+    known = objectives_of(aligned=False) if stage == "stage1" else objectives_of(aligned=True)
     return [only(*known), *(only(*(set(known) - {name})) for name in known), *(only(name) for name in known)]
 
 

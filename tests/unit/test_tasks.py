@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mvptr_ds.builders import SampleNeeds
-from mvptr_ds.checkpoints.model_folder import init_from_folder, load_weights, save_model_folder
+from mvptr_ds.checkpoints.model_folder import head_settings, init_from_folder, load_weights, save_model_folder
 from mvptr_ds.config import STAGES, Config, StageConfig
 from mvptr_ds.data.collate import Batch, collate
 from mvptr_ds.data.phrases import PhraseVocab, Vocabs
@@ -28,14 +30,15 @@ from mvptr_ds.streams import stage_seed
 from mvptr_ds.tasks import TASKS, Task
 from tests.support.tiny_models import sample, tiny_model, whole_batch
 
+SETTINGS = {"task": "colours", "classes": ["red", "green", "blue"]}
 ROWS = {"visual": frozenset({"regions"}), "matched": frozenset({"first"})}
 
 
 class Colours(TaskModule):
     """Three colours on slot 0 of the cross encoder."""
 
-    def __init__(self, model: Mvptr) -> None:
-        super().__init__(model, head=nn.Linear(model.config.hidden_size, 3))
+    def __init__(self, model: Mvptr, settings: Mapping[str, Any] = SETTINGS) -> None:
+        super().__init__(model, head=nn.Linear(model.config.hidden_size, 3), head_settings=settings)
 
     def trained_parts(self) -> list[str]:
         return ["embeddings", "text", "visual", "regions", "cross"]
@@ -65,7 +68,11 @@ def test_every_task_trains_what_it_says(name: str) -> None:
     assert isinstance(task.sample_needs(Config()), SampleNeeds)
     module = task.build(Config(), tiny_model(), seed=0)
     module.freeze_untrained()
-    module(whole_batch(), 0).loss.backward()
+    needs, batch = task.sample_needs(Config()), whole_batch()
+    labels = dict(needs.labels)
+    if needs.check_labels is not None:
+        needs.check_labels(labels)
+    module(dataclasses.replace(batch, labels=(labels,) * len(batch)), 0).loss.backward()
     for weight, parameter in module.named_weights():
         assert (parameter.grad is not None) == parameter.requires_grad, weight
     assert task.follows is None or task.follows in TASKS
@@ -111,7 +118,8 @@ def test_a_head_starts_fresh_where_the_task_says_so_and_is_kept_beside_the_model
 
     weights = {name: parameter.detach().clone() for name, parameter in module.named_weights()}
     weights |= {n: t for n, t in module.model.state_dict().items() if n not in weights}
-    save_model_folder(tmp_path / "tuned", module.model, weights, vocabs, config)
+    save_model_folder(tmp_path / "tuned", module.model, weights, vocabs, config, module.head_settings)
+    assert head_settings(tmp_path / "tuned") == SETTINGS and head_settings(tmp_path / "trained") == {}
     assert set(load_file(tmp_path / "tuned/head.safetensors")) == {"weight", "bias"}
     other = Colours(tiny_plain(**sizes))
     assert init_from_folder(other, vocabs, tmp_path / "tuned", fresh=("head.",)) == []
@@ -119,6 +127,18 @@ def test_a_head_starts_fresh_where_the_task_says_so_and_is_kept_beside_the_model
     again = Colours(tiny_plain(**sizes))
     load_weights(again, tmp_path / "tuned")
     assert torch.equal(again.head.bias, module.head.bias)  # type: ignore[union-attr]
+
+    # of the same shape, but its rows mean something else
+    another = Colours(tiny_plain(**sizes), SETTINGS | {"classes": ["blue", "green", "red"]})
+    wanted = r"other settings:\n  - classes: \['red', 'green', 'blue'\] there, "
+    with pytest.raises(CheckpointError, match=wanted):
+        load_weights(another, tmp_path / "tuned")
+    with pytest.raises(CheckpointError, match=wanted):
+        init_from_folder(another, vocabs, tmp_path / "tuned", fresh=("head.",))
+    stranger = Colours(tiny_plain(**sizes), {"task": "sizes"})
+    assert init_from_folder(stranger, vocabs, tmp_path / "tuned", fresh=("head.",)) == ["head.weight", "head.bias"]
+    with pytest.raises(CheckpointError, match="asks for weight, bias: resume it with the objectives it had"):
+        load_weights(stranger, tmp_path / "tuned")
 
 
 def tiny_plain(**sizes: int) -> Mvptr:

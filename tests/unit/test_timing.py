@@ -12,7 +12,7 @@ import torch
 from mvptr_ds.config import Config
 from mvptr_ds.distributed import collectives
 from mvptr_ds.monitoring.flops import StepFlops
-from mvptr_ds.monitoring.metrics import Meters
+from mvptr_ds.monitoring.meters import Meters
 from mvptr_ds.monitoring.timing import Peak, PhaseClock, ProfileWindow, device_peak, measured_tflops, vendor_tflops
 from mvptr_ds.objectives.pretraining import PretrainingLosses
 from mvptr_ds.objectives.stages import STAGES

@@ -32,6 +32,7 @@ from mvptr_ds.user_io.terminal import accept_any_text
 
 PAGE = REPO / "docs/configuration.md"
 MADE = "<!-- From here on the page is made by: python tools/dev/config_reference.py -->"
+PRETRAINING = [name for name in STAGES if Config().pretraining(name) is not None]
 KINDS = {bool: "true or false", int: "integer", float: "number", str: "text"}
 
 
@@ -43,7 +44,9 @@ class Key(NamedTuple):
 
 
 def meanings_of(cls: type) -> dict[str, str]:
-    """The text below each field of a dataclass, by the field's name."""
+    """The text below each field of a dataclass and of those it is derived from, by the field's name."""
+    base = cls.__mro__[1]
+    inherited = meanings_of(base) if dataclasses.is_dataclass(base) else {}
     (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(body, ast.ClassDef)
     found = {}
@@ -51,7 +54,7 @@ def meanings_of(cls: type) -> dict[str, str]:
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
             assert isinstance(field.target, ast.Name)
             found[field.target.id] = " ".join(str(text.value.value).split())
-    return found
+    return inherited | found
 
 
 def keys_of(sections: list[Any], prefix: str) -> Iterator[Key]:
@@ -91,7 +94,7 @@ def defaults_of(key: Key) -> str:
     """The default; where the stages have several, the most frequent one and the stages of the others."""
     texts = [f"`{_as_argument(value)}`" for value in key.defaults]
     usual = max(texts, key=texts.count)
-    others = [f"{stage}: {text}" for stage, text in zip(STAGES, texts, strict=False) if text != usual]
+    others = [f"{stage}: {text}" for stage, text in zip(PRETRAINING, texts, strict=False) if text != usual]
     return f"{usual} ({', '.join(others)})" if others else usual
 
 
@@ -108,10 +111,11 @@ def sections() -> Iterator[tuple[str, list[Any], str]]:
     """Heading, sections of one class, and what their keys begin with."""
     config = Config()
     for name in typing.get_type_hints(Config):
-        if name == STAGES[0]:
-            yield ", ".join(f"`{stage}`" for stage in STAGES), [getattr(config, stage) for stage in STAGES], "STAGE."
-        elif name not in STAGES:
+        if name not in PRETRAINING:
             yield f"`{name}`", [getattr(config, name)], f"{name}."
+        elif name == PRETRAINING[0]:
+            stages = ", ".join(f"`{stage}`" for stage in PRETRAINING)
+            yield stages, [getattr(config, stage) for stage in PRETRAINING], "STAGE."
 
 
 def reference() -> str:
@@ -125,7 +129,7 @@ def reference() -> str:
         doc = inspect.getdoc(type(same_class[0])) or ""
         lines += ["", f"## {heading}", "", " ".join(doc.split())]
         if prefix == "STAGE.":
-            lines[-1] += f" STAGE stands for {', '.join(STAGES[:-1])} or {STAGES[-1]}."
+            lines[-1] += f" STAGE stands for {', '.join(PRETRAINING[:-1])} or {PRETRAINING[-1]}."
         lines += ["", "| key | value | default | meaning |", "| --- | --- | --- | --- |"]
         for key in keys_of(same_class, prefix):
             cells = (f"`{key.name}`", key.kind, defaults_of(key), key.meaning.replace("|", "\\|"))

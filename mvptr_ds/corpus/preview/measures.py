@@ -20,6 +20,7 @@ from mvptr_ds.data.features import SampleOptions
 from mvptr_ds.data.schema import Record
 from mvptr_ds.data.sequence_layout import layout_tags, layout_text
 from mvptr_ds.data.shards.index import SampleIndex
+from mvptr_ds.data.shards.index_format import key_hash
 from mvptr_ds.data.shards.tar_reader import IMAGE_EXTENSIONS, record_key
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.errors import DataError
@@ -77,6 +78,16 @@ def draw_records(index: SampleIndex, num: int, seed: int, stream: int) -> list[i
     """Returns the numbers of `num` records (or all, if there are fewer) drawn over the folder, in its order."""
     rng = np.random.default_rng([seed, stream])
     return sorted(rng.choice(index.num_records, min(num, index.num_records), replace=False, shuffle=False).tolist())
+
+
+def find_records(index: SampleIndex, keys: Sequence[str]) -> list[int]:
+    """Returns the numbers of the records with these keys. Raises DataError, naming the keys that no record has."""
+    hashes = index.key_hashes()
+    found = [np.flatnonzero(hashes == key_hash(key))[:1].tolist() for key in keys]
+    missing = [repr(key) for key, numbers in zip(keys, found, strict=True) if not numbers]
+    if missing:
+        raise DataError(f"no record has the key {', '.join(missing)}; RUN/bad_samples.jsonl and the index name keys")
+    return [number for numbers in found for number in numbers]
 
 
 def measure(index: SampleIndex, words: WordPiece, numbers: Sequence[int], grid_size: int) -> Measures:

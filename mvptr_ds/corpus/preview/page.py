@@ -23,6 +23,7 @@ from mvptr_ds.corpus.preview.measures import (
     Measures,
     cut_shares,
     draw_records,
+    find_records,
     measure_folder,
     padding,
     sequence_lengths,
@@ -64,14 +65,17 @@ def write_preview(
     seed: int = 0,
     num_processes: int = 1,
     sidecars: Sequence[str | Path] = (),
+    keys: Sequence[str] = (),
 ) -> Preview:
     """Writes the page of `num_records` records of the folder, with statistics of `num_measured`, both drawn by `seed`.
+
+    With `keys` it shows the records of these keys instead of drawn ones.
 
     With sidecars the records are those that training reads: joined, without those that lack a partner. Equal input
     gives an equal page, whatever `num_processes`.
 
     Raises:
-        DataError: a folder has no sound index and none can be built, or it does not fit the others.
+        DataError: a folder has no sound index and none can be built, or it fits no other; no record has a key.
         OSError: `out` cannot be written.
     """
     folders = [ensure_index(path) for path in (folder, *sidecars)]
@@ -80,7 +84,7 @@ def write_preview(
         options = SampleOptions()
         numbers = draw_records(index, num_measured, seed, _STATISTICS)
         measures = measure_folder(index, WordPiece(), numbers, options.grid_size, num_processes)
-        shown = draw_records(index, num_records, seed, _CARDS)
+        shown = find_records(index, keys) if keys else draw_records(index, num_records, seed, _CARDS)
         bar = progress_bar(shown, unit="record", desc="page", delay=1.0)
         cards = [card(index, number, options.grid_size) for number in bar]
     content = {
@@ -89,7 +93,7 @@ def write_preview(
         "sources": _sources(folders, partners),
         **_statistics(measures, options, seed),
         **_padding(measures, options, seed),
-        "drawn": f"{len(shown):,} records drawn over the folder (seed {seed})",
+        "drawn": f"{len(shown):,} records " + ("by their keys" if keys else f"drawn over the folder (seed {seed})"),
         "cards": cards,
     }
     out = Path(out)

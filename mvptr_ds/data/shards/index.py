@@ -131,6 +131,10 @@ class SampleIndex(PicklesWithoutCaches, ABC):
         """Reads the record at a location, and the extensions of its members but not their content; raises as `read`."""
 
     @abstractmethod
+    def key_hashes(self) -> np.ndarray:
+        """Returns the key hashes of all records, uint64 [num_records]; a copy."""
+
+    @abstractmethod
     def key_of(self, place: RecordLocation) -> str:
         """Returns the key of the record at a location, for messages; `?` when it cannot be read."""
 
@@ -288,7 +292,6 @@ class Index(SampleIndex):
         return [] if self._remote is None else [ByteRange(self._remote, *place[:3])]
 
     def key_hashes(self) -> np.ndarray:
-        """Returns the key hashes of all records, uint64 [num_records]; a copy."""
         return np.array(self._rows["key_hash"])
 
     def first_samples(self) -> np.ndarray:

@@ -304,6 +304,9 @@ class JoinedIndex(SampleIndex):
         pairs = zip(self.sidecars, partners, strict=True)
         return [(sidecar, sidecar.place(partner)) for sidecar, partner in pairs if partner != NO_PARTNER]
 
+    def key_hashes(self) -> np.ndarray:
+        return self.main.key_hashes()[self._rows["record"]]
+
     def key_of(self, place: RecordLocation) -> str:
         return self.main.key_of(place)
 

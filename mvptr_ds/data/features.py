@@ -209,8 +209,9 @@ class SampleBuilder:
         wrong = self._add_noise(tags, rng)
         pieces: list[int] = []
         candidates = [False]
+        known = self._tag_pieces
         for number, tag in enumerate(tags):
-            of_tag = self.pieces_of(tag)
+            of_tag = known.get(tag) or self.pieces_of(tag)
             pieces += of_tag
             candidates += [number != wrong] * len(of_tag)
             if len(pieces) >= options.max_tag_slots - 2:
@@ -241,11 +242,15 @@ class SampleBuilder:
 
         A masked tag could be read off its equal.
         """
-        tags: dict[tuple[int, ...], str] = {}
-        for tag in dict.fromkeys([region.tag for region in record.regions]):
-            if tag:
-                tags.setdefault(self.pieces_of(tag), tag)
-        return list(tags.values())
+        tags = [tag for tag in dict.fromkeys([region.tag for region in record.regions]) if tag]
+        known = self._tag_pieces  # looked up here: a call for each tag of each sample costs
+        pieces = [known.get(tag) or self.pieces_of(tag) for tag in tags]
+        if len(set(pieces)) == len(tags):
+            return tags
+        distinct: dict[tuple[int, ...], str] = {}
+        for of_tag, tag in zip(pieces, tags, strict=True):
+            distinct.setdefault(of_tag, tag)
+        return list(distinct.values())
 
     def pieces_of(self, tag: str) -> tuple[int, ...]:
         """Returns the wordpiece ids of a tag. Cached: most tags come again and again."""

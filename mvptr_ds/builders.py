@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,16 +143,9 @@ def build_samples(
     config: Config, vocabs: Vocabs, index: SampleIndex, needs: SampleNeeds, tag_noise: bool
 ) -> SampleBuilder:
     """Returns what turns a record's members into a sample; evaluation has no tag noise, and mostly no masking."""
-    data, visual = config.data, config.visual
-    options = SampleOptions(
-        visual_source=visual.source,
-        feature_dim=visual.feature_dim,
-        image_size=visual.image_size,
-        grid_size=visual.grid_size,
-        max_tokens=data.max_tokens,
-        max_text_slots=data.max_text_slots,
-        max_tag_slots=data.max_tag_slots,
-        max_regions=data.max_regions,
+    data = config.data
+    options = replace(
+        sample_sizes(config),
         word_prob=needs.masking.word_prob,
         phrase_prob=needs.masking.phrase_prob,
         tag_prob=needs.masking.tag_prob,
@@ -168,6 +161,21 @@ def build_samples(
     return SampleBuilder(vocabs.words, vocabs.phrases, options)
 
 
+def sample_sizes(config: Config) -> SampleOptions:
+    """Returns the options of samples as they are: the sizes of the run, nothing masked, no tag noise."""
+    data, visual = config.data, config.visual
+    return SampleOptions(
+        visual_source=visual.source,
+        feature_dim=visual.feature_dim,
+        image_size=visual.image_size,
+        grid_size=visual.grid_size,
+        max_tokens=data.max_tokens,
+        max_text_slots=data.max_text_slots,
+        max_tag_slots=data.max_tag_slots,
+        max_regions=data.max_regions,
+    )
+
+
 def model_config(config: Config, vocabs: Vocabs) -> MvptrConfig:
     """Returns the model's own configuration; the vocabularies give its rows."""
     model, visual = config.model, config.visual
@@ -180,6 +188,9 @@ def model_config(config: Config, vocabs: Vocabs) -> MvptrConfig:
         num_words=len(vocabs.words),
         num_rows=vocabs.phrases.num_rows,
         num_phrases=len(vocabs.phrases),
+        grid_size=visual.grid_size,
+        cls_token_id=vocabs.words.cls_id,
+        sep_token_id=vocabs.words.sep_id,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
         intermediate_size=model.intermediate_size,

@@ -114,7 +114,8 @@ def read_rgb(image: Image.Image, least_side: int | None = None) -> Rgb:
 
 def _raw_mode(image: Image.Image) -> str:
     """Returns how the file holds its pixels, such as `RGB;16B` or `L;4`; Pillow forgets it once they are loaded."""
-    arguments = image.tile[0][3] if image.tile else ""  # type: ignore[attr-defined]  # of ImageFile
+    tile = getattr(image, "tile", None)  # of ImageFile: one that was made in memory has none
+    arguments = tile[0][3] if tile else ""
     return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
 
 

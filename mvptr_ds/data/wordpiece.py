@@ -73,12 +73,17 @@ class WordPiece(PicklesWithoutCaches):
             raise DataError(f"the word vocabulary {source} holds no ordinary piece, only special and unused ones")
         self._init_caches()
 
-    def _init_caches(self) -> None:
+    def tokenizer(self) -> Tokenizer:
+        """Returns a tokenizer of these pieces, without special tokens around a text."""
         rows = {token: row for row, token in enumerate(self.tokens)}
-        self._tokenizer = Tokenizer(WordPieceModel(rows, unk_token="[UNK]", max_input_chars_per_word=100))
-        self._tokenizer.normalizer = BertNormalizer(lowercase=True)
-        self._tokenizer.pre_tokenizer = BertPreTokenizer()
-        self._tokenizer.decoder = WordPieceDecoder(prefix="##")
+        tokenizer = Tokenizer(WordPieceModel(rows, unk_token="[UNK]", max_input_chars_per_word=100))
+        tokenizer.normalizer = BertNormalizer(lowercase=True)
+        tokenizer.pre_tokenizer = BertPreTokenizer()
+        tokenizer.decoder = WordPieceDecoder(prefix="##")
+        return tokenizer
+
+    def _init_caches(self) -> None:
+        self._tokenizer = self.tokenizer()
         self._known: dict[str, tuple[list[int], Spans]] = {}  # words already seen -> their rows and spans
 
     def __len__(self) -> int:

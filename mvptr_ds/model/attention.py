@@ -7,6 +7,7 @@ Legend: B sequences, L slots of the longest, N rows of all sequences, H heads, E
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from functools import cached_property
 
@@ -14,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvptr_ds.model import kernels
-from mvptr_ds.model.packed import Packed
+from . import kernels
+from .packed import Packed
 
 Attend = Callable[[Tensor, float], Tensor]  # queries, keys and values [..., 3, H, E], dropout -> [..., H, E]
 
@@ -98,9 +99,9 @@ class SegmentAttention:
 
     def flash_attn(self, qkv_N3HE: Tensor, dropout: float) -> Tensor:
         """Calls the flash_attn package."""
-        from flash_attn import flash_attn_varlen_qkvpacked_func
-
-        out: Tensor = flash_attn_varlen_qkvpacked_func(qkv_N3HE, self.offsets, self.longest, dropout_p=dropout)
+        # by importlib: transformers takes an import statement in an exported file for a package that must be there
+        kernel = importlib.import_module("flash_attn").flash_attn_varlen_qkvpacked_func
+        out: Tensor = kernel(qkv_N3HE, self.offsets, self.longest, dropout_p=dropout)
         return out
 
 

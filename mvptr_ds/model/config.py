@@ -20,6 +20,7 @@ _MIN_ONE = (
     "region_feature_dim",
     "image_size",
     "roi_bins",
+    "grid_size",
 )
 _MIN_ZERO = ("num_phrases", "num_answers")
 
@@ -68,6 +69,10 @@ class MvptrConfig(PretrainedConfig):
         initial_temperature: float = 0.07,
         num_answers: int = 0,
         data_schema: int = 1,
+        grid_size: int = 4,
+        cls_token_id: int = 101,
+        sep_token_id: int = 102,
+        region_extractors: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
         self.num_words = num_words  # wordpieces: the first rows of the embedding table
@@ -97,6 +102,10 @@ class MvptrConfig(PretrainedConfig):
         self.initial_temperature = initial_temperature
         self.num_answers = num_answers  # the reference's qa_head; 0: none
         self.data_schema = data_schema  # of the shards that the model was trained on
+        self.grid_size = grid_size  # regions a side of an image without boxes
+        self.cls_token_id = cls_token_id  # [CLS] and [SEP] among the wordpieces
+        self.sep_token_id = sep_token_id
+        self.region_extractors = region_extractors or []  # what made the boxes and features it was trained on
         self._check()
         # The library's own tying would share tensors; ours is functional (see heads.py).
         kwargs["tie_word_embeddings"] = False

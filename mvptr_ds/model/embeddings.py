@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from mvptr_ds.model.kernels import LayerNorm, TableLookup
-from mvptr_ds.model.packed import Packed
+from .kernels import LayerNorm, TableLookup
+from .packed import Packed
 
 TEXT_SEGMENT = 0
 TAG_SEGMENT = 1

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mvptr_ds.model.attention import Attend, PaddedAttention, SegmentAttention
-from mvptr_ds.model.kernels import LayerNorm, Linear
-from mvptr_ds.model.packed import Packed
+from .attention import Attend, PaddedAttention, SegmentAttention
+from .kernels import LayerNorm, Linear
+from .packed import Packed
 
 Execution = Literal["packed", "padded"]
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvptr_ds.model import kernels
-from mvptr_ds.model.packed import Packed
+from . import kernels
+from .packed import Packed
 
 
 class RowHead(nn.Module):

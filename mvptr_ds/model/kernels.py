@@ -8,6 +8,7 @@ Legend: K picked rows, C classes, D hidden, x leading dimensions.
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mvptr_ds.model.installed import apex_lacks, flash_attn_lacks
+from .installed import apex_lacks, flash_attn_lacks
 
 SDPA_EACH = "scaled_dot_product_attention, a call a sequence"
 SDPA_PADDED = "scaled_dot_product_attention on rows padded for it alone, with a mask"
@@ -98,8 +99,7 @@ class LayerNorm(nn.LayerNorm):
         by_torch = torch.compiler.is_compiling() or layer_norm(input.device).implementation == TORCH_NORM
         if by_torch or not input.numel():  # apex's kernel takes no empty grid
             return super().forward(input)
-        from apex.normalization import fused_layer_norm
-
+        fused_layer_norm = importlib.import_module("apex.normalization.fused_layer_norm")
         # the plain function wants parameters of the input's dtype, the other one answers in theirs
         same = input.dtype == self.weight.dtype
         normalise = getattr(fused_layer_norm, _APEX_NORMS[0 if same else 1])
@@ -152,7 +152,8 @@ def linear_product(device: torch.device, dtype: torch.dtype) -> Choice:
     return Choice(name, ONEDNN_LINEAR, "float32 on a CPU; small ones by torch")
 
 
-@torch.library.custom_op("mvptr_ds::onednn_linear", mutates_args=())  # torch.compile calls it as it is
+# torch.compile calls it as it is; the name is that of this file, which an exported model may hold a copy of
+@torch.library.custom_op(f"{__name__.replace('.', '_')}::onednn_linear", mutates_args=())
 def _onednn(input_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     out: Tensor = torch.ops.mkldnn._linear_pointwise(input_NI, weight_OI, bias_O, "none", [], "")
     return out

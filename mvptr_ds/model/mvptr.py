@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from mvptr_ds.model.config import MvptrConfig
-from mvptr_ds.model.embeddings import TAG_SEGMENT, TEXT_SEGMENT, SlotEmbeddings
-from mvptr_ds.model.encoder import Encoder, EncoderSizes, Execution
-from mvptr_ds.model.heads import Pooler, RowHead, global_state
-from mvptr_ds.model.kernels import TableLookup
-from mvptr_ds.model.packed import Packed, join, unjoin
-from mvptr_ds.model.vision import ImageBackbone, RegionEmbedding, backbone_structure, load_backbone_weights
+from .config import MvptrConfig
+from .embeddings import TAG_SEGMENT, TEXT_SEGMENT, SlotEmbeddings
+from .encoder import Encoder, EncoderSizes, Execution
+from .heads import Pooler, RowHead, global_state
+from .kernels import TableLookup
+from .packed import Packed, join, unjoin
+from .vision import ImageBackbone, RegionEmbedding, backbone_structure, load_backbone_weights
 
 disable_progress_bar()  # each of `from_pretrained` draws one, on any output, for weights that load in a second
 

@@ -16,8 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoBackbone, AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from mvptr_ds.model.kernels import Linear
-from mvptr_ds.model.packed import Packed
+from .kernels import Linear
+from .packed import Packed
 
 try:
     from torchvision.ops import roi_align as _library_roi_align
@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 
 GEOMETRY_DIM = 6
 SAMPLES_PER_BIN = 2  # a side; RoIAlign's sampling_ratio
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+IMAGE_STD = (0.229, 0.224, 0.225)
 
 
 def roi_align(map_BCHW: Tensor, boxes_BR4: Tensor, bins: int) -> Tensor:
@@ -102,9 +102,12 @@ class ImageBackbone(nn.Module):
         """Computes the last feature map, float [B, C, h, w], of uint8 RGB images [B, 3, H, W]."""
         if images_B3HW.dtype != torch.uint8:
             raise ValueError(f"images are {images_B3HW.dtype}, expected uint8 RGB: normalisation happens in the model")
-        dtype = next(self.net.parameters()).dtype
-        mean, std = (torch.tensor(v, device=images_B3HW.device).view(3, 1, 1) for v in (_IMAGENET_MEAN, _IMAGENET_STD))
-        pixels_B3HW = ((images_B3HW.contiguous().float() / 255.0 - mean) / std).to(dtype)
+        mean, std = (torch.tensor(v, device=images_B3HW.device).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
+        return self.feature_map((images_B3HW.contiguous().float() / 255.0 - mean) / std)
+
+    def feature_map(self, pixels_B3HW: Tensor) -> Tensor:
+        """Computes the last feature map, float [B, C, h, w], of normalised images [B, 3, H, W]."""
+        pixels_B3HW = pixels_B3HW.to(next(self.net.parameters()).dtype)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
             return self.net(pixels_B3HW).feature_maps[-1]
 
@@ -131,11 +134,19 @@ class RegionEmbedding(nn.Module):
         if self.backbone is not None:
             if images_B3HW is None:
                 raise ValueError("visual_source is image, but the batch has no images")
-            boxes_BR4 = geometry.padded()[..., :4]
-            pooled_BRF = roi_align(self.backbone(images_B3HW), boxes_BR4, self.roi_bins)
-            features = Packed.of_padded(pooled_BRF, geometry.lengths)
+            features = self.pool(self.backbone(images_B3HW), geometry)
         if features is None:
             raise ValueError("visual_source is features, but the batch has no region features")
+        return self.project(features, geometry)
+
+    def pool(self, map_BCHW: Tensor, geometry: Packed) -> Packed:
+        """Returns the features [N, F] of regions in a feature map."""
+        assert self.backbone is not None
+        pooled_BRF = roi_align(map_BCHW, geometry.padded()[..., :4], self.roi_bins)
+        return Packed.of_padded(pooled_BRF, geometry.lengths)
+
+    def project(self, features: Packed, geometry: Packed) -> Packed:
+        """Embeds features [N, F] and geometry [N, 6] as [N, D]. Raises ValueError for another size F."""
         if features.rows.shape[-1] != self.feature_dim:
             raise ValueError(
                 f"region features have {features.rows.shape[-1]} numbers, this model takes {self.feature_dim}: "

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import webdataset
 
 from mvptr_ds.data.shards.tar_reader import MEMBER_EXTENSIONS, max_member_bytes
 from mvptr_ds.errors import DataError
@@ -40,6 +39,8 @@ def write_tar(path: Path, items: Iterable[tuple[str, dict[str, bytes]]]) -> int:
         DataError: a key is repeated, too long or has a dot or a slash, an extension is unknown, the json member is
             missing, or a member is empty or larger than is read again.
     """
+    import webdataset  # imported only where shards are written: who reads them, or uses a model, does without
+
     path = Path(path)
     num_records = 0
     with (

@@ -1,0 +1,118 @@
+"""Texts and pictures as the samples that an evaluation makes of a shard's records.
+
+Legend: T text slots, R regions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+from PIL import Image
+
+from mvptr_ds.builders import sample_sizes
+from mvptr_ds.config import Config
+from mvptr_ds.data.collate import IGNORE, Sample
+from mvptr_ds.data.features import SampleBuilder
+from mvptr_ds.data.phrases import PhraseTuple, Vocabs
+from mvptr_ds.data.schema import Caption, Phrase, Record
+from mvptr_ds.errors import DataError
+from mvptr_ds.inference.pictures import Picture, Seen, rgb_of, see
+
+MASK = "[MASK]"
+_STAND_IN = "something"  # what the parser reads in the place of a mask
+_VISIBLE = {"jpg": b""}  # tells the builder that there is something to see
+_NO_DRAWS = np.random.default_rng(0)  # nothing is drawn: all probabilities are 0
+
+FindRegions = Callable[[Image.Image], Picture]
+FindPhrases = Callable[[Sequence[str]], Sequence[Sequence[Phrase]]]
+
+
+class SampleMaker:
+    """Makes the samples of one model.
+
+    Args:
+        find_phrases: finds the phrases of texts for which none are given.
+        find_regions: finds the regions of a picture for which none are given. None: the cells of a grid.
+    """
+
+    def __init__(
+        self, vocabs: Vocabs, config: Config, find_phrases: FindPhrases, find_regions: FindRegions | None
+    ) -> None:
+        self.words, self.find_phrases, self.find_regions = vocabs.words, find_phrases, find_regions
+        self._builder = SampleBuilder(vocabs.words, vocabs.phrases, sample_sizes(config))
+        self._needs_pixels, self._image_size = config.visual.source == "image", config.visual.image_size
+
+    def captions(self, texts: Sequence[str], phrases: Sequence[Sequence[PhraseTuple]] | None) -> list[Caption]:
+        """Returns texts with their phrases: given ones without spans, which are then looked for in the text."""
+        if phrases is None:
+            found = self.find_phrases([text.replace(MASK, _STAND_IN) for text in texts])
+            return [Caption(text, tuple(_beside_masks(text, said))) for text, said in zip(texts, found, strict=True)]
+        if len(phrases) != len(texts):
+            raise DataError(f"{len(texts)} texts, and phrases of {len(phrases)}: give those of each text")
+        return [
+            Caption(text, tuple(Phrase(tuple(words), ()) for words in said))
+            for text, said in zip(texts, phrases, strict=True)
+        ]
+
+    def of_text(self, caption: Caption) -> Sample:
+        """Returns the sample of a text without a picture; `[MASK]` in it is the masked word."""
+        sample = self._builder.begin(Record("", 1, 1, (caption,)), {}, 0, 0, 0, _NO_DRAWS)
+        if MASK not in caption.text:
+            return sample
+        # the tokenizer takes [MASK] for three pieces
+        pieces, ids_T, is_phrase_T = (
+            self.words.encode(MASK)[0],
+            sample.text_ids_T.tolist(),
+            sample.phrase_mask_T.tolist(),
+        )
+        out, is_phrase, place = [], [], 0
+        while place < len(ids_T):
+            is_mask = ids_T[place : place + len(pieces)] == pieces and not is_phrase_T[place]
+            out.append(self.words.mask_id if is_mask else ids_T[place])
+            is_phrase.append(is_phrase_T[place])
+            place += len(pieces) if is_mask else 1
+        none_T = np.full(len(out), IGNORE)
+        return replace(
+            sample,
+            text_ids_T=np.array(out, dtype=np.int64),
+            phrase_mask_T=np.array(is_phrase, dtype=bool),
+            mlm_labels_T=none_T,
+            phrase_labels_T=none_T,
+        )
+
+    def see(self, picture: Picture, number: int, num: int) -> Seen:
+        """Reads picture `number` of `num`. Raises DataError, which says which one, where it cannot be read."""
+        try:
+            if picture.boxes is None and self.find_regions is not None and picture.image is not None:
+                picture = replace(self.find_regions(rgb_of(picture.image)), image=picture.image)
+            return see(picture, self._image_size, self._needs_pixels)
+        except DataError as error:
+            raise DataError(f"picture {number} of {num}: {error}") from error
+
+    def of_picture(self, seen: Seen) -> Sample:
+        """Returns the sample of a picture without a text."""
+        sample = self._builder.begin(seen.record, _VISIBLE, 0, 0, 0, _NO_DRAWS)
+        most = self._builder.options.max_regions
+        sample.region_geometry_R6 = sample.region_geometry_R6[:most]
+        sample.image_3HW = seen.image_3HW
+        sample.region_features_RF = None if seen.features_RF is None else seen.features_RF[:most]
+        return sample
+
+
+def _beside_masks(text: str, found: Sequence[Phrase]) -> Iterator[Phrase]:
+    """Yields the phrases that touch no mask, found in a text with stand-ins, with spans of the text with masks."""
+    masks, start = [], text.find(MASK)
+    while start >= 0:
+        masks.append(start)
+        start = text.find(MASK, start + 1)
+    shift = len(MASK) - len(_STAND_IN)
+    stand_ins = [place - number * shift for number, place in enumerate(masks)]
+
+    def moved(place: int) -> int:
+        return place + shift * sum(stand_in < place for stand_in in stand_ins)
+
+    for phrase in found:
+        if not any(b < at + len(_STAND_IN) and at < e for b, e in phrase.spans for at in stand_ins):
+            yield Phrase(phrase.tuple, tuple((moved(begin), moved(end)) for begin, end in phrase.spans))

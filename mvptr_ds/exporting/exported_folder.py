@@ -82,6 +82,26 @@ def export_published(model_folder: Path, out: Path, drop_phrase_head: bool = Tru
     shutil.copyfile(model_folder / "vocab.txt", out / "vocab.txt")
 
 
+def push_to_hub(folder: Path, name: str, private: bool = False) -> str:
+    """Uploads an exported folder to the hub and returns its address.
+
+    Raises:
+        DataError: the hub refuses it, or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        api.create_repo(name, private=private, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder)
+    except (OSError, ValueError) as error:  # all of the hub's errors are one of the two
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(
+            f"{name} was not uploaded ({reason}); log in with `hf auth login`; {folder} is whole"
+        ) from error
+    return f"{api.endpoint}/{name}"
+
+
 def _make(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} holds something already; name a new folder")
@@ -91,7 +111,17 @@ def _make(out: Path) -> None:
 def _without_paths(config: Config) -> Config:
     """Returns the configuration without what says where things lay on the machine of the run."""
     plain = Config()
-    names = ("train", "held_out", "sidecars", "held_out_sidecars", "sources", "word_vocab", "phrase_vocab", "demo_source")
+    names = (
+        "train",
+        "held_out",
+        "sidecars",
+        "held_out_sidecars",
+        "sources",
+        "word_vocab",
+        "phrase_vocab",
+        "demo_source",
+        "cache_dir",
+    )
     cleared = {name: getattr(plain.data, name) for name in names if hasattr(plain.data, name)}
     run = replace(plain.run, stages=config.run.stages, seed=config.run.seed)
     return replace(config, run=run, data=replace(config.data, **cleared), wandb=plain.wandb)

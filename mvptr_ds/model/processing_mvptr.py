@@ -53,6 +53,10 @@ class MvptrProcessor(PushToHubMixin):
         self._number_of = {words: number for number, words in enumerate(self.phrases)}
 
     @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoProcessor") -> None:
+        """Does nothing: `save_pretrained` always writes the `auto_map`. AutoProcessor calls it."""
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> MvptrProcessor:
         """Reads the processor of an exported folder or hub model. Raises OSError where a file is missing."""
         known = ("cache_dir", "force_download", "token", "revision", "local_files_only", "subfolder")

@@ -277,5 +277,7 @@ def test_what_cannot_be_loaded_is_said(tmp_path: Path, monkeypatch: pytest.Monke
             mvptr_ds.load(source)
     (tmp_path / "other").mkdir()
     (tmp_path / "other/model.safetensors").touch()
-    with pytest.raises(CheckpointError, match=r"other holds no model of mvptr_ds: config\.json, vocab\.txt, .* are missing"):
+    with pytest.raises(
+        CheckpointError, match=r"other holds no model of mvptr_ds: config\.json, vocab\.txt, .* are missing"
+    ):
         mvptr_ds.load(tmp_path / "other")

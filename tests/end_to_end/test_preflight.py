@@ -64,7 +64,10 @@ def test_two_ranks_that_are_well(told: Told) -> None:
     assert texts["batch"] == "8 samples a step = 2 ranks x 1 accumulated x 4"
     wanted = {"devices", "clocks", "versions", "run folder", "shards", "vocabularies", "kernels", "disk", "hand-over"}
     assert wanted <= texts.keys()
-    assert "data.held_out: 20 samples looked at (5 pictures decoded): pictures 100 %, features 0 %, regions 100 %" in texts["records"]
+    assert (
+        "data.held_out: 20 samples looked at (5 pictures decoded): pictures 100 %, features 0 %, regions 100 %"
+        in texts["records"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from mvptr_ds.evaluation import encode
 from mvptr_ds.evaluation.grounding import list_phrases, similarities
 from mvptr_ds.evaluation.retrieval import rerank, score_pairs
 from mvptr_ds.inference import Picture, TrainedModel
+from tests.conftest import REPO
 from tests.support.untrained_folder import Untrained, untrained_folder
 
 CPU = torch.device("cpu")
@@ -261,6 +264,29 @@ def test_half_precision_is_near(untrained: Untrained, model: TrainedModel) -> No
     assert half.model.dtype == torch.bfloat16
     cosines = (half.embed_text(texts, phrases) * model.embed_text(texts, phrases)).sum(-1)
     assert cosines.min() > 0.98 and half.embed_image(pictures).dtype == torch.float32
+
+
+ALONE = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("deepspeed", "wandb", "webdataset", "matplotlib"):
+            raise ImportError(f"{name} is not here")
+
+sys.meta_path.insert(0, Missing())
+import mvptr_ds
+assert not {"torch", "transformers", "numpy"} & set(sys.modules)  # nothing heavy until it is used
+model = mvptr_ds.load(sys.argv[1], device="cpu")
+print(tuple(model.embed_text(["A red dog."]).shape))
+"""
+
+
+def test_loading_needs_nothing_of_training(untrained: Untrained) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, untrained.folder], capture_output=True, text=True, timeout=120, cwd=REPO
+    )
+    assert done.returncode == 0 and done.stdout == "(1, 16)\n", done.stderr[-2000:]
 
 
 def test_what_cannot_be_loaded_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ if __name__ == "__main__":  # see train.py
 
 import torch
 
+from mvptr_ds.benchmarks.results import RETRIEVAL, result, retrieval_metrics, write_result
 from mvptr_ds.checkpoints.hand_over import find_model
 from mvptr_ds.checkpoints.model_folder import head_settings, load_model_folder, load_weights
 from mvptr_ds.config import STAGES, override_config
@@ -47,22 +48,38 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("run", type=user_path, help="run folder, stage folder, checkpoint or model folder")
     parser.add_argument("--out", type=user_path, help="where to write (default: the folder given as RUN)")
+    parser.add_argument(
+        "--clip-benchmark",
+        type=user_path,
+        metavar="FILE",
+        help="also write recall at 1, 5, 10 by the global states in the JSON of CLIP_benchmark",
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the configuration")
     return parser.parse_intermixed_args(argv)  # overrides may stand before and behind options
 
 
-def evaluate(run: Path, overrides: list[str], out: Path) -> dict[str, Any]:
+def evaluate(run: Path, overrides: list[str], out: Path, clip_benchmark: Path | None = None) -> dict[str, Any]:
     """Evaluates, writes report and pictures into `out`, returns the report.
 
+    Args:
+        clip_benchmark: the file for the scores of retrieval in the JSON of CLIP_benchmark.
+
     Raises:
-        ValueError: the report could not be written, found before anything is evaluated.
+        ValueError: the report could not be written, or there is no retrieval to write, found before the evaluation.
         OSError: it cannot be written after all; it then goes to standard output.
     """
     path = find_model(run)
     # whatever may fail comes before the evaluation, as far as it can
     stage_dirs = [run / stage for stage in STAGES if (run / stage / "metrics.jsonl").is_file()]
     seconds = {stage.name: wall_s(read_metrics(stage / "metrics.jsonl")) for stage in stage_dirs}
-    _check_writable(out / "report.json")
+    _check_writable(out / "report.json", "name another folder with --out")
+    task = TASKS.get(head_settings(path).get("task", ""))
+    if clip_benchmark is not None:
+        if task is not None:
+            raise ValueError(
+                f"{run} is a model of {task.name}, which has no scores of retrieval: leave --clip-benchmark out"
+            )
+        _check_writable(clip_benchmark, "name another file with --clip-benchmark")
     model, vocabs, config = load_model_folder(path)
     config = override_config(config, overrides)
     model.set_execution(config.model.execution)
@@ -70,7 +87,6 @@ def evaluate(run: Path, overrides: list[str], out: Path) -> dict[str, Any]:
     model.to(device)  # type: ignore[arg-type]  # transformers' wrapper of nn.Module.to hides its types
     index = open_held_out(config.data, out / "joins")
     logger.info("model %s on %d captions of %d images", path, len(index), index.num_records)
-    task = TASKS.get(head_settings(path).get("task", ""))
     if task is not None:
         module = task.build(config, model, config.run.seed)
         load_weights(module, path)
@@ -82,6 +98,9 @@ def evaluate(run: Path, overrides: list[str], out: Path) -> dict[str, Any]:
     report = {"model": str(path), **evaluation.report}
     report["wall_s"] = {k: round(v, 1) for k, v in seconds.items() if v is not None} | report["wall_s"]
     _write_report(out / "report.json", json.dumps(report, indent=1) + "\n")
+    if clip_benchmark is not None:
+        scores = retrieval_metrics(report["retrieval"])
+        write_result(clip_benchmark, result(str(config.data.held_out), str(run), RETRIEVAL, scores))
     # only now: no picture can cost the report
     _draw(out / "pictures.png", partial(draw_grounding, index, evaluation.grounded, config.eval.num_pictures))
     _draw(out / "curves.png", partial(draw_curves, stage_dirs))
@@ -89,8 +108,8 @@ def evaluate(run: Path, overrides: list[str], out: Path) -> dict[str, Any]:
     return report
 
 
-def _check_writable(path: Path) -> None:
-    """Makes the folder of a file; raises ValueError where `_write_report` could not write the file."""
+def _check_writable(path: Path, remedy: str) -> None:
+    """Makes the folder of a file; raises ValueError with the remedy where the file could not be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
@@ -99,7 +118,7 @@ def _check_writable(path: Path) -> None:
         partial.touch()
         partial.unlink()
     except OSError as error:
-        raise ValueError(f"{path} cannot be written ({error.strerror}): name another folder with --out") from error
+        raise ValueError(f"{path} cannot be written ({error.strerror}): {remedy}") from error
 
 
 def _write_report(path: Path, content: str) -> None:
@@ -127,7 +146,7 @@ def main() -> int:
     arguments = parse_arguments()
     out = arguments.out or arguments.run
     try:
-        report = evaluate(arguments.run, arguments.overrides, out)
+        report = evaluate(arguments.run, arguments.overrides, out, arguments.clip_benchmark)
     except USER_ERRORS as error:
         logger.debug("where it was raised", exc_info=True)
         logger.error("error: %s", error)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,14 @@ _CELL = 10  # width of a column
 _SHOWN = 20  # classes and unreadable pictures of a table
 
 
+class ClassScore(NamedTuple):
+    """A class, the number of its pictures, and their top-1, None where there are none."""
+
+    name: str
+    num_pictures: int
+    top1: float | None
+
+
 @dataclass(frozen=True)
 class ZeroShotScores:
     """The scores of a classification. Shares are fractions of 1, and None where nothing was asked.
@@ -39,8 +48,7 @@ class ZeroShotScores:
         top1: of all pictures, those whose class is the most similar one.
         top5: of all pictures, those whose class is among the five most similar ones. None: there are fewer classes.
         mean_per_class: the mean of top1 over the classes that have pictures.
-        num_of_class: pictures of each class.
-        top1_of_class: top1 of each class, None where it has no pictures.
+        classes: the score of each, in the order of their numbers. Two may bear one name.
         unreadable: pictures that are left out, each with the reason.
     """
 
@@ -49,8 +57,7 @@ class ZeroShotScores:
     mean_per_class: float
     num_pictures: int
     num_templates: int
-    num_of_class: dict[str, int]
-    top1_of_class: dict[str, float | None]
+    classes: list[ClassScore]
     unreadable: list[tuple[str, str]] = field(default_factory=list)
 
     @property
@@ -64,8 +71,7 @@ class ZeroShotScores:
         return {
             "num_pictures": self.num_pictures,
             "num_templates": self.num_templates,
-            "num_of_class": self.num_of_class,
-            "top1_of_class": self.top1_of_class,
+            "classes": [one._asdict() for one in self.classes],
             "unreadable": dict(self.unreadable),
         }
 
@@ -179,8 +185,7 @@ def _scores(
         mean_per_class=sum(asked) / len(asked),
         num_pictures=len(ranks),
         num_templates=num_templates,
-        num_of_class=dict(zip(classes, num_C, strict=True)),
-        top1_of_class=dict(zip(classes, shares_C, strict=True)),
+        classes=[ClassScore(*one) for one in zip(classes, num_C, shares_C, strict=True)],
         unreadable=unreadable,
     )
 
@@ -191,27 +196,27 @@ def table(scores: ZeroShotScores) -> str:
 
 
 def _lines(scores: ZeroShotScores) -> Iterator[str]:
-    classes = scores.top1_of_class
+    classes = scores.classes
     yield (
         f"zero-shot: {scores.num_pictures} pictures, {len(classes)} classes, "
         f"{scores.num_templates} {'template' if scores.num_templates == 1 else 'templates'}; shares in %"
     )
     yield ""
-    ranked = sorted(classes, key=lambda name: (classes[name] is None, classes[name] or 0.0))[:_SHOWN]
-    width = max(len("mean of the classes"), *(len(name) for name in ranked)) + 2
+    lowest = sorted(classes, key=lambda one: (one.top1 is None, one.top1 or 0.0))[:_SHOWN]
+    width = max(len("mean of the classes"), *(len(one.name) for one in lowest)) + 2
     yield f"{'':{width}}" + "".join(f"{head:>{_CELL}}" for head in ("pictures", "top-1", f"top-{TOP}"))
     chance = 1 / len(classes), TOP / len(classes) if len(classes) >= TOP else None
     yield _row("all pictures", width, str(scores.num_pictures), scores.top1, scores.top5)
     yield _row("mean of the classes", width, "", scores.mean_per_class)
     yield _row("chance", width, "", *chance)
     yield ""
-    for name in ranked:
-        yield _row(name, width, str(scores.num_of_class[name]), classes[name])
-    if len(classes) > len(ranked):
-        yield f"(the {len(ranked)} lowest of {len(classes)} classes)"
+    for one in lowest:
+        yield _row(one.name, width, str(one.num_pictures), one.top1)
+    if len(classes) > len(lowest):
+        yield f"(the {len(lowest)} lowest of {len(classes)} classes)"
     if scores.unreadable:
         yield ""
-        yield f"{len(scores.unreadable)} pictures could not be read and are left out:"
+        yield f"left out, since they cannot be read: {len(scores.unreadable)}"
         yield from (f"  {name}: {reason}" for name, reason in scores.unreadable[:_SHOWN])
         if len(scores.unreadable) > _SHOWN:
             yield f"  and {len(scores.unreadable) - _SHOWN} more"

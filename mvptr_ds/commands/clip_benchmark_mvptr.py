@@ -12,7 +12,8 @@ from mvptr_ds.user_io.user_files import expanded, user_path
 EPILOG = """\
 commands:
   shards    writes shards as wds/NAME of CLIP_benchmark, for retrieval or, with --label, for classification
-  eval      clip_benchmark eval with --model_type mvptr; --pretrained names a run or an exported folder
+  eval      clip_benchmark eval, by default with --model_type mvptr --num_workers 1; --pretrained names a run or an
+            exported folder
   build     clip_benchmark build: a table of results
 
 examples:
@@ -53,7 +54,7 @@ def _write_shards(prog: str, command: str, argv: list[str]) -> int:
     from mvptr_ds.benchmarks.webdataset_layout import write_classification, write_retrieval
     from mvptr_ds.benchmarks.zero_shot import TEMPLATES, read_templates
     from mvptr_ds.data.shards.index_builder import ensure_index
-    from mvptr_ds.errors import USER_ERRORS, exit_code
+    from mvptr_ds.errors import USER_ERRORS
 
     try:
         _check_new(args.out)
@@ -69,7 +70,7 @@ def _write_shards(prog: str, command: str, argv: list[str]) -> int:
         print(f"{args.out}: {written.num_pictures} pictures{captions}{left_out}")
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
-        return exit_code(error)
+        return 1
     return 0
 
 
@@ -88,14 +89,16 @@ def _run_theirs(prog: str, command: str, argv: list[str]) -> int:
         return 1
     from mvptr_ds.benchmarks.adapter import register
     from mvptr_ds.benchmarks.results import MODEL
-    from mvptr_ds.errors import CheckpointError, DataError, exit_code
+    from mvptr_ds.errors import CheckpointError, DataError
 
     register(models)
-    ours = ["--model_type", MODEL, "--model", MODEL] if command == "eval" else []  # given ones come later, and count
+    ours = []
+    if command == "eval":  # what is given comes later, and counts; webdataset refuses more workers than there are tars
+        ours = ["--model_type", MODEL, "--model", MODEL, "--num_workers", "1"]
     sys.argv = [prog, command, *ours, *argv]  # it reads no other arguments
     try:
         cli.main()
     except (CheckpointError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return exit_code(error)
+        return 1
     return 0

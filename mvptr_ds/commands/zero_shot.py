@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     from mvptr_ds.benchmarks.labelled import open_labelled, read_class_names
     from mvptr_ds.benchmarks.results import CLASSIFICATION, result, write_result
     from mvptr_ds.benchmarks.zero_shot import TEMPLATES, classify, read_templates, table
-    from mvptr_ds.errors import USER_ERRORS, exit_code
+    from mvptr_ds.errors import USER_ERRORS
     from mvptr_ds.inference.loading import load
 
     try:
@@ -61,5 +61,5 @@ def main(argv: list[str] | None = None) -> int:
             print(f"written: {args.out}")
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
-        return exit_code(error)
+        return 1
     return 0

@@ -200,12 +200,12 @@ def test_the_calls_for_classification(untrained: Untrained) -> None:
         state_D = F.normalize(states_TD, dim=-1).mean(dim=0)
         state_D /= state_D.norm()
         states_TD /= 2
-    image = transform(Image.new("L", (7, 90), 100))
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 7), dtype=np.uint8))
+    image = transform(picture)
     assert image.dtype == torch.uint8 and image.shape == (3, 32, 32)
     assert model.encode_image(torch.stack([image, image])).shape == (2, 16)
-    torch.testing.assert_close(
-        model.encode_image(image[None]), model.trained.embed_image(Image.new("L", (7, 90), 100)), atol=1e-6, rtol=0
-    )
+    expected_1D = model.trained.embed_image(picture)
+    torch.testing.assert_close(model.encode_image(image[None]), expected_1D, atol=1e-6, rtol=0)
 
 
 def test_a_model_of_features_is_refused(tmp_path: Path) -> None:

@@ -261,6 +261,8 @@ class Trainer:
 
     def _build_module(self) -> None:
         model = builders.build_model(self.config, self.vocabs)
+        extractors = {name for source in self.dataset.sources for name in source.index.region_extractors()}
+        model.config.region_extractors = sorted(extractors)  # whoever uses the model wants the same boxes
         self.module = self.task.build(self.config, model, self.seed, per_sample=bool(self.dataset.names))
         self.module.freeze_untrained()
 

@@ -131,6 +131,10 @@ class SampleIndex(PicklesWithoutCaches, ABC):
         """Reads the record at a location, and the extensions of its members but not their content; raises as `read`."""
 
     @abstractmethod
+    def region_extractors(self) -> set[str]:
+        """Returns what made the regions and features that are read, as `name version`; empty where there are none."""
+
+    @abstractmethod
     def key_hashes(self) -> np.ndarray:
         """Returns the key hashes of all records, uint64 [num_records]; a copy."""
 
@@ -290,6 +294,9 @@ class Index(SampleIndex):
     def remote_extents_of(self, place: RecordLocation) -> list[ByteRange]:
         """Returns the ranges of the record at a location that are not on this machine."""
         return [] if self._remote is None else [ByteRange(self._remote, *place[:3])]
+
+    def region_extractors(self) -> set[str]:
+        return set(self.extractors) if "regions" in self.holds or "npy" in self.holds else set()
 
     def key_hashes(self) -> np.ndarray:
         return np.array(self._rows["key_hash"])

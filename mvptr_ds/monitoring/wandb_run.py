@@ -80,6 +80,7 @@ def _start(stage_dir: Path, config: WandbConfig, content: Mapping[str, Any], run
                 run = start("online")
             except Exception as error:  # the service's own errors have no common class
                 logger.warning("wandb is to be online, but there is no answer (%s): logging offline", error)
+                wandb.teardown()  # its helper process still holds the id for the run that did not start
     run = run or start("offline")
     run.define_metric("*", step_metric="step")
     return run

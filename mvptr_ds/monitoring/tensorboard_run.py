@@ -18,8 +18,8 @@ class TensorBoardRun:
     after the other, so a second writer would hide what the first still writes.
 
     Args:
-        resumed_at: the step that the stage resumes from. Later steps of earlier files are no longer shown. None: an
-            evaluation by eval.py.
+        resumed_at: the step that the stage resumes from. Later steps of earlier files are no longer shown, by
+            TensorBoard's fast loader once a curve repeats them. None: an evaluation by eval.py.
 
     Raises:
         RuntimeError: the package `tensorboard` is not installed.

@@ -104,6 +104,7 @@ def test_a_resumed_run_is_one_run_without_its_lost_part(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         log.write_scores(step, {"eval/x": step / 100})
     first, id_of_first = log, log.wandb_id
+    wandb.teardown()  # of a killed run no helper process is left, either
     time.sleep(1.1)  # names of files and folders hold the second
     log = MetricsLog(tmp_path, 20, BOTH)
     for step in (30, 40):
@@ -264,7 +265,7 @@ def test_a_full_disk_ends_and_hangs_nothing(tmp_path: Path) -> None:
         [sys.executable, "-c", FULL_DISK, str(tmp_path)], cwd=REPO, capture_output=True, text=True, timeout=100
     )
     assert (done.returncode, done.stdout) == (0, "trained\n"), done.stderr
-    assert done.stderr.count("is left out from there") == 1
+    assert done.stderr.count("tensorboard failed at step") == 1  # the traceback of its thread quotes lines of ours
 
 
 def test_eval_hands_scores_and_pictures_to_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,6 +277,7 @@ def test_eval_hands_scores_and_pictures_to_the_run(tmp_path: Path, monkeypatch: 
     training.log(20, {"eval/retrieval/t2i_r1": 0.25})
     monkeypatch.setattr(entry, "read_state", lambda path: SimpleNamespace(step=int(path.name[-8:])))
     monkeypatch.chdir(tmp_path / "run")
+    wandb.teardown()  # eval.py is another process: here only TensorBoard has two writers
     time.sleep(1.1)
     entry._track(
         model.relative_to(tmp_path / "run"), BOTH, {"eval/rerank/t2i_r1": 0.5}, [picture(tmp_path / "curves.png")]

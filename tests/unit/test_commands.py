@@ -105,6 +105,7 @@ def test_arguments_and_exit_status_are_those_of_the_command(monkeypatch: pytest.
 
 def test_train_starts_the_launcher_for_ranks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[list[str]] = []
+    monkeypatch.delenv("MASTER_PORT", raising=False)
     monkeypatch.setattr(os, "execv", lambda path, command: started.append([path, *command]))
     fake = types.SimpleNamespace(main=lambda argv: started.append(argv) or 3)
     monkeypatch.setitem(sys.modules, "mvptr_ds.train", fake)
@@ -117,6 +118,8 @@ def test_train_starts_the_launcher_for_ranks_alone(monkeypatch: pytest.MonkeyPat
         train.main([*words, *option])
         launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--module", "mvptr_ds.train"]
         assert started[0] == [sys.executable, *launcher, *words]
+    monkeypatch.setenv("MASTER_PORT", "29511")
+    assert "--master_port 29511 --module" in " ".join(train.launch(2, words))
 
 
 def test_demo_trains_then_evaluates_what_it_trained(monkeypatch: pytest.MonkeyPatch) -> None:

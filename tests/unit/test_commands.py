@@ -14,6 +14,7 @@ import pytest
 
 import mvptr_ds
 from mvptr_ds.commands import demo, mvptr, train
+from mvptr_ds.monitoring import versions
 from mvptr_ds.user_io import tool_names
 from tests.conftest import REPO
 
@@ -101,6 +102,15 @@ def test_arguments_and_exit_status_are_those_of_the_command(monkeypatch: pytest.
     words = ["text", "--version", "a", "--", "-h"]
     assert given == [["mvptr shards", *words, "|", *words]]
     assert interrupted == ["interrupted; the same command goes on from here"]
+
+
+def test_no_other_repository_is_taken_for_the_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a project whose environment, with the installed package, stands in it."""
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
+    assert versions._git("rev-parse", "--git-dir") or not (REPO / ".git").exists()
+    package = tmp_path / "venv/mvptr_ds/monitoring/versions.py"
+    monkeypatch.setattr(versions, "__file__", str(package))
+    assert versions._git("rev-parse", "--git-dir") == ""
 
 
 def test_train_starts_the_launcher_for_ranks_alone(monkeypatch: pytest.MonkeyPatch) -> None:

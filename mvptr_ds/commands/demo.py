@@ -68,7 +68,8 @@ def _run(command: list[str]) -> int:
 
     before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
-        return process.wait()
+        code = process.wait()
+        return code if code >= 0 else 128 - code  # ended by a signal: as a shell reports it
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

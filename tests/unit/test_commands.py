@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 import types
@@ -142,6 +143,16 @@ def test_demo_trains_then_evaluates_what_it_trained(monkeypatch: pytest.MonkeyPa
     codes["train"], ran[:] = 75, []
     assert demo.main([]) == 75 and len(ran) == 1
     assert demo.main(["run.dirr=x"]) == 2 and len(ran) == 1
+
+
+def test_signals_reach_the_training_of_a_demo() -> None:
+    """One that stops the demo is handed on, so that the training may save; its exit status is what counts."""
+    before = signal.getsignal(signal.SIGTERM)
+    program = "import os, signal, time; signal.signal(signal.SIGTERM, lambda *_: os._exit(75)); {}; time.sleep(60)"
+    assert demo._run([sys.executable, "-c", program.format("os.kill(os.getppid(), signal.SIGTERM)")]) == 75
+    killed = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    assert demo._run([sys.executable, "-c", killed]) == 137
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize("path", TOOLS, ids=lambda path: path.stem)

@@ -1,5 +1,8 @@
 """Dependencies and what each is for; constraints.txt pins the versions that `make` installs and the tests ran with."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 REQUIRES = [
@@ -33,6 +36,7 @@ EXTRAS = {
         "hypothesis>=6.100",  # fuzzing
         "psutil>=5.9",  # tests that end processes look whether they are gone
         "pyarrow>=15",  # the tests of Parquet
+        "setuptools>=70.1",  # builds the wheel that a test installs, without network
         "ruff>=0.8",
         "mypy>=1.13",
         "types-PyYAML",  # what mypy reads for it
@@ -47,22 +51,29 @@ EXTRAS = {
     # NVIDIA apex is no package of PyPI (the one of that name there is another project): see docs/gpu.md
 }
 
+PACKAGE = Path(__file__).resolve().parent / "mvptr_ds"
+VERSION = re.search(r'^__version__ = "(.*?)"', (PACKAGE / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
+assert VERSION is not None
+
 setup(
     name="mvptr_ds",
-    version="0.1.0",
+    version=VERSION.group(1),
     description="Concept-aware vision-language pre-training (MVPTR) on DeepSpeed and WebDataset shards",
     license="MIT",
     python_requires=">=3.10",
-    packages=find_packages(include=["mvptr_ds", "mvptr_ds.*"]),
+    packages=[*find_packages(include=["mvptr_ds", "mvptr_ds.*"]), "mvptr_ds.ds_configs"],
+    package_dir={"mvptr_ds.ds_configs": "ds_configs"},  # a folder at the top, where commands name it
     package_data={
+        "mvptr_ds.ds_configs": ["*.json"],
         "mvptr_ds": [
             "py.typed",
             "configs/*.yaml",
             "data/*.txt",
             "corpus/preview/templates/*",
             "corpus/concepts/models/*",
-        ]
+        ],
     },
+    entry_points={"console_scripts": ["mvptr = mvptr_ds.commands.mvptr:main"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
 )

@@ -13,8 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # see train.py
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":
+    if not __package__:  # see train.py
+        sys.path[0] = str(Path(__file__).resolve().parents[1])
     from mvptr_ds.user_io.signals import end_on_interrupt
 
     end_on_interrupt()
@@ -145,11 +146,11 @@ def _track(model: Path, config: Config, scores: Mapping[str, float], pictures: S
     trackers.close()
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     accept_any_text()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("mvptr_ds").setLevel(logging.INFO)
-    arguments = parse_arguments()
+    arguments = parse_arguments(argv)
     out = arguments.out or arguments.run
     try:
         report = evaluate(arguments.run, arguments.overrides, out)

@@ -287,7 +287,7 @@ def test_no_tool_takes_a_path_without_its_tilde(monkeypatch: pytest.MonkeyPatch,
     assert [str(user_path(text)) for text in ("~/a", "~", "b~/c")] == [f"{tmp_path}/a", str(tmp_path), "b~/c"]
     with pytest.raises(argparse.ArgumentTypeError, match="of a user who does not exist"):
         user_path("~nobody-here/a")
-    tools = [*(REPO / "tools").rglob("*.py"), REPO / "mvptr_ds/eval.py"]
+    tools = [*(REPO / "tools").rglob("*.py"), *(REPO / "mvptr_ds/commands").glob("*.py"), REPO / "mvptr_ds/eval.py"]
     assert [path.name for path in tools if "type=Path" in path.read_text(encoding="utf-8")] == []
 
 

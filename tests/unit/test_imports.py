@@ -77,6 +77,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("engine", "planning", "preflight"),
     ("trainer",),
     ("train", "eval"),
+    ("commands",),
 )
 FLOOR_OF = {f"mvptr_ds.{room}": number for number, floor in enumerate(FLOORS) for room in floor}
 
@@ -181,11 +182,12 @@ def test_nothing_in_the_package_imports_tools_or_tests() -> None:
 
 
 def test_nothing_is_printed_and_no_except_is_bare() -> None:
-    """What the package's functions may not do."""
+    """What the package's functions may not do; commands do print."""
     found = []
     for module, path in MODULES.items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+            is_print = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+            if is_print and not under(module, "mvptr_ds.commands"):
                 found.append(f"{module}:{node.lineno} prints")
             if isinstance(node, ast.ExceptHandler) and node.type is None:
                 found.append(f"{module}:{node.lineno} bare except")

@@ -36,6 +36,7 @@ from mvptr_ds.data.shards.storage import LOCAL, Files, open_files
 from mvptr_ds.data.shards.tar_reader import read_keyed_record, read_record, record_key
 from mvptr_ds.data.shards.urls import ReadOptions, is_url
 from mvptr_ds.errors import DataError
+from mvptr_ds.user_io.tool_names import tool
 
 if TYPE_CHECKING:  # it imports fsspec, which local shards do without
     from mvptr_ds.data.shards.remote import RemoteFiles
@@ -318,5 +319,5 @@ def _fetch(url: str, options: ReadOptions) -> Path:
     except OSError as error:
         raise DataError(
             f"cannot fetch the index of {url}: {error}; manifest.json and index.npy must lie beside the shards "
-            "(tools/validate_shards.py writes them where the shards are made)"
+            f"({tool('validate')} writes them where the shards are made)"
         ) from error

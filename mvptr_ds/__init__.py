@@ -1,8 +1,8 @@
 """Concept-aware vision-language pre-training (MVPTR) on WebDataset shards and DeepSpeed.
 
-Two commands use this package: `deepspeed mvptr_ds/train.py` trains and `python mvptr_ds/eval.py` evaluates. Data flows
-one way, from `data` (shards to batches) through `tasks` (model and objectives of a stage) to `trainer` and `engine`.
-README.md names the ten files to read first.
+Two commands use this package: `deepspeed mvptr_ds/train.py` trains and `python mvptr_ds/eval.py` evaluates. Installed,
+it has these and the tools under one name, `mvptr`. Data flows one way, from `data` (shards to batches) through `tasks`
+(model and objectives of a stage) to `trainer` and `engine`. README.md names the ten files to read first.
 
 In Python, `mvptr_ds.load` loads a trained model (docs/use.md). Nothing is imported before it is asked for.
 """
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         load,
     )
 
+__version__ = "0.1.0"  # its one home: setup.py reads it here
 __all__ = ["Grounding", "MvptrConfig", "MvptrModel", "MvptrOutput", "MvptrProcessor", "Picture", "TrainedModel", "load"]
 
 

@@ -227,6 +227,8 @@ class TrainConfig:
     """auto: resume from the newest good checkpoint in run.dir. never: start again and set the old checkpoints aside."""
     log_every_steps: Positive = 10
     """Steps between two lines of the log."""
+    report_to: list[Literal["wandb", "tensorboard"]] = field(default_factory=list)
+    """Trackers that show reports, scores and pictures, besides metrics.jsonl: a list of wandb and tensorboard."""
     checkpoint_every_steps: Count = 1_000
     """Steps between two checkpoints. 0: only at the end of a stage."""
     keep_checkpoints: Positive = 2
@@ -253,8 +255,9 @@ class TrainConfig:
 class WandbConfig:
     """Weights & Biases."""
 
-    mode: Literal["online", "offline", "disabled"] = "disabled"
-    """online: log to the service. offline: write files for `wandb sync`. disabled: nothing."""
+    mode: Literal["online", "offline", "disabled"] | None = None
+    """online: log to the service. offline: write files for `wandb sync`. Both log even if train.report_to does not name
+    wandb. disabled: nothing, even if it does. null: online if it does, else nothing."""
     project: str = "mvptr_ds"
     """Project of the service."""
     name: str | None = None

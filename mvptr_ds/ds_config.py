@@ -17,18 +17,32 @@ from mvptr_ds.batch_size import micro_batch_size
 from mvptr_ds.config import OptimConfig, TrainConfig
 from mvptr_ds.user_io.user_files import expanded, parse_json, read_text
 
+# the packaged JSONs; they stand at the top of the repository, and beside the package in a checkout
+_FOLDERS = (Path(__file__).resolve().parent / "ds_configs", Path(__file__).resolve().parents[1] / "ds_configs")
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def packaged_ds_configs() -> dict[str, Path]:
+    """Returns the packaged JSONs by their names, such as z2."""
+    folder = next((folder for folder in _FOLDERS if folder.is_dir()), _FOLDERS[0])
+    return {path.stem: path for path in sorted(folder.glob("*.json"))}
+
+
 def load_ds_config(path: str | Path) -> dict[str, Any]:
-    """Reads the JSON object in `path`.
+    """Reads the JSON object in `path`, or in the packaged JSON of this name where there is no such file.
 
     Raises:
-        ValueError: there is no such file, it is no JSON object, or a key comes twice in it.
+        ValueError: there is neither, it is no JSON object, or a key comes twice in it.
     """
     path = Path(expanded(str(path)))
     if not path.is_file():
-        raise ValueError(f"there is no DeepSpeed JSON {str(path)!r}; try --deepspeed ds_configs/z2.json")
+        packaged = packaged_ds_configs()
+        name = str(path).removesuffix(".json")
+        if name not in packaged:
+            meant = f"; did you mean {path.stem}?" if path.stem in packaged else ""
+            known = ", ".join(packaged)
+            raise ValueError(f"there is no DeepSpeed JSON {str(path)!r}; the packaged ones are {known}{meant}")
+        path = packaged[name]
     content = parse_json(read_text(path), str(path))
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object")
@@ -111,14 +125,14 @@ def _zero_problems(filled: dict[str, Any], optim: OptimConfig) -> list[str]:
     if stage == 0:
         problems.append(
             "zero_optimization.stage is 0, with which DeepSpeed steps on gradients that are not finite and keeps no "
-            "float32 weights beside those of bf16: take stage 1 (ds_configs/z1.json), which cuts the least"
+            "float32 weights beside those of bf16: take stage 1 (--deepspeed z1), which cuts the least"
         )
     elif (type(stage) is not int or stage not in (1, 2, 3)) and stage != "auto":
         problems.append(f"zero_optimization.stage is {stage!r}; choose from 1, 2, 3")
     if stage == 3 and optim.name == "lamb":
         problems.append(
             "zero_optimization.stage is 3, but optim.name is 'lamb', which steps stages 1 and 2: take "
-            "ds_configs/z2.json or optim.name=adamw"
+            "--deepspeed z2 or optim.name=adamw"
         )
     if zero.get("round_robin_gradients"):
         problems.append(

@@ -8,13 +8,14 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # see train.py
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":
+    if not __package__:  # see train.py
+        sys.path[0] = str(Path(__file__).resolve().parents[1])
     from mvptr_ds.user_io.signals import end_on_interrupt
 
     end_on_interrupt()
@@ -24,12 +25,14 @@ import torch
 from mvptr_ds.benchmarks.results import RETRIEVAL, result, retrieval_metrics, write_result
 from mvptr_ds.checkpoints.hand_over import find_model
 from mvptr_ds.checkpoints.model_folder import head_settings, load_model_folder, load_weights
-from mvptr_ds.config import STAGES, override_config
+from mvptr_ds.checkpoints.state import read_state
+from mvptr_ds.config import STAGES, Config, override_config
 from mvptr_ds.errors import USER_ERRORS, exit_code
 from mvptr_ds.evaluation.curves import draw_curves, draw_scores, read_metrics, wall_s
 from mvptr_ds.evaluation.pictures import draw_grounding
-from mvptr_ds.evaluation.report import evaluate_split
+from mvptr_ds.evaluation.report import evaluate_split, flatten_scores
 from mvptr_ds.evaluation.table import table
+from mvptr_ds.monitoring.trackers import open_trackers
 from mvptr_ds.shard_folders import open_held_out
 from mvptr_ds.tasks import TASKS
 from mvptr_ds.user_io.atomic import partial_path, replacing
@@ -43,7 +46,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="Writes report.json, pictures.png, curves.png and, if the run was evaluated at intervals, scores.png. "
-        "The configuration is that of the run; "
+        "The trackers of the run (train.report_to) get scores and pictures, too. The configuration is that of the run; "
         "data.held_out=FOLDER evaluates on other shards, eval.rerank_top_k=128 re-ranks more candidates.",
     )
     parser.add_argument("run", type=user_path, help="run folder, stage folder, checkpoint or model folder")
@@ -93,6 +96,7 @@ def evaluate(run: Path, overrides: list[str], out: Path, clip_benchmark: Path | 
         scores = task.evaluate(module.to(device), vocabs, config, index, device)
         report: dict[str, Any] = {"model": str(path), "task": task.name, "scores": scores}
         _write_report(out / "report.json", json.dumps(report, indent=1) + "\n")
+        _track(path, config, scores, [])
         return report
     evaluation = evaluate_split(model, vocabs, config, index, device, config.run.seed)
     report = {"model": str(path), **evaluation.report}
@@ -102,9 +106,12 @@ def evaluate(run: Path, overrides: list[str], out: Path, clip_benchmark: Path | 
         scores = retrieval_metrics(report["retrieval"])
         write_result(clip_benchmark, result(str(config.data.held_out), str(run), RETRIEVAL, scores))
     # only now: no picture can cost the report
-    _draw(out / "pictures.png", partial(draw_grounding, index, evaluation.grounded, config.eval.num_pictures))
-    _draw(out / "curves.png", partial(draw_curves, stage_dirs))
-    _draw(out / "scores.png", partial(draw_scores, stage_dirs))
+    drawn = [
+        *_draw(out / "pictures.png", partial(draw_grounding, index, evaluation.grounded, config.eval.num_pictures)),
+        *_draw(out / "curves.png", partial(draw_curves, stage_dirs)),
+        *_draw(out / "scores.png", partial(draw_scores, stage_dirs)),
+    ]
+    _track(path, config, flatten_scores(evaluation.report), drawn)
     return report
 
 
@@ -131,19 +138,38 @@ def _write_report(path: Path, content: str) -> None:
         raise
 
 
-def _draw(path: Path, draw: Callable[[Path], object]) -> None:
+def _draw(path: Path, draw: Callable[[Path], object]) -> list[Path]:
+    """Returns the path, or nothing where there was nothing to draw or it failed."""
     try:
-        draw(path)
+        return [path] if draw(path) is not False and path.is_file() else []
     except Exception as error:  # matplotlib raises whatever its numbers come to
         logger.debug("where it was raised", exc_info=True)
         logger.warning("%s was not drawn: %s: %s", path.name, type(error).__name__, error)
+        return []
 
 
-def main() -> int:
+def _track(model: Path, config: Config, scores: Mapping[str, float], pictures: Sequence[Path]) -> None:
+    """Hands scores and pictures to the trackers of the stage that the model is a checkpoint of; a copy has none."""
+    checkpoint = model.absolute().parent
+    if checkpoint.parent.name != "checkpoints":
+        return
+    try:
+        step = read_state(checkpoint).step
+    except USER_ERRORS as error:  # the report is written already
+        logger.warning("nothing goes to the trackers: %s", error)
+        return
+    trackers = open_trackers(checkpoint.parents[1], config, None)
+    trackers.log(step, scores)
+    for path in pictures:
+        trackers.log_picture(step, f"eval/{path.stem}", path)
+    trackers.close()
+
+
+def main(argv: list[str] | None = None) -> int:
     accept_any_text()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("mvptr_ds").setLevel(logging.INFO)
-    arguments = parse_arguments()
+    arguments = parse_arguments(argv)
     out = arguments.out or arguments.run
     try:
         report = evaluate(arguments.run, arguments.overrides, out, arguments.clip_benchmark)

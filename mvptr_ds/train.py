@@ -12,8 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # a script's own folder comes first on the path, where our modules could shadow others
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":
+    if not __package__:  # a script's own folder comes first on the path, where our modules could shadow others
+        sys.path[0] = str(Path(__file__).resolve().parents[1])
     from mvptr_ds.user_io.signals import end_on_interrupt
 
     end_on_interrupt()
@@ -37,7 +38,6 @@ from mvptr_ds.trainer import Trainer
 from mvptr_ds.user_io.terminal import accept_any_text
 
 logger = logging.getLogger("mvptr_ds.train")
-REPO = Path(__file__).resolve().parents[1]
 OTHERS_WAIT_S = 10.0
 
 
@@ -45,12 +45,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="Example: deepspeed --num_gpus 2 mvptr_ds/train.py --deepspeed ds_configs/z2.json --config demo_stamps "
-        "run.dir=runs/mine stage2.max_steps=500. docs/configuration.md lists every key with its meaning. "
+        "run.dir=runs/mine stage2.max_steps=500. Installed: mvptr train --ranks 2 --deepspeed z2 --config ... "
+        "docs/configuration.md lists every key with its meaning. "
         "Exit codes: 0 done; 2 the message says what is wrong; 75 saved and stopped by SIGTERM, SIGUSR1 or "
         "Ctrl-C, start it again to go on; 1 anything else, which may pass by itself; 130 a second Ctrl-C.",
     )
     parser.add_argument("--config", help="YAML file, or the name of a packaged one: demo (default), base, large ...")
-    parser.add_argument("--deepspeed", default=str(REPO / "ds_configs/z2.json"), metavar="JSON", help="DeepSpeed JSON")
+    parser.add_argument(
+        "--deepspeed", default="z2", metavar="JSON", help="file, or the name of a packaged one: z2 (default), z1 ..."
+    )
     parser.add_argument("--local_rank", type=int, help="set by the launcher; ignored (the environment tells)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the configuration")
     return parser.parse_intermixed_args(argv)  # overrides may stand before and behind options
@@ -110,9 +113,9 @@ def _run(
     return 0
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     accept_any_text()
-    arguments = parse_arguments()
+    arguments = parse_arguments(argv)
     collectives.take_place_from_slurm(os.environ)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("mvptr_ds").setLevel(logging.INFO if collectives.launched_as_main() else logging.WARNING)

@@ -7,7 +7,6 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,7 @@ class Trainer:
         self._build_module()
         self._start_engine(filled, init_from)
         self.meters = self._build_meters()
-        self.log = MetricsLog(self.dir, self.step, config.wandb, asdict(config))
+        self.log = MetricsLog(self.dir, self.step, config)
         content = json.dumps(filled, indent=1) + "\n"
         collectives.run_on_rank_zero(lambda: (self.dir / "ds_config.json").write_text(content, encoding="utf-8"))
 
@@ -261,6 +260,8 @@ class Trainer:
 
     def _build_module(self) -> None:
         model = builders.build_model(self.config, self.vocabs)
+        extractors = {name for source in self.dataset.sources for name in source.index.region_extractors()}
+        model.config.region_extractors = sorted(extractors)  # whoever uses the model wants the same boxes
         self.module = self.task.build(self.config, model, self.seed, per_sample=bool(self.dataset.names))
         self.module.freeze_untrained()
 

@@ -1,7 +1,5 @@
 #!/usr/bin/env python3
-"""Runs CLIP_benchmark on a trained model; the command itself is mvptr_ds/commands/clip_benchmark_mvptr.py."""
-
-from __future__ import annotations
+"""The command `mvptr clip-benchmark` as a file, for a checkout that is not installed."""
 
 import sys
 from pathlib import Path

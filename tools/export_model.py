@@ -1,7 +1,5 @@
 #!/usr/bin/env python3
-"""Exports a trained model; the command itself is mvptr_ds/commands/export_model.py."""
-
-from __future__ import annotations
+"""The command `mvptr export` as a file, for a checkout that is not installed."""
 
 import sys
 from pathlib import Path
@@ -13,7 +11,7 @@ if __name__ == "__main__":
 
     end_on_interrupt()
 
-from mvptr_ds.commands.export_model import main
+from mvptr_ds.commands.export import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,7 +1,5 @@
 #!/usr/bin/env python3
-"""Classifies pictures by the names of their classes; the command itself is mvptr_ds/commands/zero_shot.py."""
-
-from __future__ import annotations
+"""The command `mvptr zero-shot` as a file, for a checkout that is not installed."""
 
 import sys
 from pathlib import Path

@@ -22,6 +22,7 @@ from mvptr_ds.data.schema import Record
 from mvptr_ds.data.shards.index import ByteRange, SampleIndex
 from mvptr_ds.errors import DataError, PassingError, may_pass
 from mvptr_ds.streams import Stream, generator
+from mvptr_ds.user_io.tool_names import tool
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +155,7 @@ class ShardDataset(SampleDataset):
         kind = PassingError if any(one.passes for one in bad) else DataError
         raise kind(
             f"position {position}: {len(bad)} samples in a row cannot be used; the first: {first}; check the "
-            "folder with tools/validate_shards.py and that visual.source fits what the shards hold"
+            f"folder with {tool('validate')} and that visual.source fits what the shards hold"
         )
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.errors import DataError
 from mvptr_ds.user_io.atomic import replacing
+from mvptr_ds.user_io.tool_names import tool
 
 _SCHEMA = 1
 PhraseTuple = tuple[str, ...]
@@ -151,7 +152,7 @@ class PhraseVocab:
             )
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise DataError(
-                f"cannot read the phrase vocabulary {path}: {error}; name one that tools/build_vocab.py has written"
+                f"cannot read the phrase vocabulary {path}: {error}; name one that {tool('vocab')} has written"
             ) from error
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, DataError):

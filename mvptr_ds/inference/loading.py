@@ -34,7 +34,7 @@ def load(
         device: default: the first GPU, or the CPU where there is none.
         dtype: of the weights; `torch.bfloat16` halves their memory on a GPU.
         detector: folder or hub name of the object detector that finds regions where none are given. A model that
-            reads features needs the one that made its sidecars; `model.model.config.region_extractors` names it.
+            reads features needs the one that made its sidecars; `TrainedModel.extractors` names it.
         revision: of a name on the hub.
 
     Raises:

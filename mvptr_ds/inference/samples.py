@@ -5,6 +5,7 @@ Legend: T text slots, R regions.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ from mvptr_ds.data.schema import Caption, Phrase, Record
 from mvptr_ds.errors import DataError
 from mvptr_ds.inference.pictures import Picture, Seen, rgb_of, see
 
+logger = logging.getLogger(__name__)
 MASK = "[MASK]"
 _STAND_IN = "something"  # what the parser reads in the place of a mask
 _VISIBLE = {"jpg": b""}  # tells the builder that there is something to see
@@ -59,6 +61,9 @@ class SampleMaker:
     def of_text(self, caption: Caption) -> Sample:
         """Returns the sample of a text without a picture; `[MASK]` in it is the masked word."""
         sample = self._builder.begin(Record("", 1, 1, (caption,)), {}, 0, 0, 0, _NO_DRAWS)
+        num_pieces, num_kept = len(self.words.encode(caption.text)[0]), int((~sample.phrase_mask_T).sum()) - 2
+        if num_kept < num_pieces:
+            logger.warning("a text is cut to %d of its %d wordpieces: %.60r ...", num_kept, num_pieces, caption.text)
         if MASK not in caption.text:
             return sample
         # the tokenizer takes [MASK] for three pieces

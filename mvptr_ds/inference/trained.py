@@ -18,6 +18,7 @@ from mvptr_ds.config import Config
 from mvptr_ds.data.caption_phrases import phrases_with_slots
 from mvptr_ds.data.collate import Sample, collate
 from mvptr_ds.data.phrases import PhraseTuple, Vocabs
+from mvptr_ds.data.shards.index_format import UNNAMED_EXTRACTOR
 from mvptr_ds.errors import DataError
 from mvptr_ds.evaluation.grounding import cosines
 from mvptr_ds.inference.pictures import Picture, Seen, as_list
@@ -86,6 +87,11 @@ class TrainedModel:
     def device(self) -> torch.device:
         """Where the model computes."""
         return self.model.device
+
+    @property
+    def extractors(self) -> list[str]:
+        """What made the regions that it was trained on, each a name and a version; empty where none were named."""
+        return [name for name in self.model.config.region_extractors if name != UNNAMED_EXTRACTOR]
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> TrainedModel:
         """Moves the model to a device, or to another precision such as `torch.bfloat16`, and returns itself."""

@@ -73,10 +73,13 @@ class MvptrProcessor(PushToHubMixin):
         return cls(Tokenizer.from_str(read(TOKENIZER)), phrases, **sizes)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Writes tokenizer and settings; phrase_vocab.json stands in the folder with the model."""
+        """Writes tokenizer, settings and phrases; a phrase_vocab.json that is there belongs to the model and stays."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save(str(folder / TOKENIZER))
+        if not (folder / PHRASES).exists():
+            phrases = {"phrases": [{"tuple": words} for words in self.phrases]}
+            (folder / PHRASES).write_text(json.dumps(phrases, ensure_ascii=False) + "\n", encoding="utf-8")
         auto_map = {"AutoProcessor": f"{Path(__file__).stem}.{type(self).__name__}"}
         settings = {"processor_class": type(self).__name__, "auto_map": auto_map}
         settings |= {name: getattr(self, name) for name in _SIZES}

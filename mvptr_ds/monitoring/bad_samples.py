@@ -15,6 +15,7 @@ from typing import Any
 from mvptr_ds.data.collate import BadSample
 from mvptr_ds.distributed import collectives
 from mvptr_ds.errors import DataError
+from mvptr_ds.user_io.tool_names import tool
 
 logger = logging.getLogger(__name__)
 NAME = "bad_samples.jsonl"
@@ -99,7 +100,7 @@ class BadSamples:
         raise DataError(
             f"{self.bad} samples could not be read among {self.read}, more than data.max_bad_fraction="
             f"{self.max_fraction} allows ({int(self.max_fraction * counted)} of {counted}); {self.path} says which and "
-            f"why, and tools/validate_shards.py FOLDER --repair OUT leaves them out: {remedy}"
+            f"why, and {tool('validate')} FOLDER --repair OUT leaves them out: {remedy}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Writes what a run reports, on the console, in `metrics.jsonl` and to wandb. `meters.py` counts it."""
+"""Writes what a run reports, on the console, in `metrics.jsonl` and to trackers. `meters.py` counts it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mvptr_ds.config import WandbConfig
+from mvptr_ds.config import Config
 from mvptr_ds.distributed import collectives
-from mvptr_ds.monitoring.wandb_run import WandbRun
+from mvptr_ds.monitoring.trackers import open_trackers
+from mvptr_ds.monitoring.wandb_run import stored_id
 from mvptr_ds.objectives.table import OBJECTIVES
 from mvptr_ds.user_io.atomic import replacing
 
@@ -22,16 +23,16 @@ SUMMARY = ("eval/retrieval/t2i_r1", "eval/rerank/t2i_r1", "eval/grounding/accura
 
 
 class MetricsLog:
-    """Writes rank 0's log of a stage: a line on the console, a JSON object for each report, and wandb.
+    """Writes rank 0's log of a stage: a line on the console, a JSON object for each report, and trackers.
 
     What cannot be written, for want of space, is kept and written with the first report that can be.
 
     Args:
         resumed_at: the step that the run resumes from. Later reports belong to a lost part and are dropped.
-        config: the resolved configuration, as wandb shows it.
+        config: names the trackers, and is shown there.
     """
 
-    def __init__(self, folder: Path, resumed_at: int, wandb: WandbConfig, config: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, resumed_at: int, config: Config) -> None:
         self.path = folder / "metrics.jsonl"
         self.enabled = collectives.is_main()
         self.wandb_id: str | None = None
@@ -40,8 +41,8 @@ class MetricsLog:
         if self.enabled:
             folder.mkdir(parents=True, exist_ok=True)
             _drop_lines_from(self.path, resumed_at)
-            self.wandb = WandbRun(folder, wandb, config)
-            self.wandb_id = self.wandb.id
+            self.trackers = open_trackers(folder, config, resumed_at)
+            self.wandb_id = stored_id(folder)
 
     def write(self, step: int, max_steps: int, values: dict[str, Any]) -> None:
         """Appends one report. None, of an objective without a target, and NaN and infinity become null."""
@@ -81,9 +82,9 @@ class MetricsLog:
             logger.info("%s %d evaluated: %s", self.path.parent.name, step, _in_percent(scores))
 
     def close(self) -> None:
-        """Ends the wandb run, if there is one."""
+        """Ends the trackers."""
         if self.enabled:
-            self.wandb.close()
+            self.trackers.close()
 
     def _append(self, step: int, values: dict[str, Any]) -> None:
         self._pending.append(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
@@ -96,7 +97,7 @@ class MetricsLog:
             logger.error("%s: %s; kept until it can be written", self.path, error)
             with suppress(OSError):  # the part of the line that was written
                 os.truncate(self.path, num_bytes)
-        self.wandb.log(step, values)
+        self.trackers.log(step, values)
 
 
 def _in_percent(scores: dict[str, float]) -> str:

@@ -49,9 +49,11 @@ def code_sha256() -> str:
 
 def _git(*arguments: str) -> str:
     try:
-        folder = str(Path(__file__).resolve().parents[2])
+        folder = Path(__file__).resolve().parents[2]
+        if not (folder / ".git").exists():  # an installed package, which may stand in a repository of something else
+            return ""
         return subprocess.run(
-            ["git", "-C", folder, *arguments], capture_output=True, text=True, timeout=10, check=True
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""

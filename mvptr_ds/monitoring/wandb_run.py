@@ -1,64 +1,60 @@
-"""Logs to Weights & Biases, if wanted: the same run after a resume, and never a reason for training to end."""
+"""Logs to Weights & Biases: the same run after a resume."""
 
 from __future__ import annotations
 
 import logging
 import secrets
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from mvptr_ds.config import WandbConfig
-from mvptr_ds.monitoring.versions import versions
 
 logger = logging.getLogger(__name__)
+ID = "wandb_id"  # file of the stage's folder
 START_TIMEOUT_S = 30.0  # for the service to answer; the other ranks wait meanwhile
 
 
 class WandbRun:
-    """Makes one run for each stage. Its id is kept in `wandb_id`, so a resume continues the same run.
+    """Makes one run for each stage. Its id is kept in `wandb_id`, so resumes and eval.py continue the same run.
 
-    `online` without an account or without an answer becomes `offline`: files that `wandb sync` uploads later. Whatever
-    goes wrong inside the service is reported once and ends the logging, not the training.
+    `online` without an account or without an answer becomes `offline`: files that `wandb sync` uploads later.
+
+    Args:
+        content: the configuration that wandb shows; empty: that of the run stays.
     """
 
-    def __init__(self, folder: Path, config: WandbConfig, content: dict[str, Any]) -> None:
-        self.id: str | None = None
-        self._run: Any = None
-        if config.mode == "disabled":
-            return
-        try:
-            self.id = _run_id(folder / "wandb_id")
-            self._run = _start(folder, config, content, self.id)
-        except Exception as error:  # the service's own errors have no common class
-            logger.warning("wandb could not start, training goes on without: %s", error)
+    def __init__(self, stage_dir: Path, config: WandbConfig, content: Mapping[str, Any]) -> None:
+        run_id = stored_id(stage_dir)
+        if run_id is None:
+            run_id = secrets.token_hex(4)
+            (stage_dir / ID).write_text(run_id, encoding="utf-8")
+        self._run = _start(stage_dir, config, content, run_id)
 
-    def log(self, step: int, values: dict[str, Any]) -> None:
+    def log(self, step: int, values: Mapping[str, float]) -> None:
         """Sends one report. `step` is a value like the others, since a resumed run may begin before its last report."""
-        if self._run is None:
-            return
-        try:
-            self._run.log({"step": step} | {k: v for k, v in values.items() if v is not None})
-        except Exception as error:  # see above
-            logger.warning("wandb stopped at step %d, training goes on without: %s", step, error)
-            self._run = None
+        self._run.log({"step": step, **values})
+
+    def log_picture(self, step: int, name: str, path: Path) -> None:
+        """Sends a PNG."""
+        import wandb  # see `_start`
+
+        self._run.log({"step": step, name: wandb.Image(str(path))})
 
     def close(self) -> None:
         """Writes what is pending."""
-        run, self._run = self._run, None
-        try:
-            if run is not None:
-                run.finish()
-        except Exception as error:  # see above
-            logger.warning("wandb could not finish its run: %s", error)
+        self._run.finish()
 
 
-def _run_id(path: Path) -> str:
-    if not path.exists() or not path.read_text(encoding="utf-8").strip():
-        path.write_text(secrets.token_hex(4), encoding="utf-8")
-    return path.read_text(encoding="utf-8").strip()
+def stored_id(stage_dir: Path) -> str | None:
+    """Returns the id of the stage's run on wandb; None where it has none."""
+    with suppress(OSError):
+        return (stage_dir / ID).read_text(encoding="utf-8", errors="replace").strip() or None
+    return None
 
 
-def _start(folder: Path, config: WandbConfig, content: dict[str, Any], run_id: str) -> Any:
+def _start(stage_dir: Path, config: WandbConfig, content: Mapping[str, Any], run_id: str) -> Any:
     import wandb  # imported only where it is used, since the import takes a second
 
     settings = wandb.Settings(silent=True, console="off", init_timeout=START_TIMEOUT_S)
@@ -66,24 +62,25 @@ def _start(folder: Path, config: WandbConfig, content: dict[str, Any], run_id: s
     def start(mode: Any) -> Any:
         return wandb.init(
             project=config.project,
-            name=config.name or f"{folder.parent.name}-{folder.name}",
+            name=config.name or f"{stage_dir.parent.name}-{stage_dir.name}",
             id=run_id,
             resume="allow",
             mode=mode,
-            dir=str(folder),
-            config={**content, "versions": versions()},
+            dir=str(stage_dir),
+            config=dict(content),
             settings=settings,
         )
 
     run = None
-    if config.mode == "online":
+    if config.mode != "offline":
         if not wandb.login(prompt=False, verify=False):
-            logger.warning("wandb.mode=online, but there is no account here (wandb login): logging offline")
+            logger.warning("wandb is to be online, but there is no account here (wandb login): logging offline")
         else:
             try:
                 run = start("online")
             except Exception as error:  # the service's own errors have no common class
-                logger.warning("wandb.mode=online, but there is no answer (%s): logging offline", error)
+                logger.warning("wandb is to be online, but there is no answer (%s): logging offline", error)
+                wandb.teardown()  # its helper process still holds the id for the run that did not start
     run = run or start("offline")
     run.define_metric("*", step_metric="step")
     return run

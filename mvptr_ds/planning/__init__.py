@@ -1,1 +1,1 @@
-"""Estimates what a run needs before it starts (`tools/plan_run.py`). Its files are cost, lengths, memory and plan."""
+"""Estimates what a run needs before it starts (`mvptr plan`). Its files are cost, lengths, memory and plan."""

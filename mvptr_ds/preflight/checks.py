@@ -51,6 +51,7 @@ from mvptr_ds.preflight.rank_checks import (
     run_folder,
 )
 from mvptr_ds.tasks import TASKS
+from mvptr_ds.user_io.tool_names import command
 
 logger = logging.getLogger(__name__)
 CONNECT_LIMIT_S = 180.0  # from the start of the last rank: thousands of ranks may make an NCCL communicator
@@ -195,10 +196,10 @@ def _without_index(folder: str, role: str, num_bytes: int) -> Finding:
         return Finding("shards", ERROR, str(error))
     if not os.access(folder, os.W_OK):
         text = f"{folder} ({role}) has no index, and none can be written there"
-        remedy = f"write it elsewhere with python tools/validate_shards.py {folder} --out DIR, and name DIR instead"
+        remedy = f"write it elsewhere with {command('validate')} {folder} --out DIR, and name DIR instead"
         return Finding("shards", ERROR, text, remedy)
     text = f"{folder} has no index yet: one process reads its {_size(num_bytes)} when the run starts"
-    return Finding("shards", WARNING, text, f"python tools/validate_shards.py {folder} makes it now")
+    return Finding("shards", WARNING, text, f"{command('validate')} {folder} makes it now")
 
 
 def _demo_to_be_drawn(config: Config) -> bool:

@@ -23,6 +23,7 @@ from mvptr_ds.errors import DataError
 from mvptr_ds.objectives.table import OBJECTIVES, PHRASES, REGIONS, TAGS, WORDS
 from mvptr_ds.preflight.rank_checks import ERROR, OK, WARNING, Finding
 from mvptr_ds.tasks import TASKS
+from mvptr_ds.user_io.tool_names import tool
 
 NUM_LOOKED_AT = 256  # samples of a local folder, spread evenly over it
 NUM_REMOTE, REMOTE_LIMIT_S = 32, 20.0  # the same behind a URL, where each sample may take a request
@@ -138,7 +139,7 @@ def _shares(name: str, seen: Seen, config: Config) -> Iterator[Finding]:
         remedy = "set visual.source and visual.feature_dim to what the shards hold, or give what they lack"
         yield Finding("records", ERROR, text, f"{remedy} (data.sidecars)")
     else:
-        remedy = "each is replaced by another; look at the folder with tools/validate_shards.py"
+        remedy = f"each is replaced by another; look at the folder with {tool('validate')}"
         yield Finding("records", WARNING, text, remedy)
 
 

@@ -22,12 +22,12 @@ import pytest
 import webdataset
 from PIL import Image
 
+from mvptr_ds.commands import shards as build_shards
 from mvptr_ds.data.images import decode_image
 from mvptr_ds.data.schema import parse_record
 from mvptr_ds.data.shards.index import Index
 from mvptr_ds.data.shards.tar_reader import read_record
 from tests.conftest import REPO
-from tools import build_shards
 
 TOOL = REPO / "tools/build_shards.py"
 Build = Callable[..., tuple[int, str, str]]

@@ -219,7 +219,7 @@ def test_unknown_and_missing_parsers_say_what_to_do() -> None:
     try:
         import spacy  # noqa: F401
     except ImportError:
-        with pytest.raises(DataError, match="pip install"):
+        with pytest.raises(DataError, match=r"pip install 'mvptr_ds\[spacy\]'"):
             PhraseParser("spacy")
 
 

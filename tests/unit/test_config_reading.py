@@ -287,7 +287,7 @@ def test_no_tool_takes_a_path_without_its_tilde(monkeypatch: pytest.MonkeyPatch,
     assert [str(user_path(text)) for text in ("~/a", "~", "b~/c")] == [f"{tmp_path}/a", str(tmp_path), "b~/c"]
     with pytest.raises(argparse.ArgumentTypeError, match="of a user who does not exist"):
         user_path("~nobody-here/a")
-    tools = [*(REPO / "tools").rglob("*.py"), REPO / "mvptr_ds/eval.py"]
+    tools = [*(REPO / "tools").rglob("*.py"), *(REPO / "mvptr_ds/commands").glob("*.py"), REPO / "mvptr_ds/eval.py"]
     assert [path.name for path in tools if "type=Path" in path.read_text(encoding="utf-8")] == []
 
 
@@ -324,9 +324,9 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 
 
 def choices(cls: type, prefix: str = "") -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Each key with choices, and what it may be besides null."""
+    """Each key with one choice, and what it may be besides null."""
     for key, hint in typing.get_type_hints(cls).items():
-        kinds = [hint, *typing.get_args(hint)]
+        kinds = [hint, *(typing.get_args(hint) if typing.get_origin(hint) is not list else ())]
         found = [typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is typing.Literal]
         if found:
             yield f"{prefix}{key}", found[0]

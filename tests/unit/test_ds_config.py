@@ -10,12 +10,13 @@ import pytest
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 
+from mvptr_ds import ds_config
 from mvptr_ds.builders import model_config
 from mvptr_ds.config import Config, OptimConfig, TrainConfig, load_config
 from mvptr_ds.config_reading import CONFIGS_DIR
 from mvptr_ds.data.phrases import PhraseVocab, Vocabs
 from mvptr_ds.data.wordpiece import WordPiece
-from mvptr_ds.ds_config import fill_ds_config, load_ds_config
+from mvptr_ds.ds_config import fill_ds_config, load_ds_config, packaged_ds_configs
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.objectives.pretraining import PretrainingLosses
 from mvptr_ds.tasks import TASKS
@@ -110,9 +111,9 @@ def test_precision_that_the_device_lacks_is_refused() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({}, r"zero_optimization\.stage is 0, .*ds_configs/z1\.json"),
-        ({"zero_optimization": {}}, r"zero_optimization\.stage is 0, .*ds_configs/z1\.json"),
-        ({"zero_optimization": {"stage": 0}}, r"zero_optimization\.stage is 0, .*ds_configs/z1\.json"),
+        ({}, r"zero_optimization\.stage is 0, .*--deepspeed z1"),
+        ({"zero_optimization": {}}, r"zero_optimization\.stage is 0, .*--deepspeed z1"),
+        ({"zero_optimization": {"stage": 0}}, r"zero_optimization\.stage is 0, .*--deepspeed z1"),
         ({"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}, r"no float32 weights beside those of bf16"),
         ({"zero_optimization": {"stage": 4}}, r"zero_optimization\.stage is 4; choose from 1, 2, 3"),
         ({"zero_optimization": {"stage": "2"}}, r"zero_optimization\.stage is '2'; choose from 1, 2, 3"),
@@ -129,7 +130,7 @@ def test_what_would_step_on_a_gradient_that_is_not_finite_is_refused(content: di
 
 
 def test_files(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no DeepSpeed JSON.*ds_configs/z2\.json"):
+    with pytest.raises(ValueError, match=r"no DeepSpeed JSON.*/none\.json'; the packaged ones are z1, z2,"):
         load_ds_config(tmp_path / "none.json")
     for text, part in (("{", "not JSON"), ("[1]", "list")):
         (tmp_path / "ds.json").write_text(text, encoding="utf-8")
@@ -137,6 +138,30 @@ def test_files(tmp_path: Path) -> None:
             load_ds_config(tmp_path / "ds.json")
     (tmp_path / "ds.json").write_text('{"a": 1}', encoding="utf-8")
     assert load_ds_config(tmp_path / "ds.json") == {"a": 1}
+
+
+def test_packaged_jsons_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert list(packaged_ds_configs().values()) == JSONS
+    for path in JSONS:
+        assert load_ds_config(path.stem) == load_ds_config(path.name) == load_ds_config(path)
+    with pytest.raises(ValueError, match=r"'z4'; the packaged ones are z1, z2, z2_offload, z3$"):
+        load_ds_config("z4")
+    with pytest.raises(ValueError, match=r"z3; did you mean z2\?$"):  # a path is not taken for a name
+        load_ds_config("ds_configs/z2.json")
+    (tmp_path / "z2.json").write_text('{"own": 1}', encoding="utf-8")
+    assert load_ds_config("z2.json") == {"own": 1} and load_ds_config("z2") != {"own": 1}
+
+
+def test_an_installed_package_has_its_own_jsons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the package stand before the folder beside it, which may belong to something else."""
+    for name in ("inside", "beside"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "z2.json").write_text(json.dumps({"of": name}), encoding="utf-8")
+    monkeypatch.setattr(ds_config, "_FOLDERS", (tmp_path / "inside", tmp_path / "beside"))
+    assert load_ds_config("z2") == {"of": "inside"}
+    monkeypatch.setattr(ds_config, "_FOLDERS", (tmp_path / "nowhere", tmp_path / "beside"))
+    assert load_ds_config("z2") == {"of": "beside"}
 
 
 class _Phrases(PhraseVocab):

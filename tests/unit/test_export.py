@@ -198,6 +198,18 @@ def test_forward_takes_either_or_both_and_says_what_is_missing(untrained: Untrai
             processor(text=inputs_of(untrained)["text"], phrases=given)
 
 
+def test_a_processor_is_saved_by_itself(exported: Path, untrained: Untrained, tmp_path: Path) -> None:
+    processor = MvptrProcessor.from_pretrained(exported)
+    processor.save_pretrained(tmp_path)
+    again = MvptrProcessor.from_pretrained(tmp_path)
+    given = inputs_of(untrained)
+    made, remade = processor(**given), again(**given)
+    assert made.keys() == remade.keys() and all(torch.equal(made[name], remade[name]) for name in made)
+    phrases = (exported / "phrase_vocab.json").read_bytes()
+    processor.save_pretrained(exported)
+    assert (exported / "phrase_vocab.json").read_bytes() == phrases  # with the rows, which the model needs
+
+
 def test_the_published_names(untrained: Untrained) -> None:
     out = untrained.folder.parent / "published"
     if untrained.config.visual.source == "image":

@@ -20,6 +20,7 @@ from mvptr_ds.evaluation.grounding import list_phrases, similarities
 from mvptr_ds.evaluation.retrieval import rerank, score_pairs
 from mvptr_ds.inference import Picture, TrainedModel
 from tests.conftest import REPO
+from tests.support.tiny_detector import save_detector
 from tests.support.untrained_folder import Untrained, untrained_folder
 
 CPU = torch.device("cpu")
@@ -188,6 +189,47 @@ def test_a_picture_may_be_given_in_many_ways(tmp_path: Path, tmp_path_factory: p
     assert len(grid) == 9 and grid[0] == pytest.approx((0, 0, 20, 40 / 3), abs=1e-3)
     found = TrainedModel(model.model, model.vocabs, model.config, model.samples.find_phrases, detector)
     assert found.ground(image, "a dog", [("dog",)])[0].boxes == [pytest.approx((1, 2, 30, 20), abs=1e-4)]
+
+
+@pytest.mark.parametrize("source", ["image", "features"])
+def test_a_detector_finds_the_regions_that_are_not_given(source: str, tmp_path: Path) -> None:
+    untrained_folder(tmp_path, source)
+    name = str(save_detector("detr", tmp_path / "detector"))
+    if source == "features":  # the detector's states are of another size than the model's features
+        model = mvptr_ds.load(tmp_path / "model", device="cpu", detector=name)
+        with pytest.raises(ValueError, match="region features have 16 numbers, this model takes 5"):
+            model.embed_image(Image.new("RGB", (64, 48), "grey"))
+        return
+    model, plain = (mvptr_ds.load(tmp_path / "model", device="cpu", detector=d) for d in (name, None))
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8))
+    found = model.samples.find_regions(picture)  # type: ignore[misc]
+    assert len(found.boxes) == len(found.tags) > 0 and set(found.tags) <= {"dog", "traffic light", "cabinet", ""}
+    boxes = model.ground(picture, "a dog", [("dog",)])[0].boxes
+    assert boxes == [pytest.approx(box, abs=1e-3) for box in found.boxes]
+    assert not torch.allclose(model.embed_image(picture), plain.embed_image(picture))
+    given = plain.embed_image(Picture(picture, found.boxes, found.tags))
+    torch.testing.assert_close(model.embed_image(picture), given)
+
+
+def test_a_long_text_is_cut_and_that_is_said(image_model: TrainedModel, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING"):
+        both = image_model.embed_text(["dog " * 33, "dog " * 50], phrases=[[], []])
+    assert torch.equal(both[0], both[1])
+    assert caplog.text.count("a text is cut to 33 of its 50 wordpieces: 'dog dog") == 1
+
+
+def test_a_model_of_the_hub_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a network: what the hub's own function would have put on the disk."""
+    untrained_folder(tmp_path, "image")
+    asked = {}
+
+    def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked[name] = (revision, allow_patterns)
+        return str(tmp_path / "model")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert mvptr_ds.load("me/model", device="cpu", revision="v1").embed_text("a dog").shape == (1, 16)
+    assert asked == {"me/model": ("v1", ["*.json", "*.txt", "*.yaml", "*.safetensors"])}
 
 
 def detector(image: Image.Image) -> Picture:

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from mvptr_ds.config import Config, WandbConfig, WeightsConfig
+from mvptr_ds.config import Config, WeightsConfig
 from mvptr_ds.data.collate import collate
 from mvptr_ds.monitoring.meters import Meters
 from mvptr_ds.monitoring.metrics import MetricsLog
-from mvptr_ds.monitoring.wandb_run import WandbRun
+from mvptr_ds.monitoring.trackers import Trackers
 from mvptr_ds.objectives.losses import LossSum
 from mvptr_ds.objectives.pretraining import PretrainingLosses
 from mvptr_ds.objectives.stages import STAGES
@@ -35,7 +35,7 @@ VALUES = {
 
 
 def log_in(folder: Path, resumed_at: int = 0) -> MetricsLog:
-    return MetricsLog(folder, resumed_at, WandbConfig(), {})
+    return MetricsLog(folder, resumed_at, Config())
 
 
 def part(total: float, count: float) -> LossSum:
@@ -128,7 +128,7 @@ def test_an_objective_without_targets_is_a_dash_and_is_named_once(
 ) -> None:
     """Through a real task whose samples have no tag; one that had some before is not said to have nothing to learn."""
     sent: list[dict[str, Any]] = []
-    monkeypatch.setattr(WandbRun, "log", lambda self, step, values: sent.append(values))
+    monkeypatch.setattr(Trackers, "log", lambda self, step, values: sent.append(values))
     weights, config = Config().stage1.weights, Config().task
     task = PretrainingLosses(
         tiny_model(), STAGES["stage1"], weights, config, max_text_slots=TEXT_SLOTS, max_steps=9, seed=0

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
+import mvptr_ds
 from mvptr_ds.config import load_config, override_config
 from tests.conftest import REPO
 
@@ -50,7 +51,7 @@ def test_it_is_short() -> None:
 
 def test_every_section_is_there_in_its_order() -> None:
     assert re.findall(r"^## (.*)$", README, re.MULTILINE) == [
-        "Install", "Quick start", "Your own data", "Train, evaluate, use", "On a cluster", "Results",
+        "Install", "Quick start", "Your own data", "Train and evaluate", "Use the model", "On a cluster", "Results",
         "The published code", "Layout", "Citation",
     ]  # fmt: skip
 
@@ -190,7 +191,7 @@ def test_the_rows_of_the_demos_table_are_those_of_the_evaluation() -> None:
 def test_the_citation_can_be_read() -> None:
     cff = yaml.safe_load((REPO / "CITATION.cff").read_text(encoding="utf-8"))
     assert {"cff-version", "message", "title", "authors"} <= cff.keys()
-    assert str(cff["version"]) in (REPO / "setup.py").read_text(encoding="utf-8")
+    assert cff["version"] == mvptr_ds.__version__
     for author in cff["preferred-citation"]["authors"]:
         assert f"{author['given-names']} {author['family-names']}" in README
 

@@ -521,7 +521,7 @@ def test_parquet(tmp_path: Path) -> None:
 
 def test_parquet_without_pyarrow_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    with pytest.raises(DataError, match="pip install pyarrow"):
+    with pytest.raises(DataError, match=r"pip install 'mvptr_ds\[parquet\]'"):
         read(read_parquet, tmp_path / "a.parquet", "file", "text")
 
 

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from mvptr_ds.commands import shards as build_shards
 from mvptr_ds.user_io.terminal import accept_any_text
 from tests.conftest import REPO
-from tools import build_shards
 
 SCRIPTS = [
     path
     for path in sorted([*REPO.glob("tools/**/*.py"), *REPO.glob("mvptr_ds/**/*.py")])
-    if "__name__" in path.read_text(encoding="utf-8") and "def main(" in path.read_text(encoding="utf-8")
+    if ("__name__" in path.read_text(encoding="utf-8") or path.parent.name == "commands")
+    and "def main(" in path.read_text(encoding="utf-8")
 ]
 
 
@@ -58,4 +59,4 @@ def test_every_script_begins_with_it(script: Path) -> None:
 
 
 def test_the_scripts_are_found() -> None:
-    assert len(SCRIPTS) >= 21 and {"train.py", "eval.py", "build_shards.py"} <= {path.name for path in SCRIPTS}
+    assert len(SCRIPTS) >= 21 and {"train.py", "eval.py", "shards.py", "mvptr.py"} <= {path.name for path in SCRIPTS}

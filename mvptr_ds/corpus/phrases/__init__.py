@@ -1,4 +1,4 @@
-"""Writes sidecars of phrases for tools/extract_phrases.py, and counts phrases for tools/build_vocab.py.
+"""Writes sidecars of phrases for `mvptr phrases`, and counts phrases for `mvptr vocab`.
 
 The parser that finds the phrases is in corpus/concepts/.
 """

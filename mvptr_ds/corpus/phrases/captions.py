@@ -1,7 +1,7 @@
 """Reads captions with their phrases from records, sidecars and JSON lines.
 
     a folder of tars   the captions of its records, or of a sidecar's entries
-    NAME.jsonl         what tools/extract_phrases.py writes: {"caption": "A dog.", "phrases": [{"tuple": ["dog"],
+    NAME.jsonl         what `mvptr phrases` writes: {"caption": "A dog.", "phrases": [{"tuple": ["dog"],
                        "spans": [[2, 5]]}]} or {"captions": [{"text": "A dog.", "phrases": [...]}, ...]} a line
 
 An input is cut into parts, a tar or some lines each, which processes share.
@@ -21,6 +21,7 @@ from mvptr_ds.data.shards.index_builder import ensure_index
 from mvptr_ds.data.shards.index_format import MANIFEST_NAME
 from mvptr_ds.data.shards.tar_reader import check_member, iter_members, split_name
 from mvptr_ds.errors import DataError
+from mvptr_ds.user_io.tool_names import tool
 
 UNREADABLE_RECORD = "the record cannot be read"
 _UNREADABLE_LINE = "the line cannot be read"
@@ -79,7 +80,7 @@ def _tars(folder: Path) -> list[Part]:
 
 def _line_ranges(path: Path) -> list[Part]:
     if path.suffix != ".jsonl" or not path.is_file():
-        raise DataError(f"{path} is neither a folder of shards nor a .jsonl file; give what extract_phrases.py wrote")
+        raise DataError(f"{path} is neither a folder of shards nor a .jsonl file; give what {tool('phrases')} wrote")
     size = path.stat().st_size
     parts = []
     with open(path, "rb") as lines:
@@ -127,7 +128,7 @@ def read_entries(tar: Path, summary: Summary) -> Iterator[tuple[str, Record | Si
                     continue
                 yield key, entry
         except DataError as error:
-            raise DataError(f"{tar}: {error}; tools/validate_shards.py says more") from error
+            raise DataError(f"{tar}: {error}; {tool('validate')} says more") from error
 
 
 def _read_lines(part: Part, summary: Summary) -> Iterator[Caption]:

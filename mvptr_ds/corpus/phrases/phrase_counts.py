@@ -25,6 +25,7 @@ from mvptr_ds.corpus.resumable_jobs import Summary, run_units
 from mvptr_ds.data.phrases import KINDS, PhraseTuple
 from mvptr_ds.errors import DataError
 from mvptr_ds.user_io.atomic import replacing
+from mvptr_ds.user_io.tool_names import tool
 
 MAX_IN_MEMORY = 200_000  # phrases of a process: some 60 MB
 _MAX_OPEN_RUNS = 128
@@ -184,7 +185,7 @@ def count_corpus(
     if not any(summary.counts[kind] for kind in KINDS.values()):
         raise DataError(
             f"the {summary.counts['captions']} captions of {', '.join(map(str, paths))} have no phrases; find them "
-            "with tools/extract_phrases.py and give what it wrote"
+            f"with {tool('phrases')} and give what it wrote"
         )
     if not kept:
         raise DataError(

@@ -1,1 +1,1 @@
-"""Writes an HTML page of records and their statistics, for tools/preview_shards.py."""
+"""Writes an HTML page of records and their statistics, for `mvptr preview`."""

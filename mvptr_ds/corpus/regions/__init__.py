@@ -1,1 +1,1 @@
-"""Writes sidecars of boxes, tags and region features, for tools/extract_regions.py and tools/import_vinvl.py."""
+"""Writes sidecars of boxes, tags and region features, for `mvptr regions` and `mvptr import-vinvl`."""

@@ -1,1 +1,1 @@
-"""Reads annotation formats for tools/build_shards.py: each reader yields `rows.Row` and counts what it cannot read."""
+"""Reads annotation formats for `mvptr shards`: each reader yields `rows.Row` and counts what it cannot read."""

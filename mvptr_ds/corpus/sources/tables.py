@@ -79,7 +79,8 @@ def read_parquet(source: Path, image_column: str, caption_column: str, summary: 
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise DataError(f"reading Parquet needs pyarrow ({error}); pip install pyarrow, or convert to JSONL") from error
+        remedy = "pip install 'mvptr_ds[parquet]', or convert to JSONL"
+        raise DataError(f"reading Parquet needs pyarrow ({error}); {remedy}") from error
     if not source.is_file():
         raise DataError(f"{source} is not a file; give the Parquet file")
     try:

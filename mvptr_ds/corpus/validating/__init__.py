@@ -1,1 +1,1 @@
-"""Checks every byte of shards and sidecars, and rescues what is sound, for tools/validate_shards.py."""
+"""Checks every byte of shards and sidecars, and rescues what is sound, for `mvptr validate`."""

@@ -36,6 +36,7 @@ from mvptr_ds.data.shards.storage import LOCAL, Files, open_files
 from mvptr_ds.data.shards.tar_reader import read_keyed_record, read_record, record_key
 from mvptr_ds.data.shards.urls import ReadOptions, is_url
 from mvptr_ds.errors import DataError
+from mvptr_ds.user_io.tool_names import tool
 
 if TYPE_CHECKING:  # it imports fsspec, which local shards do without
     from mvptr_ds.data.shards.remote import RemoteFiles
@@ -129,6 +130,10 @@ class SampleIndex(PicklesWithoutCaches, ABC):
     @abstractmethod
     def describe(self, place: RecordLocation) -> tuple[Record, Collection[str]]:
         """Reads the record at a location, and the extensions of its members but not their content; raises as `read`."""
+
+    @abstractmethod
+    def region_extractors(self) -> set[str]:
+        """Returns what made the regions and features that are read, as `name version`; empty where there are none."""
 
     @abstractmethod
     def key_hashes(self) -> np.ndarray:
@@ -291,6 +296,9 @@ class Index(SampleIndex):
         """Returns the ranges of the record at a location that are not on this machine."""
         return [] if self._remote is None else [ByteRange(self._remote, *place[:3])]
 
+    def region_extractors(self) -> set[str]:
+        return set(self.extractors) if "regions" in self.holds or "npy" in self.holds else set()
+
     def key_hashes(self) -> np.ndarray:
         return np.array(self._rows["key_hash"])
 
@@ -311,5 +319,5 @@ def _fetch(url: str, options: ReadOptions) -> Path:
     except OSError as error:
         raise DataError(
             f"cannot fetch the index of {url}: {error}; manifest.json and index.npy must lie beside the shards "
-            "(tools/validate_shards.py writes them where the shards are made)"
+            f"({tool('validate')} writes them where the shards are made)"
         ) from error

@@ -51,6 +51,7 @@ from mvptr_ds.data.shards.urls import ReadOptions, is_url
 from mvptr_ds.errors import DataError
 from mvptr_ds.user_io.atomic import replacing
 from mvptr_ds.user_io.progress import progress_bar
+from mvptr_ds.user_io.tool_names import command
 
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 _MAX_TAGS = 5_000
@@ -75,7 +76,7 @@ def where_tars_are(folder: str | Path) -> str:
 
 def use_build_shards(folder: str | Path) -> str:
     """Says what to do about tars of img2dataset."""
-    return f"python tools/build_shards.py img2dataset {folder} --out DIR makes shards of such tars"
+    return f"{command('shards')} img2dataset {folder} --out DIR makes shards of such tars"
 
 
 def is_img2dataset(extensions: Collection[str], content: bytes | None) -> bool:
@@ -163,7 +164,7 @@ def not_writable(folder: Path, out: Path, error: OSError, role: str = "") -> str
     """Returns the message that an index of `folder` may not be written into `out`."""
     return (
         f"the index of {_named(folder, role)} cannot be written into {out} ({error.strerror}): write it elsewhere with "
-        f"python tools/validate_shards.py {folder} --out DIR, and name DIR in place of {folder}"
+        f"{command('validate')} {folder} --out DIR, and name DIR in place of {folder}"
     )
 
 

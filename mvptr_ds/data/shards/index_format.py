@@ -14,10 +14,12 @@ from typing import BinaryIO
 
 import numpy as np
 
+from mvptr_ds.user_io.tool_names import tool
+
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.npy"
 INDEX_VERSION = 3
-REBUILD = "rebuild the index with tools/validate_shards.py"  # the remedy that messages name
+REBUILD = f"rebuild the index with {tool('validate')}"  # the remedy that messages name
 
 RECORDS, SIDECAR = "records", "sidecar"  # kinds of folders
 UNNAMED_EXTRACTOR = "an unnamed extractor"  # of regions or features that name none

@@ -97,7 +97,8 @@ def _file_system(url: str) -> tuple[Any, str]:
     try:
         return fsspec.url_to_fs(url)
     except ImportError as error:
-        raise LastingError(f"reading it needs another package ({error}): pip install it") from error
+        remedy = "pip install 'mvptr_ds[remote]'" if _is_http(url) else "pip install it"
+        raise LastingError(f"reading it needs another package ({error}): {remedy}") from error
 
 
 def _retried(path: str, options: ReadOptions, get: Callable[[], T]) -> T:

@@ -110,8 +110,8 @@ def visual_extractors(main: Index, sidecars: Sequence[Index], num_missing: Seque
     """
     found: set[str] = set()
     for index, missing in [*zip(reversed(sidecars), reversed(num_missing), strict=True), (main, 0)]:
-        if "regions" in index.holds or "npy" in index.holds:
-            found |= set(index.extractors)
+        if of_index := index.region_extractors():
+            found |= of_index
             if not missing:
                 break
     return found
@@ -303,6 +303,9 @@ class JoinedIndex(SampleIndex):
         partners = self._rows["partners"][record].tolist()
         pairs = zip(self.sidecars, partners, strict=True)
         return [(sidecar, sidecar.place(partner)) for sidecar, partner in pairs if partner != NO_PARTNER]
+
+    def region_extractors(self) -> set[str]:
+        return visual_extractors(self.main, self.sidecars, [0] * len(self.sidecars))
 
     def key_hashes(self) -> np.ndarray:
         return self.main.key_hashes()[self._rows["record"]]

@@ -48,7 +48,7 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Runs the command that the first argument names, and returns its exit status. Only its modules are imported."""
     accept_any_text()
-    lines = [f"  {name:<14}{command.purpose}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<16}{command.purpose}" for name, command in COMMANDS.items()]
     parser = argparse.ArgumentParser(
         prog="mvptr",
         description=__doc__,

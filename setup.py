@@ -33,6 +33,7 @@ EXTRAS = {
         *TENSORBOARD,
         "pytest>=8",
         "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",  # unit tests on two cores take half the time; kept by pytest's own people
         "hypothesis>=6.100",  # fuzzing
         "psutil>=5.9",  # tests that end processes look whether they are gone
         "pyarrow>=15",  # the tests of Parquet

@@ -132,21 +132,23 @@ def test_a_start_without_a_checkpoint_drops_what_was_there(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("overrides", "names"),
     [
-        ([], set()),
-        (["wandb.mode=offline"], {"wandb_id", "wandb"}),  # as before there was train.report_to
-        (["train.report_to=tensorboard"], {"tensorboard"}),
-        (["train.report_to=[wandb]"], {"wandb_id", "wandb"}),
-        (["train.report_to=[wandb,tensorboard]", "wandb.mode=disabled"], {"tensorboard"}),
+        ([], ()),
+        (["wandb.mode=offline"], ("wandb", "wandb_id")),  # as before there was train.report_to
+        (["train.report_to=tensorboard"], ("tensorboard",)),
+        (["train.report_to=[wandb]"], ("wandb", "wandb_id")),
+        (["train.report_to=[wandb,tensorboard]", "wandb.mode=disabled"], ("tensorboard",)),
     ],
     ids=str,
 )
-def test_who_is_named(overrides: list[str], names: set[str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_who_is_named(
+    overrides: list[str], names: tuple[str, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     stage_dir = tmp_path / "run/stage1"
     stage_dir.mkdir(parents=True)
     trackers = open_trackers(stage_dir, load_config(None, overrides), 0)
     trackers.log(1, {"a": 1.0})
     trackers.close()
-    assert {path.name for path in stage_dir.iterdir()} == names
+    assert {path.name for path in stage_dir.iterdir()} == set(names)
     assert ("nothing goes there" in caplog.text) == ("wandb.mode=disabled" in overrides)
     assert ("no account here" in caplog.text) == (overrides == ["train.report_to=[wandb]"])
 

@@ -1,0 +1,19 @@
+#!/usr/bin/env python3
+"""Shows what a trained model finds in the browser; the command itself is mvptr_ds/commands/demo_page.py."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if __name__ == "__main__":
+    from mvptr_ds.user_io.signals import end_on_interrupt
+
+    end_on_interrupt()
+
+from mvptr_ds.commands.demo_page import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import signal
 import sys
@@ -32,14 +33,21 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("run", type=user_path, metavar="RUN", help="run, stage folder, checkpoint or model folder")
     parser.add_argument("--held-out", metavar="FOLDER", help="shards to show (default: data.held_out of the run)")
+    parser.add_argument("--sidecars", nargs="+", default=[], metavar="FOLDER", help="sidecars of --held-out")
     parser.add_argument(
-        "--num", type=whole_number(1), default=500, metavar="N", help="pictures to search at most (default: %(default)s)"
+        "--num",
+        type=whole_number(1),
+        default=500,
+        metavar="N",
+        help="pictures to search at most (default: %(default)s)",
     )
     parser.add_argument(
         "--port", type=whole_number(1, 65535), help="where the page listens (default: the first free one from 7860)"
     )
     parser.add_argument("--detector", metavar="NAME", help="folder or hub name of what finds regions in uploads")
     args = parser.parse_args(argv)
+    if args.sidecars and args.held_out is None:
+        parser.error("--sidecars are those of --held-out FOLDER, which is not given")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     # torch and transformers take seconds to import, which --help and wrong usage need not wait for
     from mvptr_ds.config import override_config
@@ -53,14 +61,20 @@ def main(argv: list[str] | None = None) -> int:
     try:
         import_gradio()  # before the minutes that encoding may take
         trained = load(args.run, detector=args.detector)
-        overrides = [] if args.held_out is None else [f"data.held_out={args.held_out}", "data.held_out_sidecars=[]"]
+        overrides = (
+            []
+            if args.held_out is None
+            else [f"data.held_out={args.held_out}", f"data.held_out_sidecars={json.dumps(args.sidecars)}"]
+        )
         data = override_config(trained.config, overrides).data
         with tempfile.TemporaryDirectory(prefix="mvptr-joins-") as joins:
-            held_out = read_held_out(open_held_out(data, Path(joins)), args.num)
+            held_out = read_held_out(
+                open_held_out(data, Path(joins)), args.num, trained.config.visual.source == "features"
+            )
         answers = Answers(trained, held_out)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: ended.set())
-        with served(answers, f"{args.run}", args.port) as address:
+        with served(answers, str(args.run), args.port) as address:
             sys.stdout.write(f"{len(answers.held_out)} held-out pictures: {address} (Ctrl-C ends it)\n")
             sys.stdout.flush()
             ended.wait()

@@ -72,8 +72,11 @@ class ReadOut(NamedTuple):
         return int(self.second > self.first)
 
 
-def read_held_out(index: SampleIndex, num: int) -> list[HeldOut]:
+def read_held_out(index: SampleIndex, num: int, with_features: bool) -> list[HeldOut]:
     """Reads the first `num` records of a split. A record that cannot be read is left out, and the log says why.
+
+    Args:
+        with_features: whether the model reads region features.
 
     Raises:
         DataError: none can be read.
@@ -82,7 +85,7 @@ def read_held_out(index: SampleIndex, num: int) -> list[HeldOut]:
     for number in progress_bar(range(min(num, index.num_records)), desc="read pictures", leave=False):
         try:
             record, members = index.read(index.place(number))
-            features_RF = read_features(members, len(record.regions), None) if "npy" in members else None
+            features_RF = read_features(members, len(record.regions), None) if with_features else None
         except DataError as error:
             problem = f"held-out record {number} is left out: {error}"
             logger.warning("%s", problem)
@@ -91,7 +94,7 @@ def read_held_out(index: SampleIndex, num: int) -> list[HeldOut]:
         boxes = [region.box for region in record.regions] or None
         tags = [region.tag for region in record.regions] or None
         size = record.width, record.height
-        picture = Picture(content, boxes, tags, None if boxes is None else features_RF, size)
+        picture = Picture(content, boxes, tags, features_RF, size)
         out.append(HeldOut(picture, tuple(caption.text for caption in record.captions)))
     if not out:
         raise DataError(f"no held-out picture can be shown; {problem or 'the split is empty'}")
@@ -179,7 +182,11 @@ class Answers:
         out = [ReadOut("cosine of the global states", *cosines), ReadOut("matching (ITM), probability", *match)]
         for states, where in (("uni", "uni-modal states"), ("cross", "cross states")):
             means, notes = zip(*(self._mean_of_best(picture, caption, states) for caption in captions), strict=True)
-            out.append(ReadOut(f"mean over phrases of the best region, {where}", *means, next(filter(None, notes), "")))
+            out.append(
+                ReadOut(
+                    f"mean over phrases of the best region, {where}", means[0], means[1], next(filter(None, notes), "")
+                )
+            )
         return out
 
     def _mean_of_best(self, picture: Picture, caption: str, states: str) -> tuple[float | None, str]:
@@ -221,10 +228,10 @@ def checked(sentence: Any) -> str:
 
 
 def swap_words(sentence: str, phrases: Sequence[Phrase]) -> str:
-    """Swaps the first two attributes that differ, else the first two nouns; else returns the sentence."""
+    """Swaps the first two attributes that differ, or nouns with attributes, or nouns; returns the new sentence."""
     nouns = {span for phrase in phrases if len(phrase.tuple) == 1 for span in phrase.spans}
-    attributes = {span for phrase in phrases if len(phrase.tuple) == 2 for span in phrase.spans} - nouns
-    for spans in (sorted(attributes), sorted(nouns)):
+    described = {span for phrase in phrases if len(phrase.tuple) == 2 for span in phrase.spans}
+    for spans in (sorted(described - nouns), sorted(described & nouns), sorted(nouns)):
         for begin, end in spans[:1]:
             for other, last in spans[1:]:
                 one, two = sentence[begin:end], sentence[other:last]
@@ -239,4 +246,6 @@ def _content(path: Path) -> bytes:
             raise DataError(f"the file is larger than {MAX_UPLOAD_BYTES // 2**20} MiB")
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"the upload cannot be read ({error.strerror}): upload a {', '.join(STORED_FORMATS)} file") from error
+        raise DataError(
+            f"the upload cannot be read ({error.strerror}): upload a {', '.join(STORED_FORMATS)} file"
+        ) from error

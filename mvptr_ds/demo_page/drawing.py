@@ -126,7 +126,8 @@ def grounding(picture: Picture, sentence: str, found: Sequence[Grounding]) -> Ma
     scores = [_scores(p, one, boxes, sheet) for p, one in enumerate(shown)]
     chips = [
         _filled(
-            '<li tabindex="0" class="mv-chip mv-p{}" style="border-color: {}"><i style="background: {}"></i>{} <b>{}</b></li>',
+            '<li tabindex="0" class="mv-chip mv-p{}" style="border-color: {}">'
+            '<i style="background: {}"></i>{} <b>{}</b></li>',
             *(p, _colour(p), _colour(p), name, f"{one.score:.2f}"),
         )
         for p, (name, one) in enumerate(zip(names, shown, strict=True))
@@ -147,7 +148,9 @@ def search(result: Search, held_out: Sequence[HeldOut]) -> Markup:
     return _filled(
         '<div class="mv-columns">{}</div>',
         _joined(
-            _filled("<section><h3>{}</h3><ol>{}</ol></section>", head, _joined(_hit(one, unit, held_out) for one in found))
+            _filled(
+                "<section><h3>{}</h3><ol>{}</ol></section>", head, _joined(_hit(one, unit, held_out) for one in found)
+            )
             for head, unit, found in columns
         ),
     )
@@ -213,7 +216,7 @@ def _colour(phrase: int) -> str:
 
 
 def _number(score: float | None) -> str:
-    return "none" if score is None else f"{score:.3f}"
+    return "none" if score is None else f"{score:.4f}"
 
 
 def _more(num: int, what: str) -> str:
@@ -255,7 +258,7 @@ def _best_boxes(found: Sequence[Grounding], names: Sequence[str], sheet: Sheet) 
     seen: dict[Box, int] = {}
     out = []
     for p, (one, name, (label, _)) in enumerate(zip(found, names, labels, strict=True)):
-        inset = 4 * seen.get(one.box, 0)  # phrases of one region lie inside each other
+        inset = 4.0 * seen.get(one.box, 0)  # phrases of one region lie inside each other
         seen[one.box] = seen.get(one.box, 0) + 1
         x1, y1, x2, y2 = places[p]
         inset = min(inset, (x2 - x1) / 3, (y2 - y1) / 3)

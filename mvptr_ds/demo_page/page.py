@@ -84,14 +84,18 @@ def served(answers: Answers, title: str, port: int | None) -> Iterator[str]:
 def build_page(answers: Answers, title: str) -> Any:
     """Returns the page, `gradio.Blocks`, not yet served."""
     gr = import_gradio()
-    options = {"api_visibility": "private", "concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal"}
-    with gr.Blocks(title=shortened(readable(title), 80), analytics_enabled=False) as page:
+    options = {
+        "api_visibility": "private",
+        "concurrency_id": "model",
+        "concurrency_limit": 1,
+        "show_progress": "minimal",
+    }
+    with gr.Blocks(title=shortened(readable(title), 80), analytics_enabled=False, fill_width=True) as page:
         gr.HTML(_heading(answers, title))
         with_tags = gr.Checkbox(True, label="Tags: the model reads the object tags of the regions", elem_id="tags")
         with gr.Tab("Search"):
-            with gr.Row():
-                wanted = _textbox(gr, "A sentence", "search-text", scale=4)
-                find = gr.Button("Search", variant="primary", elem_id="search", scale=1)
+            wanted = _textbox(gr, "A sentence", "search-text")
+            find = gr.Button("Search", variant="primary", elem_id="search")
             hits = gr.HTML(elem_id="hits")
         with gr.Tab("One picture", elem_id="one-picture"), gr.Row():
             with gr.Column(scale=2):
@@ -100,7 +104,7 @@ def build_page(answers: Answers, title: str) -> Any:
                     label="or your own: JPEG, PNG or WebP",
                     file_types=_SUFFIXES,
                     type="filepath",
-                    height=110,
+                    height=150,
                     elem_id="upload",
                 )
                 chosen = gr.HTML(elem_id="chosen")
@@ -119,28 +123,32 @@ def build_page(answers: Answers, title: str) -> Any:
                     masked = _textbox(gr, "A sentence with [MASK]", "mask-text")
                     fill = gr.Button("Fill", variant="primary", elem_id="fill")
                     filled = gr.HTML(elem_id="filled")
-        picture, texts, answer = [number, upload, with_tags], [sentence, first, second, masked], [grounded, compared, filled]
+        picture, texts, answer = (
+            [number, upload, with_tags],
+            [sentence, first, second, masked],
+            [grounded, compared, filled],
+        )
 
         @_in_words
-        def show_found(text: str, tags: bool) -> str:
+        def show_found(text: str, tags: bool) -> Markup:
             return drawing.search(answers.search(text, tags), answers.held_out)
 
         @_in_words
-        def show_chosen(number: int | None, upload: str | None, tags: bool) -> str:
+        def show_chosen(number: int | None, upload: str | None, tags: bool) -> Markup:
             return drawing.chosen(answers.picture(number, upload, tags))
 
         @_in_words
-        def show_grounded(number: int | None, upload: str | None, tags: bool, text: str, states: str) -> str:
+        def show_grounded(number: int | None, upload: str | None, tags: bool, text: str, states: str) -> Markup:
             seen = answers.picture(number, upload, tags)
             return drawing.grounding(seen, checked(text), answers.ground(seen, text, _STATES[states]))
 
         @_in_words
-        def show_compared(number: int | None, upload: str | None, tags: bool, one: str, two: str) -> str:
+        def show_compared(number: int | None, upload: str | None, tags: bool, one: str, two: str) -> Markup:
             read_outs = answers.compare(answers.picture(number, upload, tags), one, two)
             return drawing.comparison(read_outs, checked(one), checked(two))
 
         @_in_words
-        def show_filled(number: int | None, upload: str | None, tags: bool, text: str) -> str:
+        def show_filled(number: int | None, upload: str | None, tags: bool, text: str) -> Markup:
             return drawing.filled_masks(answers.fill(answers.picture(number, upload, tags), text))
 
         def propose(number: int | None) -> list[str]:
@@ -180,21 +188,25 @@ def _in_words(answer: Callable[..., Markup]) -> Callable[..., str]:
 
 def _heading(answers: Answers, title: str) -> str:
     num = len(answers.held_out)
-    nothing = "" if answers.has_pictures else " These shards hold features alone, no pictures: boxes stand on a plain sheet."
-    heading = Markup("<h2>{}</h2><p class='mv-note'>{} held-out pictures.{}</p>").format(readable(title), num, nothing)
+    nothing = (
+        "" if answers.has_pictures else " These shards hold features alone, no pictures: boxes stand on a plain sheet."
+    )
+    heading = Markup("<h2 class='mv-heading'>{}</h2><p class='mv-note'>{} held-out pictures.{}</p>").format(
+        readable(title), num, nothing
+    )
     return str(heading)
 
 
 def _choices(answers: Answers) -> list[tuple[str, int]]:
     """Returns what the list of held-out pictures says, and the number of each."""
     return [
-        (f"{number}: {shortened(readable(one.captions[0]), 90) if one.captions else 'no caption'}", number)
+        (f"{number}: {shortened(readable(one.captions[0]), 40) if one.captions else 'no caption'}", number)
         for number, one in enumerate(answers.held_out)
     ]
 
 
-def _textbox(gr: Any, label: str, name: str, **options: Any) -> Any:
-    return gr.Textbox(label=label, elem_id=name, max_length=MAX_SENTENCE_CHARS, lines=1, **options)
+def _textbox(gr: Any, label: str, name: str) -> Any:
+    return gr.Textbox(label=label, elem_id=name, max_length=MAX_SENTENCE_CHARS, lines=1)
 
 
 class _Policy:

@@ -72,7 +72,9 @@ class Tab:
         """Waits until an expression is true, and returns its value."""
         ends = time.monotonic() + limit_s
         while not (value := self.run(condition)):
-            assert time.monotonic() < ends, f"still not: {condition}; the page says {self.run('document.body.innerText')}"
+            assert time.monotonic() < ends, (
+                f"still not: {condition}; the page says {self.run('document.body.innerText')}"
+            )
             time.sleep(0.1)
         return value
 
@@ -127,9 +129,7 @@ class Tab:
 
     def screenshot(self, path: Path, width: int, height: int) -> None:
         """Writes what is seen as a PNG."""
-        self.send(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
-        )
+        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         time.sleep(0.5)
         path.write_bytes(base64.b64decode(self.send("Page.captureScreenshot")["data"]))
 

@@ -156,16 +156,17 @@ def build_page(answers: Answers, title: str) -> Any:
             caption = captions[0][:MAX_SENTENCE_CHARS] if captions else ""
             return [caption, caption, answers.swapped(caption), answers.masked(caption)] if caption else [""] * 4
 
-        def on(events: list[Any], do: Callable[..., Any], inputs: list[Any], outputs: Any) -> Any:
-            return gr.on(events, do, inputs, outputs, **options)
+        def on(events: list[Any], do: Callable[..., Any], inputs: list[Any], outputs: Any) -> None:
+            # of events that come while one is answered, the last counts
+            gr.on(events, do, inputs, outputs, trigger_mode="always_last", **options)
 
         on([find.click, wanted.submit], show_found, [wanted, with_tags], hits)
         on([ground.click, sentence.submit], show_grounded, [*picture, sentence, states], grounded)
         on([compare.click, first.submit, second.submit], show_compared, [*picture, first, second], compared)
         on([fill.click, masked.submit], show_filled, [*picture, masked], filled)
         # another picture: its captions are proposed, what was said of the last one goes, and an upload gives way
-        on([number.input], lambda: (None, "", "", ""), [], [upload, *answer])
-        on([number.input, page.load], propose, [number], texts)
+        on([number.select], lambda: (None, "", "", ""), [], [upload, *answer])
+        on([number.select, page.load], propose, [number], texts)
         on([page.load, number.change, upload.change, with_tags.change], show_chosen, picture, chosen)
         on([upload.change, with_tags.change], lambda: ("", "", "", ""), [], [hits, *answer])
     return page

@@ -20,8 +20,17 @@ from mvptr_ds.data.shards.index_builder import ensure_index
 from mvptr_ds.data.shards.writer import write_shards
 from mvptr_ds.demo_page import answers as answers_module
 from mvptr_ds.demo_page import drawing
-from mvptr_ds.demo_page.answers import MAX_SENTENCE_CHARS, Answers, Found, HeldOut, ReadOut, Search, read_held_out
-from mvptr_ds.demo_page.answers import swap_words, without_tags
+from mvptr_ds.demo_page.answers import (
+    MAX_SENTENCE_CHARS,
+    Answers,
+    Found,
+    HeldOut,
+    ReadOut,
+    Search,
+    read_held_out,
+    swap_words,
+    without_tags,
+)
 from mvptr_ds.demo_page.page import _in_words, import_gradio
 from mvptr_ds.errors import DataError
 from mvptr_ds.inference import Grounding, Picture, TrainedModel

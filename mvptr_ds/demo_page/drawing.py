@@ -24,7 +24,7 @@ from mvptr_ds.inference.pictures import rgb_of
 
 COLOURS = ("#c2352b", "#1d66b8", "#2c7a3d", "#8341ad", "#b35900", "#00767f", "#b0186a", "#6b5200")
 MAX_PHRASES, MAX_REGIONS = 24, 100  # of one drawing; the rest is counted
-_DRAWING_SIZE, _THUMBNAIL_SIZE = 640, 200  # pixels and units of the longer side
+_DRAWING_SIZE, _THUMBNAIL_SIZE = 520, 200  # pixels and units of the longer side
 _JPEG_QUALITY = 85
 _MAX_WORDS = 60  # characters of a tag or a word
 
@@ -251,12 +251,12 @@ def _rectangle(box: Box, sheet: Sheet, options: str = "") -> Markup:
 
 
 def _best_boxes(found: Sequence[Grounding], names: Sequence[str], sheet: Sheet) -> list[Markup]:
-    """Returns the best region of each phrase with a label; phrases of one region stand in one label each."""
+    """Returns the best region of each phrase, then the labels of all, so that no box covers a label."""
     names = [shortened(name, 40) for name in names]
     places = [_place(one.box, sheet) for one in found]
     labels = place_labels(places, names, sheet.width, sheet.height)
     seen: dict[Box, int] = {}
-    out = []
+    outlines, labelled = [], []
     for p, (one, name, (label, _)) in enumerate(zip(found, names, labels, strict=True)):
         inset = 4.0 * seen.get(one.box, 0)  # phrases of one region lie inside each other
         seen[one.box] = seen.get(one.box, 0) + 1
@@ -264,16 +264,17 @@ def _best_boxes(found: Sequence[Grounding], names: Sequence[str], sheet: Sheet) 
         inset = min(inset, (x2 - x1) / 3, (y2 - y1) / 3)
         pixels = inset / sheet.scale
         inner = (one.box[0] + pixels, one.box[1] + pixels, one.box[2] - pixels, one.box[3] - pixels)
-        out.append(
+        outline = _rectangle(inner, sheet, f' stroke="{_colour(p)}"')
+        outlines.append(_filled('<g class="mv-best mv-outline mv-b{}">{}</g>', p, outline))
+        labelled.append(
             _filled(
-                '<g class="mv-best mv-b{}">{}<rect class="mv-label" x="{}" y="{}" width="{}" height="15" fill="{}"/>'
+                '<g class="mv-best mv-b{}"><rect x="{}" y="{}" width="{}" height="15" fill="{}"/>'
                 '<text x="{}" y="{}">{}</text></g>',
-                *(p, _rectangle(inner, sheet, f' stroke="{_colour(p)}"')),
-                *(f"{label[0]:.1f}", f"{label[1]:.1f}", f"{label[2] - label[0]:.1f}", _colour(p)),
+                *(p, f"{label[0]:.1f}", f"{label[1]:.1f}", f"{label[2] - label[0]:.1f}", _colour(p)),
                 *(f"{label[0] + 4:.1f}", f"{label[1] + 11.5:.1f}", name),
             )
         )
-    return out
+    return outlines + labelled
 
 
 def _scores(phrase: int, found: Grounding, boxes: Sequence[Box], sheet: Sheet) -> Markup:

@@ -155,10 +155,10 @@ def test_phrases_are_grounded_and_hovering_shows_scores(tab: Tab, served: Served
     assert chips == [f"{' '.join(one.phrase)} {one.score:.2f}" for one in found]
     assert len(set(tab.run("[...document.querySelectorAll('.mv-chip')].map((n) => n.style.borderColor)"))) == 4
     seen = "[...document.querySelectorAll('#grounded {}')].filter((n) => n.getClientRects().length).length"
-    assert tab.run(seen.format(".mv-scores")) == 0 and tab.run(seen.format(".mv-best")) == 4
+    assert tab.run(seen.format(".mv-scores")) == 0 and tab.run(seen.format(".mv-outline")) == 4
     for p, one in enumerate(found):
         tab.hover(f".mv-chip.mv-p{p}")
-        tab.wait(f"{seen.format('.mv-scores')} === 1 && {seen.format('.mv-best')} === 1")
+        tab.wait(f"{seen.format('.mv-scores')} === 1 && {seen.format('.mv-outline')} === 1")
         scores = tab.run(f"[...document.querySelectorAll('.mv-s{p} text')].map((n) => n.textContent)")
         assert scores == [f"{score:.2f}" for score in one.scores]
     tab.hover(".mv-mark", "dog")

@@ -306,8 +306,8 @@ def test_every_region_has_the_score_of_every_phrase(answers: Answers) -> None:
 
 def test_boxes_stand_where_they_are() -> None:
     picture = Picture(jpeg(64, 32), [(16, 8, 32, 40)], ["dog"])  # it reaches below the picture
-    assert 'viewBox="0 0 640 320"' in drawing.chosen(picture)
-    assert '<rect x="160.0" y="80.0" width="160.0" height="240.0"/>' in drawing.chosen(picture)
+    assert 'viewBox="0 0 520 260"' in drawing.chosen(picture)
+    assert '<rect x="130.0" y="65.0" width="130.0" height="195.0"/>' in drawing.chosen(picture)
 
 
 def test_the_style_sheet_has_a_rule_for_every_phrase_and_region() -> None:

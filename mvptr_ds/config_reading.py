@@ -248,7 +248,7 @@ def _choice(node: Node, choices: Sequence[str]) -> str:
 
 
 def out_of_range(section: Any, prefix: str = "") -> Iterator[str]:
-    """Returns what is wrong with each number of a tree outside the Range of its annotation, which each must have."""
+    """Yields what is wrong with each number of a tree outside the Range of its annotation, which each must have."""
     for key, hint in typing.get_type_hints(type(section), include_extras=True).items():
         value, name = getattr(section, key), f"{prefix}{key}"
         if dataclasses.is_dataclass(value):

@@ -93,7 +93,7 @@ def init_from_folder(module: TaskModule, vocabs: Vocabs, path: Path, fresh: Sequ
 
 
 def check_fits(model: Mvptr, vocabs: Vocabs, path: Path, fresh: Sequence[str] = ()) -> None:
-    """Returns whether `model`, of which only shapes are looked at, could take the weights of a model folder.
+    """Checks that `model`, of which only shapes are looked at, could take the weights of a model folder.
 
     Args:
         fresh: see `init_from_folder`.

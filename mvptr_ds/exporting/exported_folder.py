@@ -122,15 +122,23 @@ def _without_paths(config: Config) -> Config:
         "demo_source",
         "cache_dir",
     )
-    cleared = {name: getattr(plain.data, name) for name in names if hasattr(plain.data, name)}
+    cleared = {name: getattr(plain.data, name) for name in names}
     run = replace(plain.run, stages=config.run.stages, seed=config.run.seed)
-    return replace(config, run=run, data=replace(config.data, **cleared), wandb=plain.wandb)
+    visual = replace(config.visual, backbone=_without_folder(config.visual.backbone))
+    return replace(config, run=run, data=replace(config.data, **cleared), visual=visual, wandb=plain.wandb)
+
+
+def _without_folder(backbone: str | None) -> str | None:
+    """Returns the name of a backbone: of one that lies in a folder the last part of its path."""
+    is_path = backbone is not None and (backbone.startswith((".", "/", "~")) or Path(backbone).is_dir())
+    return Path(backbone).name if backbone is not None and is_path else backbone
 
 
 def _write_model(out: Path, model: Mvptr, vocabs: Vocabs, config: Config) -> None:
     structure = cast(MvptrConfig, copy.deepcopy(model.config))
     structure.architectures, structure.dtype = ["MvptrModel"], str(model.dtype).removeprefix("torch.")
     structure.auto_map = AUTO_MAP
+    structure.backbone_origin = _without_folder(structure.backbone_origin)
     # an older run's model does not hold these
     structure.grid_size = config.visual.grid_size
     structure.cls_token_id, structure.sep_token_id = vocabs.words.cls_id, vocabs.words.sep_id

@@ -109,7 +109,7 @@ class _OwnRows:
     at_once: int
 
     def logits(self, queries_BD: Tensor, keys_ND: Tensor, scale: Tensor) -> Iterator[tuple[slice, int, Tensor]]:
-        """Returns some queries at a time: which, the diagonal of their own keys, their logits (-inf where left out)."""
+        """Yields some queries at a time: which, the diagonal of their own keys, their logits (-inf where left out)."""
         for start in range(0, len(queries_BD), self.at_once):
             chosen = slice(start, start + self.at_once)
             logits_KN = (queries_BD[chosen] @ keys_ND.T).mul_(scale)

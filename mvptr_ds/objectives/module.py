@@ -73,7 +73,7 @@ class TaskModule(nn.Module, ABC):
         return TaskOutput(loss, {name: part.detach() for name, part in parts.items()})
 
     def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Returns all parameters: those of the model by their names there, those of the head behind `head.`."""
+        """Yields all parameters: those of the model by their names there, those of the head behind `head.`."""
         yield from self.model.named_parameters()
         if self.head is not None:
             yield from ((HEAD + name, parameter) for name, parameter in self.head.named_parameters())

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 
 import mvptr_ds
 from mvptr_ds.builders import build_model
-from mvptr_ds.checkpoints.model_folder import check_fits, load_model_folder
+from mvptr_ds.checkpoints.model_folder import check_fits, load_model_folder, save_model_folder
+from mvptr_ds.config import override_config
 from mvptr_ds.errors import DataError
 from mvptr_ds.exporting.exported_folder import export_model, export_published
 from mvptr_ds.inference import MvptrModel, MvptrProcessor, TrainedModel
@@ -152,6 +153,21 @@ def test_no_path_of_the_run_is_exported(untrained: Untrained, exported: Path) ->
     assert (
         card.startswith("---\nlicense: mit\n") and "trust_remote_code=True" in card and "| hidden size | 16 |" in card
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [("/data/me/convnext", "convnext"), ("./nets/tiny", "tiny"), ("facebook/convnext-tiny", "facebook/convnext-tiny")],
+)
+def test_of_a_backbone_in_a_folder_the_name_is_exported(given: str, shown: str, tmp_path: Path) -> None:
+    made = untrained_folder(tmp_path, "image")
+    model, vocabs, config = load_model_folder(made.folder)
+    model.config.backbone_origin = given
+    config = override_config(config, [f"visual.backbone={given}"])
+    save_model_folder(tmp_path / "named", model, model.state_dict(), vocabs, config)
+    export_model(tmp_path / "named", tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text(encoding="utf-8"))["backbone_origin"] == shown
+    assert load_model_folder(tmp_path / "out")[2].visual.backbone == shown
 
 
 def imports(file: Path) -> list[str]:

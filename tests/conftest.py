@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,3 +24,12 @@ def parity_folder() -> Path:
     if not PARITY.is_dir():
         pytest.skip(f"the recorded reference numbers are not here ({PARITY.name} beside the checkout)")
     return PARITY
+
+
+@pytest.fixture(autouse=True)
+def log_levels_as_they_were() -> Iterator[None]:
+    """Undoes what a command's `main` sets for its process: the next test of this worker reads its log, too."""
+    logger = logging.getLogger("mvptr_ds")
+    level = logger.level
+    yield
+    logger.setLevel(level)

@@ -29,7 +29,7 @@ def test_each_line_has_place_and_reason_and_a_second_start_appends(
     assert not first.path.exists()
     first.note([bad(9)])
     first.note([bad(7, "x" * 5000)])
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="mvptr_ds"):
         first.write(stage="stage1", step=4)
         first.write(stage="stage1", step=6)  # nothing new
     found = lines(tmp_path / "bad_samples.jsonl")

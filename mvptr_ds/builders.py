@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from mvptr_ds import ds_config
-from mvptr_ds.config import Config, MaskingConfig
+from mvptr_ds.config import Config
 from mvptr_ds.config_data import DataConfig
+from mvptr_ds.config_stages import MaskingConfig
 from mvptr_ds.data.dataset import MixedDataset, SampleDataset, ShardDataset
-from mvptr_ds.data.features import SampleBuilder, SampleOptions
+from mvptr_ds.data.features import ReadLabels, SampleBuilder, SampleOptions
 from mvptr_ds.data.lengths import Lengths, lengths_are_there, lengths_path, measure, write_lengths
 from mvptr_ds.data.phrases import PhraseVocab, Vocabs
 from mvptr_ds.data.sampling.batches import Batches
@@ -50,15 +51,18 @@ class SampleNeeds:
         phrase_labels: whether masked phrases are labelled, for a head over the phrase vocabulary.
         labels: names in the labels of a caption, each with an example, which messages show. They come as
             `Batch.labels`, and a sample that lacks one is replaced.
-        check_labels: raises DataError for labels that the task cannot use; such a sample is replaced, too. Loader
-            processes call it: a function of a module, or `functools.partial` of one.
+        read_labels: makes what `Batch.labels` holds of all labels of a caption and of its record. It raises DataError
+            for labels that the task cannot use; such a sample is replaced, too. Loader processes call it: a function
+            of a module, or `functools.partial` of one.
+        tags_in_text: whether the tags of all regions also stand behind the text.
     """
 
     pairs: bool = True
     masking: MaskingConfig = field(default_factory=lambda: NO_MASKING)
     phrase_labels: bool = False
     labels: Mapping[str, Any] = field(default_factory=dict)
-    check_labels: Callable[[Mapping[str, Any]], None] | None = None
+    read_labels: ReadLabels | None = None
+    tags_in_text: bool = False
 
 
 NOTHING_MASKED = SampleNeeds(pairs=False)  # of any samples as they are
@@ -155,7 +159,8 @@ def build_samples(
         tag_withhold_prob=data.tag_withhold_prob if tag_noise else 0.0,
         needs_regions=needs.pairs,
         labels=needs.labels,
-        check_labels=needs.check_labels,
+        read_labels=needs.read_labels,
+        tags_in_text=needs.tags_in_text,
         tag_list=list(index.tags),
     )
     return SampleBuilder(vocabs.words, vocabs.phrases, options)
@@ -210,6 +215,7 @@ def model_config(config: Config, vocabs: Vocabs) -> MvptrConfig:
         freeze_backbone=visual.freeze_backbone,
         image_size=visual.image_size,
         roi_bins=visual.roi_bins,
+        region_norm=model.region_norm,
         data_schema=SCHEMA_VERSION,
     )
 

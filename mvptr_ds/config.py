@@ -31,6 +31,15 @@ from mvptr_ds.config_reading import (
     layers_of,
     out_of_range,
 )
+from mvptr_ds.config_stages import (
+    FinetuningConfig,
+    MaskingConfig,
+    PretrainingConfig,
+    ReferringConfig,
+    StageConfig,
+    VqaConfig,
+    WeightsConfig,
+)
 from mvptr_ds.user_io.yaml_nodes import dump_yaml
 
 Scope = Literal["local", "global"]  # where negatives come from
@@ -83,6 +92,8 @@ class ModelConfig:
     """packed: the encoders skip padding. padded: they compute and mask it, with the same result."""
     compile: bool = False
     """Compiles the encoder layers with torch.compile."""
+    region_norm: bool = False
+    """A LayerNorm behind the projection of regions, as published models that were fine-tuned for retrieval have."""
     activation_checkpointing: bool = False
     """Computes a layer's activations again in the backward pass, which saves memory and costs time."""
 
@@ -139,60 +150,6 @@ class TaskConfig:
     itm: ItmConfig = field(default_factory=ItmConfig)
     scores_mib: Above0 = 16.0
     """MiB of float32 similarities that a rank holds at a time; it computes more of them in chunks."""
-
-
-@dataclass(frozen=True)
-class WeightsConfig:
-    """Weights of the objectives in the loss of a stage; an objective of weight 0 is not computed."""
-
-    mcr_tags: NotNegative = 0.0
-    """Masked tags, predicted by the visual encoder."""
-    mcr_regions: NotNegative = 0.0
-    """Masked tags, recovered from the image's regions."""
-    mcr_phrases: NotNegative = 0.0
-    """Masked phrases, predicted by the text encoder; stage 1 alone."""
-    mlm: NotNegative = 0.0
-    """Masked words."""
-    vsc: NotNegative = 0.0
-    """Contrast of whole captions and images."""
-    wpg: NotNegative = 0.0
-    """Grounding of phrases in regions."""
-    wpg_cross: NotNegative = 0.0
-    """Grounding by the cross encoder, against the mismatched pairs of ITM."""
-    itm: NotNegative = 0.0
-    """Matched or mismatched pair."""
-
-
-@dataclass(frozen=True)
-class MaskingConfig:
-    """What is masked for the objectives to predict."""
-
-    word_prob: Share = 0.15
-    """Probability that a word piece is masked."""
-    phrase_prob: Share = 0.15
-    """Probability that a phrase is masked."""
-    tag_prob: Share = 0.15
-    """Probability that a word piece of a tag is masked."""
-
-
-@dataclass(frozen=True)
-class StageConfig:
-    """One stage of training: its length and learning rate."""
-
-    max_steps: Positive = 100_000
-    """Optimiser steps of the stage."""
-    learning_rate: NotNegative = 5e-5
-    """Learning rate after the warm-up; it then falls linearly to 0 at max_steps."""
-    warmup_steps: Count = 1_000
-    """Steps of the warm-up, in which the learning rate rises linearly from 0."""
-
-
-@dataclass(frozen=True)
-class PretrainingConfig(StageConfig):
-    """One stage of pre-training: its length, learning rate, objectives and masks."""
-
-    weights: WeightsConfig = field(default_factory=WeightsConfig)
-    masking: MaskingConfig = field(default_factory=MaskingConfig)
 
 
 @dataclass(frozen=True)
@@ -301,6 +258,10 @@ class Config:
             weights=WeightsConfig(mcr_tags=1.0, mlm=1.0, vsc=1.0, wpg=1.0, itm=1.0)
         )
     )
+    retrieval: FinetuningConfig = field(default_factory=FinetuningConfig)
+    vqa: VqaConfig = field(default_factory=VqaConfig)
+    entailment: FinetuningConfig = field(default_factory=FinetuningConfig)
+    referring: ReferringConfig = field(default_factory=ReferringConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -316,6 +277,11 @@ class Config:
         """Returns the section of one stage as that of a stage of pre-training; None where it is another task's."""
         section = self.stage(name)
         return section if isinstance(section, PretrainingConfig) else None
+
+    def finetuning(self, name: str) -> FinetuningConfig | None:
+        """Returns the section of one stage as that of a downstream task; None where it is a stage of pre-training."""
+        section = self.stage(name)
+        return section if isinstance(section, FinetuningConfig) else None
 
     @property
     def stage_names(self) -> list[str]:

@@ -30,6 +30,7 @@ from mvptr_ds.monitoring.meters import Meters
 from mvptr_ds.monitoring.metrics import MetricsLog
 from mvptr_ds.monitoring.timing import ProfileWindow, device_peak
 from mvptr_ds.monitoring.versions import versions
+from mvptr_ds.objectives.module import HEAD
 from mvptr_ds.optim.optimizer import PARAMETER_ORDER, learning_rate_at
 from mvptr_ds.stopping import Interrupted, StopSignal
 from mvptr_ds.streams import stage_seed
@@ -276,6 +277,8 @@ class Trainer:
             logger.info("%s starts from %s", self.dir.name, init_from)
             if fresh:
                 logger.info("%s starts with fresh weights for %s", self.dir.name, ", ".join(fresh))
+        if init_from is None or any(name.startswith(HEAD) for name in fresh):
+            self.module.begin_head(self.vocabs.words)
         self._build_engine(filled)
 
     def _state(self, wandb_id: str | None = None) -> CheckpointState:
@@ -290,7 +293,7 @@ class Trainer:
             zero_stage=self.zero_stage,
             precision=self.precision,
             data=self.dataset.fingerprint,
-            trained_parts=self.module.trained_parts(),
+            trained_parts=self.module.parts_in_training(),
             optimizer=self.config.optim.name,
             parameter_order=PARAMETER_ORDER,
             accumulation_steps=train.accumulation_steps,

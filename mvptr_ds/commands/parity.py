@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mvptr_ds.config import TaskConfig, WeightsConfig
+from mvptr_ds.config import TaskConfig
+from mvptr_ds.config_stages import WeightsConfig
 from mvptr_ds.data.collate import IGNORE, Batch
 from mvptr_ds.model import convert
 from mvptr_ds.model.config import MvptrConfig

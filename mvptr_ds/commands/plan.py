@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="JSON",
         help="DeepSpeed JSON or the name of a packaged one (default: z2)",
     )
-    add("--stage", choices=("stage1", "stage2", "joint"), help="default: the last of run.stages")
+    add("--stage", metavar="STAGE", help="default: the last of run.stages")
     add("--gpu", default="A100", help="V100, A100, H100, H200, L40S, A10, 'RTX 4090' (default: A100)")
     add("--nodes", default="1", metavar="N[,N...]", help="one plan for each number of nodes (default: 1)")
     add("--gpus-per-node", type=int, default=8, metavar="N", help="default: 8")

@@ -51,7 +51,8 @@ class Sample:
     num_phrases: int  # phrases kept
     bad: tuple[BadSample, ...] = ()  # samples for which this one is the substitute
     source: int = 0  # number of the source it comes from
-    labels: dict[str, Any] = field(default_factory=dict)  # of the caption, those that the task needs
+    labels: dict[str, Any] = field(default_factory=dict)  # what the task makes of those of the caption
+    tags_in_text_T: np.ndarray | None = None  # bool, slots of the text that hold tags; None: there are none
 
     @property
     def num_bad(self) -> int:
@@ -84,7 +85,8 @@ class Batch:
     tag_lengths: tuple[int, ...]
     region_lengths: tuple[int, ...]
     bad: tuple[BadSample, ...] = ()  # of all samples, in their order
-    labels: tuple[dict[str, Any], ...] = ()  # of each sample, those that the task needs
+    labels: tuple[dict[str, Any], ...] = ()  # of each sample, what the task makes of those of the caption
+    tags_in_text_BT: Tensor | None = None  # bool; None: no text has any
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """Returns the batch with its tensors on a device."""
@@ -137,6 +139,7 @@ def collate(samples: list[Sample]) -> Batch:
     """Pads text, tags and regions to the longest of the batch, and to one slot at least (word row 0 is [PAD])."""
     features = [s.region_features_RF for s in samples]
     images = [s.image_3HW for s in samples]
+    tags_in_text = [s.tags_in_text_T for s in samples if s.tags_in_text_T is not None]
     return Batch(
         text_ids_BT=_pad([s.text_ids_T for s in samples], 0),
         text_mask_BT=_mask([s.text_ids_T for s in samples]),
@@ -161,4 +164,5 @@ def collate(samples: list[Sample]) -> Batch:
         region_lengths=tuple(len(s.region_geometry_R6) for s in samples),
         bad=tuple(bad for s in samples for bad in s.bad),
         labels=tuple(s.labels for s in samples),
+        tags_in_text_BT=None if not tags_in_text else _pad(tags_in_text, False),
     )

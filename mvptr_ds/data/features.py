@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from mvptr_ds.data.caption_phrases import phrases_with_slots
-from mvptr_ds.data.collate import Sample
+from mvptr_ds.data.collate import IGNORE, Sample
 from mvptr_ds.data.images import decode_image
 from mvptr_ds.data.masking import TextMasking, mask_text, mask_words
 from mvptr_ds.data.phrases import PhraseVocab
@@ -30,6 +30,8 @@ from mvptr_ds.errors import DataError
 _MAX_KNOWN_TAGS, _MAX_KNOWN_CHARS = 100_000, 64
 _NO_CAPTION = Caption("")  # of an image-only record
 _NO_GEOMETRY = np.zeros((0, 6), dtype=np.float32)
+# what a task makes of a caption's labels, given the record; raises DataError for labels that are no use
+ReadLabels = Callable[[Mapping[str, Any], Record], dict[str, Any]]
 _NPY_ERRORS = (OSError, ValueError, EOFError, SyntaxError, OverflowError, TypeError, tokenize.TokenError)
 
 
@@ -53,8 +55,9 @@ class SampleOptions:
     tag_wrong_prob: float = 0.0  # one tag is replaced by a random other one
     tag_withhold_prob: float = 0.0  # all tags are left out
     needs_regions: bool = False  # a sample with nothing to see cannot be used
+    tags_in_text: bool = False  # the tags of all regions also stand behind the text, with repeats
     labels: Mapping[str, Any] = field(default_factory=dict)  # names in the labels of a caption, each with an example
-    check_labels: Callable[[Mapping[str, Any]], None] | None = None  # raises DataError for labels that are no use
+    read_labels: ReadLabels | None = None
     tag_list: Sequence[str] = field(default=())  # tags that a wrong one is drawn from (those of the manifest)
 
     def __post_init__(self) -> None:
@@ -129,9 +132,12 @@ class SampleBuilder:
         if not 0 <= caption_number < len(captions):
             raise DataError(f"caption {caption_number} of a record with {len(captions)}; rebuild the index")
         caption = captions[caption_number]
-        labels = self._labels(caption)
+        labels = self._labels(caption, record)
         text = self._text(caption, rng)
         tag_ids_G, tag_labels_G = self._tags(record, rng)
+        text_ids_T, tags_in_text_T = text.ids_T, None
+        if self.options.tags_in_text:
+            text_ids_T, tags_in_text_T = self._with_tags_behind(text.ids_T, record, withheld=len(tag_ids_G) == 2)
         geometry_R6 = _NO_GEOMETRY
         if can_be_seen(record, members):
             check_size(record.width, record.height)
@@ -142,10 +148,10 @@ class SampleBuilder:
                 "entry of no regions); this stage aligns texts with regions"
             )
         return Sample(
-            text_ids_T=text.ids_T,
-            phrase_mask_T=text.phrase_mask_T,
-            mlm_labels_T=text.word_labels_T,
-            phrase_labels_T=text.phrase_labels_T,
+            text_ids_T=text_ids_T,
+            phrase_mask_T=_extended(text.phrase_mask_T, len(text_ids_T), False),
+            mlm_labels_T=_extended(text.word_labels_T, len(text_ids_T), IGNORE),
+            phrase_labels_T=_extended(text.phrase_labels_T, len(text_ids_T), IGNORE),
             tag_ids_G=tag_ids_G,
             tag_labels_G=tag_labels_G,
             region_geometry_R6=geometry_R6,
@@ -156,17 +162,17 @@ class SampleBuilder:
             num_oov_phrases=text.num_dropped,
             num_phrases=text.num_phrases,
             labels=labels,
+            tags_in_text_T=tags_in_text_T,
         )
 
-    def _labels(self, caption: Caption) -> dict[str, Any]:
+    def _labels(self, caption: Caption, record: Record) -> dict[str, Any]:
         options, given = self.options, caption.labels or {}
         for name, example in options.labels.items():
             if name not in given:
                 raise DataError(f"the caption has no label {name!r} (such as {example!r}), which the task learns from")
-        labels = {name: given[name] for name in options.labels}
-        if options.check_labels is not None:
-            options.check_labels(labels)
-        return labels
+        if options.read_labels is not None:
+            return options.read_labels(given, record)
+        return {name: given[name] for name in options.labels}
 
     def add_visual(self, sample: Sample, members: Mapping[str, bytes]) -> None:
         """Adds the features or the image; a sample with nothing to see has no regions."""
@@ -219,6 +225,14 @@ class SampleBuilder:
         ids_G = layout_tags(pieces, self.words.cls_id, self.words.sep_id, options.max_tag_slots)
         candidates_G = np.array([*candidates[: len(ids_G) - 1], False])
         return mask_words(ids_G, candidates_G, rng, options.tag_prob, self.words.mask_id, self.words.ordinary_ids)
+
+    def _with_tags_behind(
+        self, text_ids_T: np.ndarray, record: Record, withheld: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the text with the tags of all regions behind it, repeats included, and which slots those are."""
+        pieces = [piece for region in record.regions if region.tag for piece in self.pieces_of(region.tag)]
+        ids_T = np.append(text_ids_T, [] if withheld else pieces).astype(np.int64)[: self.options.max_text_slots]
+        return ids_T, np.arange(len(ids_T)) >= len(text_ids_T)
 
     def _add_noise(self, tags: list[str], rng: np.random.Generator) -> int | None:
         """Changes the list in place; returns the number of the wrong tag, which is no target of MCR."""
@@ -276,6 +290,10 @@ class _Text(NamedTuple):
     phrase_mask_T: np.ndarray
     num_dropped: int
     num_phrases: int
+
+
+def _extended(values_T: np.ndarray, num_slots: int, fill: Any) -> np.ndarray:
+    return np.pad(values_T, (0, num_slots - len(values_T)), constant_values=fill)
 
 
 def _words_of_phrases(

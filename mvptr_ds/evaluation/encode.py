@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mvptr_ds.data.collate import Batch
 from mvptr_ds.data.features import SampleBuilder
@@ -76,8 +76,8 @@ class CrossStates:
 
 
 @contextmanager
-def evaluating(model: Mvptr) -> Iterator[None]:
-    """Sets evaluation mode without gradients. The model leaves in the mode it came in, so training can continue."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Sets evaluation mode without gradients. The module leaves in the mode it came in, so training can continue."""
     was_training = model.training
     model.eval()
     try:

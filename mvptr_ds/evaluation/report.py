@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from mvptr_ds.builders import NOTHING_MASKED, SampleNeeds, build_samples
-from mvptr_ds.config import Config, EvalConfig, MaskingConfig
+from mvptr_ds.config import Config, EvalConfig
+from mvptr_ds.config_stages import MaskingConfig
 from mvptr_ds.data.phrases import Vocabs
 from mvptr_ds.data.shards.index import SampleIndex
 from mvptr_ds.evaluation.encode import (

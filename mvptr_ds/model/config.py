@@ -73,6 +73,7 @@ class MvptrConfig(PretrainedConfig):
         cls_token_id: int = 101,
         sep_token_id: int = 102,
         region_extractors: list[str] | None = None,
+        region_norm: bool = False,
         **kwargs: Any,
     ) -> None:
         self.num_words = num_words  # wordpieces: the first rows of the embedding table
@@ -106,6 +107,7 @@ class MvptrConfig(PretrainedConfig):
         self.cls_token_id = cls_token_id  # [CLS] and [SEP] among the wordpieces
         self.sep_token_id = sep_token_id
         self.region_extractors = region_extractors or []  # what made the boxes and features it was trained on
+        self.region_norm = region_norm  # a LayerNorm behind the projection of regions
         self._check()
         # The library's own tying would share tensors; ours is functional (see heads.py).
         kwargs["tie_word_embeddings"] = False

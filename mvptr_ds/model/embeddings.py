@@ -30,10 +30,11 @@ class SlotEmbeddings(nn.Module):
         self.norm = LayerNorm(hidden_size, eps=norm_eps)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, ids: Packed, segment: int, rows_ND: Tensor | None = None) -> Packed:
-        """Embeds int64 rows of one segment [N] as states [N, D].
+    def forward(self, ids: Packed, segment: int | Tensor, rows_ND: Tensor | None = None) -> Packed:
+        """Embeds int64 rows [N] as states [N, D].
 
         Args:
+            segment: of all rows, or int64 [N], of each.
             rows_ND: the table's rows `ids`, where they have been read already.
 
         Raises:

@@ -5,6 +5,7 @@ Legend: N rows of all sequences, x leading dimensions (N, or padded B and L), D 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -77,28 +78,32 @@ class Encoder(nn.Module):
         self.execution: Execution = "packed"
         self.activation_checkpointing = False
 
-    def forward(self, packed: Packed, needed: Packed | None = None) -> Packed:
+    def forward(self, packed: Packed, needed: Packed | None = None, num_layers: int | None = None) -> Packed:
         """Rows [N, D] of sequences -> their states, same shape; attention stays within each sequence.
 
         Args:
             needed: bool [N], on the host: the rows whose states are wanted (default: all). The others come back as
                 zeros; packed, the last layer does not compute them behind its attention.
+            num_layers: how many layers to run (default: all).
         """
         assert needed is None or needed.lengths == packed.lengths
-        device = packed.rows.device
+        device, layers = packed.rows.device, list(self.layers)[:num_layers]
         if self.execution == "padded":
-            states = Packed.of_padded(self._run(packed.padded(), PaddedAttention(packed.mask())), packed.lengths)
+            states_BLD = self._run(layers, packed.padded(), PaddedAttention(packed.mask()))
+            states = Packed.of_padded(states_BLD, packed.lengths)
             return states if needed is None else states.like(states.rows * needed.rows.to(device)[:, None])
         attend = SegmentAttention(packed.lengths, device)
         if needed is None or needed.rows.all():
-            return packed.like(self._run(packed.rows, attend))
+            return packed.like(self._run(layers, packed.rows, attend))
         needed_K = needed.rows.nonzero().flatten().to(device, non_blocking=True)
-        states_KD = self._run(packed.rows, attend, needed_K)
+        states_KD = self._run(layers, packed.rows, attend, needed_K)
         return packed.like(states_KD.new_zeros(packed.rows.shape).index_put((needed_K,), states_KD))
 
-    def _run(self, states_xD: Tensor, attend: Attend, needed_K: Tensor | None = None) -> Tensor:
-        for layer in self.layers:
-            inputs = (states_xD, attend, needed_K if layer is self.layers[-1] else None)
+    def _run(
+        self, layers: Sequence[nn.Module], states_xD: Tensor, attend: Attend, needed_K: Tensor | None = None
+    ) -> Tensor:
+        for layer in layers:
+            inputs = (states_xD, attend, needed_K if layer is layers[-1] else None)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 states_xD = checkpoint(layer, *inputs, use_reentrant=False)
             else:

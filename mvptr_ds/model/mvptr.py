@@ -43,6 +43,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "tag_head": ("tag_head.",),
     "phrase_head": ("phrase_head.",),
     "itm": ("pooler.", "itm_head."),
+    "pooler": ("pooler.",),  # of tasks that read the pooled state alone
 }
 _UNSET_ROW = -1
 
@@ -104,7 +105,12 @@ class Mvptr(PreTrainedModel):
             structure = backbone_structure(config.backbone, config.backbone_config)
             backbone = ImageBackbone(structure, config.freeze_backbone)
         embedding = RegionEmbedding(
-            config.region_feature_dim, config.hidden_size, config.hidden_dropout, backbone, config.roi_bins
+            config.region_feature_dim,
+            config.hidden_size,
+            config.hidden_dropout,
+            backbone,
+            config.roi_bins,
+            config.layer_norm_eps if config.region_norm else None,
         )
         config.region_feature_dim = embedding.feature_dim
         return embedding
@@ -179,9 +185,20 @@ class Mvptr(PreTrainedModel):
 
     # `needed` marks the rows (bool, on the host) whose states are wanted; the others come back as zeros (`Encoder`)
 
-    def encode_text(self, ids: Packed, rows_ND: Tensor | None = None, needed: Packed | None = None) -> Packed:
-        """Computes text states [N, D] of int64 rows of the table [N]; `rows_ND` where `look_up` has read them."""
-        states: Packed = self.text_encoder(self.embeddings(ids, TEXT_SEGMENT, rows_ND), needed)
+    def encode_text(
+        self,
+        ids: Packed,
+        rows_ND: Tensor | None = None,
+        needed: Packed | None = None,
+        segments: Packed | None = None,
+    ) -> Packed:
+        """Computes text states [N, D] of int64 rows of the table [N]; `rows_ND` where `look_up` has read them.
+
+        Args:
+            segments: int64 [N], of texts that have tags behind them. Default: all rows are of the text.
+        """
+        segment = TEXT_SEGMENT if segments is None else segments.rows
+        states: Packed = self.text_encoder(self.embeddings(ids, segment, rows_ND), needed)
         return states
 
     def encode_visual(
@@ -197,15 +214,17 @@ class Mvptr(PreTrainedModel):
         regions: Packed,
         pairs: Sequence[tuple[int, int]] | None = None,
         needed: Packed | None = None,
+        num_layers: int | None = None,
     ) -> tuple[Packed, Packed]:
         """Computes both modalities' states after cross encoding, from those of the uni-modal encoders.
 
         Args:
             pairs: which text with which image, any number of times; default: those of the same number.
+            num_layers: how many layers to run; default: all.
         """
         joined = join(text, regions, pairs)
         text_of = range(len(text)) if pairs is None else [first for first, _ in pairs]
-        return unjoin(self.cross_encoder(joined, needed), [text.lengths[i] for i in text_of])
+        return unjoin(self.cross_encoder(joined, needed, num_layers), [text.lengths[i] for i in text_of])
 
     def text_global(self, text_states: Packed) -> Tensor:
         """Returns the global states of texts, [B, D] of length 1, float32 (float64 for a float64 model)."""

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoBackbone, AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .kernels import Linear
+from .kernels import LayerNorm, Linear
 from .packed import Packed
 
 try:
@@ -113,16 +113,26 @@ class ImageBackbone(nn.Module):
 
 
 class RegionEmbedding(nn.Module):
-    """(feature, geometry) of each region -> linear, dropout. No LayerNorm, as in the published code."""
+    """(feature, geometry) of each region -> linear, LayerNorm where asked for, dropout.
+
+    Source: the published code, which has the LayerNorm in fine-tuning for retrieval alone.
+    """
 
     def __init__(
-        self, feature_dim: int, hidden_size: int, dropout: float, backbone: ImageBackbone | None, roi_bins: int
+        self,
+        feature_dim: int,
+        hidden_size: int,
+        dropout: float,
+        backbone: ImageBackbone | None,
+        roi_bins: int,
+        norm_eps: float | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.roi_bins = roi_bins
         self.feature_dim = feature_dim if backbone is None else backbone.num_channels * roi_bins**2
         self.projection = Linear(self.feature_dim + GEOMETRY_DIM, hidden_size)
+        self.norm = None if norm_eps is None else LayerNorm(hidden_size, eps=norm_eps)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, features: Packed | None, images_B3HW: Tensor | None, geometry: Packed) -> Packed:
@@ -154,7 +164,8 @@ class RegionEmbedding(nn.Module):
             )
         dtype = self.projection.weight.dtype
         joined_NX = torch.cat([features.rows.to(dtype), geometry.rows.to(dtype)], dim=-1)
-        return geometry.like(self.dropout(self.projection(joined_NX)))
+        embedded_ND = self.projection(joined_NX)
+        return geometry.like(self.dropout(embedded_ND if self.norm is None else self.norm(embedded_ND)))
 
 
 def backbone_structure(name: str | None, from_scratch: dict[str, Any] | None) -> PretrainedConfig:

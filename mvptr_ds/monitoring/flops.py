@@ -20,7 +20,7 @@ from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.model.vision import GEOMETRY_DIM
 from mvptr_ds.objectives.lengths import Lengths
-from mvptr_ds.objectives.pretraining import PretrainingLosses
+from mvptr_ds.objectives.module import TaskModule
 from mvptr_ds.objectives.table import Chosen
 
 FORWARD_AND_BACKWARD = 3
@@ -78,12 +78,13 @@ def backbone_flops(model: Mvptr) -> float:
 
 
 class StepFlops:
-    """Training FLOPs of the batches of a stage."""
+    """Training FLOPs of the batches of a stage, whose module says what it computes."""
 
-    def __init__(self, losses: PretrainingLosses, num_ranks: int) -> None:
-        self.model: MvptrConfig = losses.model.config  # type: ignore[assignment]  # transformers annotates its base class
-        self.objectives, self.num_ranks = losses.objectives, num_ranks
-        self.an_image = backbone_flops(losses.model) * (1 if self.model.freeze_backbone else FORWARD_AND_BACKWARD)
+    def __init__(self, module: TaskModule, num_ranks: int) -> None:
+        assert module.objectives is not None
+        self.model: MvptrConfig = module.model.config  # type: ignore[assignment]  # transformers annotates its base class
+        self.objectives, self.num_ranks = module.objectives, num_ranks
+        self.an_image = backbone_flops(module.model) * (1 if self.model.freeze_backbone else FORWARD_AND_BACKWARD)
 
     def of(self, batch: Batch) -> float:
         """Returns the FLOPs of forward and backward of a micro-batch on the host."""

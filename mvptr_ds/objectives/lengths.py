@@ -65,6 +65,7 @@ class Lengths:
             "text": self.text,
             "regions": self.regions,
             "asking_regions": self.scored_regions,
+            "all_tags": self.visual - self.regions,
         }
         return sum(numbers[kind] for kind in kinds)
 

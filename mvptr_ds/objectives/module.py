@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from mvptr_ds.data.collate import Batch
+from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.distributed import collectives
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.objectives.losses import LossSum
+from mvptr_ds.objectives.table import Chosen
 
 HEAD = "head."  # prefix of the names of a task's own weights, beside those of the model
 
@@ -34,7 +36,13 @@ class TaskModule(nn.Module, ABC):
         head_settings: what gives the head's rows their meaning: the task's name, and for example its classes. They
             stand in the model folder's task.json, and a head that was trained with other settings is refused.
         max_scale: cap of exp(logit_scale).
+
+    Attributes:
+        objectives: what is computed, for counts of work; None: nothing is counted.
+        frozen: parts of `trained_parts` that are not to be trained.
     """
+
+    objectives: Chosen | None = None
 
     def __init__(
         self,
@@ -46,6 +54,7 @@ class TaskModule(nn.Module, ABC):
         super().__init__()
         self.model, self.head, self.max_scale = model, head, max_scale
         self.head_settings = dict(head_settings or {})
+        self.frozen: frozenset[str] = frozenset()
 
     @abstractmethod
     def trained_parts(self) -> list[str]:
@@ -88,9 +97,20 @@ class TaskModule(nn.Module, ABC):
         if self.head is not None:
             self.head.load_state_dict({n.removeprefix(HEAD): w for n, w in weights.items() if n.startswith(HEAD)})
 
+    def begin_head(self, words: WordPiece) -> None:  # most heads start as they were drawn
+        """Gives a head that no trained weights were found for its first values, from the model's own weights."""
+
+    def parts_in_training(self) -> list[str]:
+        """Returns `trained_parts` without those that are frozen."""
+        return [part for part in self.trained_parts() if part not in self.frozen]
+
+    def reaches(self, name: str) -> bool:
+        """Returns whether the losses reach a parameter of the parts in training; most reach all of them."""
+        return True
+
     def freeze_untrained(self) -> None:
-        """Lets the parameters of `trained_parts` and of the head ask for a gradient, and no others."""
-        trained = set(self.model.parameters_of(self.trained_parts()))
+        """Lets the parameters in training and those of the head ask for a gradient, and no others."""
+        trained = set(filter(self.reaches, self.model.parameters_of(self.parts_in_training())))
         for name, parameter in self.named_weights():
             parameter.requires_grad_(name in trained or name.startswith(HEAD))
 

@@ -6,7 +6,7 @@ the rows that somebody reads. A kind of rows has a name, so that `Task` can mark
     first           slot 0 of a text or of an image's tags          text      all slots of a text
     tokens, tags    those that the masking picked                   regions   all regions
     phrases         all phrases of a text                           asking_regions   those of samples with a picked tag
-    picked_phrases  those that the masking picked
+    picked_phrases  those that the masking picked                   all_tags         all slots of an image's tags
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from mvptr_ds.objectives.packed_batch import PackedBatch
 COVERED = {  # kinds that are part of another one
     "text": frozenset({"first", "tokens", "phrases", "picked_phrases"}),
     "regions": frozenset({"asking_regions"}),
+    "all_tags": frozenset({"tags"}),
 }
 
 
@@ -54,7 +55,7 @@ def text_rows(kinds: frozenset[str], packed: PackedBatch) -> Packed:
 def tag_rows(kinds: frozenset[str], packed: PackedBatch) -> Packed:
     """Marks the rows of tags that are needed."""
     picked = [packed.masked_tags.mask] if "tags" in kinds else []
-    return some_rows(packed.tag_ids.lengths, False, "first" in kinds, *picked)
+    return some_rows(packed.tag_ids.lengths, "all_tags" in kinds, "first" in kinds, *picked)
 
 
 def region_rows(kinds: frozenset[str], packed: PackedBatch) -> Packed:

@@ -6,6 +6,7 @@ Legend: N rows of all samples, K rows with a label, T text slots, G tag slots, R
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +49,8 @@ class PackedBatch:
     features: Packed | None  # float32
     images_B3HW: Tensor | None  # uint8
     image_index_B: Tensor  # int64, which image a sample shows
+    labels: tuple[dict[str, Any], ...] = ()  # of each sample, what the task makes of those of the caption
+    text_segments: Packed | None = None  # int64, of the text rows, where some of them hold tags
 
     @classmethod
     def of(cls, batch: Batch, device: torch.device | None = None) -> PackedBatch:
@@ -75,4 +78,6 @@ class PackedBatch:
             features=None if features_BRF is None else Packed.of_padded(features_BRF, batch.region_lengths),
             images_B3HW=batch.images_B3HW,
             image_index_B=batch.image_index_B,
+            labels=batch.labels,
+            text_segments=None if batch.tags_in_text_BT is None else text(batch.tags_in_text_BT.long()),
         )

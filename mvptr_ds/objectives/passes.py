@@ -54,7 +54,7 @@ class ModelPass:
     def text(self) -> Packed:
         """States of the text encoder [N, D]."""
         needed = output_rows.text_rows(self.rows["text"], self.packed)
-        return self.model.encode_text(self.packed.text_ids, self.table.text_ND, needed)
+        return self.model.encode_text(self.packed.text_ids, self.table.text_ND, needed, self.packed.text_segments)
 
     @property
     def word_states(self) -> Packed:
@@ -89,6 +89,9 @@ class PairPass(ModelPass):
     """The outputs of a batch of pairs: both encoders, and the cross encoder on each text and its image.
 
     Downstream tasks read it with `rows={"visual": {"regions"}, "matched": {"first"}}` or the like.
+
+    Args:
+        num_cross_layers: layers of the cross encoder that run; None: all.
     """
 
     def __init__(
@@ -99,17 +102,23 @@ class PairPass(ModelPass):
         *,
         per_sample: bool = False,
         scalars: Mapping[str, Mapping[str, Tensor]] | None = None,
+        num_cross_layers: int | None = None,
     ) -> None:
         super().__init__(model, packed, rows, per_sample=per_sample, scalars=scalars)
+        self.num_cross_layers = num_cross_layers
         # Both encoders run before any objective, visual first. The cross encoder takes all of their states, and this
         # order fixes the order in which their gradients are added up.
-        regions = self.regions
+        regions = self.crossing_regions()
         self.matched_inputs = Pairs(self.text, packed.phrase_mask, regions)
+
+    def crossing_regions(self) -> Packed:
+        """Returns the visual states that the cross encoder reads [N, D]."""
+        return self.regions
 
     @cached_property
     def text(self) -> Packed:
         """States of the text encoder [N, D], of all slots."""
-        return self.model.encode_text(self.packed.text_ids, self.table.text_ND)
+        return self.model.encode_text(self.packed.text_ids, self.table.text_ND, segments=self.packed.text_segments)
 
     @property
     def word_states(self) -> Packed:
@@ -129,13 +138,14 @@ class PairPass(ModelPass):
         packed, matched = self.packed, self.matched_inputs
         text, phrase_mask, regions = matched.text, matched.phrase_mask, matched.regions
         kinds = self.rows["matched"]
-        needed = join(output_rows.text_rows(kinds, packed), output_rows.region_rows(kinds, packed))
+        marked = output_rows.some_rows(regions.lengths, "regions" in kinds, False)
+        needed = join(output_rows.text_rows(kinds, packed), marked)
         if mismatched is not None:
             text, regions = concat([text, mismatched.text]), concat([regions, mismatched.regions])
             phrase_mask = concat([phrase_mask, mismatched.phrase_mask])
             lengths = mismatched.text.lengths, mismatched.regions.lengths
             needed = concat([needed, output_rows.pair_rows(self.rows["mismatched"], *lengths)])
-        text, regions = self.model.encode_cross(text, regions, needed=needed)
+        text, regions = self.model.encode_cross(text, regions, needed=needed, num_layers=self.num_cross_layers)
         return Pairs(text, phrase_mask, regions).split(len(matched.text))
 
 

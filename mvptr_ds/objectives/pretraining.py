@@ -10,7 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from mvptr_ds.config import TaskConfig, WeightsConfig
+from mvptr_ds.config import TaskConfig
+from mvptr_ds.config_stages import WeightsConfig
 from mvptr_ds.data.collate import Batch
 from mvptr_ds.distributed import collectives
 from mvptr_ds.model.mvptr import Mvptr
@@ -36,6 +37,8 @@ class PretrainingLosses(TaskModule):
     Raises:
         ValueError: an objective has a weight that the stage cannot compute, or none has.
     """
+
+    objectives: Chosen
 
     def __init__(
         self,

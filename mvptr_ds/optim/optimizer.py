@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mvptr_ds.config import OptimConfig, StageConfig
+from mvptr_ds.config import OptimConfig
+from mvptr_ds.config_stages import StageConfig
 from mvptr_ds.model.installed import apex_lacks
 from mvptr_ds.model.kernels import Choice
 from mvptr_ds.optim.lamb import Lamb
@@ -97,7 +98,8 @@ def learning_rate_at(step: int, stage: StageConfig) -> float:
 
     A pure function of the step, so that a resume has nothing to restore.
     """
-    if step < stage.warmup_steps:
-        return stage.learning_rate * (step + 1) / stage.warmup_steps
-    left = (stage.max_steps - step) / max(1, stage.max_steps - stage.warmup_steps)
+    warmup_steps = stage.max_steps // 10 if stage.warmup_steps is None else stage.warmup_steps
+    if step < warmup_steps:
+        return stage.learning_rate * (step + 1) / warmup_steps
+    left = (stage.max_steps - step) / max(1, stage.max_steps - warmup_steps)
     return stage.learning_rate * max(0.0, left)

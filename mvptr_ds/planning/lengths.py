@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from mvptr_ds import builders, shard_folders
-from mvptr_ds.config import Config, MaskingConfig
+from mvptr_ds.config import Config
 from mvptr_ds.config_data import DataConfig
+from mvptr_ds.config_stages import MaskingConfig
 from mvptr_ds.data.collate import collate
 from mvptr_ds.objectives.lengths import Lengths
 from mvptr_ds.tasks import TASKS

@@ -18,7 +18,7 @@ from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.monitoring.flops import StepFlops, last_layer_rows
 from mvptr_ds.monitoring.timing import vendor_tflops
 from mvptr_ds.objectives.lengths import Lengths
-from mvptr_ds.objectives.pretraining import PretrainingLosses
+from mvptr_ds.objectives.module import TaskModule
 from mvptr_ds.optim.optimizer import parameter_groups
 from mvptr_ds.planning.cost import Assumptions, Gpu, contrast_bytes, step_time, traffic
 from mvptr_ds.planning.lengths import times
@@ -45,7 +45,7 @@ class Cluster:
         return self.gpu.node_gb_per_s if self.num_nodes == 1 else self.gpu.network_gb_per_s
 
 
-def task_without_memory(config: Config, stage: str, vocab: tuple[int, int] | None = None) -> PretrainingLosses:
+def task_without_memory(config: Config, stage: str, vocab: tuple[int, int] | None = None) -> TaskModule:
     """Builds the task of a stage with its true shapes, on torch's meta device.
 
     Args:
@@ -61,23 +61,24 @@ def task_without_memory(config: Config, stage: str, vocab: tuple[int, int] | Non
         model_config.num_rows, model_config.num_phrases = vocab
     with torch.device("meta"):
         module = TASKS[stage].build(config, Mvptr(model_config), seed=0)
-    if not isinstance(module, PretrainingLosses):
-        raise ValueError(f"the planner knows what a stage of pre-training costs, not what {stage} does")
+    if module.objectives is None:
+        raise ValueError(f"the planner does not know what {stage} costs: its module names no objectives")
+    module.freeze_untrained()
     return module
 
 
-def groups_of(task: PretrainingLosses, weight_decay: float) -> tuple[list[list[int]], int]:
+def groups_of(task: TaskModule, weight_decay: float) -> tuple[list[list[int]], int]:
     """Returns the number of elements of each trained parameter by optimiser group, and of all others together."""
-    trained = set(task.model.parameters_of(task.trained_parts()))
-    named = [(n, p) for n, p in task.model.named_parameters() if n in trained]
-    groups = [[p.numel() for p in group["params"]] for group in parameter_groups(named, weight_decay)]
-    return groups, sum(p.numel() for p in task.model.parameters()) - sum(map(sum, groups))
+    everything = dict(task.named_weights())
+    trained = [(name, parameter) for name, parameter in everything.items() if parameter.requires_grad]
+    groups = [[p.numel() for p in group["params"]] for group in parameter_groups(trained, weight_decay)]
+    return groups, sum(p.numel() for p in everything.values()) - sum(map(sum, groups))
 
 
 def make_plan(
     config: Config,
     stage: str,
-    task: PretrainingLosses,
+    task: TaskModule,
     ds_content: dict[str, Any],
     cluster: Cluster,
     mean: Lengths,
@@ -98,6 +99,7 @@ def make_plan(
     precision = precision_of(filled)
     element_bytes = FLOAT32 if precision == "float32" else 2
     dtype = torch.float32 if precision == "float32" else torch.float16
+    assert task.objectives is not None
     flops = StepFlops(task, num)
     zero, model = Zero.of(filled), flops.model
     micro, accumulation = micro_batch_size(config.train, num), config.train.accumulation_steps

@@ -141,7 +141,7 @@ def _settings(config: Config) -> Iterator[Finding]:
     yield Finding("configuration", OK, f"{' then '.join(config.stage_names)} in {config.run.dir}")
     for stage in config.stage_names:
         section = config.stage(stage)
-        if section.warmup_steps > section.max_steps:
+        if section.warmup_steps is not None and section.warmup_steps > section.max_steps:
             text = f"{stage}.warmup_steps is {section.warmup_steps}, but {stage}.max_steps only {section.max_steps}"
             remedy = f"the learning rate never reaches {section.learning_rate:g}: lower {stage}.warmup_steps"
             yield Finding("configuration", WARNING, text, remedy)

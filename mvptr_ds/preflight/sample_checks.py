@@ -17,6 +17,7 @@ from mvptr_ds.builders import SampleNeeds
 from mvptr_ds.config import Config
 from mvptr_ds.data.features import SampleBuilder
 from mvptr_ds.data.phrases import Vocabs
+from mvptr_ds.data.schema import Record
 from mvptr_ds.data.shards.index import SampleIndex
 from mvptr_ds.data.shards.tar_reader import IMAGE_EXTENSIONS
 from mvptr_ds.errors import DataError
@@ -72,14 +73,13 @@ def examine(config: Config, vocabs: Vocabs, indices: Mapping[str, SampleIndex]) 
 def _needs(config: Config) -> SampleNeeds:
     """Returns what all stages of the run want of a caption's labels; nothing is masked, and any sample will do."""
     of_stages = [TASKS[stage].sample_needs(config) for stage in config.stage_names]
-    checks = [needs.check_labels for needs in of_stages if needs.check_labels is not None]
+    readers = [needs.read_labels for needs in of_stages if needs.read_labels is not None]
 
-    def check(labels: Mapping[str, Any]) -> None:
-        for check_labels in checks:
-            check_labels(labels)
+    def read_by_all(labels: Mapping[str, Any], record: Record) -> dict[str, Any]:
+        return {name: label for read in readers for name, label in read(labels, record).items()}
 
     labels = {name: example for needs in of_stages for name, example in needs.labels.items()}
-    return SampleNeeds(pairs=False, labels=labels, check_labels=check)
+    return SampleNeeds(pairs=False, labels=labels, read_labels=read_by_all)
 
 
 def look(index: SampleIndex, builder: SampleBuilder) -> Seen:

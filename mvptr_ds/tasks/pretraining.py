@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from mvptr_ds.builders import SampleNeeds
-from mvptr_ds.config import Config, PretrainingConfig
+from mvptr_ds.config import Config
+from mvptr_ds.config_stages import PretrainingConfig
 from mvptr_ds.data.phrases import Vocabs
 from mvptr_ds.data.shards.index import SampleIndex
 from mvptr_ds.evaluation.report import evaluate_model, flatten_scores
 from mvptr_ds.model.mvptr import Mvptr
-from mvptr_ds.monitoring.flops import StepFlops
 from mvptr_ds.objectives.module import HEAD, TaskModule
 from mvptr_ds.objectives.pretraining import PretrainingLosses
 from mvptr_ds.objectives.stages import STAGES, Stage
@@ -50,9 +50,6 @@ class Pretraining(Task):
         section = config.pretraining(self.name)
         assert section is not None
         return section
-
-    def step_flops(self, module: TaskModule, num_ranks: int) -> StepFlops | None:
-        return StepFlops(module, num_ranks) if isinstance(module, PretrainingLosses) else None
 
     def evaluate(
         self, module: TaskModule, vocabs: Vocabs, config: Config, index: SampleIndex, device: torch.device

@@ -7,6 +7,7 @@ configuration that bears its name (config.py), and its name in `tasks/__init__.p
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 import torch
 
@@ -27,11 +28,13 @@ class Task(ABC):
         follows: the stage whose finished weights it starts from with `run.init_from=auto`; None: fresh weights.
         fresh_weights: prefixes of the names of weights that a model folder may lack. They then start fresh, and the
             log lists them.
+        best_by: the key of `evaluate` whose highest value is of the best checkpoint; None: the newest is the best.
     """
 
     name: str
     follows: str | None = None
     fresh_weights: tuple[str, ...] = ()
+    best_by: str | None = None
 
     @abstractmethod
     def sample_needs(self, config: Config) -> SampleNeeds:
@@ -59,6 +62,10 @@ class Task(ABC):
             DataError: a sample cannot be read.
         """
 
+    def learning_rate_factors(self, config: Config) -> Mapping[str, float]:
+        """Returns factors of the learning rate by part of the model, `head` for its own; the others have 1."""
+        return {}
+
     def step_flops(self, module: TaskModule, num_ranks: int) -> StepFlops | None:
-        """Returns what counts the training FLOPs of a batch. None, the default: no FLOPs and no MFU are logged."""
-        return None
+        """Returns what counts the training FLOPs of a batch; None where the module does not say what it computes."""
+        return None if module.objectives is None else StepFlops(module, num_ranks)

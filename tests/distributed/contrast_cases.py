@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mvptr_ds.config import Config, ItmConfig, TaskConfig, VscConfig, WeightsConfig, WpgConfig
+from mvptr_ds.config import Config, ItmConfig, TaskConfig, VscConfig, WpgConfig
+from mvptr_ds.config_stages import WeightsConfig
 from mvptr_ds.data.collate import Batch, collate
 from mvptr_ds.objectives.pretraining import PretrainingLosses
 from mvptr_ds.objectives.stages import STAGES

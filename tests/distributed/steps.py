@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mvptr_ds.config import Config, OptimConfig, PretrainingConfig, TrainConfig
+from mvptr_ds.config import Config, OptimConfig, TrainConfig
+from mvptr_ds.config_stages import PretrainingConfig
 from mvptr_ds.data.collate import Batch, Sample, collate
 from mvptr_ds.data.sampling.batches import Batches
 from mvptr_ds.objectives.pretraining import PretrainingLosses

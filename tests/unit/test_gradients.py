@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mvptr_ds.config import ItmConfig, TaskConfig, WeightsConfig, WpgConfig
+from mvptr_ds.config import ItmConfig, TaskConfig, WpgConfig
+from mvptr_ds.config_stages import WeightsConfig
 from mvptr_ds.objectives.hard_negatives import RandomDraws
 from mvptr_ds.objectives.pretraining import PretrainingLosses
 from mvptr_ds.objectives.stages import STAGES

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvptr_ds.config import TaskConfig, WeightsConfig
+from mvptr_ds.config import TaskConfig
+from mvptr_ds.config_stages import WeightsConfig
 from mvptr_ds.model import kernels
 from mvptr_ds.model.packed import Packed
 from mvptr_ds.objectives.pretraining import PretrainingLosses

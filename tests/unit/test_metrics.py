@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from mvptr_ds.config import Config, WeightsConfig
+from mvptr_ds.config import Config
+from mvptr_ds.config_stages import WeightsConfig
 from mvptr_ds.data.collate import collate
 from mvptr_ds.monitoring.meters import Meters
 from mvptr_ds.monitoring.metrics import MetricsLog

@@ -240,6 +240,7 @@ def test_every_parameter_but_qa_head_belongs_to_one_part() -> None:
     model = tiny(num_phrases=3, num_answers=4, tie_word_heads=False)
     by_part = {part: model.parameters_of([part]) for part in PARTS}
     assert all(by_part.values())
+    assert set(by_part.pop("pooler")) < set(by_part["itm"])  # of tasks that read the pooled state alone
     names = [name for part in by_part.values() for name in part]
     everything = [n for n, _ in model.named_parameters() if not n.startswith("qa_head.")]
     assert sorted(names) == sorted(everything)

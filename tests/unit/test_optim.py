@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mvptr_ds.config import OptimConfig, StageConfig
+from mvptr_ds.config import OptimConfig
+from mvptr_ds.config_stages import StageConfig
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.optim import optimizer as optim

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mvptr_ds.config import TaskConfig, WeightsConfig, WpgConfig
+from mvptr_ds.config import TaskConfig, WpgConfig
+from mvptr_ds.config_stages import WeightsConfig
 from mvptr_ds.data.collate import IGNORE, Batch, Sample, collate
 from mvptr_ds.model import kernels
 from mvptr_ds.model.attention import PaddedAttention, SegmentAttention

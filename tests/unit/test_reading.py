@@ -8,7 +8,8 @@ from itertools import combinations
 import pytest
 import torch
 
-from mvptr_ds.config import Config, TaskConfig, WeightsConfig, WpgConfig
+from mvptr_ds.config import Config, TaskConfig, WpgConfig
+from mvptr_ds.config_stages import WeightsConfig
 from mvptr_ds.model.encoder import Encoder
 from mvptr_ds.model.packed import Packed
 from mvptr_ds.objectives.hard_negatives import RandomDraws

@@ -15,7 +15,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mvptr_ds.config import Config, ItmConfig, TaskConfig, VscConfig, WeightsConfig, WpgConfig
+from mvptr_ds.config import Config, ItmConfig, TaskConfig, VscConfig, WpgConfig
+from mvptr_ds.config_stages import WeightsConfig
 from mvptr_ds.data.collate import IGNORE, Batch, Sample, collate
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.objectives import hard_negatives

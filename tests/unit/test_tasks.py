@@ -15,9 +15,11 @@ from torch import nn
 
 from mvptr_ds.builders import SampleNeeds
 from mvptr_ds.checkpoints.model_folder import head_settings, init_from_folder, load_weights, save_model_folder
-from mvptr_ds.config import STAGES, Config, StageConfig
+from mvptr_ds.config import STAGES, Config, load_config
+from mvptr_ds.config_stages import StageConfig
 from mvptr_ds.data.collate import Batch, collate
 from mvptr_ds.data.phrases import PhraseVocab, Vocabs
+from mvptr_ds.data.schema import Record, Region
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.errors import CheckpointError
 from mvptr_ds.model.config import MvptrConfig
@@ -63,15 +65,18 @@ def test_each_stage_of_the_configuration_is_a_task_and_no_other() -> None:
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_every_task_trains_what_it_says(name: str) -> None:
-    task = TASKS[name]
-    assert isinstance(task.sample_needs(Config()), SampleNeeds)
-    module = task.build(Config(), tiny_model(), seed=0)
+def test_every_task_trains_what_it_says(name: str, tmp_path: Path) -> None:
+    answers = tmp_path / "answers.json"
+    answers.write_text('["dog", "puppy"]', encoding="utf-8")
+    task, config = TASKS[name], load_config(None, [f"vqa.answers={answers}"])
+    needs, batch = task.sample_needs(config), whole_batch()
+    assert isinstance(needs, SampleNeeds)
+    module = task.build(config, tiny_model(), seed=0)
     module.freeze_untrained()
-    needs, batch = task.sample_needs(Config()), whole_batch()
     labels = dict(needs.labels)
-    if needs.check_labels is not None:
-        needs.check_labels(labels)
+    if needs.read_labels is not None:
+        boxes = [Region((float(8 * n), 8.0, 64.0, 48.0), "dog") for n in range(4)]
+        labels = needs.read_labels(labels, Record("1", 128, 128, (), tuple(boxes)))
     module(dataclasses.replace(batch, labels=(labels,) * len(batch)), 0).loss.backward()
     for weight, parameter in module.named_weights():
         assert (parameter.grad is not None) == parameter.requires_grad, weight

@@ -15,7 +15,8 @@ from transformers import BertConfig
 from transformers.activations import ACT2FN
 from transformers.models.bert.modeling_bert import BertEncoder
 
-from mvptr_ds.config import TaskConfig, WeightsConfig
+from mvptr_ds.config import TaskConfig
+from mvptr_ds.config_stages import WeightsConfig
 from mvptr_ds.data.collate import IGNORE, Batch, Sample, collate
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.convert import to_reference

@@ -31,7 +31,8 @@ class DataConfig:
     held_out: PathText | None = "runs/demo/shards/held_out"
     """Folder or URL of the shards to evaluate on. null: none."""
     sidecars: list[PathText] = field(default_factory=list)
-    """Folders of regions, features or phrases that join the records by key."""
+    """Folders that join the records by key: sidecars of regions, features or phrases, and shards whose pictures they
+    share."""
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """Several sources by name, in place of data.train and data.sidecars."""
     mixture_block_samples: Count = 0
@@ -43,6 +44,9 @@ class DataConfig:
     """What happens to a record that a sidecar lacks. drop: it is left out. keep: it is used as it is."""
     allow_mixed_extractors: bool = False
     """Allows regions or features of several extractors in one run."""
+    permute_pictures: Literal["picture", "contents"] | None = None
+    """A control experiment: every text is shown the picture of another record. picture: with its boxes and tags.
+    contents: the boxes stay, and the tags are left out. null: pictures stay with their texts."""
     word_vocab: PathText | None = None
     """WordPiece vocabulary (vocab.txt). null: that of bert-base-uncased, which the package contains."""
     phrase_vocab: PathText | None = "runs/demo/shards/phrase_vocab.json"
@@ -53,6 +57,11 @@ class DataConfig:
     """Training scenes of the demo shards."""
     demo_held_out_scenes: Positive = 500
     """Held-out scenes of the demo shards."""
+    demo_task: Literal["vqa", "entailment", "referring"] | None = None
+    """Task shards to build when data.train is missing. Their pictures are those of the demo shards, which stand in the
+    folder of the first sidecar and are built, too. null: none."""
+    demo_task_scenes: Positive = 1500
+    """Training scenes of the demo shards that the task shards are about."""
     bucket_batches: Count = 0
     """Batches of samples of similar length are drawn from a pool of this many batches. 1: each batch is only divided
     evenly among the ranks. 0: off."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from mvptr_ds.config_data import DataConfig, SourceConfig
 from mvptr_ds.data.shards.index import Index, SampleIndex
 from mvptr_ds.data.shards.index_builder import ensure_index
+from mvptr_ds.data.shards.other_pictures import OtherPictures
 from mvptr_ds.data.shards.sidecar_join import JoinedIndex, check_extractors, check_kinds, ensure_join, visual_extractors
 from mvptr_ds.data.shards.urls import ReadOptions, is_url
 from mvptr_ds.demo import build
@@ -156,6 +157,11 @@ def open_held_out(data: DataConfig, joins: Path) -> SampleIndex:
 
 
 def _open(data: DataConfig, folder: str, sidecars: Sequence[str], joins: Path) -> SampleIndex:
+    index = _open_joined(data, folder, sidecars, joins)
+    return index if data.permute_pictures is None else OtherPictures(index, data.permute_pictures)
+
+
+def _open_joined(data: DataConfig, folder: str, sidecars: Sequence[str], joins: Path) -> SampleIndex:
     options = read_options(data)
     main = Index.open(folder, options)
     opened = [Index.open(sidecar, options) for sidecar in sidecars]

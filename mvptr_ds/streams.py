@@ -26,6 +26,7 @@ class Stream(IntEnum):
     STEP = 21  # negatives of a micro-batch
     PERMUTED_REGIONS = 31  # of an evaluation
     NEW_RANKS = 32  # dropout of a run that goes on with another number of ranks
+    OTHER_PICTURES = 33  # which other picture a record is shown with
 
 
 _FIRST_STAGES = ("stage1", "stage2", "joint")

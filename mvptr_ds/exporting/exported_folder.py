@@ -120,6 +120,7 @@ def _without_paths(config: Config) -> Config:
         "word_vocab",
         "phrase_vocab",
         "demo_source",
+        "demo_task",
         "cache_dir",
     )
     cleared = {name: getattr(plain.data, name) for name in names}

@@ -15,6 +15,7 @@ import yaml
 from mvptr_ds.config import Config, load_config, override_config, save_config
 from mvptr_ds.config_data import SourceConfig
 from mvptr_ds.config_reading import range_of
+from mvptr_ds.data.shards.other_pictures import Mode
 from mvptr_ds.data.shards.sidecar_join import DROP, KEEP
 from mvptr_ds.demo.build import SOURCES
 from mvptr_ds.ds_config import load_ds_config
@@ -341,6 +342,8 @@ def test_the_choices_are_those_that_the_code_knows() -> None:
     assert {
         "data.missing_partners": (DROP, KEEP),
         "data.demo_source": SOURCES,
+        "data.demo_task": ("vqa", "entailment", "referring"),
+        "data.permute_pictures": typing.get_args(Mode),
         "visual.source": VISUAL_SOURCES,
         "model.execution": typing.get_args(Execution),
         "task.vsc.scope": SCOPES,
@@ -380,8 +383,10 @@ def test_the_nearest_choice_is_named(override: str, meant: str) -> None:
     assert f"is '{override.partition('=')[2]}'; choose from" in found and found.endswith(f"; did you mean {meant}?")
 
 
-def test_only_demo_source_has_no_choice_too() -> None:
+def test_keys_of_the_demo_and_of_controls_may_have_no_choice() -> None:
     assert load_config("demo", ["data.demo_source=null"]).data.demo_source is None
+    assert load_config("demo", ["data.demo_task=null"]).data.demo_task is None
+    assert load_config("demo", ["data.permute_pictures=null"]).data.permute_pictures is None
     assert message_of("train.resume=null") == "train.resume is None; choose from auto, never"
 
 

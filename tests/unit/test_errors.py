@@ -307,7 +307,8 @@ def sidecar_as_shards(place: Place) -> None:
 
 @case
 def shards_as_sidecar(place: Place) -> None:
-    place.arguments.append(f"data.sidecars=[{place.shards / 'held_out'}]")
+    write_shards(place.dir / "text", [("a", Record("a", 0, 0, (Caption("a red circle"),)), {})], 1)
+    place.arguments.append(f"data.sidecars=[{place.dir / 'text'}]")
 
 
 @case

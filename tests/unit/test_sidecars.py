@@ -346,8 +346,10 @@ def test_train_and_held_out_shards_need_one_extractor(tmp_path: Path, images: Pa
 def test_folders_of_the_wrong_kind_are_named(tmp_path: Path, images: Path, boxes: Path) -> None:
     with pytest.raises(DataError, match=r"boxes is a sidecar; name it among the sidecars"):
         shard_folders.open_sources(config(boxes), "stage1", False, tmp_path)
-    with pytest.raises(DataError, match=r"images holds records and is no sidecar"):
-        opened(tmp_path, config(images, images))
+    texts = [(key(n), Record(str(n), 0, 0, (Caption(text(n)),)), {}) for n in range(NUM)]
+    write_shards(tmp_path / "texts", texts, 9)
+    with pytest.raises(DataError, match=r"texts holds captions alone: as a sidecar it gives neither pictures, regions"):
+        opened(tmp_path, config(images, tmp_path / "texts"))
 
 
 def test_stages_that_align_refuse_what_is_no_pair(tmp_path: Path) -> None:

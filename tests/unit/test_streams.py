@@ -34,6 +34,7 @@ def test_numbers_differ_and_stay() -> None:
     assert {stream.name: stream.value for stream in Stream} == {
         "ROTATION": 1, "BLOCKS": 2, "WINDOW": 3, "MIXTURE": 4, "BUCKETS": 5,
         "SAMPLE": 11, "SUBSTITUTE": 12, "STEP": 21, "PERMUTED_REGIONS": 31, "NEW_RANKS": 32,
+        "OTHER_PICTURES": 33,
     }  # fmt: skip
     assert len({stream.value for stream in Stream}) == len(Stream.__members__)  # an alias is a member that is not one
 

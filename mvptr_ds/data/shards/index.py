@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -68,7 +68,7 @@ class SampleIndex(PicklesWithoutCaches, ABC):
     pickled: another process maps the same files.
     """
 
-    _CACHES = ("_rows", "_first")
+    _CACHES: ClassVar[tuple[str, ...]] = ("_rows", "_first")
 
     num_records: int
     num_samples: int

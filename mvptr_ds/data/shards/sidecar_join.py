@@ -35,8 +35,7 @@ import numpy as np
 from mvptr_ds.data.schema import Record, SidecarEntry, parse_entry, parse_record
 from mvptr_ds.data.shards.index import ByteRange, Index, RecordLocation, SampleIndex
 from mvptr_ds.data.shards.index_format import NO_CAPTION, NO_REGIONS, NOT_VISUAL, RECORDS, SIDECAR, sha256
-from mvptr_ds.data.shards.sidecars import merge_sidecar
-from mvptr_ds.data.shards.storage import Files
+from mvptr_ds.data.shards.sidecars import merge_picture, merge_sidecar
 from mvptr_ds.data.shards.tar_reader import MEMBER_EXTENSIONS, read_keyed_record
 from mvptr_ds.errors import DataError
 from mvptr_ds.user_io.atomic import replacing
@@ -83,14 +82,17 @@ def ensure_join(main: Index, sidecars: Sequence[Index], missing: str, allow_mixe
 
 
 def check_kinds(main: Index, sidecars: Sequence[Index]) -> None:
-    """Raises DataError where a folder of records stands for a sidecar, or a sidecar for records."""
+    """Raises DataError where a sidecar stands for records, or records that show nothing for a sidecar."""
     if main.kind != RECORDS:
         raise DataError(
             f"{main.folder} is a sidecar; name it among the sidecars, and a folder of records as the shards"
         )
     for sidecar in sidecars:
-        if sidecar.kind != SIDECAR:
-            raise DataError(f"{sidecar.folder} holds records and is no sidecar; take it out of the sidecars")
+        if sidecar.kind == RECORDS and not sidecar.holds.keys() & {"image", "npy", "regions"}:
+            raise DataError(
+                f"{sidecar.folder} holds captions alone: as a sidecar it gives neither pictures, regions nor features; "
+                "take it out of the sidecars, or name the shards that hold the pictures"
+            )
 
 
 def check_extractors(index: Index) -> None:
@@ -195,15 +197,16 @@ def _write(path: Path, main: Index, sidecars: Sequence[Index], partners_SN: np.n
 def _what_is_seen(main: Index, sidecars: Sequence[Index], partners_SN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns two bool [N]: whether nothing of a record can be seen, and whether that is because a sidecar says so.
 
-    An entry of no regions takes the record's regions and features away. In a folder that holds images the index does
+    An entry of no regions takes the record's regions and features away. Where a folder holds images the index does
     not know which records have one. So none counts as unseen there, and one that is shows when it is read.
     """
+    any_image = any(index.holds.get("image") for index in (main, *sidecars))
     not_visual_N = (main.flags() & NOT_VISUAL).astype(bool)
     emptied_N = np.zeros_like(not_visual_N)
     for sidecar, partners_N in zip(sidecars, partners_SN, strict=True):
         has_N = partners_N != NO_PARTNER
         flags = sidecar.flags()[partners_N[has_N]]
-        if not main.holds.get("image"):
+        if not any_image:
             emptied_N[has_N] |= (flags & NO_REGIONS).astype(bool)
             not_visual_N[has_N] |= emptied_N[has_N]
         # a later sidecar that brings regions or features makes the record visible again
@@ -264,7 +267,7 @@ class JoinedIndex(SampleIndex):
             others = "left out" if missing == DROP else "used as they are"
             logger.info(
                 "sidecar %s (%s): %d of %d records have a partner%s",
-                sidecar.folder, ", ".join(sidecar.extractors), num, main.num_records,
+                sidecar.folder, ", ".join(sidecar.extractors) or "pictures", num, main.num_records,
                 f", the others are {others}" if num < main.num_records else "",
             )  # fmt: skip
         if num_unseen := int(content.get("num_unseen_records", 0)):
@@ -293,7 +296,7 @@ class JoinedIndex(SampleIndex):
         record = parse_record(members["json"])
         for sidecar, partner in self._sidecar_places(place.record):
             try:
-                record, members = _read_partner(partner, sidecar.files, key, record, members, contents)
+                record, members = _read_partner(partner, sidecar, key, record, members, contents)
             except (DataError, OSError) as error:
                 raise DataError(f"sidecar {partner.path}: {error}") from error
         return record, members
@@ -324,12 +327,20 @@ class JoinedIndex(SampleIndex):
 
 
 def _read_partner(
-    place: RecordLocation, files: Files, key: str, record: Record, members: dict[str, bytes], contents: Collection[str]
+    place: RecordLocation,
+    sidecar: Index,
+    key: str,
+    record: Record,
+    members: dict[str, bytes],
+    contents: Collection[str],
 ) -> tuple[Record, dict[str, bytes]]:
-    own_key, own_members = read_keyed_record(place.path, place.offset, place.num_bytes, files, contents)
+    own_key, own_members = read_keyed_record(place.path, place.offset, place.num_bytes, sidecar.files, contents)
     if own_key != key:
         raise DataError(f"key {own_key!r} stands where {key!r} was: the folder has changed; index it again")
     entry = parse_entry(own_members["json"])
-    if not isinstance(entry, SidecarEntry):
-        raise DataError(f"key {own_key!r} is a record and no entry of a sidecar; index the folder again")
-    return merge_sidecar(record, members, entry, own_members.get("npy"))
+    kind = SIDECAR if isinstance(entry, SidecarEntry) else RECORDS
+    if kind != sidecar.kind:
+        raise DataError(f"key {own_key!r} is of kind {kind!r} in a folder of kind {sidecar.kind!r}; index it again")
+    if isinstance(entry, SidecarEntry):
+        return merge_sidecar(record, members, entry, own_members.get("npy"))
+    return merge_picture(record, members, entry, own_members)

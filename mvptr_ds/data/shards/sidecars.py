@@ -3,16 +3,20 @@
 What an entry has takes the place of the record's: regions, with width and height where it gives them; the phrases of
 the captions; the rows of features. A later sidecar wins over an earlier one. Entries and records are joined by key
 (sidecar_join.py), however both sides are cut into shards.
+
+A folder of records may stand among the sidecars, too: it gives its pictures with their regions and features, and its
+captions are ignored. So the texts of a task share the pictures of the shards that a model was pre-trained on.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import msgspec
 
 from mvptr_ds.data.schema import Caption, Extractor, Record, Region, SidecarEntry, check_phrase_regions, check_size
+from mvptr_ds.data.shards.tar_reader import IMAGE_EXTENSIONS
 from mvptr_ds.data.shards.tar_writer import json_bytes
 from mvptr_ds.errors import DataError
 
@@ -60,8 +64,8 @@ def merge_sidecar(
     """
     captions = record.captions
     if entry.regions is not None:
-        members = {extension: content for extension, content in members.items() if extension != "npy"}
-        captions = tuple(_without_regions(caption) for caption in captions)
+        members = _without(members, ("npy",))
+        captions = tuple(without_region_references(caption) for caption in captions)
     if entry.captions is not None:
         _check_same_texts(record.captions, entry.captions)
         # the sidecar knows phrases, the record its labels
@@ -85,7 +89,37 @@ def merge_sidecar(
     return merged, members
 
 
-def _without_regions(caption: Caption) -> Caption:
+def merge_picture(
+    record: Record, members: dict[str, bytes], other: Record, other_members: dict[str, bytes]
+) -> tuple[Record, dict[str, bytes]]:
+    """Returns the record and its members with what another record of the same key has to see.
+
+    Its picture takes the place of the record's. Its regions and features go together, with their extractor: where it
+    has either, the record's own are dropped, and so are the references of the record's phrases to regions.
+    """
+    if any(extension in other_members for extension in IMAGE_EXTENSIONS):
+        members = _without(members, IMAGE_EXTENSIONS) | _only(other_members, IMAGE_EXTENSIONS)
+    gives_regions = bool(other.regions) or "npy" in other_members
+    if gives_regions:
+        members = _without(members, ("npy",)) | _only(other_members, ("npy",))
+        captions = tuple(without_region_references(caption) for caption in record.captions)
+        record = dataclasses.replace(record, captions=captions, regions=other.regions, extractor=other.extractor)
+    # boxes that the record keeps lie in pixels of its own size
+    if gives_regions or (other.width and not record.regions):
+        record = dataclasses.replace(record, width=other.width, height=other.height)
+    return record, members
+
+
+def _only(members: dict[str, bytes], extensions: Collection[str]) -> dict[str, bytes]:
+    return {extension: content for extension, content in members.items() if extension in extensions}
+
+
+def _without(members: dict[str, bytes], extensions: Collection[str]) -> dict[str, bytes]:
+    return {extension: content for extension, content in members.items() if extension not in extensions}
+
+
+def without_region_references(caption: Caption) -> Caption:
+    """Returns the caption with phrases that name no regions."""
     if not any(phrase.regions for phrase in caption.phrases):
         return caption
     phrases = tuple(msgspec.structs.replace(phrase, regions=()) for phrase in caption.phrases)

@@ -100,5 +100,7 @@ class ReferringConfig(FinetuningConfig):
     score: Literal["product", "cosine", "dot", "region"] = "product"
     """What scores a region. product: the region times a projection of slot 0, trained by cross entropy. Published are
     cosine (to slot 0, trained to be the IoU), dot and region (a layer on the region), both trained by yes and no."""
+    detections: PathText | None = None
+    """JSON of a detector's boxes [x, y, width, height] by image id. Evaluation then scores by them as well."""
     cross_layers: Positive | None = None
     """Layers of the cross encoder that run, which the published models set to 3 of 6. null: all."""

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,19 +28,26 @@ from mvptr_ds.checkpoints.hand_over import find_model
 from mvptr_ds.checkpoints.model_folder import head_settings, load_model_folder, load_weights
 from mvptr_ds.checkpoints.state import read_state
 from mvptr_ds.config import STAGES, Config, override_config
-from mvptr_ds.errors import USER_ERRORS, exit_code
+from mvptr_ds.data.phrases import Vocabs
+from mvptr_ds.data.shards.index import SampleIndex
+from mvptr_ds.errors import USER_ERRORS, DataError, exit_code
 from mvptr_ds.evaluation.curves import draw_curves, draw_scores, read_metrics, wall_s
 from mvptr_ds.evaluation.pictures import draw_grounding
 from mvptr_ds.evaluation.report import evaluate_split, flatten_scores
 from mvptr_ds.evaluation.table import table
 from mvptr_ds.monitoring.trackers import open_trackers
+from mvptr_ds.objectives.module import TaskModule
 from mvptr_ds.shard_folders import open_held_out
-from mvptr_ds.tasks import TASKS
+from mvptr_ds.tasks import TASKS, Task
+from mvptr_ds.tasks.downstream import Downstream, flat_scores
+from mvptr_ds.tasks.pair_module import PairModule
+from mvptr_ds.tasks.report import examine, task_table
 from mvptr_ds.user_io.atomic import partial_path, replacing
 from mvptr_ds.user_io.terminal import accept_any_text
 from mvptr_ds.user_io.user_files import user_path
 
 logger = logging.getLogger("mvptr_ds.eval")
+PREDICTIONS = "predictions.json"
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -93,11 +101,7 @@ def evaluate(run: Path, overrides: list[str], out: Path, clip_benchmark: Path | 
     if task is not None:
         module = task.build(config, model, config.run.seed)
         load_weights(module, path)
-        scores = task.evaluate(module.to(device), vocabs, config, index, device)
-        report: dict[str, Any] = {"model": str(path), "task": task.name, "scores": scores}
-        _write_report(out / "report.json", json.dumps(report, indent=1) + "\n")
-        _track(path, config, scores, [])
-        return report
+        return _evaluate_task(task, module.to(device), vocabs, config, index, path, out)
     evaluation = evaluate_split(model, vocabs, config, index, device, config.run.seed)
     report = {"model": str(path), **evaluation.report}
     report["wall_s"] = {k: round(v, 1) for k, v in seconds.items() if v is not None} | report["wall_s"]
@@ -113,6 +117,35 @@ def evaluate(run: Path, overrides: list[str], out: Path, clip_benchmark: Path | 
     ]
     _track(path, config, flatten_scores(evaluation.report), drawn)
     return report
+
+
+def _evaluate_task(
+    task: Task, module: TaskModule, vocabs: Vocabs, config: Config, index: SampleIndex, path: Path, out: Path
+) -> dict[str, Any]:
+    """Evaluates a fine-tuned model: writes its report, its predictions in the public format, and a few pictures."""
+    if not isinstance(task, Downstream):  # a task of one's own, which has scores alone
+        scores = task.evaluate(module, vocabs, config, index, module.model.device)
+        report: dict[str, Any] = {"model": str(path), "task": task.name, "scores": scores}
+        _write_report(out / "report.json", json.dumps(report, indent=1) + "\n")
+        _track(path, config, scores, [])
+        return report
+    assert isinstance(module, PairModule)
+    found = examine(task, module, vocabs, config, index, _open_training(config, out))
+    report = {"model": str(path), "held_out": str(config.data.held_out), **found.report}
+    _write_report(out / "report.json", json.dumps(report, indent=1) + "\n")
+    _write_report(out / PREDICTIONS, json.dumps([prediction.written for prediction in found.predictions]) + "\n")
+    _track(path, config, flat_scores(task.name, found.predictions), [])
+    return report
+
+
+def _open_training(config: Config, out: Path) -> SampleIndex | None:
+    """Opens the training split, whose texts show what can be guessed; None where it is not there any more."""
+    data = replace(config.data, held_out=config.data.train, held_out_sidecars=config.data.sidecars)
+    try:
+        return open_held_out(data, out / "joins")
+    except DataError as error:
+        logger.warning("the report says nothing of guesses from texts: the training split cannot be opened: %s", error)
+        return None
 
 
 def _check_writable(path: Path, remedy: str) -> None:
@@ -177,8 +210,10 @@ def main(argv: list[str] | None = None) -> int:
         logger.debug("where it was raised", exc_info=True)
         logger.error("error: %s", error)
         return exit_code(error)
-    scores = report.get("scores")
-    text = table(report) if scores is None else "\n".join(f"{name} {100 * s:.1f} %" for name, s in scores.items())
+    if "scores" in report:
+        text = "\n".join(f"{name} {100 * score:.1f} %" for name, score in report["scores"].items())
+    else:
+        text = task_table(report) if "task" in report else table(report)
     sys.stdout.write(text + f"\nwritten: {out / 'report.json'}\n")
     return 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from mvptr_ds.data.features import SampleBuilder
 from mvptr_ds.data.loader import eval_batches
 from mvptr_ds.data.phrases import Vocabs
 from mvptr_ds.data.shards.index import SampleIndex
+from mvptr_ds.data.shards.other_pictures import Mode
 from mvptr_ds.evaluation.encode import evaluating
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.objectives.module import HEAD, TaskModule
@@ -44,7 +45,8 @@ class Downstream(Task):
 
     follows = "stage2"
     fresh_weights = (HEAD,)
-    other_pictures = "picture"  # what is exchanged to see how much the pictures matter (data/shards/other_pictures.py)
+    other_pictures: Mode = "picture"  # what is exchanged to see how much pictures matter
+    names_answers = True  # whether answers are words that occur again: texts alone may then tell them
 
     @abstractmethod
     def build_module(self, config: Config, model: Mvptr, seed: int) -> PairModule:
@@ -61,6 +63,14 @@ class Downstream(Task):
     @abstractmethod
     def score_of(self, answer: str, labels: Mapping[str, Any]) -> float | None:
         """Returns how right an answer is, from 0 to 1; None where nobody knows."""
+
+    def guesses(self, predictions: Sequence[Prediction]) -> dict[str, Any]:
+        """Returns what guesses earn that need neither a model nor training texts, by name as `mean_scores` has them."""
+        return {}
+
+    def details(self, predictions: Sequence[Prediction], config: Config) -> dict[str, Any]:
+        """Returns what the task's own report has besides the scores."""
+        return {}
 
     def build(self, config: Config, model: Mvptr, seed: int, per_sample: bool = False) -> TaskModule:
         module = self.build_module(config, model, seed)

@@ -5,7 +5,8 @@ Legend: B samples of this rank, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -85,6 +86,11 @@ class Entailment(Downstream):
             best = max(CLASSES, key=chances.__getitem__)
             written = {"pairID": labels["pair_id"], "prediction": best, "probabilities": chances}
             yield Prediction(best, self.score_of(best, labels), labels, written)
+
+    def details(self, predictions: Sequence[Prediction], config: Config) -> dict[str, Any]:
+        """Returns `confusion`: by the right class, how often each class was predicted."""
+        pairs = Counter((self.known_answer(p.labels), p.answer) for p in predictions)
+        return {"confusion": {right: {said: pairs[right, said] for said in CLASSES} for right in CLASSES}}
 
     def known_answer(self, labels: Mapping[str, Any]) -> str | None:
         return None if labels["class"] is None else CLASSES[labels["class"]]

@@ -6,7 +6,7 @@ Legend: B samples of this rank, N regions of all samples, R regions, D hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from mvptr_ds.config import Config
 from mvptr_ds.config_stages import ReferringConfig
 from mvptr_ds.data.collate import Batch
 from mvptr_ds.data.schema import Record
+from mvptr_ds.data.shards.other_pictures import Mode
 from mvptr_ds.errors import DataError
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.mvptr import Mvptr
@@ -27,7 +28,8 @@ from mvptr_ds.objectives.lengths import Lengths
 from mvptr_ds.objectives.losses import LossSum
 from mvptr_ds.objectives.passes import PairPass
 from mvptr_ds.tasks.boxes import overlaps
-from mvptr_ds.tasks.downstream import Downstream, Prediction
+from mvptr_ds.tasks.detections import by_detections, load_detections
+from mvptr_ds.tasks.downstream import Downstream, Prediction, mean_scores
 from mvptr_ds.tasks.pair_module import Labels, PairModule, at_least_float32, fresh_linear
 
 BOX = "box"
@@ -140,7 +142,8 @@ class Referring(Downstream):
     """Fine-tunes a pre-trained model to find the region that an expression means."""
 
     name, best_by = "referring", "eval/referring/score"
-    other_pictures = "contents"  # the boxes stay: else no box would be right
+    other_pictures: Mode = "contents"  # the boxes stay: else no box would be right
+    names_answers = False
 
     def sample_needs(self, config: Config) -> SampleNeeds:
         return SampleNeeds(labels={BOX: [8, 8, 64, 48]}, read_labels=read_labels)
@@ -153,8 +156,31 @@ class Referring(Downstream):
         for row_R, labels in zip(logits_BR.tolist(), batch.labels, strict=True):
             best = max(range(len(row_R)), key=row_R.__getitem__)
             written = {"id": labels["id"], "box": labels["boxes"][best].tolist(), "score": row_R[best]}
-            found = None if labels["overlaps"] is None else float(labels["overlaps"][best] >= HIT)
-            yield Prediction(str(best), found, labels, written)
+            num_seen = min(len(row_R), len(labels["boxes"]))  # data.max_regions leaves out the others
+            of_seen = {
+                name: None if labels[name] is None else labels[name][:num_seen] for name in ("boxes", "overlaps")
+            }
+            seen = {**labels, **of_seen, "scores": np.array(row_R[:num_seen])}
+            yield Prediction(str(best), self.score_of(str(best), labels), seen, written)
+
+    def guesses(self, predictions: Sequence[Prediction]) -> dict[str, Any]:
+        """Returns what the largest box earns, and any box on average."""
+
+        def scored(score: Callable[[Mapping[str, Any]], float]) -> dict[str, Any] | None:
+            return mean_scores(p._replace(score=score(p.labels)) for p in predictions if p.score is not None)
+
+        def largest(labels: Mapping[str, Any]) -> float:
+            sides_R2 = labels["boxes"][:, 2:] - labels["boxes"][:, :2]
+            return float(labels["overlaps"][sides_R2.prod(1).argmax()] >= HIT)
+
+        return {"largest_box": scored(largest), "any_box": scored(lambda of: float((of["overlaps"] >= HIT).mean()))}
+
+    def details(self, predictions: Sequence[Prediction], config: Config) -> dict[str, Any]:
+        """Returns `upper_bound`: the share of expressions that some region answers; and scores by detector boxes."""
+        known = [p for p in predictions if p.score is not None]
+        bound = sum(float(p.labels["overlaps"].max() >= HIT) for p in known) / len(known)
+        path = config.referring.detections
+        return {"upper_bound": bound} | ({} if path is None else by_detections(known, load_detections(path)))
 
     def known_answer(self, labels: Mapping[str, Any]) -> str | None:
         return None  # a region has no name: there is no majority, and nothing to learn from texts alone

@@ -156,6 +156,11 @@ class Vqa(Downstream):
             written = {"question_id": labels["question_id"], "answer": answer}
             yield Prediction(answer, self.score_of(answer, labels), labels, written)
 
+    def details(self, predictions: Sequence[Prediction], config: Config) -> dict[str, Any]:
+        """Returns `answerable`: the share of questions of which an answer is in the list."""
+        known = [bool(p.labels["targets"]) for p in predictions if p.score is not None]
+        return {"num_answers": len(load_answers(config.vqa.answers)), "answerable": sum(known) / len(known)}
+
     def known_answer(self, labels: Mapping[str, Any]) -> str | None:
         answers: Mapping[str, float] = labels[ANSWERS] or {}
         return max(answers, key=answers.__getitem__, default=None)

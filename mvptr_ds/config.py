@@ -229,6 +229,9 @@ class EvalConfig:
     """Samples that are encoded together."""
     rerank_top_k: Positive = 32
     """Best candidates of each query that the cross encoder ranks again."""
+    fold_images: Count = 0
+    """Retrieval is also scored on parts of the split of so many images, whose mean is reported: 1000 is COCO's 1k
+    protocol. 0: not."""
     num_pictures: Count = 12
     """Held-out images to draw in pictures.png."""
 

@@ -26,6 +26,7 @@ from mvptr_ds.evaluation.encode import (
     read_split,
     without_tags,
 )
+from mvptr_ds.evaluation.folds import reranked_recalls, score_folds
 from mvptr_ds.evaluation.grounding import (
     AskedPhrase,
     GroundedPhrase,
@@ -37,7 +38,7 @@ from mvptr_ds.evaluation.grounding import (
 )
 from mvptr_ds.evaluation.matching import cross_with_own, score_matching
 from mvptr_ds.evaluation.recovery import recover_concepts
-from mvptr_ds.evaluation.retrieval import chance_recalls, recalls, rerank
+from mvptr_ds.evaluation.retrieval import chance_recalls, recalls
 from mvptr_ds.model.mvptr import Mvptr
 
 MCR_NEEDS = SampleNeeds(
@@ -72,6 +73,7 @@ def evaluate_split(
         grounding              of `uni` and `cross` states: accuracy, chance, n, noun, attribute, by_size,
                                attribute_among_one_noun; accuracy and chance of `uni` once more on top
         mcr, itm
+        folds                  retrieval and rerank as means over parts of eval.fold_images images, where that is set
         without_tags           retrieval, rerank, grounding with all tags withheld. Without any tags, as above
         permuted_regions       retrieval, grounding with all tags withheld and the regions shuffled: must be chance
 
@@ -113,6 +115,8 @@ def evaluate_split(
             },
             "permuted_regions": {"retrieval": permuted.retrieval(), "grounding": permuted.grounding()},
         }
+        if config.eval.fold_images:
+            report["folds"] = tagged.folds(config.eval.fold_images)
         grounded = ground(similarities(split, asked), asked)
     report["wall_s"] = {"evaluation": round(time.perf_counter() - started, 1)}
     return Evaluation(report, grounded)
@@ -149,12 +153,12 @@ class _Setting:
         return recalls(self.split.sim_CI, self.split.image_of_C)
 
     def rerank(self) -> dict[str, float]:
-        both = rerank(self.model, self.split, self.config.rerank_top_k, self.batch_size, self.device)
-        out: dict[str, float] = {}
-        for way, scores_CI in zip(("t2i", "i2t"), both, strict=True):
-            found = recalls(scores_CI, self.split.image_of_C)
-            out |= {name: value for name, value in found.items() if name.startswith(way)}
-        return out
+        top_k = self.config.rerank_top_k
+        return reranked_recalls(self.model, self.split, top_k, self.batch_size, self.device)
+
+    def folds(self, num_images: int) -> dict[str, Any]:
+        top_k = self.config.rerank_top_k
+        return score_folds(self.model, self.split, num_images, top_k, self.batch_size, self.device)
 
     def grounding(self) -> dict[str, Any]:
         uni = score_grounding(similarities(self.split, self.asked), self.asked)

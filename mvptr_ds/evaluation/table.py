@@ -9,6 +9,7 @@ from mvptr_ds.evaluation.grounding import SIZES
 from mvptr_ds.evaluation.retrieval import RANKS
 
 _FIRST, _CELL = 34, 9  # widths of the columns
+_FOLD_ROWS = (("global states", "retrieval"), ("re-ranked", "rerank"))
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -39,6 +40,9 @@ def _retrieval(report: Mapping[str, Any]) -> list[str]:
         withheld = report["without_tags"]
         rows.append(("without tags: global states", withheld["retrieval"]))
         rows.append(("without tags: re-ranked", withheld["rerank"]))
+    if "folds" in report:
+        name = f"{report['folds']['num_folds']} x {report['folds']['num_images']} images"
+        rows += [(f"{name}: {part}", report["folds"][key]) for part, key in _FOLD_ROWS]
     rows.append(("permuted regions: global states", report["permuted_regions"]["retrieval"]))
     rows.append(("chance", report["chance"]))
     half = _CELL * len(RANKS)

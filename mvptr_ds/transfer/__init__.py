@@ -1,0 +1,1 @@
+"""What pre-training is worth: the demo's tasks, fine-tuned from several starts."""

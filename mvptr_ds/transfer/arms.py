@@ -1,0 +1,145 @@
+"""The runs of a comparison: each task fine-tuned from each start, with the overrides of its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mvptr_ds.checkpoints.hand_over import find_model
+from mvptr_ds.config import Config, load_config
+from mvptr_ds.demo.tasks import build_task_shards
+from mvptr_ds.errors import CheckpointError, DataError
+
+STAGE2_ALONE = "stage2_alone"
+ARMS = ("scratch", STAGE2_ALONE, "pretrained", "text_alone")
+SCRATCH_FACTOR = 2.0  # of the learning rate: fresh weights have further to go
+LEARNING_RATE = {"retrieval": 5e-4, "vqa": 5e-4, "entailment": 5e-4, "referring": 5e-4}
+TAG_WITHHOLD_PROB = 0.3
+OTHER_PICTURES = {"retrieval": "picture", "vqa": "picture", "entailment": "picture", "referring": "contents"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of training, and its evaluation.
+
+    Attributes:
+        folder: of the run.
+        overrides: of the configuration file `config`.
+        after: the run that must be done before, whose model this one starts from.
+        evaluates: whether a report is made of it.
+    """
+
+    task: str
+    arm: str
+    seed: int
+    folder: Path
+    config: str
+    overrides: tuple[str, ...]
+    after: Path | None = None
+    evaluates: bool = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all runs of a comparison share."""
+
+    demo: Path
+    out: Path
+    steps: int
+    scenes: int
+    batch_size: int
+    config: Config  # of the demo run
+
+    @classmethod
+    def of(cls, demo: Path, out: Path, steps: int, scenes: int, batch_size: int) -> Plan:
+        """Reads the demo run.
+
+        Raises:
+            CheckpointError: it holds no trained model.
+            DataError: it was not trained on demo shards.
+        """
+        try:
+            config = load_config(find_model(demo) / "mvptr.yaml")
+        except CheckpointError as error:
+            remedy = "train the demo first (make demo, or mvptr demo), or name it with --demo"
+            raise CheckpointError(f"{error}; {remedy}") from error
+        if config.data.demo_source is None:
+            raise DataError(f"{demo} was not trained on demo shards: data.demo_source is null in its configuration")
+        return cls(demo, out, steps, scenes, batch_size, config)
+
+    @property
+    def shards(self) -> Path:
+        """The folder of the demo's shards."""
+        return Path(str(self.config.data.train)).parent
+
+
+def jobs_of(plan: Plan, tasks: Sequence[str], seeds: Sequence[int]) -> list[Job]:
+    """Returns every run, and builds the shards of the tasks; the run that others start from comes first.
+
+    Raises:
+        DataError: the shards cannot be built.
+    """
+    for task in tasks:
+        build_task_shards(plan.out / "shards" / task, plan.shards, task, plan.scenes, plan.config.run.seed)
+    alone = _stage2_alone(plan)
+    return [alone, *(_job(plan, task, arm, seed, alone) for seed in seeds for task in tasks for arm in ARMS)]
+
+
+def _stage2_alone(plan: Plan) -> Job:
+    """Returns the pre-training of stage 2 alone, of as many steps as both stages."""
+    config = plan.config
+    num_steps = config.stage1.max_steps + config.stage2.max_steps
+    folder = plan.out / "pretraining" / STAGE2_ALONE
+    overrides = [
+        *_quiet(folder, config.run.seed),
+        "run.stages=[2]",
+        "run.init_from=null",
+        f"stage2.max_steps={num_steps}",
+    ]
+    return Job("pretraining", STAGE2_ALONE, config.run.seed, folder, _file(plan), tuple(overrides), evaluates=False)
+
+
+def _file(plan: Plan) -> str:
+    return str(find_model(plan.demo) / "mvptr.yaml")
+
+
+def _job(plan: Plan, task: str, arm: str, seed: int, alone: Job) -> Job:
+    folder = plan.out / task / arm / f"seed-{seed}"
+    starts = {"scratch": "null", STAGE2_ALONE: str(alone.folder)}
+    start = starts.get(arm, str(plan.demo))
+    rate = LEARNING_RATE[task] * (SCRATCH_FACTOR if arm == "scratch" else 1.0)
+    shards, demo = plan.out / "shards" / task, plan.shards
+    overrides = [
+        *_quiet(folder, seed),
+        f"run.stages=[{task}]",
+        f"run.init_from={start}",
+        f"{task}.max_steps={plan.steps}",
+        f"{task}.learning_rate={rate}",
+        f"train.batch_size={plan.batch_size}",
+        "data.demo_source=null",
+        f"data.train={shards / 'train'}",
+        f"data.sidecars=[{demo / 'train'}]",
+        f"data.held_out={shards / 'held_out'}",
+        f"data.held_out_sidecars=[{demo / 'held_out'}]",
+        f"data.word_vocab={demo / 'word_vocab.txt'}",
+        f"data.phrase_vocab={demo / 'phrase_vocab.json'}",
+        f"data.tag_withhold_prob={TAG_WITHHOLD_PROB}",
+        *([f"vqa.answers={shards / 'answers.json'}"] if task == "vqa" else []),
+        *([f"data.permute_pictures={OTHER_PICTURES[task]}"] if arm == "text_alone" else []),
+    ]
+    after = alone.folder if arm == STAGE2_ALONE else None
+    return Job(task, arm, seed, folder, _file(plan), tuple(overrides), after)
+
+
+def _quiet(folder: Path, seed: int) -> list[str]:
+    """Returns what every run of a comparison has: one checkpoint at its end, and no looks in between."""
+    return [
+        f"run.dir={folder}",
+        f"run.seed={seed}",
+        "train.checkpoint_every_steps=0",
+        "train.evaluate_every_steps=0",
+        "train.preflight=false",
+        "train.report_to=[]",
+        "data.num_workers=0",
+    ]

@@ -42,6 +42,7 @@ from mvptr_ds.tasks import TASKS, Task
 from mvptr_ds.tasks.downstream import Downstream, flat_scores
 from mvptr_ds.tasks.pair_module import PairModule
 from mvptr_ds.tasks.report import examine, task_table
+from mvptr_ds.tasks.submission import check_complete
 from mvptr_ds.user_io.atomic import partial_path, replacing
 from mvptr_ds.user_io.terminal import accept_any_text
 from mvptr_ds.user_io.user_files import user_path
@@ -65,15 +66,30 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="FILE",
         help="also write recall at 1, 5, 10 by the global states in the JSON of CLIP_benchmark",
     )
+    parser.add_argument(
+        "--questions",
+        type=user_path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="official question files of VQA: predictions.json is written only if it answers each of them",
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the configuration")
     return parser.parse_intermixed_args(argv)  # overrides may stand before and behind options
 
 
-def evaluate(run: Path, overrides: list[str], out: Path, clip_benchmark: Path | None = None) -> dict[str, Any]:
+def evaluate(
+    run: Path,
+    overrides: list[str],
+    out: Path,
+    clip_benchmark: Path | None = None,
+    questions: Sequence[Path] = (),
+) -> dict[str, Any]:
     """Evaluates, writes report and pictures into `out`, returns the report.
 
     Args:
         clip_benchmark: the file for the scores of retrieval in the JSON of CLIP_benchmark.
+        questions: of VQA, which the predictions must answer to be written.
 
     Raises:
         ValueError: the report could not be written, or there is no retrieval to write, found before the evaluation.
@@ -101,7 +117,7 @@ def evaluate(run: Path, overrides: list[str], out: Path, clip_benchmark: Path | 
     if task is not None:
         module = task.build(config, model, config.run.seed)
         load_weights(module, path)
-        return _evaluate_task(task, module.to(device), vocabs, config, index, path, out)
+        return _evaluate_task(task, module.to(device), vocabs, config, index, path, out, questions)
     evaluation = evaluate_split(model, vocabs, config, index, device, config.run.seed)
     report = {"model": str(path), **evaluation.report}
     report["wall_s"] = {k: round(v, 1) for k, v in seconds.items() if v is not None} | report["wall_s"]
@@ -120,7 +136,14 @@ def evaluate(run: Path, overrides: list[str], out: Path, clip_benchmark: Path | 
 
 
 def _evaluate_task(
-    task: Task, module: TaskModule, vocabs: Vocabs, config: Config, index: SampleIndex, path: Path, out: Path
+    task: Task,
+    module: TaskModule,
+    vocabs: Vocabs,
+    config: Config,
+    index: SampleIndex,
+    path: Path,
+    out: Path,
+    questions: Sequence[Path],
 ) -> dict[str, Any]:
     """Evaluates a fine-tuned model: writes its report, its predictions in the public format, and a few pictures."""
     if not isinstance(task, Downstream):  # a task of one's own, which has scores alone
@@ -133,7 +156,10 @@ def _evaluate_task(
     found = examine(task, module, vocabs, config, index, _open_training(config, out))
     report = {"model": str(path), "held_out": str(config.data.held_out), **found.report}
     _write_report(out / "report.json", json.dumps(report, indent=1) + "\n")
-    _write_report(out / PREDICTIONS, json.dumps([prediction.written for prediction in found.predictions]) + "\n")
+    written = [prediction.written for prediction in found.predictions]
+    if questions:
+        check_complete(written, questions)
+    _write_report(out / PREDICTIONS, json.dumps(written) + "\n")
     _track(path, config, flat_scores(task.name, found.predictions), [])
     return report
 
@@ -205,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     out = arguments.out or arguments.run
     try:
-        report = evaluate(arguments.run, arguments.overrides, out, arguments.clip_benchmark)
+        report = evaluate(arguments.run, arguments.overrides, out, arguments.clip_benchmark, arguments.questions)
     except USER_ERRORS as error:
         logger.debug("where it was raised", exc_info=True)
         logger.error("error: %s", error)

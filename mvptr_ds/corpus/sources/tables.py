@@ -18,16 +18,26 @@ _BATCH_ROWS = 4096
 
 def read_jsonl(source: Path, image_column: str, caption_column: str, summary: Summary) -> Iterator[Row]:
     """Yields the rows of JSON lines or of a JSON array. Raises DataError when the first object lacks a column."""
-    entries = _array_entries(source) if is_array(source) else _line_entries(source, summary)
     first = True
-    for where, entry in entries:
-        if not isinstance(entry, dict):
-            summary.drop(UNREADABLE, f"{where}: a {type(entry).__name__}, not an object")
-            continue
+    for where, entry in iter_objects(source, summary):
         if first:
             _find_columns(source, entry, (image_column, caption_column))
             first = False
         yield from _row(entry, image_column, caption_column, where, summary)
+
+
+def iter_objects(source: Path, summary: Summary) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields place and content of each object of JSON lines or of a JSON array; what is none is counted.
+
+    Raises:
+        DataError: there is no such file, or the array is cut.
+    """
+    entries = _array_entries(source) if is_array(source) else _line_entries(source, summary)
+    for where, entry in entries:
+        if isinstance(entry, dict):
+            yield where, entry
+        else:
+            summary.drop(UNREADABLE, f"{where}: a {type(entry).__name__}, not an object")
 
 
 def _array_entries(source: Path) -> Iterator[tuple[str, Any]]:

@@ -74,7 +74,7 @@ def _numbers(box: Any) -> list[float]:
 @functools.lru_cache(maxsize=1024)  # the texts of a picture mostly stand together
 def picture_size(images: Path | None, name: str) -> tuple[int, int]:
     """Returns width and height in pixels as the picture's file says them; 0, 0 where it cannot be read."""
-    if images is None:
+    if images is None or not (images / name).is_file():
         return 0, 0
     try:
         with Image.open(images / name) as picture:

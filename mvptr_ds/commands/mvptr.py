@@ -32,6 +32,7 @@ COMMANDS = {
     ),
     "phrases": Command("mvptr_ds.commands.phrases", "finds the phrases of captions"),
     "vocab": Command("mvptr_ds.commands.vocab", "builds the phrase vocabulary"),
+    "build-answers": Command("mvptr_ds.commands.answers", "builds the list of answers to questions"),
     "regions": Command("mvptr_ds.commands.regions", "runs a detector: boxes, tags and features"),
     "import-vinvl": Command("mvptr_ds.commands.import_vinvl", "imports region features of VinVL or Oscar"),
     "validate": Command("mvptr_ds.commands.validate", "checks shards or sidecars, and repairs them"),

@@ -6,7 +6,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,16 @@ from mvptr_ds.corpus.building.source_images import ImageOptions
 from mvptr_ds.corpus.record_keys import KEY_SCHEMES
 from mvptr_ds.corpus.resumable_jobs import Summary
 from mvptr_ds.corpus.sources.annotations import read_coco, read_flickr30k, read_karpathy, read_visual_genome
+from mvptr_ds.corpus.sources.entailment_labels import parse_label_order
 from mvptr_ds.corpus.sources.plain import read_image_folder, read_text
+from mvptr_ds.corpus.sources.refcoco import read_refcoco
 from mvptr_ds.corpus.sources.rows import Row
+from mvptr_ds.corpus.sources.snli_ve import read_snli_ve
 from mvptr_ds.corpus.sources.tables import read_csv, read_jsonl, read_parquet
+from mvptr_ds.corpus.sources.task_tables import TASK_TABLES, TaskTable, read_task_tables
+from mvptr_ds.corpus.sources.vqa import read_vqa
+from mvptr_ds.data.shards.index import Index
+from mvptr_ds.data.shards.shared_keys import shared_keys
 from mvptr_ds.errors import USER_ERRORS, DataError
 from mvptr_ds.user_io.terminal import accept_any_text
 from mvptr_ds.user_io.user_files import user_path, whole_number
@@ -35,7 +42,15 @@ FORMATS = {
     "parquet": "a table in Parquet (needs pyarrow); the image column holds paths, a caption cell may hold a list",
     "text": "one sentence a line; makes records without images, for stage 1",
     "image-folder": "every image below a folder, links followed; makes records without captions, for stage 1",
+    "vqa": "VQA v2: files of questions and of annotations, together in one call; splits as the files say",
+    "snli_ve": "SNLI-VE: snli_ve_train.jsonl, snli_ve_dev.jsonl, snli_ve_test.jsonl, with pictures of Flickr30k",
+    "refcoco": "RefCOCO, RefCOCO+ or RefCOCOg: refs(unc).p and instances.json together, or lists of expressions with "
+    "boxes; splits as the files say",
+    "jsonl-tasks": "one's own questions, statements or expressions with their answers, labels or boxes: JSON lines, a "
+    "JSON array, .csv or .tsv",
 }
+TASK_FORMATS = ("vqa", "snli_ve", "refcoco", "jsonl-tasks")
+OWN_SPLITS = ("karpathy", "vqa", "snli_ve", "refcoco")
 TABLES: dict[str, Callable[[Path, str, str, Summary], Iterator[Row]]] = {
     "jsonl": read_jsonl,
     "csv": read_csv,
@@ -48,11 +63,15 @@ examples:
   %(prog)s coco captions_train2014.json --images none --out shards/coco     (regions come from a sidecar)
   %(prog)s csv Train_GCC.tsv --image-column path --images cc3m/ --out shards/cc3m --reencode 90 --max-side 512
   %(prog)s text sentences.txt --out shards/text
+  %(prog)s vqa v2_OpenEnded_*_questions.json v2_mscoco_*_annotations.json --images coco/ --out shards/vqa
+  %(prog)s snli_ve snli_ve_*.jsonl --images flickr30k-images/ --out shards/snli_ve --pretraining shards/coco/train
+  %(prog)s refcoco 'refs(unc).p' instances.json --images coco/train2014 --out shards/refcoco_plus
+  %(prog)s jsonl-tasks mine.jsonl --task vqa --images photos/ --out shards/mine --split train=0.9,val=0.1
 
 All captions of an image become one record. An id that names two images is dropped and counted.
 After an interruption, the same command resumes where it stopped and gives the same bytes.
 The plan needs disk space in OUT/.plan, twice the text of the corpus. Memory holds 1/128 of it at a time and 8 bytes a
-record; coco also holds the list of images, a few hundred bytes each.
+record; coco also holds the list of images, a few hundred bytes each, vqa the questions of one split, and refcoco all.
 Exit status: 0 done, whatever was dropped; 1 nothing is left, more was dropped than allowed, or an error;
 2 wrong usage.
 """
@@ -69,6 +88,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if getattr(arguments, "max_side", None) is not None and arguments.reencode is None:
         parser.error("--max-side changes pictures only when they are encoded again; give --reencode QUALITY too")
+    if getattr(arguments, "task", None) == "referring" and arguments.reencode is not None:
+        parser.error("--reencode turns and shrinks pictures, and boxes are pixels of the pictures as they are; drop it")
+    if getattr(arguments, "pretraining", ()) and arguments.keys == "number":
+        parser.error("--pretraining compares keys, and numbers name other pictures in each folder; use other --keys")
     return arguments
 
 
@@ -92,7 +115,7 @@ def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
         )
     if name == "karpathy":
         add("--no-restval", action="store_true", help="leave restval out; by default it joins train")
-    else:
+    if name not in OWN_SPLITS:
         add(
             "--split",
             type=_shares,
@@ -102,9 +125,12 @@ def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
         )
     if name == "visual-genome":
         add("--image-data", type=user_path, metavar="FILE", help="image_data.json: sizes and folders of the images")
-    if name in TABLES:
+    if name in TABLES or name == "jsonl-tasks":
         add("--image-column", default="image", metavar="NAME", help="column of the paths below --images (%(default)s)")
+    if name in TABLES:
         add("--caption-column", default="caption", metavar="NAME", help="column of the captions (%(default)s)")
+    if name in TASK_FORMATS:
+        _add_task_arguments(name, parser)
     keys = "how records are named: the source's id, a running number, or a hash of the id (%(default)s)"
     add("--keys", choices=KEY_SCHEMES, default=KEY_SCHEMES[0], help=keys)
     if name != "img2dataset":
@@ -132,6 +158,7 @@ def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
             metavar="PX",
             help="drop images with a shorter side (%(default)s)",
         )
+    if name not in ("text", "refcoco"):
         reencode = (
             "store every image as JPEG of this quality (1 to 100), turned as EXIF says, transparency on white; "
             "by default JPEG, PNG and WebP are stored unchanged"
@@ -149,6 +176,30 @@ def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_task_arguments(name: str, parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    if name == "jsonl-tasks":
+        add("--task", choices=TASK_TABLES, required=True, help="what the texts are for")
+    if name in ("jsonl-tasks", "snli_ve"):
+        order = "the classes that the numbers 0, 1, 2 mean, where labels are numbers: entailment,neutral,contradiction"
+        add("--label-order", type=_label_order, metavar="A,B,C", help=order)
+    add(
+        "--pretraining",
+        type=user_path,
+        nargs="+",
+        default=(),
+        metavar="SHARDS",
+        help="say how many pictures each split shares with these folders of shards",
+    )
+
+
+def _label_order(text: str) -> tuple[str, ...]:
+    try:
+        return parse_label_order(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _fraction(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
@@ -163,8 +214,20 @@ def _shares(text: str) -> tuple[tuple[str, float], ...]:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def rows_of(arguments: argparse.Namespace, images: Path | None, source: Path, summary: Summary) -> Iterator[Row]:
-    """Returns the rows of one source."""
+def rows_of(arguments: argparse.Namespace, images: Path | None, summary: Summary) -> Iterator[Row]:
+    """Returns the rows of all sources."""
+    match arguments.format:
+        case "vqa":
+            return read_vqa(arguments.source, images, summary)
+        case "refcoco":
+            return read_refcoco(arguments.source, images, summary)
+        case "jsonl-tasks":
+            table = TaskTable(arguments.task, arguments.image_column, images, arguments.label_order)
+            return read_task_tables(arguments.source, table, summary)
+    return chain.from_iterable(_rows_of_one(arguments, images, path, summary) for path in arguments.source)
+
+
+def _rows_of_one(arguments: argparse.Namespace, images: Path | None, source: Path, summary: Summary) -> Iterator[Row]:
     match arguments.format:
         case "coco":
             return read_coco(source, summary)
@@ -178,6 +241,8 @@ def rows_of(arguments: argparse.Namespace, images: Path | None, source: Path, su
             return read_text(source, summary)
         case "image-folder":
             return read_image_folder(source, summary)
+        case "snli_ve":
+            return read_snli_ve(source, arguments.label_order, summary)
     return TABLES[arguments.format](source, arguments.image_column, arguments.caption_column, summary)
 
 
@@ -207,9 +272,21 @@ def build(arguments: argparse.Namespace) -> Summary:
         summary = build_streamed(arguments.source, arguments.out, options, source, arguments.processes)
     else:
         planned = Summary()
-        rows = chain.from_iterable(rows_of(arguments, images, path, planned) for path in arguments.source)
-        summary = build_listed(rows, planned, arguments.out, options, source, arguments.processes)
+        rows, apart = rows_of(arguments, images, planned), arguments.format in TASK_FORMATS
+        summary = build_listed(rows, planned, arguments.out, options, source, arguments.processes, apart)
     return summary
+
+
+def shared_lines(splits: Mapping[str, Index], others: Mapping[str, Index]) -> list[str]:
+    """Returns a line for each pair of a split and another split or folder: how many pictures both have, and which."""
+    lines = []
+    names = list(splits)
+    for number, name in enumerate(names):
+        for other, index in {**{later: splits[later] for later in names[number + 1 :]}, **others}.items():
+            shared = shared_keys(splits[name], index)
+            examples = f" ({shared})" if shared.num else ""
+            lines.append(f"{name} and {other}: {shared.num:,} pictures in both{examples}")
+    return lines
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -218,14 +295,18 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
+        others = {str(folder): Index.open(folder) for folder in getattr(arguments, "pretraining", ())}
         summary = build(arguments)
         print("\n".join(summary.lines()))
         image_only = arguments.format == "image-folder"
-        for name, index in finish(arguments.out, summary, image_only, arguments.max_dropped_fraction).items():
+        splits = finish(arguments.out, summary, image_only, arguments.max_dropped_fraction)
+        for name, index in splits.items():
             print(
                 f"{name}: {index.num_shards} shards, {index.num_records} records, {len(index)} samples, "
                 f"{index.num_bytes / 2**20:.1f} MiB"
             )
+        if arguments.format in TASK_FORMATS and arguments.keys != "number":
+            print("\n".join(shared_lines(splits, others)))
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

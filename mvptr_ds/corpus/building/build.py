@@ -104,8 +104,11 @@ def build_listed(
     options: BuildOptions,
     source: dict[str, Any],
     num_processes: int,
+    apart: bool = False,
 ) -> Summary:
     """Builds the shards of all rows; `row_summary` is what their reader counts into, `source` names them.
+
+    With `apart`, an image that several splits name gets a record in each of them.
 
     Raises:
         DataError: `out` holds something else, nothing is left, or two images come to one key.
@@ -118,6 +121,7 @@ def build_listed(
         options.max_caption_chars,
         options.image_only,
         options.images,
+        apart,
     )
     plan_folder = out / _PLAN_FOLDER
 
@@ -185,7 +189,7 @@ def _item(
     key: str, planned: PlannedRecord, picture: StoredImage | None, summary: Summary
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     size = (planned.width, planned.height) if picture is None else (picture.width, picture.height)
-    record = Record(planned.image_id, *size, tuple(Caption(text) for text in planned.captions))
+    record = Record(planned.image_id, *size, _captions(planned))
     content = json_bytes(record.to_json())
     if len(content) > MAX_JSON_BYTES:
         summary.drop(f"record: over {MAX_JSON_BYTES >> 20} MiB of captions", planned.image_id)
@@ -193,6 +197,11 @@ def _item(
     summary.counts["records"] += 1
     summary.counts["captions"] += len(planned.captions)
     yield key, {"json": content} if picture is None else {"json": content, picture.extension: picture.content}
+
+
+def _captions(planned: PlannedRecord) -> tuple[Caption, ...]:
+    labels = planned.labels or [None] * len(planned.captions)
+    return tuple(Caption(text, (), own) for text, own in zip(planned.captions, labels, strict=True))
 
 
 def _write(path: Path, items: Iterator[tuple[str, dict[str, bytes]]], summary: Summary) -> None:
@@ -231,7 +240,8 @@ def _streamed_items(
         where = f"{Path(unit.tar).name}, {source_key}"
         summary.counts["source_images"] += 1
         summary.counts["source_captions"] += 1
-        captions = check_captions([read_caption(file, members)], where, options.max_caption_chars, summary)
+        found = check_captions([(read_caption(file, members), None)], where, options.max_caption_chars, summary)
+        captions = [text for text, _ in found]
         if not captions:
             summary.drop("record: no caption left", where)
             continue

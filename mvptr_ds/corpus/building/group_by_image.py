@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -25,7 +25,7 @@ import numpy as np
 
 from mvptr_ds.corpus.record_keys import make_key
 from mvptr_ds.corpus.resumable_jobs import Summary
-from mvptr_ds.corpus.sources.rows import Row, clean_caption, normal_path
+from mvptr_ds.corpus.sources.rows import LabelledCaption, Labels, Row, clean_caption, normal_path
 from mvptr_ds.data.shards.tar_writer import MAX_KEY_LEN
 from mvptr_ds.errors import DataError
 from mvptr_ds.user_io.progress import progress_bar
@@ -41,6 +41,7 @@ class PlannedRecord(NamedTuple):
     width: int
     height: int
     captions: list[str]
+    labels: Sequence[Labels | None] = ()  # of each caption; empty: no caption has any
 
 
 class PlannedShard(NamedTuple):
@@ -62,6 +63,7 @@ class GatherOptions:
     max_caption_chars: int
     image_only: bool  # records have no captions
     images: str | None = None  # folder of the pictures
+    apart: bool = False  # an image may stand in several splits, with a record in each
 
 
 @dataclass
@@ -96,11 +98,11 @@ def gather(
                     plans[split] = _Plan(path, stack.enter_context(open(path, "wb")))
                 _append(plans[split], record, options.records_per_shard)
                 if options.key_scheme == "image-id":
-                    key_hashes.append(_key_hash(record.image_id))
+                    key_hashes.append(_key_hash(record.image_id, split if options.apart else ""))
     if not plans:
         reasons = [line for line in summary.lines() if line.startswith("dropped")]
         raise DataError(f"no record is left: {', '.join(reasons) or 'the source is empty'}")
-    _check_keys(key_hashes, plans)
+    _check_keys(key_hashes, plans, options.apart)
     return _shards(plans, options.records_per_shard), _digest(plans)
 
 
@@ -143,55 +145,65 @@ def _records_of_bucket(path: Path, options: GatherOptions, summary: Summary) -> 
     Of an id whose rows name several pictures no caption is kept: features and phrases are joined by the id, and could
     be of either picture.
     """
-    images: dict[str, tuple[str, Row]] = {}
-    captions: dict[str, list[str]] = {}
-    other_pictures: dict[str, str | None] = {}  # of ids that name several
+    images: dict[tuple[str, str], tuple[str, Row]] = {}  # by id, and by split where these are kept apart
+    captions: dict[tuple[str, str], list[LabelledCaption]] = {}
+    other_pictures: dict[tuple[str, str], str | None] = {}  # of ids that name several
     with open(path, encoding="utf-8") as file:
         for line in file:
             split, *fields = json.loads(line)
             row = Row(*fields)
-            first_split, first = images.setdefault(row.image_id, (split, row))
+            name = (row.image_id, split if options.apart else "")
+            first_split, first = images.setdefault(name, (split, row))
             if row.image != first.image:
-                other_pictures[row.image_id] = row.image
+                other_pictures[name] = row.image
             if split != first_split:
                 summary.drop("caption: of an image that is in another split, too", row.image_id, len(row.captions))
                 continue
-            captions.setdefault(row.image_id, []).extend(row.captions)
+            captions.setdefault(name, []).extend(row.labelled_captions())
     path.unlink()
     summary.counts["source_images"] += len(images)
-    for image_id in sorted(images, key=lambda image_id: (_order(image_id, options.seed), image_id)):
-        split, row = images[image_id]
-        if image_id in other_pictures:
-            where = f"{image_id}: {row.image}, {other_pictures[image_id]}"
-            summary.drop(SEVERAL_PICTURES, where, len(captions[image_id]))
+    for name in sorted(images, key=lambda name: (_order(name[0], options.seed), name)):
+        (split, row), image_id = images[name], name[0]
+        if name in other_pictures:
+            where = f"{image_id}: {row.image}, {other_pictures[name]}"
+            summary.drop(SEVERAL_PICTURES, where, len(captions[name]))
             continue
-        kept = check_captions(captions[image_id], image_id, options.max_caption_chars, summary)
+        kept = check_captions(captions[name], image_id, options.max_caption_chars, summary)
         if kept or options.image_only:
-            yield split, PlannedRecord(image_id, row.image, row.width, row.height, kept)
+            texts, labels = [text for text, _ in kept], [labels for _, labels in kept]
+            labels = labels if any(labels) else []
+            yield split, PlannedRecord(image_id, row.image, row.width, row.height, texts, labels)
         else:
             summary.drop("record: no caption left", image_id)
 
 
-def check_captions(texts: Iterable[str], image_id: str, max_chars: int, summary: Summary) -> list[str]:
-    """Returns the captions of one image that can be used, cleaned, each once; the others are counted in `summary`."""
-    kept: dict[str, None] = {}
-    for text in texts:
+def check_captions(
+    captions: Iterable[LabelledCaption], image_id: str, max_chars: int, summary: Summary
+) -> list[LabelledCaption]:
+    """Returns the captions of one image that can be used, cleaned, each once; the others are counted in `summary`.
+
+    A text with other labels is another caption: two people may ask the same question.
+    """
+    kept: dict[tuple[str, str], LabelledCaption] = {}
+    for text, labels in captions:
         caption = clean_caption(text)
+        written = "" if labels is None else json.dumps(labels, ensure_ascii=False, sort_keys=True)
         if not caption:
             summary.drop("caption: empty", f"{image_id}: {text[:80]!a}")
         elif len(caption) > max_chars:
             summary.drop(f"caption: over {max_chars} characters", f"{image_id}: {caption[:80]!a}…, {len(caption)}")
-        elif any("\ud800" <= c <= "\udfff" for c in caption):
+        elif any("\ud800" <= c <= "\udfff" for c in caption + written):
             summary.drop("caption: not valid Unicode", f"{image_id}: {caption[:80]!a}")
-        elif caption in kept:
+        elif (caption, written) in kept:
             summary.drop(REPEATED_CAPTION, f"{image_id}: {caption[:80]!a}")
         else:
-            kept[caption] = None
-    return list(kept)
+            kept[caption, written] = (caption, labels)
+    return list(kept.values())
 
 
 def _append(plan: _Plan, record: PlannedRecord, records_per_shard: int) -> None:
-    line = (json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n").encode()
+    fields = record if record.labels else record[:-1]  # so that the digest of a plan without labels stays as it was
+    line = (json.dumps(fields, ensure_ascii=False, separators=(",", ":")) + "\n").encode()
     if plan.num_records % records_per_shard == 0:
         plan.offsets.append(plan.file.tell())
     plan.file.write(line)
@@ -199,30 +211,31 @@ def _append(plan: _Plan, record: PlannedRecord, records_per_shard: int) -> None:
     plan.num_records += 1
 
 
-def _key_hash(image_id: str) -> int:
+def _key_hash(image_id: str, split: str) -> int:
     key = make_key("image-id", image_id, 0)
     if len(key) > MAX_KEY_LEN:
         raise DataError(f"key {key!r} has {len(key)} characters, at most {MAX_KEY_LEN} fit; use --keys number or hash")
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(f"{split}/{key}".encode(), digest_size=8).digest(), "little")
 
 
-def _check_keys(key_hashes: array[int], plans: dict[str, _Plan]) -> None:
+def _check_keys(key_hashes: array[int], plans: dict[str, _Plan], apart: bool) -> None:
     unique, counts = np.unique(np.frombuffer(key_hashes, dtype=np.uint64), return_counts=True)
     if len(unique) == len(key_hashes):
         return
     repeated = {int(value) for value in unique[counts > 1]}
-    first: dict[str, str] = {}
-    for plan in plans.values():
+    first: dict[tuple[str, str], str] = {}
+    for name, plan in plans.items():
+        split = name if apart else ""
         for record in read_plan(str(plan.path), 0, plan.num_records):
-            if _key_hash(record.image_id) not in repeated:
+            if _key_hash(record.image_id, split) not in repeated:
                 continue
             key = make_key("image-id", record.image_id, 0)
-            if key in first:
+            if (split, key) in first:
                 raise DataError(
-                    f"images {first[key]!r} and {record.image_id!r} both come to the key {key!r}, and "
+                    f"images {first[split, key]!r} and {record.image_id!r} both come to the key {key!r}, and "
                     f"{len(repeated)} keys are used twice; use --keys number or --keys hash"
                 )
-            first[key] = record.image_id
+            first[split, key] = record.image_id
 
 
 def read_plan(path: str, offset: int, num_records: int) -> Iterator[PlannedRecord]:

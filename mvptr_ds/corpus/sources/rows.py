@@ -20,6 +20,10 @@ _CHUNK_CHARS = 1 << 20
 _MAX_ELEMENT_CHARS = 1 << 26  # a file that is no JSON must not end in memory as one element
 
 
+Labels = dict[str, Any]
+LabelledCaption = tuple[str, Labels | None]
+
+
 class Row(NamedTuple):
     """A picture and captions of it; rows of one `image_id` become one record."""
 
@@ -29,6 +33,11 @@ class Row(NamedTuple):
     width: int = 0  # pixels; 0: the source does not say
     height: int = 0
     split: str | None = None  # where the source has splits of its own
+    labels: tuple[Labels | None, ...] = ()  # of each caption, for a downstream task; empty: no caption has any
+
+    def labelled_captions(self) -> list[LabelledCaption]:
+        """Returns each caption with its labels, None where it has none."""
+        return list(zip(self.captions, self.labels or [None] * len(self.captions), strict=True))
 
 
 def clean_caption(text: str) -> str:
@@ -155,6 +164,30 @@ def iter_array(path: Path, name: str | None = None) -> Iterator[Any]:
                 stream.take(",")
         stream.take("}")
         raise DataError(f"{path} has no field {name!r}, only {fields[:20]}; is it of that format?")
+
+
+def iter_fields(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yields name and value of each field of the JSON object in a file; None stands for an array or an object.
+
+    An array is passed over one element at a time, and not before the next field is asked for.
+
+    Raises:
+        DataError: the file is missing, cut, or holds no JSON object.
+    """
+    with open_text(path) as file:
+        stream = _JsonStream(file, path)
+        stream.take("{")
+        while stream.peek() == '"':
+            name = stream.value()
+            stream.take(":")
+            if stream.peek() in "[{":
+                yield name, None
+                stream.skip()
+            else:
+                yield name, stream.value()
+            if stream.peek() == ",":
+                stream.take(",")
+        stream.take("}")
 
 
 class _JsonStream:

@@ -18,16 +18,26 @@ _BATCH_ROWS = 4096
 
 def read_jsonl(source: Path, image_column: str, caption_column: str, summary: Summary) -> Iterator[Row]:
     """Yields the rows of JSON lines or of a JSON array. Raises DataError when the first object lacks a column."""
-    entries = _array_entries(source) if is_array(source) else _line_entries(source, summary)
     first = True
-    for where, entry in entries:
-        if not isinstance(entry, dict):
-            summary.drop(UNREADABLE, f"{where}: a {type(entry).__name__}, not an object")
-            continue
+    for where, entry in iter_objects(source, summary):
         if first:
-            _find_columns(source, entry, (image_column, caption_column))
+            find_columns(source, entry, (image_column, caption_column))
             first = False
         yield from _row(entry, image_column, caption_column, where, summary)
+
+
+def iter_objects(source: Path, summary: Summary) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields place and content of each object of JSON lines or of a JSON array; what is none is counted.
+
+    Raises:
+        DataError: there is no such file, or the array is cut.
+    """
+    entries = _array_entries(source) if is_array(source) else _line_entries(source, summary)
+    for where, entry in entries:
+        if isinstance(entry, dict):
+            yield where, entry
+        else:
+            summary.drop(UNREADABLE, f"{where}: a {type(entry).__name__}, not an object")
 
 
 def _array_entries(source: Path) -> Iterator[tuple[str, Any]]:
@@ -52,14 +62,15 @@ def read_csv(source: Path, image_column: str, caption_column: str, summary: Summ
         DataError: the heading lacks a column, or has one twice.
     """
     rows = CsvRows(source, summary)
-    columns = _find_columns(source, rows.heading, (image_column, caption_column))
+    columns = find_columns(source, rows.heading, (image_column, caption_column))
     rows.image_at, caption_at = (rows.heading.index(column) for column in columns)
     for number, cells in rows:
-        entry = {image_column: cells[rows.image_at], caption_column: _list_in(cells[caption_at])}
+        entry = {image_column: cells[rows.image_at], caption_column: list_in(cells[caption_at])}
         yield from _row(entry, image_column, caption_column, f"{source.name}, line {number}", summary)
 
 
-def _list_in(cell: str) -> Any:
+def list_in(cell: str) -> Any:
+    """Returns the list that a cell holds as JSON, else the cell."""
     if not cell.startswith("["):
         return cell
     try:
@@ -85,7 +96,7 @@ def read_parquet(source: Path, image_column: str, caption_column: str, summary: 
         raise DataError(f"{source} is not a file; give the Parquet file")
     try:
         with pyarrow.parquet.ParquetFile(source) as file:
-            columns = _find_columns(source, file.schema_arrow.names, (image_column, caption_column))
+            columns = find_columns(source, file.schema_arrow.names, (image_column, caption_column))
             number = 0
             for batch in file.iter_batches(_BATCH_ROWS, columns=list(dict.fromkeys(columns))):
                 for entry in batch.to_pylist():
@@ -95,8 +106,17 @@ def read_parquet(source: Path, image_column: str, caption_column: str, summary: 
         raise DataError(f"{source} cannot be read as Parquet: {error}") from error
 
 
-def _find_columns(source: Path, there: Iterable[str], wanted: tuple[str, str]) -> list[str]:
-    """Returns the names of the wanted columns as the file spells them, perhaps with spaces around them."""
+def find_columns(
+    source: Path,
+    there: Iterable[str],
+    wanted: tuple[str, ...],
+    remedy: str = "name them with --image-column and --caption-column",
+) -> list[str]:
+    """Returns the names of the wanted columns as the file spells them, perhaps with spaces around them.
+
+    Raises:
+        DataError: one is missing, or there twice; `remedy` says what to do about a missing one.
+    """
     there = list(there)
     counts = Counter(name.strip() for name in there)
     if repeated := [name for name, number in counts.items() if name and number > 1]:
@@ -104,9 +124,7 @@ def _find_columns(source: Path, there: Iterable[str], wanted: tuple[str, str]) -
     found = {name.strip(): name for name in there}
     if missing := [column for column in wanted if column.strip() not in found]:
         shown = [name[:80] for name in there[:30]]
-        raise DataError(
-            f"{source} has no column {missing}, only {shown}; name them with --image-column and --caption-column"
-        )
+        raise DataError(f"{source} has no column {missing}, only {shown}; {remedy}")
     return [found[column.strip()] for column in wanted]
 
 

@@ -1,0 +1,3 @@
+"""The classes of entailment, in the order in which they are counted everywhere."""
+
+ENTAILMENT_CLASSES = ("contradiction", "neutral", "entailment")  # 0, 1, 2

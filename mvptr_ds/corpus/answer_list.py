@@ -92,8 +92,8 @@ def read_questions(folders: Iterable[str | Path]) -> Questions:
                 raise DataError(f"{folder}, key {index.key_of(place)!r}: {error}") from error
         if len(questions.ends) == before:
             raise DataError(
-                f"{folder} holds no question with answers; give shards of `build_shards.py vqa` or `jsonl-tasks`, and of "
-                "a split that has answers"
+                f"{folder} holds no question with answers; give shards of `build_shards.py vqa` or `jsonl-tasks`, and "
+                "of a split that has answers"
             )
     return questions
 

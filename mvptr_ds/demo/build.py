@@ -1,7 +1,7 @@
 """Builds demo shards: scenes drawn by several processes, written in order, with their vocabularies.
 
 OUT/train/ OUT/held_out/     shards with manifest and index
-OUT/word_vocab.txt           the wordpieces that the training split needs, in BERT's order
+OUT/word_vocab.txt           the wordpieces that the training split and the texts of tasks need, in BERT's order
 OUT/phrase_vocab.json        phrases of at least MIN_PHRASE_COUNT training captions
 OUT/demo.json                the arguments; written last, so that a folder that has it is complete
 """
@@ -9,7 +9,6 @@ OUT/demo.json                the arguments; written last, so that a folder that 
 from __future__ import annotations
 
 import io
-import json
 import logging
 import multiprocessing
 import signal
@@ -28,20 +27,27 @@ from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.schema import Record
 from mvptr_ds.data.shards.writer import write_shards
 from mvptr_ds.data.wordpiece import SPECIALS, WordPiece
+from mvptr_ds.demo import expressions, questions, statements
+from mvptr_ds.demo.expressions import SIDES
+from mvptr_ds.demo.marker import was_made, write_marker
 from mvptr_ds.demo.plan import Concept, SplitRule
+from mvptr_ds.demo.relations import WAYS
 from mvptr_ds.demo.scene import SPLITS, Scene, Source, make_scene
 from mvptr_ds.errors import DataError
 from mvptr_ds.user_io.atomic import replacing_folder
 from mvptr_ds.user_io.progress import progress_bar
 from mvptr_ds.user_io.signals import blocked, end_with_parent
-from mvptr_ds.user_io.user_files import parse_json, read_text
 
 logger = logging.getLogger(__name__)
 
-GENERATOR_VERSION = 1  # raise it with every change of what is drawn or written
+GENERATOR_VERSION = 2  # raise it with every change of what is drawn or written
+MARKER = "demo.json"
 SOURCES = ("shapes", "stamps")
 MIN_PHRASE_COUNT = 3
 RECORDS_PER_SHARD = 1_000
+# what the texts of tasks say beside the nouns and attributes of captions
+_TEMPLATES = (*questions.TEMPLATES, *statements.TEMPLATES, *expressions.TEMPLATES)
+TASK_TEXTS = frozenset((*(template.fixed_text for template in _TEMPLATES), *WAYS, *SIDES, "a", "an"))
 CHUNK_SCENES = 32  # of one task of a process, and the batch of the feature extractor
 
 Item = tuple[str, Record, dict[str, bytes]]
@@ -56,10 +62,6 @@ _NAMES = {
     "num_train": "training scenes",
     "num_held_out": "held-out scenes",
 }
-
-
-class FolderTakenError(DataError):
-    """The folder holds something else than the demo shards that are asked for; nothing of it is replaced."""
 
 
 def load_source(name: str) -> Source:
@@ -127,19 +129,8 @@ def demo_shards_are_there(out_dir: str | Path, source: str, num_train: int, num_
         raise DataError(f"demo source is {source!r}, expected one of {', '.join(SOURCES)}")
     if min(num_train, num_held_out) < 1:
         raise DataError(f"{num_train} training scenes, {num_held_out} held-out scenes: each must be >= 1")
-    marker = Path(out_dir) / "demo.json"
-    if marker.is_file():
-        before = parse_json(read_text(marker), str(marker))
-        now = _arguments(source, num_train, num_held_out, seed)
-        differ = [
-            f"{_NAMES[key]} {before.get(key)} there, {now[key]} here" for key in now if before.get(key) != now[key]
-        ]
-        if differ:
-            raise FolderTakenError(f"{out_dir} holds demo shards of other arguments ({'; '.join(differ)})")
-        return True
-    if Path(out_dir).exists() and (not Path(out_dir).is_dir() or any(Path(out_dir).iterdir())):
-        raise FolderTakenError(f"{out_dir} holds other files and no demo.json")
-    return False
+    arguments = _arguments(source, num_train, num_held_out, seed)
+    return was_made(Path(out_dir), MARKER, arguments, "demo shards", _NAMES)
 
 
 def _arguments(source: str, num_train: int, num_held_out: int, seed: int) -> dict[str, Any]:
@@ -182,11 +173,10 @@ def _build(folder: Path, arguments: dict[str, Any], num_processes: int) -> None:
         held_out = _items(map_chunks, rule, int(arguments["num_held_out"]), _Usage())
         write_shards(folder / SPLITS[1], held_out, RECORDS_PER_SHARD)
     word_path = folder / "word_vocab.txt"
-    word_path.write_text("\n".join(word_subset(WordPiece(), usage.texts)) + "\n", encoding="utf-8")
+    word_path.write_text("\n".join(word_subset(WordPiece(), usage.texts | TASK_TEXTS)) + "\n", encoding="utf-8")
     phrases = PhraseVocab.build(usage.phrase_counts, WordPiece(str(word_path)), MIN_PHRASE_COUNT)
     phrases.save(folder / "phrase_vocab.json")
-    marker = json.dumps({**arguments, "num_known_concepts": len(rule.known or ())}, indent=1)
-    (folder / "demo.json").write_text(marker + "\n", encoding="utf-8")
+    write_marker(folder, MARKER, {**arguments, "num_known_concepts": len(rule.known or ())})
 
 
 def word_subset(words: WordPiece, texts: Iterable[str]) -> list[str]:

@@ -173,7 +173,8 @@ def _missing(config: Config) -> list[Finding]:
 
     def check() -> Iterator[Finding]:
         if data.demo_source is not None and not shard_folders.demo_shards_are_there(data, config.run.seed):
-            text = f"{data.train} is not there yet: the run draws its {data.demo_train_scenes} demo scenes first"
+            num_scenes = data.demo_train_scenes if data.demo_task is None else data.demo_task_scenes
+            text = f"{data.train} is not there yet: the run draws its {num_scenes} demo scenes first"
             yield Finding("shards", WARNING, text, "nothing; vocabularies and hand-over can be looked at only then")
             return
         roles = shard_folders.roles_of(shard_folders.splits_of(data))

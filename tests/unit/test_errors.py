@@ -145,6 +145,7 @@ overrides("missing-partners-value", "data.missing_partners=skip")
 overrides("key-of-another-section", "data.batch_size=8")
 overrides("several-wrong-values", "data.num_workers=-1", "optim.learning_rate=1e-4", "optim.beta2=1.5")
 overrides("no-such-user", "run.dir=~nobody-here/runs")
+overrides("demo-task-without-pictures", "data.demo_source=shapes", "data.demo_task=vqa")
 overrides("demo-behind-a-url", "data.train=memory://shards", "data.demo_source=shapes")
 
 
@@ -422,6 +423,13 @@ def run_folder_cannot_be_written(place: Place) -> None:
 def demo_folder_taken(place: Place) -> None:
     (place.shards / "demo.json").unlink()
     place.arguments.append("data.demo_source=shapes")
+
+
+@case
+def demo_task_of_too_many_scenes(place: Place) -> None:
+    pictures = f"data.sidecars=[{place.shards / 'train'}]"
+    scenes = ("data.demo_train_scenes=48", "data.demo_held_out_scenes=4")
+    place.arguments += ["data.demo_source=shapes", "data.demo_task=vqa", pictures, *scenes]
 
 
 @case

@@ -35,6 +35,7 @@ from mvptr_ds.corpus.sources.rows import (
 )
 from mvptr_ds.errors import DataError
 
+NO_BOX = "row: no bbox, and no refs(unc).p and instances.json beside the list that say it"
 SPLITS = ("train", "val", "testA", "testB", "test")
 _IN_NAME = re.compile(r"(?:^|[^A-Za-z])(train|val|testA|testB|test)(?![A-Za-z])")
 _NUMBER = re.compile(r"(\d{12})\.(?:jpg|jpeg|png)$", re.IGNORECASE)
@@ -211,7 +212,8 @@ def _split_and_box(
     """Returns split and box of a list's entry: its own, else those of its ref.
 
     Raises:
-        DataError: neither says them.
+        BoxError: neither says a box.
+        DataError: neither says a split.
     """
     split, ann_id = refs.get(whole(entry.get("ref_id")), (entry.get("split", by_name), -1))
     if split not in SPLITS:
@@ -219,7 +221,7 @@ def _split_and_box(
     if "bbox" in entry:
         return split, corners(entry["bbox"])
     if ann_id not in instances.boxes:
-        raise DataError("has no bbox, nor have its ref and instances; give refs(unc).p and instances.json, too")
+        raise BoxError(NO_BOX, f"fields {list(entry)[:10]}")
     return split, instances.boxes[ann_id][1]
 
 

@@ -93,7 +93,7 @@ def _read_split(split: str, files: Sequence[_File], images: Path | None, summary
         given = ", ".join(file.path.name for file in files)
         missing = "has no file of questions" if not pictures else f"is of {' and '.join(sorted(pictures))}"
         raise DataError(f"the split {split} {missing} ({given}); give the questions of one year beside its annotations")
-    for file in sorted(files, key=lambda file: file.split, reverse=True):  # test before test-dev
+    for file in sorted(files, key=lambda file: file.split):  # test before test-dev
         if file.kind == "questions":
             _add_questions(questions, file, in_test_dev, summary)
     picture_of = coco_picture(images, *pictures)

@@ -99,7 +99,7 @@ def test_test_dev_is_flagged_and_comes_once(tmp_path: Path, order: tuple[int, in
         write(tmp_path / "v2_test-dev2015.json", questions("test-dev2015", (2, 1, "Two?"))),
     ]
     rows, summary = read(read_vqa, [sources[n] for n in order], None)
-    assert [row.labels[0] for row in rows] == [{"question_id": 1}, {"question_id": 2, "test_dev": True}]
+    assert [row.labels[0] for row in rows] == [{"question_id": 1}, {"question_id": 2, "in_test_dev": True}]
     assert {(row.split, row.image) for row in rows} == {("test", "COCO_test2015_000000000001.jpg")}
     assert not summary.dropped
 

@@ -5,7 +5,7 @@
      "answer_type": "yes/no", "multiple_choice_answer": "yes", "answers": [{"answer": "yes", ...}, ... ten of them]}]}
 
 The pictures of train2014 make the split train, those of val2014 val, those of test2015 test. The questions of
-test-dev2015 are among those of test2015: they come once, with the label `test_dev`.
+test-dev2015 are among those of test2015: they come once, with the label `in_test_dev`.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _read_split(split: str, files: Sequence[_File], images: Path | None, summary
             yield _row(question_id, questions[question_id], labels, split, picture_of)
     for question_id, question in questions.items():
         if not annotations:
-            flag = {"test_dev": True} if question_id in in_test_dev else {}
+            flag = {"in_test_dev": True} if question_id in in_test_dev else {}
             yield _row(question_id, question, flag, split, picture_of)
         elif question_id not in answered:
             summary.drop("row: a question without an annotation", f"{split}, question {question_id}")

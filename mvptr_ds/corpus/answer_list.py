@@ -44,20 +44,22 @@ class Questions:
     kinds: list[str] = field(default_factory=list)  # of each question
 
     def add(self, labels: Mapping[str, Any]) -> None:
-        """Adds the labels of one question; one without answers is counted alone.
+        """Adds the labels of one question; one that was not annotated is counted alone.
 
         Raises:
             DataError: its answers are not texts with scores.
         """
         answers = labels.get("answers")
-        if not answers:
+        if answers is None:
             self.num_without_answers += 1
             return
+        if answers == {}:  # its answers say nothing: it counts, and nobody can answer it
+            answers = {"": 0.0}
         if not isinstance(answers, dict) or not all(
             isinstance(score, (int, float)) and 0 <= score <= 1 for score in answers.values()
         ):
             raise DataError(f'answers are {answers!r:.80}, expected texts with scores such as {{"dog": 1.0}}')
-        if main := _main_answer(labels):
+        if main := _main_answer(labels, answers):
             self.main_counts[main] += 1
         for answer, score in answers.items():
             self.ids.append(self.answer_ids.setdefault(answer, len(self.answer_ids)))
@@ -66,11 +68,10 @@ class Questions:
         self.kinds.append(sys.intern(str(labels.get("kind", _NO_KIND))))
 
 
-def _main_answer(labels: Mapping[str, Any]) -> str:
+def _main_answer(labels: Mapping[str, Any], answers: Mapping[str, float]) -> str:
     """Returns the most common answer as the data names it, else the one of the highest score, the first of several."""
     if isinstance(labels.get("answer"), str):
         return normalise(labels["answer"])
-    answers: dict[str, float] = labels["answers"]
     return max(answers, key=answers.__getitem__)
 
 

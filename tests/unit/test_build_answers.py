@@ -58,6 +58,11 @@ def test_coverage_by_hand() -> None:
     questions = Questions()
     for labels in (DOG, YES, PUPPY, CAT, TEST):
         questions.add(labels)
+    nothing = Questions()
+    for labels in (DOG, {"answers": {}, "annotations": ["the"] * 10, "answer": "the"}):
+        nothing.add(labels)
+    assert measure_coverage(nothing, ["dog"])["all questions"] == Coverage(2, 0.5, 0.5)
+    assert choose_answers(nothing, 1) == ["dog"]
     assert measure_coverage(questions, ["dog", "unknown"]) == {
         "other": Coverage(2, 1.0, pytest.approx(0.8)),
         "without a kind": Coverage(1, 0.0, 0.0),

@@ -86,7 +86,7 @@ def _read_split(split: str, files: Sequence[_File], images: Path | None, summary
     in_test_dev: set[int | str] = set()
     for file in files:
         if file.kind == "questions" and file.split == _TEST_DEV:
-            in_test_dev.update(question_id for question_id, _ in _questions(file.path, Summary()))
+            in_test_dev.update(number for number, _ in _questions(file.path, Summary()))  # what is wrong counts below
     questions: dict[int | str, _Question] = {}
     pictures = {file.pictures for file in files if file.kind == "questions"}
     if len(pictures) != 1:
@@ -101,7 +101,6 @@ def _read_split(split: str, files: Sequence[_File], images: Path | None, summary
     annotations = [file for file in files if file.kind == "annotations"]
     for file in annotations:
         for question_id, labels in _annotations(file.path, questions, answered, summary):
-            answered.add(question_id)
             yield _row(question_id, questions[question_id], labels, split, picture_of)
     for question_id, question in questions.items():
         if not annotations:
@@ -141,6 +140,7 @@ def _id(value: Any) -> int | str:
 def _add_questions(
     questions: dict[int | str, _Question], file: _File, in_test_dev: set[int | str], summary: Summary
 ) -> None:
+    """Adds the questions of a file by id; those of test-dev may be there already."""
     for question_id, question in _questions(file.path, summary):
         known = questions.setdefault(question_id, question)
         if known != question:
@@ -152,6 +152,7 @@ def _add_questions(
 def _annotations(
     path: Path, questions: dict[int | str, _Question], answered: set[int | str], summary: Summary
 ) -> Iterator[tuple[int | str, Labels]]:
+    """Yields the labels of each question that a file answers, and adds its id to `answered`."""
     for number, entry in enumerate(iter_array(path, "annotations")):
         try:
             question_id = _id(entry["question_id"])
@@ -169,6 +170,7 @@ def _annotations(
         except _WRONG as error:
             summary.drop(UNREADABLE, f"{path.name}, annotations[{number}]: {error!r}")
             continue
+        answered.add(question_id)
         yield question_id, labels
 
 

@@ -57,7 +57,7 @@ class DataConfig:
     """Training scenes of the demo shards."""
     demo_held_out_scenes: Positive = 500
     """Held-out scenes of the demo shards."""
-    demo_task: Literal["vqa", "entailment", "referring"] | None = None
+    demo_task: Literal["retrieval", "vqa", "entailment", "referring"] | None = None
     """Task shards to build, with data.demo_source, when data.train is missing. The demo shards, whose pictures they
     share, are built in the folder of the first of data.sidecars. null: none."""
     demo_task_scenes: Positive = 1500

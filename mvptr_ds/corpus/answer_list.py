@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,8 +17,9 @@ from mvptr_ds.data.shards.index import Index
 from mvptr_ds.data.vqa_answers import normalise
 from mvptr_ds.errors import DataError
 from mvptr_ds.user_io.progress import progress_bar
+from mvptr_ds.user_io.tool_names import tool
 
-ALL_KINDS = "all"
+ALL_KINDS = "all questions"
 _NO_KIND = "without a kind"
 
 
@@ -38,38 +39,39 @@ class Questions:
     num_without_answers: int = 0
     answer_ids: dict[str, int] = field(default_factory=dict)
     ids: array[int] = field(default_factory=lambda: array("I"))  # of every scored answer
-    scores: array[float] = field(default_factory=lambda: array("f"))
+    scores: array[float] = field(default_factory=lambda: array("d"))
     ends: array[int] = field(default_factory=lambda: array("Q"))  # where the run of each question ends
     kinds: list[str] = field(default_factory=list)  # of each question
 
     def add(self, labels: Mapping[str, Any]) -> None:
-        """Adds the labels of one question; one without answers is counted alone.
+        """Adds the labels of one question; one that was not annotated is counted alone.
 
         Raises:
             DataError: its answers are not texts with scores.
         """
         answers = labels.get("answers")
-        if not answers:
+        if answers is None:
             self.num_without_answers += 1
             return
+        if answers == {}:  # its answers say nothing: it counts, and nobody can answer it
+            answers = {"": 0.0}
         if not isinstance(answers, dict) or not all(
             isinstance(score, (int, float)) and 0 <= score <= 1 for score in answers.values()
         ):
             raise DataError(f'answers are {answers!r:.80}, expected texts with scores such as {{"dog": 1.0}}')
-        if main := _main_answer(labels):
+        if main := _main_answer(labels, answers):
             self.main_counts[main] += 1
         for answer, score in answers.items():
             self.ids.append(self.answer_ids.setdefault(answer, len(self.answer_ids)))
             self.scores.append(score)
         self.ends.append(len(self.ids))
-        self.kinds.append(str(labels.get("kind", _NO_KIND)))
+        self.kinds.append(sys.intern(str(labels.get("kind", _NO_KIND))))
 
 
-def _main_answer(labels: Mapping[str, Any]) -> str:
+def _main_answer(labels: Mapping[str, Any], answers: Mapping[str, float]) -> str:
     """Returns the most common answer as the data names it, else the one of the highest score, the first of several."""
     if isinstance(labels.get("answer"), str):
         return normalise(labels["answer"])
-    answers: dict[str, float] = labels["answers"]
     return max(answers, key=answers.__getitem__)
 
 
@@ -92,8 +94,8 @@ def read_questions(folders: Iterable[str | Path]) -> Questions:
                 raise DataError(f"{folder}, key {index.key_of(place)!r}: {error}") from error
         if len(questions.ends) == before:
             raise DataError(
-                f"{folder} holds no question with answers; give shards of `build_shards.py vqa` or `jsonl-tasks`, and "
-                "of a split that has answers"
+                f"{folder} holds no question with answers; give a split with answers, made by {tool('shards')} with "
+                "the format vqa or jsonl-tasks"
             )
     return questions
 
@@ -116,7 +118,7 @@ def measure_coverage(questions: Questions, answers: Sequence[str]) -> dict[str, 
     """Returns how far a list of answers reaches, by kind of question in alphabetical order, then for all of them."""
     in_list = set(answers)
     known_A = np.array([answer in in_list for answer in questions.answer_ids], dtype=bool)
-    reached_S = np.where(known_A[np.asarray(questions.ids)], np.asarray(questions.scores, dtype=np.float64), 0.0)
+    reached_S = np.where(known_A[np.asarray(questions.ids)], np.asarray(questions.scores), 0.0)
     # of each run its largest score; a run has one answer at least
     starts_Q = np.concatenate([[0], np.asarray(questions.ends, dtype=np.int64)[:-1]])
     best_Q = np.maximum.reduceat(reached_S, starts_Q)
@@ -139,27 +141,7 @@ def read_answer_pickle(path: Path) -> list[str]:
     answers = read_closed_pickle(path)
     if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
         raise DataError(f"{path} holds {answers!r:.80}, not a list of answers; give label2ans, not ans2label")
-    _refuse_repeated(path, answers)
-    return answers
-
-
-def read_answers(path: Path) -> list[str]:
-    """Returns the answers of an `answers.json`, a JSON list of texts, in its order.
-
-    Raises:
-        DataError: it is missing, not such a list, or names an answer twice.
-    """
-    try:
-        answers = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} cannot be read as a JSON list of answers: {error}") from error
-    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
-        raise DataError(f"{path} holds {answers!r:.80}, not a JSON list of answers")
-    _refuse_repeated(path, answers)
-    return answers
-
-
-def _refuse_repeated(path: Path, answers: Sequence[str]) -> None:
     answer, count = Counter(answers).most_common(1)[0]
     if count > 1:
         raise DataError(f"{path} names the answer {answer!r} {count} times; each must have one place")
+    return answers

@@ -12,6 +12,7 @@ they disagree: `The dog` never equals the prediction `dog`, and `w/o` is never h
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -51,6 +52,7 @@ def _contractions() -> Iterator[tuple[str, str]]:
 _CONTRACTIONS = dict(_contractions())
 
 
+@functools.lru_cache(maxsize=1 << 16)  # most of ten million answers are among a few thousand
 def normalise(answer: str) -> str:
     """Returns an answer as the official evaluation writes a prediction; "" where nothing but articles is left."""
     words = _without_punctuation(answer.replace("\n", " ").replace("\t", " ").strip()).lower().split()

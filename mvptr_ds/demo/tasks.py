@@ -26,6 +26,7 @@ from mvptr_ds.data.shards.index import Index
 from mvptr_ds.data.shards.writer import write_shards
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.demo.build import GENERATOR_VERSION, MARKER, RECORDS_PER_SHARD, check_source, load_source
+from mvptr_ds.demo.descriptions import make_descriptions
 from mvptr_ds.demo.expressions import make_expressions
 from mvptr_ds.demo.items import Item
 from mvptr_ds.demo.marker import was_made, write_marker
@@ -40,7 +41,7 @@ from mvptr_ds.user_io.user_files import parse_json, read_text
 
 logger = logging.getLogger(__name__)
 
-Task = Literal["vqa", "entailment", "referring"]
+Task = Literal["retrieval", "vqa", "entailment", "referring"]
 TASK_VERSION = 1  # raise it with every change of the items
 TASK_MARKER = "task.json"
 _NAMES = {
@@ -51,6 +52,7 @@ _NAMES = {
     "demo": "demo shards",
 }
 _MAKERS: dict[Task, Callable[[Sequence[Scene], frozenset[Concept], int], list[Item]]] = {
+    "retrieval": make_descriptions,
     "vqa": make_questions,
     "entailment": make_statements,
     "referring": make_expressions,

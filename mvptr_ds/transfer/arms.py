@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mvptr_ds.checkpoints.hand_over import find_model
 from mvptr_ds.config import Config, load_config
-from mvptr_ds.demo.tasks import build_task_shards
+from mvptr_ds.demo.tasks import Task, build_task_shards
 from mvptr_ds.errors import CheckpointError, DataError
 
 STAGE2_ALONE = "stage2_alone"
@@ -74,7 +74,7 @@ class Plan:
         return Path(str(self.config.data.train)).parent
 
 
-def jobs_of(plan: Plan, tasks: Sequence[str], seeds: Sequence[int]) -> list[Job]:
+def jobs_of(plan: Plan, tasks: Sequence[Task], seeds: Sequence[int]) -> list[Job]:
     """Returns every run, and builds the shards of the tasks; the run that others start from comes first.
 
     Raises:

@@ -172,7 +172,7 @@ def test_what_cannot_be_built_is_told(demo: Path, tmp_path: Path) -> None:
     for num, message in ((151, "151 training scenes are asked for, but .* holds 150"), (1, "take at least 2")):
         with pytest.raises(DataError, match=message):
             build_task_shards(tmp_path / "out", demo, "vqa", num, 0)
-    with pytest.raises(DataError, match="'captions', expected one of vqa, entailment, referring"):
+    with pytest.raises(DataError, match="'captions', expected one of retrieval, vqa, entailment, referring"):
         build_task_shards(tmp_path / "out", demo, "captions", 9, 0)  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"holds no demo shards \(demo\.json is missing\)"):
         build_task_shards(tmp_path / "out", tmp_path, "vqa", 9, 0)

@@ -192,13 +192,22 @@ def check_captions(
             summary.drop("caption: empty", f"{image_id}: {text[:80]!a}")
         elif len(caption) > max_chars:
             summary.drop(f"caption: over {max_chars} characters", f"{image_id}: {caption[:80]!a}…, {len(caption)}")
-        elif any("\ud800" <= c <= "\udfff" for c in caption + written):
+        elif not _is_unicode(caption + written):
             summary.drop("caption: not valid Unicode", f"{image_id}: {caption[:80]!a}")
         elif (caption, written) in kept:
             summary.drop(REPEATED_CAPTION, f"{image_id}: {caption[:80]!a}")
         else:
             kept[caption, written] = (caption, labels)
     return list(kept.values())
+
+
+def _is_unicode(text: str) -> bool:
+    """Returns whether a text holds no half of a surrogate pair, as bytes become that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _append(plan: _Plan, record: PlannedRecord, records_per_shard: int) -> None:

@@ -12,6 +12,7 @@ import io
 import pickle
 import pickletools
 import re
+import struct
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -34,7 +35,7 @@ _COPIED_AS_TEXT = (
 )
 _DAMAGED = (
     pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError,
-    OverflowError, MemoryError, RecursionError,
+    OverflowError, MemoryError, RecursionError, struct.error,
 )  # fmt: skip
 
 

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def coco_picture(images: Path | None, subset: str) -> Callable[[int], str]:
-    """Returns what says the path below `images` of a picture of a subset, such as train2014, by its number.
+def subset_folder(images: Path | None, subset: str) -> str:
+    """Returns what stands in front of the pictures of a subset: `train2014/` where `images` has it, else ""."""
+    return f"{subset}/" if images is not None and (images / subset).is_dir() else ""
 
-    The pictures are looked for in a folder that bears the subset's name, where there is one, else in `images` itself.
-    """
-    folder = f"{subset}/" if images is not None and (images / subset).is_dir() else ""
+
+def coco_picture(images: Path | None, subset: str) -> Callable[[int], str]:
+    """Returns what says the path below `images` of a picture of a subset, such as train2014, by its number."""
+    folder = subset_folder(images, subset)
     return lambda image_id: f"{folder}COCO_{subset}_{image_id:012d}.jpg"

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from mvptr_ds.corpus.resumable_jobs import Summary
 from mvptr_ds.corpus.sources.boxes import BoxError, check_box, corners, picture_size
 from mvptr_ds.corpus.sources.closed_pickle import read_closed_pickle
-from mvptr_ds.corpus.sources.coco_names import coco_picture
+from mvptr_ds.corpus.sources.coco_names import coco_picture, subset_folder
 from mvptr_ds.corpus.sources.rows import (
     UNREADABLE,
     Row,
@@ -35,10 +35,12 @@ from mvptr_ds.corpus.sources.rows import (
 )
 from mvptr_ds.errors import DataError
 
+NO_BOX = "row: no bbox, and no refs(unc).p and instances.json beside the list that say it"
 SPLITS = ("train", "val", "testA", "testB", "test")
 _IN_NAME = re.compile(r"(?:^|[^A-Za-z])(train|val|testA|testB|test)(?![A-Za-z])")
 _NUMBER = re.compile(r"(\d{12})\.(?:jpg|jpeg|png)$", re.IGNORECASE)
 _WRONG = (KeyError, TypeError, ValueError, AttributeError, IndexError)  # what an entry of another layout gives
+_PICKLES = (".p", ".pkl", ".pickle")
 _SUBSET = "train2014"  # all pictures of these sets are of it
 
 
@@ -83,12 +85,14 @@ def read_refcoco(sources: Sequence[Path], images: Path | None, summary: Summary)
 def _sort(sources: Sequence[Path]) -> _Given:
     given = _Given()
     for path in sources:
-        if path.suffix.lower() in (".p", ".pkl", ".pickle"):
+        if path.suffix.lower() in _PICKLES:
             given.refs.append(path)
         elif is_array(path):
             first = next(iter_array(path), None)
-            is_refs = isinstance(first, dict) and "sentences" in first
-            given.refs.append(path) if is_refs else given.lists.append((path, None))
+            if isinstance(first, dict) and "sentences" in first:
+                given.refs.append(path)
+            else:
+                given.lists.append((path, None))
         else:
             fields = [name for name, _ in iter_fields(path)]
             splits = [name for name in fields if name in SPLITS]
@@ -103,7 +107,7 @@ def _sort(sources: Sequence[Path]) -> _Given:
 
 def _entries(path: Path) -> Iterator[tuple[str, Any]]:
     """Yields place and content of each ref of a pickle or of a JSON array."""
-    if path.suffix.lower() in (".p", ".pkl", ".pickle"):
+    if path.suffix.lower() in _PICKLES:
         refs = read_closed_pickle(path)
         if not isinstance(refs, list):
             raise DataError(f"{path} holds a {type(refs).__name__}, not the list of refs")
@@ -132,7 +136,7 @@ def _read_instances(paths: Sequence[Path], summary: Summary) -> _Instances:
 def _rows_of_refs(
     refs: Iterator[tuple[str, Any]], instances: _Instances, images: Path | None, summary: Summary
 ) -> Iterator[Row]:
-    folder = coco_picture(images, _SUBSET)(0).rpartition("/")[0]
+    folder = subset_folder(images, _SUBSET)
     for where, ref in refs:
         try:
             split, ann_id, image_id = ref["split"], whole(ref["ann_id"]), whole(ref["image_id"])
@@ -156,8 +160,7 @@ def _rows_of_refs(
             summary.drop(UNREADABLE, f"{where}: {error!r}")
             continue
         labels = tuple({"box": box, "id": sent_id} for sent_id, _ in texts)
-        path = f"{folder}/{file_name}" if folder else file_name
-        yield Row(name, tuple(text for _, text in texts), path, size[0], size[1], split, labels)
+        yield Row(name, tuple(text for _, text in texts), f"{folder}{file_name}", size[0], size[1], split, labels)
 
 
 def _text(entry: Mapping[str, Any]) -> str:
@@ -211,7 +214,8 @@ def _split_and_box(
     """Returns split and box of a list's entry: its own, else those of its ref.
 
     Raises:
-        DataError: neither says them.
+        BoxError: neither says a box.
+        DataError: neither says a split.
     """
     split, ann_id = refs.get(whole(entry.get("ref_id")), (entry.get("split", by_name), -1))
     if split not in SPLITS:
@@ -219,7 +223,7 @@ def _split_and_box(
     if "bbox" in entry:
         return split, corners(entry["bbox"])
     if ann_id not in instances.boxes:
-        raise DataError("has no bbox, nor have its ref and instances; give refs(unc).p and instances.json, too")
+        raise BoxError(NO_BOX, f"fields {list(entry)[:10]}")
     return split, instances.boxes[ann_id][1]
 
 

@@ -5,7 +5,7 @@
      "answer_type": "yes/no", "multiple_choice_answer": "yes", "answers": [{"answer": "yes", ...}, ... ten of them]}]}
 
 The pictures of train2014 make the split train, those of val2014 val, those of test2015 test. The questions of
-test-dev2015 are among those of test2015: they come once, with the label `test_dev`.
+test-dev2015 are among those of test2015: they come once, with the label `in_test_dev`.
 """
 
 from __future__ import annotations
@@ -86,14 +86,14 @@ def _read_split(split: str, files: Sequence[_File], images: Path | None, summary
     in_test_dev: set[int | str] = set()
     for file in files:
         if file.kind == "questions" and file.split == _TEST_DEV:
-            in_test_dev.update(question_id for question_id, _ in _questions(file.path, Summary()))
+            in_test_dev.update(number for number, _ in _questions(file.path, Summary()))  # what is wrong counts below
     questions: dict[int | str, _Question] = {}
     pictures = {file.pictures for file in files if file.kind == "questions"}
     if len(pictures) != 1:
         given = ", ".join(file.path.name for file in files)
         missing = "has no file of questions" if not pictures else f"is of {' and '.join(sorted(pictures))}"
         raise DataError(f"the split {split} {missing} ({given}); give the questions of one year beside its annotations")
-    for file in sorted(files, key=lambda file: file.split, reverse=True):  # test before test-dev
+    for file in sorted(files, key=lambda file: file.split):  # test before test-dev
         if file.kind == "questions":
             _add_questions(questions, file, in_test_dev, summary)
     picture_of = coco_picture(images, *pictures)
@@ -101,11 +101,10 @@ def _read_split(split: str, files: Sequence[_File], images: Path | None, summary
     annotations = [file for file in files if file.kind == "annotations"]
     for file in annotations:
         for question_id, labels in _annotations(file.path, questions, answered, summary):
-            answered.add(question_id)
             yield _row(question_id, questions[question_id], labels, split, picture_of)
     for question_id, question in questions.items():
         if not annotations:
-            flag = {"test_dev": True} if question_id in in_test_dev else {}
+            flag = {"in_test_dev": True} if question_id in in_test_dev else {}
             yield _row(question_id, question, flag, split, picture_of)
         elif question_id not in answered:
             summary.drop("row: a question without an annotation", f"{split}, question {question_id}")
@@ -141,6 +140,7 @@ def _id(value: Any) -> int | str:
 def _add_questions(
     questions: dict[int | str, _Question], file: _File, in_test_dev: set[int | str], summary: Summary
 ) -> None:
+    """Adds the questions of a file by id; those of test-dev may be there already."""
     for question_id, question in _questions(file.path, summary):
         known = questions.setdefault(question_id, question)
         if known != question:
@@ -152,6 +152,7 @@ def _add_questions(
 def _annotations(
     path: Path, questions: dict[int | str, _Question], answered: set[int | str], summary: Summary
 ) -> Iterator[tuple[int | str, Labels]]:
+    """Yields the labels of each question that a file answers, and adds its id to `answered`."""
     for number, entry in enumerate(iter_array(path, "annotations")):
         try:
             question_id = _id(entry["question_id"])
@@ -169,6 +170,7 @@ def _annotations(
         except _WRONG as error:
             summary.drop(UNREADABLE, f"{path.name}, annotations[{number}]: {error!r}")
             continue
+        answered.add(question_id)
         yield question_id, labels
 
 

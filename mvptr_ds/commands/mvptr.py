@@ -43,6 +43,11 @@ COMMANDS = {
     "clip-benchmark": Command("mvptr_ds.commands.clip_benchmark_mvptr", "runs CLIP_benchmark on a trained model"),
     "plan": Command("mvptr_ds.commands.plan", "estimates memory, traffic and time of a run"),
     "demo-shards": Command("mvptr_ds.commands.demo_shards", "builds the shards of the demo alone"),
+    "demo-tasks": Command(
+        "mvptr_ds.commands.demo_tasks",
+        "fine-tunes a demo run for four tasks, and shows what pre-training is worth",
+        "interrupted; the same command goes on from here",
+    ),
     "parity": Command("mvptr_ds.commands.parity", "compares `joint` with numbers of the published code"),
 }
 

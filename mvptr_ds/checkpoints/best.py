@@ -154,7 +154,7 @@ def best_checkpoint(stage_dir: Path) -> Path | None:
         if problem is None:
             logger.info("%s: %s", best, path)
         else:
-            logger.warning("%s, but of its checkpoint %s; its newest one is taken instead", best, problem)
+            logger.warning("%s, but its checkpoint cannot be used (%s): its newest one is taken instead", best, problem)
     return path if problem is None else None
 
 

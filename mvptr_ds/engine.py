@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from mvptr_ds.guards import LossScale
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.objectives.module import TaskModule, TaskOutput
 from mvptr_ds.optim.lamb import Lamb
-from mvptr_ds.optim.optimizer import build_optimizer, parameter_groups
+from mvptr_ds.optim.optimizer import build_optimizer, parameter_groups, set_learning_rate
 from mvptr_ds.optim.zero_grad_norm import patch_zero_grad_norm
 
 UNIVERSAL = {"checkpoint": {"load_universal": True}}  # what the JSON of an engine that loads such a checkpoint says
@@ -39,10 +39,17 @@ class Engine:
     Args:
         task: parameters that ask for no gradient stay as they are.
         filled: the DeepSpeed JSON without any `"auto"`.
+        factors: of the learning rate, by part (`TaskModule.factors`); the others have 1.
     """
 
     def __init__(
-        self, task: TaskModule, filled: dict[str, Any], optim: OptimConfig, learning_rate: float, device: torch.device
+        self,
+        task: TaskModule,
+        filled: dict[str, Any],
+        optim: OptimConfig,
+        learning_rate: float,
+        device: torch.device,
+        factors: Mapping[str, float] | None = None,
     ) -> None:
         self.task, self.model, self.device = task, task.model, device
         self.zero_stage = ds_config.zero_stage_of(filled)
@@ -50,7 +57,7 @@ class Engine:
         self._untrained = self._copy_untrained()
         trained = [(name, p) for name, p in task.named_weights() if p.requires_grad]
         self.num_trained = sum(p.numel() for _, p in trained)  # before stage 3 cuts them
-        groups = parameter_groups(trained, optim.weight_decay)
+        groups = parameter_groups(trained, optim.weight_decay, task.factors(factors or {}))
         self._optimizer = build_optimizer(groups, optim, learning_rate, ds_config.optimizer_device(filled, device))
         self._deepspeed, *_ = deepspeed.initialize(model=task, optimizer=self._optimizer, config=filled)
         patch_zero_grad_norm(self._deepspeed.optimizer)
@@ -76,9 +83,8 @@ class Engine:
             self._cap_logit_scale()
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        """Sets the learning rate of the next update."""
-        for group in self._deepspeed.optimizer.param_groups:
-            group["lr"] = learning_rate
+        """Sets the learning rate of the next update, which each group multiplies by its factor."""
+        set_learning_rate(self._deepspeed.optimizer.param_groups, learning_rate)
 
     def was_step_applied(self) -> bool:
         """Returns False, on all ranks alike, where the last gradient was not finite: the weights are as before."""
@@ -121,7 +127,9 @@ class Engine:
         weights = self.weights() if self.zero_stage == 3 else None
         if weights is None or not collectives.is_main():
             return self.task
-        module = build(model_folder.copy_of(self.model, weights, self.device))
+        copied = model_folder.copy_of(self.model, weights, self.device)
+        with torch.random.fork_rng(devices=[]):  # a head is drawn on the host; the run goes on with its own numbers
+            module = build(copied)
         module.load_head(weights)
         return module.to(self.device).eval()
 

@@ -6,7 +6,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,8 @@ if __name__ == "__main__":
 import torch
 
 from mvptr_ds.batch_size import fit_batch_to_ranks
-from mvptr_ds.checkpoints.hand_over import finished_model, first_model, newest_state, set_aside
+from mvptr_ds.checkpoints.adopt import adopt, keep_vocabularies, model_to_adopt
+from mvptr_ds.checkpoints.hand_over import finished_model, first_model, newest_state, set_aside, stage_before
 from mvptr_ds.checkpoints.run_lock import only_start
 from mvptr_ds.config import Config, load_config, save_config
 from mvptr_ds.distributed import collectives
@@ -60,7 +61,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace, stop: StopSignal) -> int:
-    """Trains every stage of `run.stages`, one after the other, each from the one before it. Returns the exit code."""
+    """Trains every stage of `run.stages`, one after the other. Returns the exit code."""
     config = load_config(arguments.config or "demo", arguments.overrides)
     ds_content = load_ds_config(arguments.deepspeed)
     hang_s, start_s = config.train.hang_timeout_s, config.train.start_timeout_s
@@ -71,19 +72,26 @@ def run(arguments: argparse.Namespace, stop: StopSignal) -> int:
         logger.info("no --config given: this is the demo configuration (%s)", " then ".join(config.stage_names))
     only = nullcontext(lambda: None) if config.train.preflight_only else only_start(Path(config.run.dir))
     with only as check_alone:
-        return _run(config, ds_content, device, stop, check_alone)
+        return _run(config, arguments.overrides, ds_content, device, stop, check_alone)
 
 
 def _run(
-    config: Config, ds_content: dict[str, Any], device: torch.device, stop: StopSignal, check_alone: Callable[[], None]
+    config: Config,
+    overrides: Sequence[str],
+    ds_content: dict[str, Any],
+    device: torch.device,
+    stop: StopSignal,
+    check_alone: Callable[[], None],
 ) -> int:
     """`run` in a folder where no other start trains."""
-    hang_s, start_s = config.train.hang_timeout_s, config.train.start_timeout_s
     looks = config.train.preflight or config.train.preflight_only
     limit_s = checks.LIMIT_S if looks else 0.0
-    resumes = config.train.resume == "auto"
     with deadline(limit_s, f"looking for a checkpoint in {config.run.dir}"):
+        resumes = config.train.resume == "auto"
         saved = newest_state(Path(config.run.dir), config.stage_names) if resumes else None
+    source = model_to_adopt(config, TASKS[config.stage_names[0]].follows)
+    if source is not None:
+        config = adopt(config, overrides, source)
     split = saved.batch_split if saved is not None else None
     config = replace(config, train=fit_batch_to_ranks(config.train, split, collectives.num_ranks()))
     if looks:
@@ -93,12 +101,25 @@ def _run(
             return 0
     else:
         prepare_shards(config.data, config.run.seed, collectives.num_ranks())
+    if source is not None:
+        config = keep_vocabularies(config, source)
     collectives.run_on_rank_zero(lambda: save_config(config, Path(config.run.dir) / "config.yaml"))
+    return _train_stages(config, ds_content, device, stop, check_alone)
+
+
+def _train_stages(
+    config: Config, ds_content: dict[str, Any], device: torch.device, stop: StopSignal, check_alone: Callable[[], None]
+) -> int:
+    """Trains each stage from the one that it follows in this run, or from where `run.init_from` says."""
+    hang_s, start_s = config.train.hang_timeout_s, config.train.start_timeout_s
     tasks = [TASKS[name] for name in config.stage_names]
-    init_from = first_model(config, tasks[0].follows)
-    if not resumes:
-        set_aside(Path(config.run.dir), config.stage_names, init_from)
+    before = {task.name: stage_before(config, task.name, task.follows) for task in tasks}
+    starts = {task.name: first_model(config, task.follows, task.name) for task in tasks if before[task.name] is None}
+    if config.train.resume == "never":
+        set_aside(Path(config.run.dir), config.stage_names, [path for path in starts.values() if path is not None])
+    finished: dict[str | None, Path] = {}
     for task in tasks:
+        init_from = starts[task.name] if before[task.name] is None else finished[before[task.name]]
         stop.start()
         stacks = Path(config.run.dir) / task.name / f"stacks-rank{collectives.rank()}.txt"
         with Watchdog(stacks, hang_s, start_s) as guard:
@@ -109,7 +130,7 @@ def _run(
             if not done:
                 collectives.barrier()  # the first rank that ends makes the launcher end the others
                 return EXIT_STOPPED
-            init_from = finished_model(trainer.dir, trainer.step)
+            finished[task.name] = finished_model(trainer.dir, trainer.step)
     return 0
 
 

@@ -25,6 +25,7 @@ from mvptr_ds.distributed import collectives
 from mvptr_ds.engine import UNIVERSAL, Engine
 from mvptr_ds.errors import DataError
 from mvptr_ds.guards import SkippedSteps, any_rank
+from mvptr_ds.held_out import HeldOut
 from mvptr_ds.monitoring.bad_samples import BadSamples
 from mvptr_ds.monitoring.meters import Meters
 from mvptr_ds.monitoring.metrics import MetricsLog
@@ -32,7 +33,7 @@ from mvptr_ds.monitoring.timing import ProfileWindow, device_peak
 from mvptr_ds.monitoring.versions import versions
 from mvptr_ds.objectives.module import HEAD
 from mvptr_ds.optim.optimizer import PARAMETER_ORDER, learning_rate_at
-from mvptr_ds.stopping import Interrupted, StopSignal
+from mvptr_ds.stopping import StopSignal
 from mvptr_ds.streams import stage_seed
 from mvptr_ds.tasks import Task
 
@@ -71,6 +72,7 @@ class Trainer:
         self.dir = Path(config.run.dir) / task.name
         self.seed = stage_seed(task.name, config.run.seed)  # of all chance in this stage
         self.step, self.saved_step = 0, 0
+        self.resumed_from: Path | None = None
         self.profile = ProfileWindow(config.train.profile_steps, self.dir / "profile")
         self.skipped = SkippedSteps(config.train.max_skipped_in_row)
         self.bad_samples = BadSamples(config.data.max_bad_fraction, Path(config.run.dir))
@@ -78,30 +80,35 @@ class Trainer:
         self.vocabs = builders.build_vocabs(config.data)
         filled = builders.filled_ds_config(config, ds_content)
         self.precision, self.zero_stage = ds_config.precision_of(filled), ds_config.zero_stage_of(filled)
-        if self.stage.max_steps < 1:
-            raise ValueError(f"{task.name}.max_steps is {self.stage.max_steps}, must be at least 1")
         self._build_data()
         self._build_module()
+        self.factors = {part: float(f) for part, f in task.learning_rate_factors(config).items() if f != 1}
         self._start_engine(filled, init_from)
+        self.held_out = HeldOut(config, task, self.vocabs, self.held_out_index, device, self.dir, self.step)
         self.meters = self._build_meters()
         self.log = MetricsLog(self.dir, self.step, config)
         content = json.dumps(filled, indent=1) + "\n"
         collectives.run_on_rank_zero(lambda: (self.dir / "ds_config.json").write_text(content, encoding="utf-8"))
 
     def train(self) -> bool:
-        """Trains to `max_steps`, or to the step at which a signal asks to stop; both are saved. True at the end.
+        """Trains to the stage's end, or to the step at which a signal asks to stop; both are saved. True at the end.
 
         Raises:
             CheckpointError, StorageError: either could not be saved.
         """
         train = self.config.train
-        if self.step >= self.stage.max_steps:  # finished before
-            return True
         self.stop.note_only()
+        if self.resumed_from is not None:
+            self._say_what_is_left(self.resumed_from)
+        if self.held_out.evaluations.lacks(self.step) and self._due(train.evaluate_every_steps):
+            self.starting()
+            self._evaluate()  # an earlier start was ended between the checkpoint of this step and its score
+        if self._has_ended():
+            return True
         self.last_report = (self.step, time.perf_counter())
         with self.profile:
             batches = iter(self._loader())
-            while self.step < self.stage.max_steps:
+            while not self._has_ended():
                 self.alive()
                 self.profile.begin(self.step)
                 micro_batches, problem = self._next_micro_batches(batches)
@@ -195,25 +202,19 @@ class Trainer:
         self.bad_samples.write(stage=self.dir.name, step=self.step)
 
     def _evaluate(self) -> None:
-        """Rank 0 evaluates on the held-out shards; the others wait in the next step's first collective.
-
-        What cannot be read costs the scores of this step alone, and so does a signal, which is not to wait for them.
-        """
-        if self.held_out is None:
+        if self.held_out.index is None:
             return
         module = self.engine.whole_module(lambda model: self.task.build(self.config, model, self.seed))
-        if not collectives.is_main():
-            return
         try:
-            with self.stop.interrupting():
-                scores = self.task.evaluate(module, self.vocabs, self.config, self.held_out, self.device)
-            self.log.write_scores(self.step, scores)
-        except (DataError, OSError) as error:
-            logger.warning("%s %d not evaluated, training goes on: %s", self.dir.name, self.step, error)
-        except Interrupted as interrupted:
-            logger.info("%s %d not evaluated: %s", self.dir.name, self.step, interrupted)
+            self.held_out.evaluate(
+                module, self.step, self.log, self.stop,
+                lambda must: self.step if self.saved_step == self.step else self.save(must),
+            )  # fmt: skip
         finally:
             self.module.train()
+
+    def _has_ended(self) -> bool:
+        return self.step >= self.stage.max_steps or self.held_out.evaluations.stopped_at is not None
 
     def save(self, must: bool = False) -> int:
         """Saves a checkpoint of this step; all ranks call it. One that cannot be written is reported, no more.
@@ -226,16 +227,17 @@ class Trainer:
         """
         collectives.of_main(self.check_alone)
         train, weights = self.config.train, self.engine.weights()
-        writer = CheckpointWriter(self.dir / "checkpoints", train.keep_checkpoints, train.keep_every_steps)
+        keep = train.keep_checkpoints, train.keep_every_steps
+        writer = CheckpointWriter(self.dir / "checkpoints", *keep, self.held_out.best_step)
         state = self._state(self.log.wandb_id)
-        path = writer.save(state, self.engine.save, lambda path: self._write_model(path, weights), must)
-        if path is not None:
+        model, settings = self.module.model, self.module.head_settings
+
+        def write_model(path: Path) -> None:
+            model_folder.save_model_folder(path, model, weights, self.vocabs, self.config, settings)
+
+        if writer.save(state, self.engine.save, write_model, must) is not None:
             self.saved_step = self.step
         return self.saved_step
-
-    def _write_model(self, path: Path, weights: dict[str, torch.Tensor]) -> None:
-        module = self.module
-        model_folder.save_model_folder(path, module.model, weights, self.vocabs, self.config, module.head_settings)
 
     def close(self) -> None:
         """Frees the engine, so that the next stage has the memory."""
@@ -253,7 +255,7 @@ class Trainer:
         data = self.config.data
         joins = Path(self.config.run.dir) / "joins"
         evaluates = data.held_out is not None and self.config.train.evaluate_every_steps > 0
-        self.held_out = shard_folders.open_held_out(data, joins) if evaluates else None
+        self.held_out_index = shard_folders.open_held_out(data, joins) if evaluates else None
         self.dataset = builders.build_dataset(
             self.config, self.vocabs, self.task.name, self.task.sample_needs(self.config), self.seed, joins
         )
@@ -294,6 +296,7 @@ class Trainer:
             precision=self.precision,
             data=self.dataset.fingerprint,
             trained_parts=self.module.parts_in_training(),
+            learning_rate_factors=self.factors,
             optimizer=self.config.optim.name,
             parameter_order=PARAMETER_ORDER,
             accumulation_steps=train.accumulation_steps,
@@ -306,7 +309,7 @@ class Trainer:
 
     def _build_engine(self, filled: dict[str, Any]) -> None:
         config = self.config
-        self.engine = Engine(self.module, filled, config.optim, self.stage.learning_rate, self.device)
+        self.engine = Engine(self.module, filled, config.optim, self.stage.learning_rate, self.device, self.factors)
         begin_rng(self.seed)
         steps_on = ds_config.optimizer_device(filled, self.device)
         for line in builders.kernel_report(config, self.device, ds_config.DTYPES[self.precision], steps_on):
@@ -341,19 +344,21 @@ class Trainer:
         self.skipped.total = saved.skipped_steps
         self.bad_samples.count(saved.samples.bad, saved.samples.read)
         self.bad_samples.check(lambda: self.saved_step)
-        if self.step < self.stage.max_steps:
-            logger.info("%s goes on from step %d (%s)", self.dir.name, self.step, path)
-            return
-        name, asked = self.dir.name, self.stage.max_steps
-        logger.info("%s is finished: %s.max_steps=%d, and %s has done %d", name, name, asked, path, self.step)
+        self.resumed_from = path
+
+    def _say_what_is_left(self, path: Path) -> None:
+        name, asked, ended = self.dir.name, self.stage.max_steps, self.held_out.evaluations.why_stopped()
+        if ended is not None:
+            logger.info("%s is finished: %s", name, ended)
+        elif self.step < asked:
+            logger.info("%s goes on from step %d (%s)", name, self.step, path)
+        else:
+            logger.info("%s is finished: %s.max_steps=%d, and %s has done %d", name, name, asked, path, self.step)
 
     def _build_meters(self) -> Meters:
+        flops = self.task.step_flops(self.module, collectives.num_ranks())
         peak = device_peak(self.device, ds_config.DTYPES[self.precision])
-        if peak is not None:
-            logger.info("MFU is a share of %.3g TFLOPS: %s", peak.tflops, peak.source)
-        meters = Meters(
-            self.device, self.dataset.names, self.task.step_flops(self.module, collectives.num_ranks()), peak
-        )
+        meters = Meters(self.device, self.dataset.names, flops, peak)
         collectives.time_collectives(lambda: meters.clock("communication"))
         return meters
 

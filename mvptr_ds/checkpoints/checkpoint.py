@@ -53,6 +53,7 @@ class CheckpointWriter:
     folder: Path
     keep: int  # how many of the newest stay
     keep_every_steps: int = 0  # checkpoints at multiples of it stay for good; 0: none of them
+    best_step: int | None = None  # its checkpoint stays, too
 
     def save(
         self,
@@ -134,7 +135,8 @@ class CheckpointWriter:
             for path in later:
                 _pass_over(path)
             for old in found[len(later) + max(1, self.keep) :]:
-                if not self.keep_every_steps or _step_of(old) % self.keep_every_steps:
+                stays = self.keep_every_steps and _step_of(old) % self.keep_every_steps == 0
+                if not stays and _step_of(old) != self.best_step:
                     _remove(old)
             for torn in self.folder.glob("step-*"):  # remains of a save that was killed
                 if STEP.fullmatch(torn.name) and torn.name != newest.name and not _is_complete(torn):

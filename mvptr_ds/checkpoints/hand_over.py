@@ -12,6 +12,7 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
+from mvptr_ds.checkpoints.best import best_checkpoint
 from mvptr_ds.checkpoints.checkpoint import CHECKSUMS, complete, damaged, newest_good, verify
 from mvptr_ds.checkpoints.state import CheckpointState, read_state
 from mvptr_ds.config import STAGES, Config, load_config
@@ -41,8 +42,13 @@ def newest_state(run_dir: Path, stages: Sequence[str]) -> CheckpointState | None
     return collectives.of_main(read)
 
 
-def find_model(path: Path) -> Path:
+def find_model(path: Path, stages: Sequence[str] = LAST_FIRST) -> Path:
     """Returns the model folder meant by a run folder, a stage folder, a checkpoint or a model folder itself.
+
+    Of a stage it is that of the best checkpoint, where its evaluations say which is the best, else of the newest.
+
+    Args:
+        stages: of several in a run folder, the first of these that has a checkpoint counts.
 
     Raises:
         CheckpointError: there is none below `path`, or none that is good.
@@ -53,11 +59,10 @@ def find_model(path: Path) -> Path:
     if found is not None:
         _check_whole(found)
         return found
-    # of several stages in a run folder, the one that came last
-    for stage in (path, *(path / name for name in LAST_FIRST)):
-        newest = newest_good(stage / "checkpoints", NAME_ANOTHER)
-        if newest is not None:
-            return newest / "model"
+    for stage in (path, *(path / name for name in stages)):
+        chosen = best_checkpoint(stage) or newest_good(stage / "checkpoints", NAME_ANOTHER)
+        if chosen is not None:
+            return chosen / "model"
     raise CheckpointError(f"{path} holds no complete checkpoint; give a run folder, a stage folder or a model folder")
 
 
@@ -72,17 +77,39 @@ def _check_whole(model: Path) -> None:
         raise CheckpointError(f"{checkpoint} is not complete, its save was interrupted: {NAME_ANOTHER}")
 
 
-def resumes(config: Config) -> bool:
-    """Returns whether the first of `run.stages` has checkpoints of its own to resume from."""
-    own = Path(config.run.dir) / config.stage_names[0] / "checkpoints"
+def resumes(config: Config, stage: str) -> bool:
+    """Returns whether a stage has checkpoints of its own to resume from."""
+    own = Path(config.run.dir) / stage / "checkpoints"
     return config.train.resume == "auto" and collectives.of_main(lambda: bool(complete(own)))
 
 
-def first_model(config: Config, follows: str | None) -> Path | None:
-    """Returns the model folder that the first of `run.stages` starts from, as `run.init_from` says.
+def stage_before(config: Config, stage: str, follows: str | None) -> str | None:
+    """Returns which of `run.stages` another one starts from; None where no stage of this run makes its start.
+
+    A stage of pre-training starts from the one before it. A downstream task starts from the stage that it follows, not
+    from the task before it.
 
     Args:
         follows: the stage whose finished weights it takes with `run.init_from=auto`; None: it starts fresh.
+    """
+    earlier = config.stage_names[: config.stage_names.index(stage)]
+    if config.finetuning(stage) is None:
+        pretrained = [name for name in earlier if config.pretraining(name) is not None]
+        return pretrained[-1] if pretrained else None
+    return next((name for name in _followed(config, stage, follows) if name in earlier), None)
+
+
+def _followed(config: Config, stage: str, follows: str | None) -> list[str]:
+    """The stages that one may start from: of pre-training its own, of a task also joint, which takes its place."""
+    names = [] if follows is None else [follows]
+    return names if config.finetuning(stage) is None else list(dict.fromkeys((*names, "joint")))
+
+
+def first_model(config: Config, follows: str | None, stage: str) -> Path | None:
+    """Returns the model folder that a stage starts from, as `run.init_from` says.
+
+    Args:
+        follows: see `stage_before`.
 
     Returns:
         None where it starts from its own checkpoint, which holds everything, or with fresh weights.
@@ -91,27 +118,32 @@ def first_model(config: Config, follows: str | None) -> Path | None:
         CheckpointError: there is none where it says; or stage 2 is to follow on a stage 1 that is not finished.
         StorageError: there are some, but they cannot be read.
     """
-    if resumes(config):
+    if resumes(config, stage):
         return None
     if config.run.init_from != "auto":
-        return find_model(Path(config.run.init_from)) if config.run.init_from else None
-    run_dir = Path(config.run.dir)
+        # a task starts from what was pre-trained, though the run folder may hold another task by now
+        order = LAST_FIRST if config.finetuning(stage) is None else (*_PRETRAINING, *LAST_FIRST)
+        return find_model(Path(config.run.init_from), order) if config.run.init_from else None
     if follows is None:
         return None
-    before, number = run_dir / follows, follows.removeprefix("stage")
-    starts = f"{_spoken(config.stage_names[0])} starts from a finished {_spoken(follows)}"
-    alone = f"run.stages=[{number}]"
-    newest = newest_good(before / "checkpoints")
-    if newest is None:
+    run_dir = Path(config.run.dir)
+    starts = f"{_spoken(stage)} starts from a finished {_spoken(follows)}"
+    alone = f"run.stages=[{follows.removeprefix('stage')}]"
+    for name in _followed(config, stage, follows):
+        newest = newest_good(run_dir / name / "checkpoints")
+        if newest is not None:
+            break
+    else:
         raise CheckpointError(
-            f"{starts}, and {before} holds no complete checkpoint: train it first ({alone}), name another start "
-            "(run.init_from=...), or begin with fresh weights (run.init_from=null)"
+            f"{starts}, and {run_dir / follows} holds no complete checkpoint: train it first ({alone}), name another "
+            "start (run.init_from=...), or begin with fresh weights (run.init_from=null)"
         )
-    step, max_steps = read_state(newest).step, load_config(newest / "model/mvptr.yaml").stage(follows).max_steps
+    step, max_steps = read_state(newest).step, load_config(newest / "model/mvptr.yaml").stage(name).max_steps
     if step < max_steps:
         raise CheckpointError(
-            f"{starts}, and that of {run_dir} is at step {step} of {max_steps}: let it finish first ({alone}), or take "
-            f"it as it is (run.init_from={before})"
+            f"{_spoken(stage)} starts from a finished {_spoken(name)}, and that of {run_dir} is at step {step} of "
+            f"{max_steps}: let it finish first (run.stages=[{name.removeprefix('stage')}]), or take it as it is "
+            f"(run.init_from={run_dir / name})"
         )
     return newest / "model"
 
@@ -122,7 +154,7 @@ def _spoken(stage: str) -> str:
 
 
 def finished_model(stage_dir: Path, num_steps: int) -> Path:
-    """Returns the model folder of a stage that has just ended after so many steps.
+    """Returns the model folder of a stage that has just ended after so many steps: of its best checkpoint, if any is.
 
     Raises:
         CheckpointError: its newest good checkpoint is of an earlier step.
@@ -135,25 +167,26 @@ def finished_model(stage_dir: Path, num_steps: int) -> Path:
             f"{stage_dir} has ended at step {num_steps}, but its newest good checkpoint is of step {step}: start "
             "again, it goes on from there"
         )
-    return newest / "model"
+    return (best_checkpoint(stage_dir) or newest) / "model"
 
 
-def set_aside(run_dir: Path, stages: Sequence[str], init_from: Path | None) -> None:
+def set_aside(run_dir: Path, stages: Sequence[str], starts: Sequence[Path]) -> None:
     """Moves what earlier starts have left of these stages to `RUN/before-N`. Nothing is deleted.
 
     Raises:
-        CheckpointError: `init_from`, whose weights the run is to start from, is among it.
+        CheckpointError: one of `starts`, whose weights the run is to start from, is among it.
     """
 
     def move() -> None:
         old = [run_dir / stage for stage in stages if complete(run_dir / stage / "checkpoints")]
         if not old:
             return
-        if init_from is not None and any(init_from.resolve().is_relative_to(path.resolve()) for path in old):
-            raise CheckpointError(
-                f"the run is to start from {init_from}, which train.resume=never moves out of its way: give it another "
-                "run.dir"
-            )
+        for start in starts:
+            if any(start.resolve().is_relative_to(path.resolve()) for path in old):
+                raise CheckpointError(
+                    f"the run is to start from {start}, which train.resume=never moves out of its way: give it another "
+                    "run.dir"
+                )
         target = next(path for n in count(1) if not (path := run_dir / f"{EARLIER}{n}").exists())
         target.mkdir()
         for path in old:

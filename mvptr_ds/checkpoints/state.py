@@ -12,7 +12,13 @@ from mvptr_ds.batch_size import BatchSplit
 from mvptr_ds.errors import CheckpointError
 
 STATE = "state.json"
-MUST_MATCH = ("batch_size", "bucket_batches", "precision")  # fields that a resumed run shares with its checkpoint
+# Each factor of the learning rate has parameter groups of its own, in whose order the engine's files hold everything.
+MUST_MATCH = (
+    "batch_size",
+    "bucket_batches",
+    "precision",
+    "learning_rate_factors",
+)  # fields that a resumed run shares with its checkpoint
 # Keys of the configuration that decide which samples a step has. `state.json` does not hold them: a resume compares
 # its own with those of the checkpoint's mvptr.yaml.
 SAMPLE_ORDER = ("run.seed", "data.block_samples", "data.window_blocks")
@@ -45,6 +51,7 @@ class CheckpointState:
     precision: str | None = None  # bf16, fp16 or float32; None where it was not recorded, and then is not compared
     data: str | dict[str, str]  # fingerprint of the shards; of a mixture, one for each source in their order
     trained_parts: list[str]  # of the model
+    learning_rate_factors: dict[str, float] = field(default_factory=dict)  # by part; those that are not 1
     optimizer: str = "adamw"  # optim.name
     parameter_order: str | None = None  # in ZeRO's flat buffers (optim/optimizer.py); None: the model's own order
     accumulation_steps: int = 1

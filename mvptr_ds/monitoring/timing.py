@@ -112,7 +112,7 @@ def measured_tflops(device: torch.device, dtype: torch.dtype, size: int = 8192) 
 
 
 def device_peak(device: torch.device, dtype: torch.dtype) -> Peak | None:
-    """Returns what MFU is a share of: the vendor's figure for a known GPU, or else a measured product.
+    """Returns what MFU is a share of, and logs it: the vendor's figure for a known GPU, or else a measured product.
 
     It is None on a CPU, whose cores the ranks share with each other and with other programs. A product measured
     there in one moment is no bound for the next.
@@ -124,8 +124,11 @@ def device_peak(device: torch.device, dtype: torch.dtype) -> Peak | None:
     vendor = vendor_tflops(name, dtype)
     kind = str(dtype).removeprefix("torch.")
     if vendor is None:
-        return Peak(measured, f"a {kind} matrix product measured at start on {name}")
-    return Peak(vendor, f"the vendor's for {name} in {kind}; a matrix product reached {measured:.0f} at start")
+        peak = Peak(measured, f"a {kind} matrix product measured at start on {name}")
+    else:
+        peak = Peak(vendor, f"the vendor's for {name} in {kind}; a matrix product reached {measured:.0f} at start")
+    logger.info("MFU is a share of %.3g TFLOPS: %s", peak.tflops, peak.source)
+    return peak
 
 
 class ProfileWindow:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from mvptr_ds.data.collate import Batch
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.distributed import collectives
-from mvptr_ds.model.mvptr import Mvptr
+from mvptr_ds.model.mvptr import PARTS, Mvptr
 from mvptr_ds.objectives.losses import LossSum
 from mvptr_ds.objectives.table import Chosen
 
-HEAD = "head."  # prefix of the names of a task's own weights, beside those of the model
+HEAD_PART = "head"  # what the configuration calls a task's own weights, beside the parts of the model
+HEAD = f"{HEAD_PART}."  # prefix of their names
 
 
 class TaskOutput(NamedTuple):  # a tuple: ZeRO-3 hooks the tensors of tuples, lists and dicts alone
@@ -113,6 +114,20 @@ class TaskModule(nn.Module, ABC):
         trained = set(filter(self.reaches, self.model.parameters_of(self.parts_in_training())))
         for name, parameter in self.named_weights():
             parameter.requires_grad_(name in trained or name.startswith(HEAD))
+
+    def factors(self, by_part: Mapping[str, float]) -> dict[str, float]:
+        """Returns the factor of the learning rate of each weight of `named_weights` that a part with a factor holds.
+
+        Args:
+            by_part: factors by part of the model (see PARTS), and of the task's own weights by `head`. Where two of
+                them hold a weight, the narrower one counts: `pooler` before `itm`.
+        """
+        prefixes = {part: (HEAD,) if part == HEAD_PART else PARTS[part] for part in by_part}
+        narrowest_last = sorted(by_part, key=lambda part: len(prefixes[part]), reverse=True)
+        return {
+            name: by_part[part] for part in narrowest_last for name, _ in self.named_weights()
+            if name.startswith(prefixes[part])
+        }  # fmt: skip
 
     def scale(self) -> Tensor:
         """Returns the factor of the contrastive logits, capped; one element, float32 (float64 for a float64 model).

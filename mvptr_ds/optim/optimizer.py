@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,24 +18,44 @@ APEX_ADAM = "apex.optimizers.FusedAdam"
 TORCH_ADAM = "torch.optim.AdamW(fused=True)"
 LAMB = "mvptr_ds.optim.lamb.Lamb"
 SETTINGS = ("lr", "betas", "eps", "weight_decay")  # of a group; whatever else stands there chooses a kernel
+FACTOR = "factor"  # of a group: its learning rate is that of the schedule times this
 HOST = torch.device("cpu")
 ALIGNED_NUMBERS = 8  # of 2 bytes
 PARAMETER_ORDER = "aligned"  # of a checkpoint's flat buffers; before there was a name for it, as the model has them
 
 
-def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    named: Iterable[tuple[str, nn.Parameter]], weight_decay: float, factors: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
     """Returns two groups of parameters: matrices decay; those of one dimension (biases, norms, the scale) do not.
+
+    Each factor of the learning rate has two of its own, in the order in which the parameters show the factors. A group
+    names its factor where it is not 1, so that the groups of a run without factors are as they always were.
 
     Within a group, those of an odd size come last: ZeRO lays a group's parameters one behind another in one buffer,
     and behind a logit scale of 2 bytes all would stand where a GPU's kernels cannot read 16 bytes at a time.
 
+    Args:
+        factors: of the learning rate, by the name of a parameter; those without have 1.
+
     Source: the published code, "Optimiser in the published defaults".
     """
-    named = sorted(named, key=lambda item: item[1].numel() % ALIGNED_NUMBERS != 0)
-    decayed = [p for _, p in named if p.ndim > 1]
-    others = [p for _, p in named if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    factors, of_factors = factors or {}, dict[float, list[tuple[str, nn.Parameter]]]()
+    for name, parameter in named:
+        of_factors.setdefault(float(factors.get(name, 1.0)), []).append((name, parameter))
+    groups: list[dict[str, Any]] = []
+    for factor, its_own in of_factors.items():
+        its_own = sorted(its_own, key=lambda item: item[1].numel() % ALIGNED_NUMBERS != 0)
+        scaled = {} if factor == 1.0 else {FACTOR: factor}
+        groups.append({"params": [p for _, p in its_own if p.ndim > 1], "weight_decay": weight_decay, **scaled})
+        groups.append({"params": [p for _, p in its_own if p.ndim <= 1], "weight_decay": 0.0, **scaled})
     return [group for group in groups if group["params"]]
+
+
+def set_learning_rate(groups: Iterable[dict[str, Any]], learning_rate: float) -> None:
+    """Gives each group of parameters this learning rate times its factor."""
+    for group in groups:
+        group["lr"] = learning_rate * group.get(FACTOR, 1.0)
 
 
 def build_optimizer(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -67,11 +67,18 @@ def task_without_memory(config: Config, stage: str, vocab: tuple[int, int] | Non
     return module
 
 
-def groups_of(task: TaskModule, weight_decay: float) -> tuple[list[list[int]], int]:
-    """Returns the number of elements of each trained parameter by optimiser group, and of all others together."""
+def groups_of(
+    task: TaskModule, weight_decay: float, factors: Mapping[str, float] | None = None
+) -> tuple[list[list[int]], int]:
+    """Returns the number of elements of each trained parameter by optimiser group, and of all others together.
+
+    Args:
+        factors: of the learning rate by part, each of which has groups of its own (`Task.learning_rate_factors`).
+    """
     everything = dict(task.named_weights())
     trained = [(name, parameter) for name, parameter in everything.items() if parameter.requires_grad]
-    groups = [[p.numel() for p in group["params"]] for group in parameter_groups(trained, weight_decay)]
+    of_parts = parameter_groups(trained, weight_decay, task.factors(factors or {}))
+    groups = [[p.numel() for p in group["params"]] for group in of_parts]
     return groups, sum(p.numel() for p in everything.values()) - sum(map(sum, groups))
 
 
@@ -106,7 +113,7 @@ def make_plan(
     lengths, objectives = times(mean, micro), task.objectives
 
     flop = flops.of_lengths(lengths) * accumulation
-    groups, frozen = groups_of(task, config.optim.weight_decay)
+    groups, frozen = groups_of(task, config.optim.weight_decay, TASKS[stage].learning_rate_factors(config))
     trained = sum(map(sum, groups))
     states = largest_state_bytes(groups, frozen, element_bytes, zero, num)
     calls, checkpointing = objectives.num_cross_calls(), config.model.activation_checkpointing

@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,8 @@ from mvptr_ds.distributed import collectives
 from mvptr_ds.distributed.rendezvous import deadline
 from mvptr_ds.errors import DataError, PreflightError
 from mvptr_ds.model.mvptr import Mvptr
-from mvptr_ds.monitoring.timing import ProfileWindow
 from mvptr_ds.monitoring.versions import code_sha256, versions
-from mvptr_ds.preflight import sample_checks
+from mvptr_ds.preflight import sample_checks, setting_checks
 from mvptr_ds.preflight.loader_memory import loader_memory
 from mvptr_ds.preflight.rank_checks import (
     ERROR,
@@ -73,7 +72,7 @@ def examine(config: Config, ds_content: dict[str, Any], device: torch.device, pr
         found += asked + run_folder(Path(config.run.dir))
     if any(finding.level == ERROR for finding in asked):
         return found  # ranks with different settings cannot check anything else together
-    found += on_each("configuration", lambda: _settings(config))
+    found += on_each("configuration", lambda: setting_checks.examine(config))
     found += on_each("batch", lambda: _batch(config, ds_content))
     found += loader_memory(config)
     begun_s = time.perf_counter()
@@ -121,34 +120,6 @@ def _fingerprints(config: Config, ds_content: dict[str, Any]) -> dict[str, str]:
         "DeepSpeed JSON": json.dumps(ds_content, sort_keys=True),
     }
     return {name: hashlib.sha256(text.encode()).hexdigest()[:12] for name, text in texts.items()}
-
-
-def _settings(config: Config) -> Iterator[Finding]:
-    """The two lists of which not every content has a meaning, both told together; then what keys say together."""
-    lists: list[Callable[[], Any]] = [
-        lambda: ProfileWindow(config.train.profile_steps, Path(config.run.dir)),
-        lambda: config.stage_names,
-    ]
-    wrong = False
-    for look in lists:
-        try:
-            look()
-        except ValueError as error:
-            wrong = True
-            yield Finding("configuration", ERROR, str(error))
-    if wrong:
-        return
-    yield Finding("configuration", OK, f"{' then '.join(config.stage_names)} in {config.run.dir}")
-    for stage in config.stage_names:
-        section = config.stage(stage)
-        if section.warmup_steps is not None and section.warmup_steps > section.max_steps:
-            text = f"{stage}.warmup_steps is {section.warmup_steps}, but {stage}.max_steps only {section.max_steps}"
-            remedy = f"the learning rate never reaches {section.learning_rate:g}: lower {stage}.warmup_steps"
-            yield Finding("configuration", WARNING, text, remedy)
-        traced = config.train.profile_steps
-        if traced and traced[0] >= section.max_steps:
-            text = f"train.profile_steps is {traced}, but {stage}.max_steps only {section.max_steps}"
-            yield Finding("configuration", WARNING, text, f"nothing of {stage} is traced: choose earlier steps")
 
 
 def _batch(config: Config, ds_content: dict[str, Any]) -> Iterator[Finding]:
@@ -329,6 +300,7 @@ def _disk(config: Config, num_bytes: dict[str, int]) -> Iterator[Finding]:
         kept = train.keep_checkpoints + (
             config.stage(name).max_steps // train.keep_every_steps if train.keep_every_steps else 0
         )
+        kept += TASKS[name].best_by is not None and train.evaluate_every_steps > 0  # the best one
         own = run_dir / name / "checkpoints"
         there = sum(file.stat().st_size for file in own.rglob("*") if file.is_file())
         there = there if train.resume == "auto" else 0  # otherwise old checkpoints stay beside the new ones
@@ -346,14 +318,18 @@ def _disk(config: Config, num_bytes: dict[str, int]) -> Iterator[Finding]:
 
 
 def _hand_over(config: Config, vocabs: Vocabs) -> list[Finding]:
-    """Finds what the first stage starts from. All ranks call it."""
-    stage = config.stage_names[0]
+    """Finds what the stages start from that start from no other stage of this run. All ranks call it."""
+    outside = [name for name in config.stage_names if hand_over.stage_before(config, name, TASKS[name].follows) is None]
+    return [finding for name in outside for finding in _start_of(name, config, vocabs)]
+
+
+def _start_of(stage: str, config: Config, vocabs: Vocabs) -> list[Finding]:
     own = Path(config.run.dir) / stage / "checkpoints"
     try:
-        resumes = hand_over.resumes(config)
+        resumes = hand_over.resumes(config, stage)
         if resumes and not config.train.preflight_only:  # the stage compares it after it is built
             return [Finding("hand-over", OK, f"{stage} goes on from its checkpoints in {own}")]
-        path = newest_good(own) if resumes else hand_over.first_model(config, TASKS[stage].follows)
+        path = newest_good(own) if resumes else hand_over.first_model(config, TASKS[stage].follows, stage)
     except (ValueError, OSError) as error:
         return [Finding.of("hand-over", error)]
     if path is None:

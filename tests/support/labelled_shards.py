@@ -15,13 +15,17 @@ from mvptr_ds.data.shards.writer import write_shards
 FEATURES = 5
 
 
-def write_labelled(folder: Path, labels: Sequence[Mapping[str, Any]]) -> Path:
-    """Writes a record with one caption and two regions for each of `labels`, and returns the folder."""
+def write_labelled(folder: Path, labels: Sequence[Mapping[str, Any]], texts: Sequence[str] = ("a dog sleeps",)) -> Path:
+    """Writes a record with one caption and two regions for each of `labels`, and returns the folder.
+
+    Args:
+        texts: the captions, taken in turn.
+    """
     rng = np.random.default_rng(0)
 
     def items() -> Iterator[tuple[str, Record, dict[str, bytes]]]:
         for number, of_caption in enumerate(labels):
-            captions = (Caption("a dog sleeps", (), dict(of_caption)),)
+            captions = (Caption(texts[number % len(texts)], (), dict(of_caption)),)
             regions = (Region((0.0, 0.0, 8.0, 8.0), "dog"), Region((1.0, 1.0, 4.0, 4.0), "cat"))
             features = io.BytesIO()
             np.save(features, rng.standard_normal((2, FEATURES)).astype(np.float16))

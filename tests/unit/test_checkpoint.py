@@ -156,7 +156,7 @@ def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(tmp_path: Path, monk
     with pytest.raises(StorageError, match=r"cannot be listed: .*Stale file handle"):
         newest_good(tmp_path)
     with pytest.raises(StorageError):
-        resumes(load_config("demo", [f"run.dir={tmp_path}"]))
+        resumes(load_config("demo", [f"run.dir={tmp_path}"]), "stage1")
 
 
 def test_a_save_that_is_interrupted_leaves_the_one_before(tmp_path: Path) -> None:
@@ -301,9 +301,9 @@ def test_a_stage_that_has_ended_hands_over_its_end(tmp_path: Path) -> None:
 
 def test_what_a_run_that_begins_anew_finds_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     stages = ["stage1", "stage2"]
-    set_aside(tmp_path, stages, None)
+    set_aside(tmp_path, stages, [])
     (tmp_path / "stage1").mkdir()
-    set_aside(tmp_path, stages, None)  # of a start that has saved nothing
+    set_aside(tmp_path, stages, [])  # of a start that has saved nothing
     assert [path.name for path in tmp_path.iterdir()] == ["stage1"]
     for number in (1, 2):
         for stage in stages:
@@ -311,20 +311,20 @@ def test_what_a_run_that_begins_anew_finds_is_kept(tmp_path: Path, caplog: pytes
             (tmp_path / stage / "metrics.jsonl").write_text("{}", encoding="utf-8")
         before = contents(tmp_path / "stage1")
         with caplog.at_level(logging.INFO, logger="mvptr_ds"):
-            set_aside(tmp_path, ["stage1"], tmp_path / "stage2/checkpoints" / f"step-0000000{number}" / "model")
+            set_aside(tmp_path, ["stage1"], [tmp_path / "stage2/checkpoints" / f"step-0000000{number}" / "model"])
         assert contents(tmp_path / f"before-{number}/stage1") == before and not (tmp_path / "stage1").exists()
         assert f"the earlier stage1 stays in {tmp_path}/before-{number}" in caplog.text
     assert find_model(tmp_path) == tmp_path / "stage2/checkpoints/step-00000002/model"
     with pytest.raises(CheckpointError, match=r"give it another run.dir"):
-        set_aside(tmp_path, stages, tmp_path / "stage2/checkpoints/step-00000002/model")
-    set_aside(tmp_path, stages, None)
+        set_aside(tmp_path, stages, [tmp_path / "stage2/checkpoints/step-00000002/model"])
+    set_aside(tmp_path, stages, [])
     assert not (tmp_path / "stage2").exists() and newest_good(tmp_path / "before-3/stage2/checkpoints") is not None
 
 
 def test_stage_2_starts_from_the_finished_stage_1_of_its_run_folder(tmp_path: Path) -> None:
     def start(*overrides: str) -> Path | None:
         config = load_config("demo", [f"run.dir={tmp_path}", "run.stages=[2]", *overrides])
-        return first_model(config, TASKS[config.stage_names[0]].follows)
+        return first_model(config, TASKS[config.stage_names[0]].follows, config.stage_names[0])
 
     assert start("run.stages=[1, 2]") is None and start("run.stages=[joint]") is None
     assert start("run.init_from=null") is None

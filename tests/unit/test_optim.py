@@ -22,6 +22,7 @@ from mvptr_ds.optim.optimizer import (
     learning_rate_at,
     optimizer_choice,
     parameter_groups,
+    set_learning_rate,
 )
 
 
@@ -63,6 +64,30 @@ def test_no_decay_on_biases_norms_and_the_logit_scale() -> None:
 def test_empty_groups_are_left_out() -> None:
     groups = parameter_groups(iter([("a.weight", nn.Parameter(torch.zeros(2, 2)))]), 0.1)
     assert len(groups) == 1 and groups[0]["weight_decay"] == 0.1
+
+
+def test_each_factor_has_groups_of_its_own_in_the_order_of_the_parameters() -> None:
+    sizes = {"a.weight": (2, 4), "text.weight": (3, 3), "a.bias": (2,), "text.bias": (8,), "head.weight": (1, 8)}
+    named = {name: nn.Parameter(torch.zeros(size)) for name, size in sizes.items()}
+    factors = {"text.weight": 0.5, "text.bias": 0.5, "head.weight": 10, "a.bias": 1.0}
+    groups = parameter_groups(named.items(), 0.1, factors)
+    names = {id(parameter): name for name, parameter in named.items()}
+    found = [([names[id(p)] for p in group["params"]], group["weight_decay"], group.get("factor")) for group in groups]
+    assert found == [
+        (["a.weight"], 0.1, None), (["a.bias"], 0.0, None), (["text.weight"], 0.1, 0.5), (["text.bias"], 0.0, 0.5),
+        (["head.weight"], 0.1, 10.0),
+    ]  # fmt: skip
+    optimizer = build_optimizer(groups, OptimConfig(), 1.0)
+    set_learning_rate(optimizer.param_groups, 0.25)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25, 0.125, 0.125, 2.5]
+
+
+def test_without_factors_groups_are_those_of_older_checkpoints() -> None:
+    named = [("a.weight", nn.Parameter(torch.zeros(3, 3))), ("b.weight", nn.Parameter(torch.zeros(2, 4)))]
+    for factors in (None, {}, {"a.weight": 1.0}, {"elsewhere": 2.0}):
+        (group,) = parameter_groups(named, 0.1, factors)
+        assert group.keys() == {"params", "weight_decay"} and group["weight_decay"] == 0.1
+        assert group["params"][0] is named[1][1] and group["params"][1] is named[0][1]  # the odd size comes last
 
 
 def test_adamw_takes_every_setting() -> None:

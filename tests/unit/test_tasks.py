@@ -106,6 +106,17 @@ def test_a_head_is_trained_and_normalised_like_any_loss() -> None:
     assert "pooler.dense.weight" in frozen and not any(n.startswith(("head.", "cross_encoder")) for n in frozen)
 
 
+def test_the_narrower_part_gives_a_weight_its_factor() -> None:
+    module = Colours(tiny_model())
+    for parts in ({"pooler": 2.0, "itm": 3.0, "head": 10.0}, {"head": 10.0, "itm": 3.0, "pooler": 2.0}):
+        factors = module.factors(parts)
+        assert factors == {
+            "pooler.dense.weight": 2.0, "pooler.dense.bias": 2.0, "itm_head.weight": 3.0, "itm_head.bias": 3.0,
+            "head.weight": 10.0, "head.bias": 10.0,
+        }  # fmt: skip
+    assert module.factors({"itm": 3.0})["pooler.dense.weight"] == 3.0 and module.factors({}) == {}
+
+
 def test_a_head_starts_fresh_where_the_task_says_so_and_is_kept_beside_the_model(tmp_path: Path) -> None:
     words = WordPiece()
     vocabs = Vocabs(words, PhraseVocab.empty(words))

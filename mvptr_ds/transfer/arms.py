@@ -122,8 +122,6 @@ def _job(plan: Plan, task: str, arm: str, seed: int, alone: Job) -> Job:
         f"data.sidecars=[{demo / 'train'}]",
         f"data.held_out={shards / 'held_out'}",
         f"data.held_out_sidecars=[{demo / 'held_out'}]",
-        f"data.word_vocab={demo / 'word_vocab.txt'}",
-        f"data.phrase_vocab={demo / 'phrase_vocab.json'}",
         f"data.tag_withhold_prob={TAG_WITHHOLD_PROB}",
         *([f"vqa.answers={shards / 'answers.json'}"] if task == "vqa" else []),
         *([f"data.permute_pictures={OTHER_PICTURES[task]}"] if arm == "text_alone" else []),

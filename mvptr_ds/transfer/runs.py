@@ -100,7 +100,8 @@ def _run(job: Job, num_threads: int) -> None:
         code = train.main(["--config", job.config, *job.overrides])
         if not code and job.evaluates:
             code = evaluation.main([str(job.folder)])
-        log.write(f"{time.perf_counter() - started_s:.0f} s\n")
+        if not code:
+            log.write(f"{time.perf_counter() - started_s:.0f} s\n")
     if not code:
         _mark(job, done=True)
     sys.exit(code)

@@ -6,6 +6,7 @@ import json
 import logging
 import multiprocessing
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 from mvptr_ds.errors import DataError
 from mvptr_ds.transfer.arms import Job
@@ -64,16 +66,20 @@ def is_done(job: Job) -> bool:
     """Returns whether the run is there with what comes after it.
 
     Raises:
-        DataError: the folder holds one of other arguments.
+        DataError: the folder holds one of other arguments, which is finished, too.
     """
-    marker = job.folder / MARKER
-    if not marker.is_file():
+    before = _arguments(job)
+    if before is None or not before["done"]:
         return False
-    before = json.loads(marker.read_text(encoding="utf-8"))
     if before["overrides"] != list(job.overrides):
         differ = sorted(set(before["overrides"]) ^ set(job.overrides))
         raise DataError(f"{job.folder} was made with other arguments ({', '.join(differ)}): give another --out")
-    return bool(before["done"])
+    return True
+
+
+def _arguments(job: Job) -> dict[str, Any] | None:
+    marker = job.folder / MARKER
+    return dict(json.loads(marker.read_text(encoding="utf-8"))) if marker.is_file() else None
 
 
 def _check(job: Job, code: int | None) -> None:
@@ -93,6 +99,9 @@ def _run(job: Job, num_threads: int) -> None:
     from mvptr_ds import train
 
     torch.set_num_threads(num_threads)
+    before = _arguments(job)
+    if before is not None and before["overrides"] != list(job.overrides):  # interrupted, and of other arguments
+        shutil.rmtree(job.folder)
     job.folder.mkdir(parents=True, exist_ok=True)
     _mark(job, done=False)
     started_s = time.perf_counter()

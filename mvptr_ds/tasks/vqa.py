@@ -5,6 +5,7 @@ Legend: B samples of this rank, D hidden, A answers of the list.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -78,7 +79,11 @@ class VqaModule(PairModule):
 
     @torch.no_grad()
     def begin_head(self, words: WordPiece) -> None:
-        """Takes the head of masked words; the row of an answer is the mean of its wordpieces' rows."""
+        """Takes the head of masked words; the row of an answer is the mean of its wordpieces' rows.
+
+        Biases begin where each answer is as likely as any other. From 0, which calls each of them even, the first
+        steps do nothing but unlearn that, and clipping makes them many.
+        """
         if not isinstance(self.head, RowHead):
             return
         trained = self.model.token_head
@@ -88,7 +93,7 @@ class VqaModule(PairModule):
         assert self.head.decoder is not None
         for row_D, answer in zip(self.head.decoder, self.answers, strict=True):
             row_D.copy_(table_VD[torch.tensor(words.encode(answer)[0] or [words.unk_id])].mean(0))
-        self.head.bias.zero_()
+        self.head.bias.fill_(-math.log(max(1, len(self.answers) - 1)))
 
     def outputs(self, batch: Batch) -> PairPass:
         if self.crossing_tags_from is None:

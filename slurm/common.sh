@@ -69,13 +69,23 @@ progress() {
   done | paste -s -d' ' -
 }
 
+# stage_of CONFIG
+# Prints the one stage that a configuration trains, where its file has a line like `run: {..., stages: [vqa]}`.
+stage_of() {
+  local file; for file in "$1" "$MVPTR_DIR/mvptr_ds/configs/$1" "$MVPTR_DIR/mvptr_ds/configs/$1.yaml"; do
+    [ ! -f "$file" ] || { sed -n 's/^[^#]*\bstages: *\[ *\([a-z]\+\) *\].*/\1/p' "$file"; return; }
+  done
+}
+
 # train STAGE [section.key=value ...]
-# Trains the stage until it is done. The job may be requeued and started again many times.
+# Trains a stage, 1, 2 or the name of a task, until it is done. The job may be requeued and started again many times.
 train() {
-  local stage=$1 log=$RUN_DIR/logs/stage$1-rank%t.log code srun_pid= guard_pid= argument; shift
+  local stage=$1 name=$1 spoken=$1 code srun_pid= guard_pid= argument; shift
+  case $stage in [12]) name=stage$stage spoken="stage $stage" ;; esac
+  local log=$RUN_DIR/logs/$name-rank%t.log
   [ "${NODES:-$SLURM_JOB_NUM_NODES}" = "$SLURM_JOB_NUM_NODES" ] ||
     die "NODES is $NODES, but the job got $SLURM_JOB_NUM_NODES: sbatch reads no such variable, write sbatch --nodes=$NODES or use slurm/submit.sh"
-  stage_dirs=stage$stage
+  stage_dirs=$name
   for argument in "$@"; do
     case $argument in run.stages=*) stage_dirs=$(sed 's/[][,]/ /g; s/\b[12]\b/stage&/g' <<< "${argument#run.stages=}") ;; esac
   done
@@ -83,14 +93,18 @@ train() {
   if [ -n "${DATA_DIR-}" ]; then
     data=(data.demo_source=null data.train="$DATA_DIR/train")
     [ ! -d "$DATA_DIR/held_out" ] || data+=(data.held_out="$DATA_DIR/held_out")
-    [ ! -f "$DATA_DIR/phrase_vocab.json" ] || data+=(data.phrase_vocab="$DATA_DIR/phrase_vocab.json")
-    [ ! -f "$DATA_DIR/word_vocab.txt" ] || data+=(data.word_vocab="$DATA_DIR/word_vocab.txt")
+    case $stage in
+      [12]|joint)
+        [ ! -f "$DATA_DIR/phrase_vocab.json" ] || data+=(data.phrase_vocab="$DATA_DIR/phrase_vocab.json")
+        [ ! -f "$DATA_DIR/word_vocab.txt" ] || data+=(data.word_vocab="$DATA_DIR/word_vocab.txt") ;;
+      vqa) [ ! -f "$DATA_DIR/answers.json" ] || data+=(vqa.answers="$DATA_DIR/answers.json") ;;
+    esac  # a task has the vocabularies of the model that it starts from
   fi
   mkdir -p "$RUN_DIR/logs" || exit 2
-  count_start "$RUN_DIR/logs/stage$stage-starts"
+  count_start "$RUN_DIR/logs/$name-starts"
   # Before the time limit SLURM sends USR1 to this script (#SBATCH --signal). srun passes it to the ranks, which save and end.
   trap 'say "the time limit is near: the ranks are told to save"; kill -USR1 $srun_pid; end_in_time $srun_pid & guard_pid=$!' USR1
-  say "stage $stage: $SLURM_JOB_NUM_NODES nodes x $RANKS_PER_NODE ranks, output of rank 0 in ${log/\%t/0}"
+  say "$spoken: $SLURM_JOB_NUM_NODES nodes x $RANKS_PER_NODE ranks, output of rank 0 in ${log/\%t/0}"
   ranks "$SLURM_JOB_NUM_NODES" "$RANKS_PER_NODE" "$PYTHON" "$MVPTR_DIR/mvptr_ds/train.py" \
     --deepspeed "${DEEPSPEED_JSON:-$MVPTR_DIR/ds_configs/z2.json}" --config "$CONFIG" \
     run.stages="[$stage]" "${data[@]}" run.dir="$RUN_DIR" "$@" &
@@ -99,10 +113,10 @@ train() {
   trap - USR1
   [ -z "$guard_pid" ] || kill "$guard_pid" 2>/dev/null
   case $code in
-    0) say "stage $stage ended well"; exit 0 ;;
+    0) say "$spoken ended well"; exit 0 ;;
     2) say "not started again: ${log/\%t/0} says what is wrong"; tail -n 5 "${log/\%t/0}"; exit 2 ;;
-    75) say "stage $stage is saved" ;;
-    *) say "srun ended with $code: see the ends of $RUN_DIR/logs/stage$stage-rank*.log" ;;
+    75) say "$spoken is saved" ;;
+    *) say "srun ended with $code: see the ends of $RUN_DIR/logs/$name-rank*.log" ;;
   esac
   start_again "$code"
 }

@@ -153,5 +153,5 @@ def test_where_the_best_checkpoint_is_gone_or_damaged_the_newest_counts(
     assert find_model(tmp_path) == newest / "model" and "cannot be used (it is gone)" in caplog.text
     evaluated([0.5, 0.75], 0, tmp_path).record()
     monkeypatch.setattr("mvptr_ds.checkpoints.best.verify", lambda path: "state.json is unreadable (EIO)")
-    with pytest.raises(StorageError, match="the best of .*: state.json is unreadable"):
+    with pytest.raises(StorageError, match=r"the best of .*: state\.json is unreadable"):
         find_model(tmp_path)

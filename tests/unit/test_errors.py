@@ -454,6 +454,11 @@ def checkpoint_of_another_batch(place: Place) -> None:
 
 
 @case
+def checkpoint_of_other_factors(place: Place) -> None:
+    place.checkpoint(learning_rate_factors={"head": 10.0})
+
+
+@case
 def checkpoint_of_other_buckets(place: Place) -> None:
     place.checkpoint()
     place.arguments.append("data.bucket_batches=4")
@@ -545,6 +550,21 @@ def init_from_another_model(place: Place) -> None:
     place.checkpoint()
     place.arguments += [f"run.init_from={place.dir / 'run'}", f"run.dir={place.dir / 'new'}"]
     place.arguments += ["model.hidden_size=32", "data.phrase_vocab=null", "stage1.weights.mcr_phrases=0"]
+
+
+overrides("fine-tuning-without-a-start", "run.stages=[entailment]", "train.preflight=false")
+
+
+@case
+def patience_without_evaluation(place: Place) -> None:
+    place.checkpoint()
+    place.arguments += ["run.stages=[entailment]", "entailment.patience=3", f"run.init_from={place.dir / 'run'}"]
+
+
+@case
+def sizes_of_another_model(place: Place) -> None:
+    place.checkpoint()
+    place.arguments += ["run.stages=[entailment]", f"run.init_from={place.dir / 'run'}", "model.hidden_size=32"]
 
 
 @case

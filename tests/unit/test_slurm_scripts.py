@@ -115,3 +115,76 @@ def test_only_its_own_stages_count_as_progress(
         code, said = run(tmp_path, "stage1.sh", *arguments, CODE="1", SLURM_RESTART_COUNT=restarts, MAX_NO_PROGRESS="1")
         assert code == 1, said
     assert ("have saved no step" not in said) is goes_on, said
+
+
+def asked(place: Path) -> list[str]:
+    """What the one start of the ranks asks of train.py."""
+    (command,) = started(place)
+    return command[next(number for number, word in enumerate(command) if word.endswith("train.py")) + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("variables", "task", "config", "run_dir"),
+    [
+        ({"CONFIG": "vqa"}, "vqa", "vqa", "runs/vqa"),
+        ({"CONFIG": "snli_ve", "RUN_DIR": "here"}, "entailment", "snli_ve", "here"),
+        ({"CONFIG": "base", "FINETUNE": "retrieval_flickr30k"}, "retrieval", "retrieval_flickr30k", "runs/base"),
+        ({"CONFIG": "mine.yaml"}, "referring", "mine.yaml", "runs/mine"),
+        ({"CONFIG": "base", "TASK": "vqa"}, "vqa", "base", "runs/base"),
+    ],
+)
+def test_fine_tuning_finds_its_task_in_the_configuration(
+    variables: dict[str, str], task: str, config: str, run_dir: str, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yaml").write_text("# stages: [vqa]\nextends: base\nrun:\n  stages: [ referring ]\n", "utf-8")
+    code, said = run(tmp_path, "finetune.sh", "run.init_from=runs/other", **variables)
+    assert code == 0 and f"{task} ended well" in said, said
+    words = asked(tmp_path)
+    assert words[words.index("--config") + 1 :][:1] == [config]
+    assert [f"run.stages=[{task}]", f"run.dir={run_dir}", "run.init_from=runs/other"] == words[-3:]
+    assert f"--output={run_dir}/logs/{task}-rank%t.log" in started(tmp_path)[0]
+
+
+def test_fine_tuning_has_data_of_its_own_and_the_vocabularies_of_its_start(tmp_path: Path) -> None:
+    for name in ("pre/train", "vqa/train", "vqa/held_out"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("vqa/phrase_vocab.json", "vqa/word_vocab.txt", "vqa/answers.json"):
+        (tmp_path / name).touch()
+    variables = {"FINETUNE": "vqa", "DATA_DIR": "pre", "FINETUNE_DATA_DIR": "vqa", "RUN_DIR": "here"}
+    code, said = run(tmp_path, "finetune.sh", FINETUNE_OVERRIDES="vqa.patience=2 run.seed=3", **variables)
+    assert code == 0, said
+    data = [word for word in asked(tmp_path) if word.startswith(("data.", "vqa."))]
+    assert data == [
+        "data.demo_source=null", "data.train=vqa/train", "data.held_out=vqa/held_out", "vqa.answers=vqa/answers.json",
+        "vqa.patience=2",
+    ]  # fmt: skip
+
+
+def test_a_configuration_without_a_task_is_no_fine_tuning(tmp_path: Path) -> None:
+    code, said = run(tmp_path, "finetune.sh", CONFIG="base")
+    assert code == 2 and "base names no task as 'stages: [vqa]' in one line: set TASK to retrieval, vqa" in said
+    assert started(tmp_path) == []
+
+
+def test_progress_of_fine_tuning_is_its_own(tmp_path: Path) -> None:
+    (tmp_path / "ranks.sh").write_text(save("vqa", 10), encoding="utf-8")
+    code, said = run(tmp_path, "finetune.sh", CONFIG="vqa", RUN_DIR="runs/demo", CODE="75", MAX_NO_PROGRESS="0")
+    assert code == 75 and "vqa is saved" in said and "back into the queue" in said
+
+
+def test_fine_tuning_comes_between_stage_2_and_the_evaluation(tmp_path: Path) -> None:
+    """`submit.sh` with a stand-in for sbatch, which numbers the jobs and notes what it was given."""
+    (tmp_path / "bin").mkdir()
+    sbatch = 'n=$(($(wc -l < "$PLACE/jobs") + 1)); echo "${RUN_DIR-} $*" >> "$PLACE/jobs"; echo "$n"'
+    (tmp_path / "bin/sbatch").write_text(f"#!/bin/bash\n{sbatch}\n", encoding="utf-8")
+    (tmp_path / "bin/sbatch").chmod(0o755)
+    (tmp_path / "jobs").touch()
+    variables = {"FINETUNE": "vqa", "FINETUNE_OVERRIDES": "vqa.patience=2", "NODES": "2"}
+    code, said = run(tmp_path, "submit.sh", "train.batch_size=8", "run.dir=here", **variables)
+    assert code == 0 and said.split() == "stage1 1 stage2 2 finetune 3 evaluate 4".split(), said
+    jobs = (tmp_path / "jobs").read_text(encoding="utf-8").splitlines()
+    assert [line.partition(" ")[0] for line in jobs] == ["", "", "here", "here"]
+    assert [" --dependency=afterok:" in line for line in jobs] == [False, True, True, True]
+    assert "--nodes=2 --dependency=afterok:2 " in jobs[2] and jobs[2].endswith("/slurm/finetune.sh")
+    assert "--dependency=afterok:3 " in jobs[3] and jobs[3].endswith("/slurm/evaluate.sh vqa.patience=2")
+    assert jobs[1].endswith("/slurm/stage2.sh train.batch_size=8 run.dir=here")

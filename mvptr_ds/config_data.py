@@ -18,7 +18,7 @@ class SourceConfig:
     """The source's share of the samples is its weight / the sum of all weights. null in all sources: their numbers of
     samples are the weights."""
     sidecars: list[PathText] = field(default_factory=list)
-    """Folders of regions, features or phrases that join the source's records by key."""
+    """Folders that join the source's records by key, as data.sidecars."""
 
 
 @dataclass(frozen=True)

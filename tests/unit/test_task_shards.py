@@ -95,7 +95,7 @@ def test_a_finished_build_is_told_so_and_shared_pictures_are_counted_again(vqa: 
 
 
 def test_phrases_keep_the_labels(vqa: list[object], tmp_path: Path) -> None:
-    """The captions of a sidecar take the place of the record's."""
+    """A sidecar's captions take the place of the record's, but for the labels, which the sidecar does not repeat."""
     build(*vqa, "--out", tmp_path / "shards")
     extract_phrases(tmp_path / "shards/train", tmp_path / "phrases", "default", 1)
     main, sidecar = Index.open(tmp_path / "shards/train"), Index.open(tmp_path / "phrases")

@@ -54,8 +54,7 @@ class _Work:
         for batch in _batches(_read_records(Path(shard.path), summary)):
             found = iter(get_parser(self.backend).parse([c.text for _, record in batch for c in record.captions]))
             for key, record in batch:
-                # a sidecar's captions take the place of the record's, so the labels of a task travel with them
-                captions = [Caption(c.text, tuple(next(found)), c.labels) for c in record.captions]
+                captions = [Caption(caption.text, tuple(next(found))) for caption in record.captions]
                 for caption in captions:
                     count_phrases(summary, caption.phrases)
                     summary.counts["captions without a phrase"] += not caption.phrases

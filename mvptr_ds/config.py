@@ -261,7 +261,9 @@ class Config:
             weights=WeightsConfig(mcr_tags=1.0, mlm=1.0, vsc=1.0, wpg=1.0, itm=1.0)
         )
     )
-    retrieval: FinetuningConfig = field(default_factory=FinetuningConfig)
+    retrieval: FinetuningConfig = field(
+        default_factory=lambda: FinetuningConfig(learning_rate_factors={})  # both of its heads are pre-trained
+    )
     vqa: VqaConfig = field(default_factory=VqaConfig)
     entailment: FinetuningConfig = field(default_factory=FinetuningConfig)
     referring: ReferringConfig = field(default_factory=ReferringConfig)

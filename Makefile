@@ -1,4 +1,4 @@
-# make demo [SOURCE=stamps] | make test | make faults [TRIES=8] | make fuzz | make lint; .venv is set up first; safe to repeat
+# make demo [SOURCE=stamps] | make demo-tasks [SOURCE=stamps] | make test | make faults [TRIES=8] | make fuzz | make lint; .venv is set up first; safe to repeat
 SOURCE ?= shapes
 PYTHON ?= python3
 TRIES ?= 24
@@ -8,7 +8,7 @@ RANKS ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | wc -l); [ $$n -gt 0 ] && echo 
 DEMO_CONFIG := $(if $(filter shapes,$(SOURCE)),demo,demo_$(SOURCE))
 DEMO_DIR := $(if $(filter shapes,$(SOURCE)),runs/demo,runs/demo-$(SOURCE))
 
-.PHONY: install demo test faults fuzz lint clean
+.PHONY: install demo demo-tasks test faults fuzz lint clean
 install: $(VENV)/.installed
 
 # torch first and pinned: a looser requirement may pull another build of several GB
@@ -26,6 +26,10 @@ demo: install
 	@case "$(SOURCE)" in shapes|stamps) ;; *) echo "SOURCE is $(SOURCE); choose shapes or stamps"; exit 1;; esac
 	$(BIN)/deepspeed --num_gpus $(RANKS) mvptr_ds/train.py --deepspeed ds_configs/z2.json --config $(DEMO_CONFIG) train.resume=never
 	$(BIN)/python mvptr_ds/eval.py $(DEMO_DIR)
+
+# after a demo: four tasks, fine-tuned from scratch and from what the demo has learnt
+demo-tasks: install
+	$(BIN)/python tools/demo_tasks.py --demo $(DEMO_DIR)
 
 # two files at a time, each with one thread: those that start ranks or a cluster wait most of the time
 test: install

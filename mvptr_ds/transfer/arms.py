@@ -69,6 +69,11 @@ class Plan:
         return cls(demo, out, steps, scenes, batch_size, config)
 
     @property
+    def work(self) -> Path:
+        """The folder of the runs: each source of demo shards has its own."""
+        return self.out / str(self.config.data.demo_source)
+
+    @property
     def shards(self) -> Path:
         """The folder of the demo's shards."""
         return Path(str(self.config.data.train)).parent
@@ -81,7 +86,7 @@ def jobs_of(plan: Plan, tasks: Sequence[Task], seeds: Sequence[int]) -> list[Job
         DataError: the shards cannot be built.
     """
     for task in tasks:
-        build_task_shards(plan.out / "shards" / task, plan.shards, task, plan.scenes, plan.config.run.seed)
+        build_task_shards(plan.work / "shards" / task, plan.shards, task, plan.scenes, plan.config.run.seed)
     alone = _stage2_alone(plan)
     return [alone, *(_job(plan, task, arm, seed, alone) for seed in seeds for task in tasks for arm in ARMS)]
 
@@ -90,7 +95,7 @@ def _stage2_alone(plan: Plan) -> Job:
     """Returns the pre-training of stage 2 alone, of as many steps as both stages."""
     config = plan.config
     num_steps = config.stage1.max_steps + config.stage2.max_steps
-    folder = plan.out / "pretraining" / STAGE2_ALONE
+    folder = plan.work / "pretraining" / STAGE2_ALONE
     overrides = [
         *_quiet(folder, config.run.seed),
         "run.stages=[2]",
@@ -105,11 +110,11 @@ def _file(plan: Plan) -> str:
 
 
 def _job(plan: Plan, task: str, arm: str, seed: int, alone: Job) -> Job:
-    folder = plan.out / task / arm / f"seed-{seed}"
+    folder = plan.work / task / arm / f"seed-{seed}"
     starts = {"scratch": "null", STAGE2_ALONE: str(alone.folder)}
     start = starts.get(arm, str(plan.demo))
     rate = LEARNING_RATE[task] * (SCRATCH_FACTOR if arm == "scratch" else 1.0)
-    shards, demo = plan.out / "shards" / task, plan.shards
+    shards, demo = plan.work / "shards" / task, plan.shards
     overrides = [
         *_quiet(folder, seed),
         f"run.stages=[{task}]",

@@ -91,7 +91,7 @@ def evaluate(run: Path, overrides: list[str], out: Path, clip_benchmark: Path | 
     index = open_held_out(config.data, out / "joins")
     logger.info("model %s on %d captions of %d images", path, len(index), index.num_records)
     if task is not None:
-        module = task.build(config, model, config.run.seed)
+        module = task.build_from(head_settings(path), config, model)
         load_weights(module, path)
         scores = task.evaluate(module.to(device), vocabs, config, index, device)
         report: dict[str, Any] = {"model": str(path), "task": task.name, "scores": scores}

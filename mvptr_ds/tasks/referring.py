@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -147,6 +148,10 @@ class Referring(Downstream):
 
     def build_module(self, config: Config, model: Mvptr, seed: int) -> ReferringModule:
         return ReferringModule(model, config.referring, seed)
+
+    def build_from(self, settings: Mapping[str, Any], config: Config, model: Mvptr) -> ReferringModule:
+        trained = {name: settings[name] for name in ("score", "cross_layers") if name in settings}
+        return ReferringModule(model, replace(config.referring, **trained), config.run.seed)
 
     def predict(self, module: PairModule, batch: Batch) -> Iterator[Prediction]:
         logits_BR = module.logits(module.outputs(batch))

@@ -59,11 +59,12 @@ class Answers:
     """The methods of a fine-tuned model, which `TrainedModel` has.
 
     Pictures and texts stand alone or in lists: one to one, one picture with many texts, or one text with many pictures.
-    For a lone picture and a lone text a method returns one result, else a list with the result of each pair.
+    For a lone picture and a lone text a method returns one result, else a list of the results of all pairs.
 
     `phrases` are those of each text, or of the lone text, such as `[("car", "red")]`. Default: the parser finds them.
 
     Every method raises DataError where the model is of another task, a picture cannot be read, or a text is empty.
+    `ask` and `find` raise ValueError for a `k` below 1.
     """
 
     batch_size: int
@@ -73,26 +74,24 @@ class Answers:
     @torch.inference_mode()
     def ask(
         self, pictures: Any, questions: str | Sequence[str], k: int = 5, phrases: Sequence[Any] | None = None
-    ) -> list[Answer] | list[list[Answer]]:
-        """Returns the `k` best answers to a question about a picture, the best first (task `vqa`).
+    ) -> Any:
+        """Returns the `k` best answers to a question about a picture, the best first: a list of `Answer`. Task `vqa`.
 
         The probability is the sigmoid of an answer's logit, as it is trained: several answers may be right, and the
         probabilities of all do not add up to 1.
         """
         module, results = self._module("vqa", VqaModule), []
         for logits_BA, _ in self._logits(module, pictures, questions, phrases):
-            best = logits_BA.sigmoid().topk(min(k, len(module.answers)), dim=-1)
+            best = logits_BA.sigmoid().topk(_at_most(k, len(module.answers)), dim=-1)
             for numbers, chances in zip(best.indices.tolist(), best.values.tolist(), strict=True):
                 results.append([Answer(module.answers[n], chance) for n, chance in zip(numbers, chances, strict=True)])
         return _one_or_all(results, pictures, questions)
 
     @torch.inference_mode()
-    def entails(
-        self, pictures: Any, texts: str | Sequence[str], phrases: Sequence[Any] | None = None
-    ) -> dict[str, float] | list[dict[str, float]]:
-        """Returns the probability of `contradiction`, `neutral` and `entailment`; they add up to 1 (task `entailment`).
+    def entails(self, pictures: Any, texts: str | Sequence[str], phrases: Sequence[Any] | None = None) -> Any:
+        """Returns the probabilities of the classes `contradiction`, `neutral` and `entailment`. Task `entailment`.
 
-        The picture entails a text if the text is true of it.
+        The result of a pair is a dict of floats that add up to 1. A picture entails what is true of it.
         """
         module, results = self._module("entailment", EntailmentModule), []
         for logits_BC, _ in self._logits(module, pictures, texts, phrases):
@@ -100,20 +99,18 @@ class Answers:
         return _one_or_all(results, pictures, texts)
 
     @torch.inference_mode()
-    def find(
-        self, pictures: Any, texts: str | Sequence[str], k: int = 5, phrases: Sequence[Any] | None = None
-    ) -> list[FoundRegion] | list[list[FoundRegion]]:
-        """Returns the `k` regions that a text most likely means, the best first (task `referring`).
+    def find(self, pictures: Any, texts: str | Sequence[str], k: int = 5, phrases: Sequence[Any] | None = None) -> Any:
+        """Returns the `k` regions that a text most likely means, the best first: a list of `FoundRegion`.
 
-        A score is the probability among all regions of the picture where the task was trained with
-        `referring.score=product`, else the score as the model gives it.
+        The task is `referring`. Where it was trained with `referring.score=product`, a score is the probability among
+        all regions of the picture, else the number that the model gives the region.
         """
         module, results = self._module("referring", ReferringModule), []
         for logits_BR, seen in self._logits(module, pictures, texts, phrases):
             scores_BR = logits_BR.softmax(-1) if module.score == "product" else logits_BR
             for scores_R, one in zip(scores_BR, seen, strict=True):
                 boxes = self._boxes(one)
-                best = scores_R[: len(boxes)].topk(min(k, len(boxes)))
+                best = scores_R[: len(boxes)].topk(_at_most(k, len(boxes)))
                 ranked = zip(best.indices.tolist(), best.values.tolist(), strict=True)
                 results.append([FoundRegion(boxes[region], score) for region, score in ranked])
         return _one_or_all(results, pictures, texts)
@@ -158,6 +155,12 @@ class Answers:
 
 def _of_each_text(texts: str | Sequence[str], phrases: Sequence[Any] | None) -> Sequence[Sequence[PhraseTuple]] | None:
     return [phrases] if phrases is not None and isinstance(texts, str) else phrases
+
+
+def _at_most(k: int, num: int) -> int:
+    if k < 1:
+        raise ValueError(f"k is {k}, the number of results must be at least 1")
+    return min(k, num)
 
 
 def _one_or_all(results: list[Result], pictures: Any, texts: str | Sequence[str]) -> Any:

@@ -73,7 +73,7 @@ def test_answers_are_those_of_the_evaluation(untrained: Untrained, overrides: li
     assert len(found) == len(predictions) == len(texts)
     assert torch.stack(logits).std(0).min() > 1e-3  # the samples differ by more than rounding
     for answers, prediction, logits_A in zip(found, predictions, logits, strict=True):
-        assert len(answers) == 4 and answers[0].answer == prediction.answer  # type: ignore[union-attr]
+        assert len(answers) == 4 and answers[0].answer == prediction.answer
         order = logits_A.argsort(descending=True)[:4]
         assert [answer for answer, _ in answers] == [ANSWERS[n] for n in order.tolist()]
         close([chance for _, chance in answers], torch.sigmoid(logits_A[order]))
@@ -115,11 +115,11 @@ def test_regions_are_those_of_the_evaluation(untrained: Untrained, score: str, t
     for number, (regions, prediction, logits_R) in enumerate(zip(found, predictions, logits, strict=True)):
         scores_R = logits_R.softmax(-1) if score == "product" else logits_R
         order = scores_R.argsort(descending=True)[:2].tolist()
-        assert [region.box for region in regions] == [pictures[number].boxes[n] for n in order]  # type: ignore[union-attr]
-        assert list(regions[0].box) == prediction.written["box"]  # type: ignore[union-attr]
+        assert [region.box for region in regions] == [pictures[number].boxes[n] for n in order]
+        assert list(regions[0].box) == prediction.written["box"]
         close([value for _, value in regions], scores_R[order])
         if score != "product":
-            assert regions[0].score == pytest.approx(prediction.written["score"], abs=1e-6)  # type: ignore[union-attr]
+            assert regions[0].score == pytest.approx(prediction.written["score"], abs=1e-6)
     assert len(model.find(pictures[2], texts[2], k=99)) == len(pictures[2].boxes)
 
 
@@ -139,10 +139,10 @@ def test_a_lone_pair_gives_one_result_and_a_list_a_list(untrained: Untrained, tm
     apart = [model.entails(p, t, f) for p, t, f in ((picture, first, phrases[0]), (picture, second, phrases[1]))]
     together = model.entails(picture, [first, second], phrases[:2])
     for one, wanted in zip(together, apart, strict=True):
-        close([*one.values()], torch.tensor([*wanted.values()]))  # type: ignore[union-attr]
+        close([*one.values()], torch.tensor([*wanted.values()]))
     apart = [model.entails(p, first, phrases[0]) for p in (picture, other)]
     for one, wanted in zip(model.entails([picture, other], first, phrases[0]), apart, strict=True):
-        close([*one.values()], torch.tensor([*wanted.values()]))  # type: ignore[union-attr]
+        close([*one.values()], torch.tensor([*wanted.values()]))
     with pytest.raises(DataError, match="2 pictures and 3 texts: give as many, or one of either"):
         model.entails([picture, other], ["a", "b", "c"])
     with pytest.raises(DataError, match="there is no picture"):
@@ -160,14 +160,19 @@ def test_one_picture_with_many_texts_is_read_once(tmp_path: Path, monkeypatch: p
     model = mvptr_ds.load(finetuned_folder(made, "referring", tmp_path / "tuned"), device="cpu")
     model.batch_size, asked = 2, []
     see = model.samples.see
-    monkeypatch.setattr(model.samples, "see", lambda *given: asked.append(given[1]) or see(*given))
+
+    def counted(*given: Any) -> Any:
+        asked.append(given[1])
+        return see(*given)
+
+    monkeypatch.setattr(model.samples, "see", counted)
     image = Image.new("RGB", (60, 40), "grey")
     found = model.find(image, ["a dog", "a car", "a tree", "a cat", "it"])
     assert len(found) == 5 and asked == [0]
     # without boxes: cells of a grid of three a side, in pixels, whose probabilities add up to 1
-    assert found[0][0].box[2] - found[0][0].box[0] == pytest.approx(20)  # type: ignore[union-attr]
+    assert found[0][0].box[2] - found[0][0].box[0] == pytest.approx(20)
     everything = model.find(image, "a dog", k=9)
-    assert sum(score for _, score in everything) == pytest.approx(1)  # type: ignore[misc]
+    assert sum(score for _, score in everything) == pytest.approx(1)
 
 
 def test_a_model_of_another_task_says_what_fits(untrained: Untrained, tmp_path: Path) -> None:

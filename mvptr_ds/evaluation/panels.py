@@ -86,11 +86,8 @@ def _draw_picture(axis: Any, panel: Panel) -> None:
     axis.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
     for drawn in panel.boxes:
         x1, y1, x2, y2 = _within(drawn.box, width, height)
-        axis.add_patch(
-            Rectangle(
-                (x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=drawn.colour, linestyle=drawn.style, lw=drawn.width
-            )
-        )
+        line: dict[str, Any] = {"edgecolor": drawn.colour, "linestyle": drawn.style, "linewidth": drawn.width}
+        axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, **line))
         if drawn.label:
             axis.text(
                 x1, y1, drawable(drawn.label, _MAX_LABEL), color="white", fontsize=7, va="top", clip_on=True,

@@ -218,6 +218,23 @@ def test_an_exported_folder_answers_alike(untrained: Untrained, task: str, tmp_p
     assert [file.name for file in (tmp_path / "exported").iterdir() if place in file.read_bytes()] == []
 
 
+def test_the_card_names_the_task_its_score_and_its_use(untrained: Untrained, tmp_path: Path) -> None:
+    folder, run = finetuned_folder(untrained, "vqa", tmp_path / "tuned"), tmp_path / "run"
+    run.mkdir()
+    scores = {"eval/vqa/score": 0.5, "eval/vqa/kind/number": 0.125, "eval/entailment/score": 0.9}
+    (run / "report.json").write_text(json.dumps({"task": "vqa", "scores": scores}), encoding="utf-8")
+    export_model(folder, tmp_path / "exported", run)
+    card = (tmp_path / "exported/README.md").read_text(encoding="utf-8")
+    assert "pipeline_tag: visual-question-answering\n" in card and "  - visual-question-answering\n" in card
+    assert "It was fine-tuned for visual question answering. It chooses from 7 answers." in card
+    assert "| vqa score | 50.0 % |\n| vqa score, kind number | 12.5 % |\n" in card and "90.0" not in card
+    (call,) = re.findall(r"^model\.ask.*$", card, re.MULTILINE)
+    model = mvptr_ds.load(tmp_path / "exported", device="cpu")
+    picture = contents(untrained)[0][0]
+    found = eval(call.replace('"street.png"', "picture"), {"model": model, "picture": picture})
+    assert found == model.ask(picture, "what is left of the car?")
+
+
 def test_a_folder_whose_settings_are_damaged_is_refused(untrained: Untrained, tmp_path: Path) -> None:
     folder = finetuned_folder(untrained, "vqa", tmp_path / "model")
     settings = json.loads((folder / "task.json").read_text(encoding="utf-8"))

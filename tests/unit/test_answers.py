@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,10 @@ from mvptr_ds.inference import TrainedModel
 from mvptr_ds.tasks import TASKS
 from mvptr_ds.tasks.downstream import Downstream, Prediction
 from mvptr_ds.tasks.pair_module import PairModule
+from tests.conftest import REPO
 from tests.support.finetuned_folder import ANSWERS, finetuned_folder
 from tests.support.untrained_folder import Untrained, untrained_folder
-from tests.unit.test_inference import contents
+from tests.unit.test_inference import ALONE, contents
 
 CLASSES = ["contradiction", "neutral", "entailment"]
 
@@ -233,6 +236,17 @@ def test_the_card_names_the_task_its_score_and_its_use(untrained: Untrained, tmp
     picture = contents(untrained)[0][0]
     found = eval(call.replace('"street.png"', "picture"), {"model": model, "picture": picture})
     assert found == model.ask(picture, "what is left of the car?")
+
+
+def test_asking_needs_nothing_of_training(untrained: Untrained, tmp_path: Path) -> None:
+    folder = finetuned_folder(untrained, "entailment", tmp_path / "model")
+    given = "Picture(None, [(0, 0, 40, 30)], ['dog'], np.zeros((1, 5)), (60, 40))"
+    if untrained.config.visual.source == "image":
+        given = "np.zeros((40, 60, 3), dtype=np.uint8)"
+    asks = f"import numpy as np\nfrom mvptr_ds import Picture\nprint([*model.entails({given}, 'A red dog.')])\n"
+    command = [sys.executable, "-c", ALONE + asks, folder]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=REPO)
+    assert done.returncode == 0 and done.stdout == f"(1, 16)\n{CLASSES}\n", done.stderr[-2000:]
 
 
 def test_a_folder_whose_settings_are_damaged_is_refused(untrained: Untrained, tmp_path: Path) -> None:

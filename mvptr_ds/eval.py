@@ -31,6 +31,7 @@ from mvptr_ds.config import STAGES, Config, override_config
 from mvptr_ds.data.phrases import Vocabs
 from mvptr_ds.data.shards.index import SampleIndex
 from mvptr_ds.errors import USER_ERRORS, DataError, exit_code
+from mvptr_ds.evaluation.answer_pictures import AnswerItem, draw_answers
 from mvptr_ds.evaluation.curves import draw_curves, draw_scores, read_metrics, wall_s
 from mvptr_ds.evaluation.pictures import draw_grounding
 from mvptr_ds.evaluation.report import evaluate_split, flatten_scores
@@ -115,7 +116,7 @@ def evaluate(
     index = open_held_out(config.data, out / "joins")
     logger.info("model %s on %d captions of %d images", path, len(index), index.num_records)
     if task is not None:
-        module = task.build(config, model, config.run.seed)
+        module = task.build_from(head_settings(path), config, model)
         load_weights(module, path)
         return _evaluate_task(task, module.to(device), vocabs, config, index, path, out, questions)
     evaluation = evaluate_split(model, vocabs, config, index, device, config.run.seed)
@@ -160,8 +161,19 @@ def _evaluate_task(
     if questions:
         check_complete(written, questions)
     _write_report(out / PREDICTIONS, json.dumps(written) + "\n")
-    _track(path, config, flat_scores(task.name, found.predictions), [])
+    shown = [
+        AnswerItem(number, answer=p.answer, known=task.known_answer(p.labels), score=p.score, box=p.written.get("box"))
+        for number, p in enumerate(found.predictions)
+    ]
+    drawn = _draw(out / "answers.png", partial(_draw_answers, index, shown, config.eval.num_pictures))
+    _track(path, config, flat_scores(task.name, found.predictions), drawn)
     return report
+
+
+def _draw_answers(index: SampleIndex, shown: Sequence[AnswerItem], num_pictures: int, path: Path) -> bool:
+    if num_pictures:
+        draw_answers(path, index, shown, num_pictures)
+    return num_pictures > 0
 
 
 def _open_training(config: Config, out: Path) -> SampleIndex | None:

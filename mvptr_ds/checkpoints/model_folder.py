@@ -1,6 +1,6 @@
 """A trained model as a folder that needs nothing else: weights, vocabularies, configuration. Holds no pickle.
 
-config.json  model.safetensors  vocab.txt  phrase_vocab.json  mvptr.yaml  [head.safetensors  task.json: of a head]
+config.json  model.safetensors  vocab.txt  phrase_vocab.json  mvptr.yaml  [task.json: of a task  head.safetensors]
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def save_model_folder(
     save_file(of_model, path / WEIGHTS, metadata={"format": "pt"})
     if head:
         save_file(head, path / HEAD_WEIGHTS, metadata={"format": "pt"})
+    if head or settings:  # a task without weights of its own has settings as well
         (path / HEAD_SETTINGS).write_text(json.dumps(settings or {}) + "\n", encoding="utf-8")
     (path / "vocab.txt").write_text("\n".join(vocabs.words.tokens) + "\n", encoding="utf-8")
     vocabs.phrases.save(path / "phrase_vocab.json")
@@ -117,6 +118,15 @@ def _does_not_fit(path: Path, problems: Sequence[str]) -> str:
 def load_weights(module: TaskModule, path: Path) -> None:
     """Gives a task's model and head the weights of a model folder of the same task."""
     module.model.load_state_dict(load_file(path / WEIGHTS))
+    load_head(module, path)
+
+
+def load_head(module: TaskModule, path: Path) -> None:
+    """Gives the head of a task's module, if there is one, its weights of a model folder of the same task.
+
+    Raises:
+        CheckpointError: the folder holds another head, or none.
+    """
     if module.head is not None:
         saved, own = _read_head(module, path), module.head.state_dict()
         if saved.keys() != own.keys():
@@ -128,7 +138,7 @@ def load_weights(module: TaskModule, path: Path) -> None:
 
 
 def head_settings(path: Path) -> dict[str, Any]:
-    """Returns the settings of a model folder's head (`TaskModule.head_settings`), without a head none."""
+    """Returns the settings of a model folder's task (`TaskModule.head_settings`); of a pre-trained model none."""
     file = path / HEAD_SETTINGS
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
 

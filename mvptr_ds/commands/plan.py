@@ -13,6 +13,7 @@ from mvptr_ds.user_io.terminal import accept_any_text
 EPILOG = """\
   %(prog)s --config base --gpu A100 --nodes 1,4,16,128 --micro-batch 64
   %(prog)s --config large --deepspeed z3 --gpu H100 --nodes 2 train.batch_size=1024
+  %(prog)s --config base --stage vqa --gpus-per-node 1 --micro-batch 64
   %(prog)s --config base --measure 2000 data.train=shards/train data.phrase_vocab=shards/phrase_vocab.json
 
 Prints a table and every assumption by name; the last line is the same as JSON. The bytes of weights, gradients and
@@ -48,8 +49,17 @@ def _plan(args: argparse.Namespace, nodes: list[int]) -> None:
     from mvptr_ds.ds_config import load_ds_config
     from mvptr_ds.planning.cost import GPUS, Assumptions
     from mvptr_ds.planning.lengths import Ranges, drawn, measured
-    from mvptr_ds.planning.plan import PUBLISHED_PHRASES, PUBLISHED_ROWS, Cluster, make_plan, table, task_without_memory
-    from mvptr_ds.tasks import TASKS
+    from mvptr_ds.planning.plan import (
+        PUBLISHED_ANSWERS,
+        PUBLISHED_PHRASES,
+        PUBLISHED_ROWS,
+        Cluster,
+        lacks_answers,
+        make_plan,
+        needs_of,
+        table,
+        task_without_memory,
+    )
 
     if args.gpu not in GPUS:
         raise ValueError(f"--gpu is {args.gpu!r}; choose from {', '.join(GPUS)}")
@@ -65,7 +75,8 @@ def _plan(args: argparse.Namespace, nodes: list[int]) -> None:
         assumed = replace(assumed, loader_samples_per_core_s=round(per_core_s))
     else:
         with_images = config.visual.source == "image"
-        mean = drawn(Ranges(), config.data, TASKS[stage].sample_needs(config).masking, with_images)
+        needs = needs_of(config, stage)
+        mean = drawn(Ranges(), config.data, needs.masking, with_images, needs.tags_in_text)
     plans = []
     for num_nodes in nodes:
         cluster = Cluster(GPUS[args.gpu], num_nodes, args.gpus_per_node)
@@ -77,6 +88,8 @@ def _plan(args: argparse.Namespace, nodes: list[int]) -> None:
     print(table(plans, mean, assumed))
     if not has_vocab:
         print(f"no phrase vocabulary here: planned with the published one's {PUBLISHED_PHRASES:,} phrases")
+    if lacks_answers(config, stage):
+        print(f"no list of answers here: planned with the published one's {PUBLISHED_ANSWERS:,} answers")
     if args.measure:
         print(f"lengths and loader_samples_per_core_s: measured on the first {args.measure} samples of data.train")
     lengths = "measured" if args.measure else asdict(Ranges())

@@ -126,7 +126,8 @@ def _without_paths(config: Config) -> Config:
     cleared = {name: getattr(plain.data, name) for name in names}
     run = replace(plain.run, stages=config.run.stages, seed=config.run.seed)
     visual = replace(config.visual, backbone=_without_folder(config.visual.backbone))
-    return replace(config, run=run, data=replace(config.data, **cleared), visual=visual, wandb=plain.wandb)
+    vqa = replace(config.vqa, answers=None)  # task.json holds them
+    return replace(config, run=run, data=replace(config.data, **cleared), visual=visual, vqa=vqa, wandb=plain.wandb)
 
 
 def _without_folder(backbone: str | None) -> str | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from mvptr_ds.checkpoints.model_folder import head_settings
 from mvptr_ds.checkpoints.state import read_state
 from mvptr_ds.config import Config
 from mvptr_ds.model.mvptr import Mvptr
@@ -19,12 +21,47 @@ _SCORES = {  # of report.json: path -> what the card calls it
 }
 
 
+class _TaskWords(NamedTuple):
+    """What the card says of a downstream task."""
+
+    title: str
+    pipeline: str | None  # the hub's word for it
+    call: str  # of the loaded model
+    result: str
+
+
+_TASKS = {
+    "vqa": _TaskWords(
+        "visual question answering",
+        "visual-question-answering",
+        'model.ask("street.png", "what is left of the car?")',
+        "the best answers, each with its probability",
+    ),
+    "entailment": _TaskWords(
+        "visual entailment",
+        None,
+        'model.entails("street.png", "a car waits at a crossing")',
+        "probabilities of contradiction, neutral, entailment",
+    ),
+    "referring": _TaskWords(
+        "referring expressions",
+        None,
+        'model.find("street.png", "the car on the left")',
+        "the best regions: boxes in pixels with scores",
+    ),
+}
+
+
 def write_card(
     path: Path, model: Mvptr, config: Config, model_folder: Path, run: Path | None, licence: str | None
 ) -> None:
     """Writes the card. What the run's folder does not tell is left out."""
-    tags = "\n".join(f"  - {tag}" for tag in ("mvptr", "vision-language", "image-text-retrieval", "phrase-grounding"))
-    header = f"library_name: transformers\npipeline_tag: feature-extraction\ntags:\n{tags}\n"
+    settings = head_settings(model_folder)
+    words = _TASKS.get(settings.get("task", ""))
+    known = ("mvptr", "vision-language", "image-text-retrieval", "phrase-grounding")
+    tags = "\n".join(f"  - {tag}" for tag in (*known, *([] if words is None else [words.title.replace(" ", "-")])))
+    pipeline = (words and words.pipeline) or "feature-extraction"
+    header = f"library_name: transformers\npipeline_tag: {pipeline}\ntags:\n{tags}\n"
     if licence is not None:
         header = f"license: {licence}\n{header}"
     parts = [
@@ -34,7 +71,8 @@ def write_card(
         "[mvptr_ds](https://arxiv.org/abs/2201.12596) after Li et al. 2022, MVPTR.\n",
         _what(model, config),
         _trained(config, model_folder),
-        _scores(run),
+        "" if words is None else _task(words, settings),
+        _scores(run, settings.get("task")),
         _use(config),
         "## Licence\n\n" + (f"{licence}\n" if licence else "No licence of the weights was given.\n"),
     ]
@@ -79,16 +117,43 @@ def _trained(config: Config, model_folder: Path) -> str:
     return _table("Training", ("what", "value"), rows)
 
 
-def _scores(run: Path | None) -> str:
+def _task(words: _TaskWords, settings: Mapping[str, Any]) -> str:
+    answers = settings.get("answers")
+    over = f" It chooses from {len(answers):,} answers." if answers else ""
+    return f"""## The task: {words.title}
+
+It was fine-tuned for {words.title}.{over} The package mvptr_ds loads it with its head:
+
+```python
+import mvptr_ds
+
+model = mvptr_ds.load(FOLDER)
+{words.call}  # {words.result}
+```
+"""
+
+
+def _scores(run: Path | None, task: str | None) -> str:
+    """Returns the table of the scores in report.json; of a downstream task that of the task alone."""
     report: dict[str, Any] = {}
     if run is not None and (run / "report.json").is_file():
         report = json.loads((run / "report.json").read_text(encoding="utf-8"))
-    rows = []
+    rows = [
+        (_spoken(name, task), f"{100 * score:.1f} %")
+        for name, score in dict(report.get("scores") or {}).items()
+        if task is not None and name.startswith(f"eval/{task}/") and isinstance(score, float)
+    ]
     for (section, name), text in _SCORES.items():
         score = report.get(section, {}).get(name) if isinstance(report.get(section), dict) else None
         if isinstance(score, float):
             rows.append((text, f"{100 * score:.1f} %"))
     return _table("Scores on the run's held-out split", ("score", "value"), rows) if rows else ""
+
+
+def _spoken(name: str, task: str) -> str:
+    """Returns `eval/vqa/kind/number` as the card calls it: `vqa score, kind number`."""
+    of_task = name.removeprefix(f"eval/{task}/")
+    return f"{task} {of_task}" if not of_task.startswith("kind/") else f"{task} score, {of_task.replace('/', ' ', 1)}"
 
 
 def _use(config: Config) -> str:

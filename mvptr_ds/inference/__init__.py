@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
+from mvptr_ds.inference.answers import Answer, FoundRegion
 from mvptr_ds.inference.loading import load
 from mvptr_ds.inference.pictures import Picture
 from mvptr_ds.inference.trained import Grounding, TrainedModel
@@ -15,4 +16,7 @@ AutoConfig.register(MvptrConfig.model_type, MvptrConfig, exist_ok=True)
 AutoModel.register(MvptrConfig, MvptrModel, exist_ok=True)
 AutoProcessor.register(MvptrConfig, MvptrProcessor, exist_ok=True)
 
-__all__ = ["Grounding", "MvptrConfig", "MvptrModel", "MvptrOutput", "MvptrProcessor", "Picture", "TrainedModel", "load"]
+__all__ = [
+    "Answer", "FoundRegion", "Grounding", "MvptrConfig", "MvptrModel", "MvptrOutput", "MvptrProcessor", "Picture",
+    "TrainedModel", "load",
+]  # fmt: skip

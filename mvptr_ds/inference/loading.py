@@ -10,12 +10,18 @@ import torch
 from PIL import Image
 
 from mvptr_ds.checkpoints.hand_over import find_model
-from mvptr_ds.checkpoints.model_folder import load_model_folder
+from mvptr_ds.checkpoints.model_folder import head_settings, load_head, load_model_folder
+from mvptr_ds.config import Config
 from mvptr_ds.data.schema import Phrase
 from mvptr_ds.errors import CheckpointError, DataError
+from mvptr_ds.inference.answers import FineTuned
 from mvptr_ds.inference.pictures import Picture
 from mvptr_ds.inference.samples import FindRegions
 from mvptr_ds.inference.trained import TrainedModel
+from mvptr_ds.model.mvptr import Mvptr
+from mvptr_ds.tasks import TASKS
+from mvptr_ds.tasks.downstream import Downstream
+from mvptr_ds.tasks.pair_module import PairModule
 
 _NEEDED = ("config.json", "vocab.txt", "phrase_vocab.json", "mvptr.yaml")
 
@@ -47,11 +53,24 @@ def load(
         raise CheckpointError(f"{folder} holds no model of mvptr_ds: {', '.join(missing)} are missing")
     model, vocabs, config = load_model_folder(folder)
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    trained = TrainedModel(model, vocabs, config, parse)
+    trained = TrainedModel(model, vocabs, config, parse, finetuned=_finetuned(folder, model, config))
     if detector is not None:
         wants_features = config.visual.source == "features"
         trained.samples.find_regions = _regions_of(detector, chosen, wants_features, config.data.max_regions)
     return trained.to(chosen, dtype)
+
+
+def _finetuned(folder: Path, model: Mvptr, config: Config) -> FineTuned | None:
+    """Returns the downstream task of a model folder, with its head; None where it is of another kind."""
+    settings = head_settings(folder)
+    task = TASKS.get(settings.get("task", ""))
+    if not isinstance(task, Downstream):
+        return None
+    module = task.build_from(settings, config, model)
+    assert isinstance(module, PairModule)
+    load_head(module, folder)
+    module.eval()
+    return FineTuned(task, module)
 
 
 def _folder(source: str | Path, revision: str | None) -> Path:

@@ -50,10 +50,16 @@ class Seen:
     features_RF: np.ndarray | None  # float32
 
 
+def is_one(pictures: Any) -> bool:
+    """Returns whether this is a lone picture, not several."""
+    if isinstance(pictures, np.ndarray | torch.Tensor):
+        return pictures.ndim == 3
+    return isinstance(pictures, Picture | Image.Image | str | os.PathLike | bytes)
+
+
 def as_list(pictures: Any) -> list[Picture]:
     """Returns pictures, of which any may be given bare: one of them, or several in a list, tuple or batch."""
-    is_one_array = isinstance(pictures, np.ndarray | torch.Tensor) and pictures.ndim == 3
-    if is_one_array or isinstance(pictures, Picture | Image.Image | str | os.PathLike | bytes):
+    if is_one(pictures):
         pictures = [pictures]
     elif not isinstance(pictures, Iterable):
         raise DataError(f"pictures are {type(pictures).__name__}, expected PIL images, paths, bytes, arrays or tensors")

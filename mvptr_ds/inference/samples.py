@@ -6,7 +6,7 @@ Legend: T text slots, R regions.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -37,13 +37,20 @@ class SampleMaker:
     Args:
         find_phrases: finds the phrases of texts for which none are given.
         find_regions: finds the regions of a picture for which none are given. None: the cells of a grid.
+        tags_in_text: whether the tags of all regions also stand behind the text of a pair.
     """
 
     def __init__(
-        self, vocabs: Vocabs, config: Config, find_phrases: FindPhrases, find_regions: FindRegions | None
+        self,
+        vocabs: Vocabs,
+        config: Config,
+        find_phrases: FindPhrases,
+        find_regions: FindRegions | None,
+        tags_in_text: bool = False,
     ) -> None:
         self.words, self.find_phrases, self.find_regions = vocabs.words, find_phrases, find_regions
-        self._builder = SampleBuilder(vocabs.words, vocabs.phrases, sample_sizes(config))
+        options = replace(sample_sizes(config), tags_in_text=tags_in_text)
+        self._builder = SampleBuilder(vocabs.words, vocabs.phrases, options)
         self._needs_pixels, self._image_size = config.visual.source == "image", config.visual.image_size
 
     def captions(self, texts: Sequence[str], phrases: Sequence[Sequence[PhraseTuple]] | None) -> list[Caption]:
@@ -60,10 +67,7 @@ class SampleMaker:
 
     def of_text(self, caption: Caption) -> Sample:
         """Returns the sample of a text without a picture; `[MASK]` in it is the masked word."""
-        sample = self._builder.begin(Record("", 1, 1, (caption,)), {}, 0, 0, 0, _NO_DRAWS)
-        num_pieces, num_kept = len(self.words.encode(caption.text)[0]), int((~sample.phrase_mask_T).sum()) - 2
-        if num_kept < num_pieces:
-            logger.warning("a text is cut to %d of its %d wordpieces: %.60r ...", num_kept, num_pieces, caption.text)
+        sample = self._begin(caption, Record("", 1, 1, ()), {})
         if MASK not in caption.text:
             return sample
         # the tokenizer takes [MASK] for three pieces
@@ -87,6 +91,10 @@ class SampleMaker:
             phrase_labels_T=none_T,
         )
 
+    def of_pair(self, caption: Caption, seen: Seen) -> Sample:
+        """Returns the sample of a text beside a picture, as the evaluation of a task makes it."""
+        return self._with_visual(self._begin(caption, seen.record, _VISIBLE), seen)
+
     def see(self, picture: Picture, number: int, num: int) -> Seen:
         """Reads picture `number` of `num`. Raises DataError, which says which one, where it cannot be read."""
         try:
@@ -99,6 +107,26 @@ class SampleMaker:
     def of_picture(self, seen: Seen) -> Sample:
         """Returns the sample of a picture without a text."""
         sample = self._builder.begin(seen.record, _VISIBLE, 0, 0, 0, _NO_DRAWS)
+        return self._with_visual(sample, seen)
+
+    def boxes_of(self, seen: Seen) -> list[tuple[float, float, float, float]]:
+        """Returns the boxes of a picture's regions in pixels, cut at its edges, also the cells of its grid."""
+        width, height = seen.record.width, seen.record.height
+        corners_R4 = self.of_picture(seen).region_geometry_R6[:, :4].tolist()
+        return [(x1 * width, y1 * height, x2 * width, y2 * height) for x1, y1, x2, y2 in corners_R4]
+
+    def _begin(self, caption: Caption, record: Record, members: Mapping[str, bytes]) -> Sample:
+        """Returns the sample without what is seen; a text that is cut is warned of."""
+        sample = self._builder.begin(replace(record, captions=(caption,)), members, 0, 0, 0, _NO_DRAWS)
+        is_word_T = ~sample.phrase_mask_T
+        if sample.tags_in_text_T is not None:
+            is_word_T &= ~sample.tags_in_text_T
+        num_pieces, num_kept = len(self.words.encode(caption.text)[0]), int(is_word_T.sum()) - 2
+        if num_kept < num_pieces:
+            logger.warning("a text is cut to %d of its %d wordpieces: %.60r ...", num_kept, num_pieces, caption.text)
+        return sample
+
+    def _with_visual(self, sample: Sample, seen: Seen) -> Sample:
         most = self._builder.options.max_regions
         sample.region_geometry_R6 = sample.region_geometry_R6[:most]
         sample.image_3HW = seen.image_3HW

@@ -21,13 +21,13 @@ from mvptr_ds.data.phrases import PhraseTuple, Vocabs
 from mvptr_ds.data.shards.index_format import UNNAMED_EXTRACTOR
 from mvptr_ds.errors import DataError
 from mvptr_ds.evaluation.grounding import cosines
+from mvptr_ds.inference.answers import Answers, Box, FineTuned
+from mvptr_ds.inference.pairs import as_texts, pairs_of
 from mvptr_ds.inference.pictures import Picture, Seen, as_list
 from mvptr_ds.inference.samples import MASK, FindPhrases, FindRegions, SampleMaker
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.model.packed import Packed
 from mvptr_ds.objectives.packed_batch import PackedBatch
-
-Box = tuple[float, float, float, float]  # x1 y1 x2 y2 in pixels
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class Ranked(NamedTuple):
     match: float | None
 
 
-class TrainedModel:
-    """A trained model; `mvptr_ds.load` makes it.
+class TrainedModel(Answers):
+    """A trained model; `mvptr_ds.load` makes it. What it answers after fine-tuning for a task stands in `Answers`.
 
     Pictures are PIL images, paths, bytes of a file, arrays [H, W, 3], tensors [3, H, W], or a `Picture` with its
     regions. One may stand alone, several in a list. Texts are strings. Tensors come back in float32 on the CPU.
@@ -68,6 +68,7 @@ class TrainedModel:
     Args:
         find_phrases: finds the phrases of texts for which none are given.
         find_regions: finds the regions of a picture for which none are given. None: the cells of a grid.
+        finetuned: the task that the model was fine-tuned for, with its head; None: it has none.
     """
 
     batch_size = 64
@@ -79,9 +80,11 @@ class TrainedModel:
         config: Config,
         find_phrases: FindPhrases,
         find_regions: FindRegions | None = None,
+        finetuned: FineTuned | None = None,
     ) -> None:
-        self.model, self.vocabs, self.config = model, vocabs, config
-        self.samples = SampleMaker(vocabs, config, find_phrases, find_regions)
+        self.model, self.vocabs, self.config, self.finetuned = model, vocabs, config, finetuned
+        tags_in_text = finetuned is not None and finetuned.task.evaluation_needs(config).tags_in_text
+        self.samples = SampleMaker(vocabs, config, find_phrases, find_regions, tags_in_text)
 
     @property
     def device(self) -> torch.device:
@@ -95,7 +98,8 @@ class TrainedModel:
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> TrainedModel:
         """Moves the model to a device, or to another precision such as `torch.bfloat16`, and returns itself."""
-        self.model.to(device=device, dtype=dtype)  # type: ignore[call-arg]  # transformers hides the types of nn.Module.to
+        whole = self.model if self.finetuned is None else self.finetuned.module  # with the head
+        whole.to(device=device, dtype=dtype)  # type: ignore[call-arg]  # transformers hides the types of nn.Module.to
         return self
 
     # --- each modality by itself
@@ -110,7 +114,7 @@ class TrainedModel:
         Raises:
             DataError: a text is empty or no text.
         """
-        parts = self._text_states(_as_texts(texts), phrases)
+        parts = self._text_states(as_texts(texts), phrases)
         return torch.cat([self.model.text_global(states).float().cpu() for states in parts])
 
     @torch.inference_mode()
@@ -149,11 +153,8 @@ class TrainedModel:
 
         One picture may go with several texts, and one text with several pictures.
         """
-        seen, wanted = as_list(pictures), _as_texts(texts)
-        if len(seen) != len(wanted) and 1 not in (len(seen), len(wanted)):
-            raise DataError(f"{len(seen)} pictures and {len(wanted)} texts: give as many, or one of either")
-        num = max(len(seen), len(wanted))
-        pairs = [(n if len(wanted) > 1 else 0, n if len(seen) > 1 else 0) for n in range(num)]
+        seen, wanted = as_list(pictures), as_texts(texts)
+        pairs = pairs_of(len(wanted), len(seen))
         return self._match(self._text_states(wanted), self._picture_states(seen), pairs)
 
     @torch.inference_mode()
@@ -163,7 +164,7 @@ class TrainedModel:
         Args:
             rerank: the best by cosine so many are ordered again by their ITM probability. 0: none.
         """
-        seen, wanted = as_list(pictures), _as_texts(texts)
+        seen, wanted = as_list(pictures), as_texts(texts)
         text_states, picture_states = self._text_states(wanted), self._picture_states(seen)
         text_ND = torch.cat([self.model.text_global(states).float().cpu() for states in text_states])
         similarity = text_ND @ torch.cat([states.globals_ND for states in picture_states]).T
@@ -195,7 +196,7 @@ class TrainedModel:
         """
         if states not in ("uni", "cross"):
             raise ValueError(f"states is {states!r}, expected 'uni' or 'cross'")
-        (caption,) = self.samples.captions(_as_texts(text), None if phrases is None else [phrases])
+        (caption,) = self.samples.captions(as_texts(text), None if phrases is None else [phrases])
         chosen = phrases_with_slots(caption, self.vocabs.phrases, len(caption.phrases))
         found = [phrase for phrase, slot in zip(caption.phrases, chosen.slots, strict=True) if slot is not None]
         if not found:
@@ -210,7 +211,7 @@ class TrainedModel:
         phrases_PD = text_states.rows[torch.from_numpy(sample.phrase_mask_T).to(self.device)]
         regions_PRD = regions.rows.expand(len(phrases_PD), -1, -1)
         is_region_PR = torch.ones(regions_PRD.shape[:2], dtype=torch.bool, device=self.device)
-        boxes, out = self._boxes_of(seen), []
+        boxes, out = self.samples.boxes_of(seen), []
         # phrases beyond the slots of a text have no state
         for phrase, scores in zip(found, cosines(phrases_PD, regions_PRD, is_region_PR).tolist(), strict=False):
             best = max(range(len(scores)), key=scores.__getitem__)
@@ -270,12 +271,6 @@ class TrainedModel:
             out.append(_PictureStates(self.model.visual_global(tags).float().cpu(), regions))
         return out
 
-    def _boxes_of(self, seen: Seen) -> list[Box]:
-        """Returns the boxes of a picture's regions in pixels, also the cells of its grid."""
-        width, height = seen.record.width, seen.record.height
-        corners_R4 = self.samples.of_picture(seen).region_geometry_R6[:, :4].tolist()
-        return [(x1 * width, y1 * height, x2 * width, y2 * height) for x1, y1, x2, y2 in corners_R4]
-
     def _match(self, texts: list[Packed], pictures: list[_PictureStates], pairs: list[tuple[int, int]]) -> Tensor:
         """Returns the ITM probability of pairs (number of the text, number of the picture), float32 [pairs]."""
         out = []
@@ -297,13 +292,3 @@ def _gather(parts: list[Packed], wanted: list[int], size: int) -> Packed:
     """Returns sequences by their numbers over all parts, each of which holds `size` of them."""
     chosen = [parts[number // size].take([number % size]) for number in wanted]
     return Packed(torch.cat([one.rows for one in chosen]), tuple(one.lengths[0] for one in chosen))
-
-
-def _as_texts(texts: str | Sequence[str]) -> list[str]:
-    given = [texts] if isinstance(texts, str) else list(texts)
-    if not given:
-        raise DataError("there is no text")
-    for number, text in enumerate(given):
-        if not isinstance(text, str) or not text.strip():
-            raise DataError(f"text {number} of {len(given)} is {text!r}, expected words")
-    return given

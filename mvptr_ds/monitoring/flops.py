@@ -12,6 +12,8 @@ positions are nearly the same. Legend: D hidden, W word rows, P phrases.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -82,7 +84,8 @@ class StepFlops:
 
     def __init__(self, module: TaskModule, num_ranks: int) -> None:
         assert module.objectives is not None
-        self.model: MvptrConfig = module.model.config  # type: ignore[assignment]  # transformers annotates its base class
+        self.model: MvptrConfig = copy.copy(module.model.config)  # type: ignore[assignment]  # annotated as its base class
+        self.model.num_cross_layers = module.num_cross_layers or self.model.num_cross_layers
         self.objectives, self.num_ranks = module.objectives, num_ranks
         self.an_image = backbone_flops(module.model) * (1 if self.model.freeze_backbone else FORWARD_AND_BACKWARD)
 

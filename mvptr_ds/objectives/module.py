@@ -40,10 +40,12 @@ class TaskModule(nn.Module, ABC):
 
     Attributes:
         objectives: what is computed, for counts of work; None: nothing is counted.
+        num_cross_layers: layers of the cross encoder that run; None: all.
         frozen: parts of `trained_parts` that are not to be trained.
     """
 
     objectives: Chosen | None = None
+    num_cross_layers: int | None = None
 
     def __init__(
         self,

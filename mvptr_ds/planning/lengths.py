@@ -32,14 +32,22 @@ class Ranges:
     regions: tuple[int, int] = (20, 50)
 
 
-def drawn(ranges: Ranges, data: DataConfig, masking: MaskingConfig, with_images: bool) -> Lengths:
-    """Returns the mean lengths of drawn samples. The draws are always the same."""
+def drawn(
+    ranges: Ranges, data: DataConfig, masking: MaskingConfig, with_images: bool, tags_in_text: bool = False
+) -> Lengths:
+    """Returns the mean lengths of drawn samples. The draws are always the same.
+
+    Args:
+        tags_in_text: whether the tags of all regions stand behind the text; each is taken for one wordpiece.
+    """
     rng = np.random.default_rng(0)
     tokens, phrases, tags, regions = (rng.integers(low, high + 1, NUM_DRAWN) for low, high in asdict(ranges).values())
     tokens, tags = np.minimum(tokens, data.max_tokens), np.minimum(tags, data.max_tag_slots)
     regions = np.minimum(regions, data.max_regions)
     phrases = np.minimum(phrases, np.maximum(0, data.max_text_slots - 2 - tokens))
     text = tokens + phrases + 2
+    if tags_in_text:
+        text = np.minimum(text + regions, data.max_text_slots)
     picked_tags = rng.binomial(np.maximum(0, tags - 2), masking.tag_prob)
     return _means(
         Lengths(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from mvptr_ds import builders
 from mvptr_ds.batch_size import micro_batch_size
+from mvptr_ds.builders import SampleNeeds
 from mvptr_ds.config import Config
 from mvptr_ds.data.phrases import PhraseVocab, Vocabs
 from mvptr_ds.data.wordpiece import WordPiece
@@ -24,9 +26,11 @@ from mvptr_ds.planning.cost import Assumptions, Gpu, contrast_bytes, step_time, 
 from mvptr_ds.planning.lengths import times
 from mvptr_ds.planning.memory import FLOAT32, Zero, activation_bytes, largest_state_bytes
 from mvptr_ds.tasks import TASKS
+from mvptr_ds.tasks.downstream import Downstream, frozen_parts
 
 GIB, MIB = 2**30, 2**20
 PUBLISHED_ROWS, PUBLISHED_PHRASES = 86_051, 73_599
+PUBLISHED_ANSWERS = 3_129
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ def task_without_memory(config: Config, stage: str, vocab: tuple[int, int] | Non
 
     Args:
         vocab: rows of the embedding table and phrases, where there is no phrase vocabulary.
+
+    A list of answers that is not there has the published length.
     """
     words = WordPiece(config.data.word_vocab)
     if vocab is None and config.data.phrase_vocab:
@@ -60,11 +66,33 @@ def task_without_memory(config: Config, stage: str, vocab: tuple[int, int] | Non
     if vocab is not None:
         model_config.num_rows, model_config.num_phrases = vocab
     with torch.device("meta"):
-        module = TASKS[stage].build(config, Mvptr(model_config), seed=0)
+        module = _built(config, stage, Mvptr(model_config))
     if module.objectives is None:
         raise ValueError(f"the planner does not know what {stage} costs: its module names no objectives")
     module.freeze_untrained()
     return module
+
+
+def lacks_answers(config: Config, stage: str) -> bool:
+    """Returns whether a stage needs a list of answers that is not there yet."""
+    path = config.vqa.answers
+    return stage == "vqa" and (path is None or not Path(path).is_file())
+
+
+def _built(config: Config, stage: str, model: Mvptr) -> TaskModule:
+    task = TASKS[stage]
+    if not lacks_answers(config, stage):
+        return task.build(config, model, seed=0)
+    settings = {"head": config.vqa.head, "answers": [str(number) for number in range(PUBLISHED_ANSWERS)]}
+    module = task.build_from(settings, config, model)
+    module.frozen = frozen_parts(config, stage, module.trained_parts())
+    return module
+
+
+def needs_of(config: Config, stage: str) -> SampleNeeds:
+    """Returns what a stage wants of its samples, without the labels that it learns from."""
+    task = TASKS[stage]
+    return task.evaluation_needs(config) if isinstance(task, Downstream) else task.sample_needs(config)
 
 
 def groups_of(

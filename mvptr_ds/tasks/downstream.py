@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mvptr_ds.builders import build_samples
+from mvptr_ds.builders import SampleNeeds, build_samples
 from mvptr_ds.config import Config
 from mvptr_ds.data.collate import Batch
 from mvptr_ds.data.features import SampleBuilder
@@ -68,7 +68,7 @@ class Downstream(Task):
         """Returns what guesses earn that need neither a model nor training texts, by name as `mean_scores` has them."""
         return {}
 
-    def details(self, predictions: Sequence[Prediction], config: Config) -> dict[str, Any]:
+    def details(self, module: PairModule, predictions: Sequence[Prediction], config: Config) -> dict[str, Any]:
         """Returns what the task's own report has besides the scores."""
         return {}
 
@@ -88,10 +88,13 @@ class Downstream(Task):
         assert isinstance(module, PairModule)
         return flat_scores(self.name, self.predictions(module, index, self.samples(config, vocabs, index), config))
 
+    def evaluation_needs(self, config: Config) -> SampleNeeds:
+        """Returns what an evaluation wants of its samples; captions may lack labels, as in a test split."""
+        return replace(self.sample_needs(config), labels={})
+
     def samples(self, config: Config, vocabs: Vocabs, index: SampleIndex, withhold_tags: bool = False) -> SampleBuilder:
-        """Returns what makes the samples of an evaluation; captions may lack labels, as in a test split."""
-        needs = replace(self.sample_needs(config), labels={})
-        builder = build_samples(config, vocabs, index, needs, tag_noise=False)
+        """Returns what makes the samples of an evaluation."""
+        builder = build_samples(config, vocabs, index, self.evaluation_needs(config), tag_noise=False)
         if not withhold_tags:
             return builder
         return SampleBuilder(vocabs.words, vocabs.phrases, replace(builder.options, tag_withhold_prob=1.0))

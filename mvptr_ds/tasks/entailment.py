@@ -87,7 +87,7 @@ class Entailment(Downstream):
             written = {"pairID": labels["pair_id"], "prediction": best, "probabilities": chances}
             yield Prediction(best, self.score_of(best, labels), labels, written)
 
-    def details(self, predictions: Sequence[Prediction], config: Config) -> dict[str, Any]:
+    def details(self, module: PairModule, predictions: Sequence[Prediction], config: Config) -> dict[str, Any]:
         """Returns `confusion`: by the right class, how often each class was predicted."""
         pairs = Counter((self.known_answer(p.labels), p.answer) for p in predictions)
         return {"confusion": {right: {said: pairs[right, said] for said in CLASSES} for right in CLASSES}}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -151,6 +152,10 @@ class Referring(Downstream):
     def build_module(self, config: Config, model: Mvptr, seed: int) -> ReferringModule:
         return ReferringModule(model, config.referring, seed)
 
+    def build_from(self, settings: Mapping[str, Any], config: Config, model: Mvptr) -> ReferringModule:
+        trained = {name: settings[name] for name in ("score", "cross_layers") if name in settings}
+        return ReferringModule(model, replace(config.referring, **trained), config.run.seed)
+
     def predict(self, module: PairModule, batch: Batch) -> Iterator[Prediction]:
         logits_BR = module.logits(module.outputs(batch))
         for row_R, labels in zip(logits_BR.tolist(), batch.labels, strict=True):
@@ -175,7 +180,7 @@ class Referring(Downstream):
 
         return {"largest_box": scored(largest), "any_box": scored(lambda of: float((of["overlaps"] >= HIT).mean()))}
 
-    def details(self, predictions: Sequence[Prediction], config: Config) -> dict[str, Any]:
+    def details(self, module: PairModule, predictions: Sequence[Prediction], config: Config) -> dict[str, Any]:
         """Returns `upper_bound`: the share of expressions that some region answers; and scores by detector boxes."""
         known = [p for p in predictions if p.score is not None]
         bound = sum(float(p.labels["overlaps"].max() >= HIT) for p in known) / len(known)

@@ -67,7 +67,7 @@ def examine(
     report: dict[str, Any] = {"task": task.name, "num_samples": len(predictions)}
     scores = mean_scores(predictions)
     if scores is not None:
-        report |= scores | task.details(predictions, config)
+        report |= scores | task.details(module, predictions, config)
         report["blind"] = dict(_blind(task, module, vocabs, config, index, train, predictions))
     most = Counter(prediction.answer for prediction in predictions).most_common(10)
     if task.names_answers:
@@ -103,7 +103,7 @@ def _from_texts(
     task: Downstream, config: Config, index: SampleIndex, train: SampleIndex, predictions: list[Prediction]
 ) -> Iterator[tuple[str, Any]]:
     """Yields what the most frequent answer of each kind earns, and a naive Bayes guess from the words."""
-    read_labels = task.sample_needs(config).read_labels
+    read_labels = task.evaluation_needs(config).read_labels
     assert read_labels is not None
     learnt: dict[Any, tuple[list[str], list[str]]] = {}
     for text, labels in _labelled_texts(train, read_labels):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -51,6 +52,19 @@ class Task(ABC):
         Raises:
             ValueError: the configuration asks for what the task cannot compute.
         """
+
+    def build_from(self, settings: Mapping[str, Any], config: Config, model: Mvptr) -> TaskModule:
+        """Returns the losses over a trained model, whose head gets its weights next (`model_folder.load_weights`).
+
+        Args:
+            settings: of the head, as task.json of the model folder has them. A task whose configuration names files
+                takes their content from here: they may be gone where the model is used.
+            config: of the run that trained the model.
+
+        Raises:
+            CheckpointError: the settings lack what the head needs.
+        """
+        return self.build(config, model, config.run.seed)
 
     @abstractmethod
     def evaluate(

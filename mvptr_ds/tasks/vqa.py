@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from mvptr_ds.data.collate import Batch
 from mvptr_ds.data.schema import Record
 from mvptr_ds.data.vqa_answers import official_accuracy
 from mvptr_ds.data.wordpiece import WordPiece
-from mvptr_ds.errors import DataError
+from mvptr_ds.errors import CheckpointError, DataError
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.heads import RowHead
 from mvptr_ds.model.mvptr import Mvptr
@@ -150,8 +151,19 @@ class Vqa(Downstream):
             tags_in_text=config.vqa.tags_in_text,
         )
 
+    def evaluation_needs(self, config: Config) -> SampleNeeds:
+        """Returns the needs without training targets, so that no list of answers is read."""
+        return SampleNeeds(read_labels=partial(read_labels, {}), tags_in_text=config.vqa.tags_in_text)
+
     def build_module(self, config: Config, model: Mvptr, seed: int) -> VqaModule:
         return VqaModule(model, config.vqa, load_answers(config.vqa.answers), seed)
+
+    def build_from(self, settings: Mapping[str, Any], config: Config, model: Mvptr) -> VqaModule:
+        answers: list[str] = settings.get(ANSWERS, [])
+        section = replace(config.vqa, head=settings.get("head", config.vqa.head))
+        if problem := problem_of(answers):
+            raise CheckpointError(f"task.json of the model {problem}; take the folder as the run wrote it")
+        return VqaModule(model, section, answers, config.run.seed)
 
     def predict(self, module: PairModule, batch: Batch) -> Iterator[Prediction]:
         assert isinstance(module, VqaModule)
@@ -161,10 +173,12 @@ class Vqa(Downstream):
             written = {"question_id": labels["question_id"], "answer": answer}
             yield Prediction(answer, self.score_of(answer, labels), labels, written)
 
-    def details(self, predictions: Sequence[Prediction], config: Config) -> dict[str, Any]:
-        """Returns `answerable`: the share of questions of which an answer is in the list."""
-        known = [bool(p.labels["targets"]) for p in predictions if p.score is not None]
-        return {"num_answers": len(load_answers(config.vqa.answers)), "answerable": sum(known) / len(known)}
+    def details(self, module: PairModule, predictions: Sequence[Prediction], config: Config) -> dict[str, Any]:
+        """Returns `num_answers` of the list, and `answerable`: the share of questions of which one is in it."""
+        assert isinstance(module, VqaModule)
+        listed = set(module.answers)
+        known = [not listed.isdisjoint(p.labels[ANSWERS] or {}) for p in predictions if p.score is not None]
+        return {"num_answers": len(listed), "answerable": sum(known) / len(known)}
 
     def known_answer(self, labels: Mapping[str, Any]) -> str | None:
         answers: Mapping[str, float] = labels[ANSWERS] or {}
@@ -188,10 +202,17 @@ def load_answers(path: str | None) -> list[str]:
             "vqa.answers is not set: make the list with tools/build_answers.py SHARDS --out answers.json, and give "
             "vqa.answers=answers.json"
         )
-    answers = parse_json(read_text(Path(path)), path)
+    answers: list[str] = parse_json(read_text(Path(path)), path)
+    if problem := problem_of(answers):
+        raise DataError(f"vqa.answers={path} {problem}; make it with tools/build_answers.py")
+    return answers
+
+
+def problem_of(answers: Any) -> str | None:
+    """Returns what is wrong with a list of answers, a row of the head each; None where nothing is."""
     if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
-        raise DataError(f"vqa.answers={path} holds no list of answers; make it with tools/build_answers.py")
+        return "holds no list of answers"
     if len(set(answers)) < len(answers):
         twice = next(answer for answer in answers if answers.count(answer) > 1)
-        raise DataError(f"vqa.answers={path} names {twice!r} twice; each answer has one row")
-    return answers
+        return f"names {twice!r} twice, and each answer has one row"
+    return None

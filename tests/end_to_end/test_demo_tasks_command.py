@@ -48,7 +48,10 @@ def test_from_a_demo_run_to_the_table(tmp_path: Path) -> None:
     assert first.stdout.startswith("ENTAILMENT") and f"written: {out / 'report.json'}" in first.stdout
     assert (out / "shapes/pretraining/stage2_alone/stage2/checkpoints/step-00000004").is_dir()
     log = (out / "shapes/entailment/stage2_alone/seed-0/log.txt").read_text(encoding="utf-8")
-    assert f"entailment starts from {out / 'shapes/pretraining/stage2_alone/stage2/checkpoints/step-00000004/model'}" in log
+    assert (
+        f"entailment starts from {out / 'shapes/pretraining/stage2_alone/stage2/checkpoints/step-00000004/model'}"
+        in log
+    )
 
     again = run(*command)  # everything is there
     assert again.returncode == 0 and again.stdout == first.stdout, again.stderr

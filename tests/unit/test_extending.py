@@ -23,7 +23,7 @@ EDIT = re.compile(
     r"|^ *In `(?P<in_path>[^`]+)`, replace `(?P<old>[^`]+)` by `(?P<new>[^`]+)`\.",
     re.MULTILINE | re.DOTALL,
 )
-CLASSES = ("entailment", "neutral", "contradiction")
+CLASSES = ("poor", "fair", "good")
 NUM_RECORDS, LIMIT_S = 16, 200
 
 
@@ -95,33 +95,36 @@ def test_the_objective_of_the_page_passes_its_own_tests_and_the_general_ones(tre
 @pytest.fixture(scope="module")
 def trained(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The page's task, trained for two steps from a stage of pre-training and evaluated, and what that printed."""
-    folder = tmp_path_factory.mktemp("entailment")
-    shards = write_labelled(folder / "shards", [{"relation": CLASSES[n % 3]} for n in range(NUM_RECORDS)])
+    folder = tmp_path_factory.mktemp("quality")
+    labels = [{"quality": CLASSES[n % 3], "kind": ("short", "long")[n % 2]} for n in range(NUM_RECORDS)]
+    shards = write_labelled(folder / "shards", labels)
     small = small_run(shards)
     names = ("mcr_tags", "mlm", "vsc", "wpg", "itm", "vsc_sigmoid")
     weights = [f"joint.weights.{name}={int(name in ('mlm', 'vsc_sigmoid'))}" for name in names]
     train = [str(tree / "mvptr_ds/train.py"), "--config", "demo", *small]
     run(tree, *train, f"run.dir={folder / 'before'}", "run.stages=[joint]", "joint.max_steps=2", *weights)
     said = run(
-        tree, *train, f"run.dir={folder / 'run'}", "run.stages=[entailment]", f"run.init_from={folder / 'before'}",
-        "entailment.max_steps=2", "train.evaluate_every_steps=2",
+        tree, *train, f"run.dir={folder / 'run'}", "run.stages=[quality]", f"run.init_from={folder / 'before'}",
+        "quality.max_steps=2", "train.evaluate_every_steps=2",
     )  # fmt: skip
     said += run(tree, str(tree / "mvptr_ds/eval.py"), str(folder / "run"))
-    return folder / "run/entailment", said
+    return folder / "run/quality", said
 
 
 @pytest.mark.timeout(2 * LIMIT_S)
 def test_the_task_of_the_page_trains_evaluates_and_keeps_its_head(trained: tuple[Path, str]) -> None:
     folder, said = trained
-    assert "entailment starts with fresh weights for head.weight, head.bias" in said, said
+    assert "quality starts with fresh weights for head.weight, head.bias" in said, said
     (model,) = folder.glob("checkpoints/step-00000002/model")
     assert (model / "head.safetensors").is_file()
     assert json.loads((model / "task.json").read_text(encoding="utf-8"))["classes"] == list(CLASSES)
     lines = reports(folder)
-    assert 0 < lines[0]["loss/entailment"] < 5
-    scores = [line["eval/entailment/accuracy"] for line in lines if "eval/entailment/accuracy" in line]
-    assert len(scores) == 1 and 0 <= scores[0] <= 1
-    assert f"eval/entailment/accuracy {100 * scores[0]:.1f} %" in said  # of eval.py
+    assert 0 < lines[0]["loss/quality"] < 5
+    scores = [line for line in lines if "eval/quality/score" in line]
+    assert len(scores) == 1
+    score, short, long = (scores[0][f"eval/quality/{name}"] for name in ("score", "kind/short", "kind/long"))
+    assert score == pytest.approx((short + long) / 2) and (NUM_RECORDS * score * 2) % 1 == pytest.approx(0)
+    assert f"eval/quality/score {100 * score:.1f} %" in said  # of eval.py
 
 
 def test_the_metric_of_the_page_is_reported_and_every_key_stands_in_its_table(trained: tuple[Path, str]) -> None:
@@ -132,7 +135,7 @@ def test_the_metric_of_the_page_is_reported_and_every_key_stands_in_its_table(tr
     table = PAGE[PAGE.index("### Keys of metrics.jsonl") :]
     first_cells = "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `"))
     patterns = [
-        re.escape(name).replace("NAME", r"\w+").replace("PHASE", r"\w+").replace(r"\.\.\.", ".+")
+        re.sub("NAME|PHASE|TASK|KIND", r"\\w+", re.escape(name)).replace(r"\.\.\.", ".+")
         for name in re.findall(r"`([^`]+)`", first_cells)
     ]
     assert {"loss/vsc_sigmoid", "samples_per_s"} <= keys

@@ -51,7 +51,8 @@ def test_it_is_short() -> None:
 
 def test_every_section_is_there_in_its_order() -> None:
     assert re.findall(r"^## (.*)$", README, re.MULTILINE) == [
-        "Install", "Quick start", "Your own data", "Train and evaluate", "Use the model", "Fine-tune for a task", "On a cluster", "Results",
+        "Install", "Quick start", "Your own data", "Train and evaluate", "Use the model",
+        "Fine-tune for a task", "On a cluster", "Results",
         "The published code", "Layout", "Citation",
     ]  # fmt: skip
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from mvptr_ds.exporting.exported_folder import export_model
 from tests.conftest import REPO
+from tests.support.finetuned_folder import ANSWERS, finetuned_folder
 from tests.support.untrained_folder import untrained_folder
 
 BLOCK = re.compile(r"^( *)```python\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
@@ -28,6 +29,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pages")
     made = untrained_folder(folder / "made", "image")
     (folder / "runs").mkdir()
+    for task in ("vqa", "entailment", "referring"):
+        finetuned_folder(made, task, folder / "runs" / task)
     made.folder.rename(folder / "runs/mine")
     export_model(folder / "runs/mine", folder / "exported")
     for name in ("street", "park"):
@@ -36,7 +39,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("page", "num"), [("use.md", 7), ("export.md", 1)])
+@pytest.mark.parametrize(("page", "num"), [("use.md", 10), ("export.md", 1)])
 def test_the_examples_run(
     page: str, num: int, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -55,3 +58,5 @@ def test_the_examples_run(
     if page == "use.md":
         said = capsys.readouterr().out
         assert "car red (" in said and "dog (" in said
+        answers = [line.rpartition(" ")[0] for line in said.splitlines()]
+        assert len([answer for answer in answers if answer in ANSWERS]) == 3

@@ -74,7 +74,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("builders",),
     ("checkpoints", "evaluation"),
     ("tasks", "inference", "exporting"),
-    ("benchmarks",),
+    ("benchmarks", "parity"),
     ("engine", "planning", "preflight", "demo_page"),
     ("trainer",),
     ("train", "eval"),

@@ -87,6 +87,37 @@ def config_from_reference(config_json: Mapping[str, Any], state: State) -> Mvptr
     )
 
 
+def config_to_reference(config: MvptrConfig) -> dict[str, Any]:
+    """Returns the content of the reference's config.json for a model; the inverse of `config_from_reference`.
+
+    Raises:
+        ValueError: the encoders have different numbers of layers, which the reference cannot say.
+    """
+    layers = (config.num_text_layers, config.num_visual_layers, config.num_cross_layers)
+    if len(set(layers)) > 1:
+        raise ValueError(
+            f"the encoders have {', '.join(map(str, layers))} layers: the reference has as many in each of them"
+        )
+    return {
+        "only_word_size": config.num_words,
+        "vocab_size": config.num_rows,
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": 2 * layers[0],
+        "max_position_embeddings": config.max_positions,
+        "hidden_dropout_prob": config.hidden_dropout,
+        "attention_probs_dropout_prob": config.attention_dropout,
+        "layer_norm_eps": config.layer_norm_eps,
+        "img_layer_norm_eps": config.layer_norm_eps,
+        "use_img_layernorm": int(config.region_norm),
+        "initializer_range": config.initializer_range,
+        "type_vocab_size": config.type_vocab_size,
+        "img_feature_dim": config.region_feature_dim + 6,
+        "hidden_act": "gelu",
+    }
+
+
 def _refuse_foreign_settings(config_json: Mapping[str, Any], state: State) -> None:
     wrong = [] if config_json.get("hidden_act") in ("gelu", None) else [f"hidden_act is {config_json['hidden_act']!r}"]
     if config_json.get("use_img_layernorm") and _REGION_NORM not in state:
@@ -102,22 +133,18 @@ def _refuse_foreign_settings(config_json: Mapping[str, Any], state: State) -> No
         raise ValueError(f"this is no checkpoint of the published code: {', '.join(missing)} missing")
 
 
-def from_reference(state: State, config: MvptrConfig, may_lack: Sequence[str] = ()) -> dict[str, Tensor]:
+def from_reference(state: State, config: MvptrConfig, without: Sequence[str] = ()) -> dict[str, Tensor]:
     """Translates the reference's state dict into that of `Mvptr(config)`; tensors keep their dtype.
 
     Args:
-        may_lack: prefixes of our names. Where the state has nothing of one, its tensors are left out of the result.
+        without: prefixes of our names that the state must not have; the result has none of them either.
 
     Raises:
         ValueError: listing every missing, extra and wrongly shaped name at once; or when the model is tied and the
             checkpoint's decoders are not the embedding's rows.
     """
     _refuse_foreign_parts(config)
-    shapes = our_shapes(config)
-    for prefix in may_lack:
-        part = [name for name in shapes if name.startswith(prefix)]
-        if not any(source in state for name in part for source in their_names(name)):
-            shapes = {name: shape for name, shape in shapes.items() if name not in part}
+    shapes = {name: shape for name, shape in our_shapes(config).items() if not name.startswith(tuple(without))}
     expected = to_theirs({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, config)
     compare("the reference's state", state, {name: tuple(tensor.shape) for name, tensor in expected.items()})
     if config.tie_word_heads:

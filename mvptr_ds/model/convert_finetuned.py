@@ -30,8 +30,7 @@ TASKS = ("retrieval", "vqa", "entailment", "referring")
 _CLASSIFIER, _WORDS_HEAD = "classifier.", "cls.predictions."
 _CLASSES = {"retrieval": 2, "entailment": 3, "referring": 1}  # rows of their classifiers
 _ITM = "itm_head."
-# what a fine-tuned checkpoint has no use for, and what no checkpoint of theirs has
-_MAY_LACK = ("token_head.", "tag_head.", _ITM, "logit_scale")
+_OTHER_HEADS = ("token_head.", "tag_head.", _ITM)  # the reference's fine-tuned classes have none of them
 _ROW_HEAD = ("dense.weight", "dense.bias", "norm.weight", "norm.bias", "bias", "decoder")
 
 
@@ -57,10 +56,12 @@ def from_finetuned(state: State, config_json: Mapping[str, Any], task: str) -> F
     names = _head_names(state, task)
     backbone = {name: tensor for name, tensor in state.items() if name not in names}
     config = config_from_reference(config_json, backbone)
+    config.num_answers = 0  # of the head of another pre-training
     shapes = _head_shapes(state, names, config.hidden_size, task)
     compare(f"the head of {task}", {name: state[name] for name in names if name in state}, shapes)
     head = {ours: state[theirs].clone() for theirs, ours in names.items() if theirs in state}
-    model = from_reference(backbone, config, _MAY_LACK)
+    has_scale = task == "retrieval" or "logit_scale" in backbone  # other classes do without
+    model = from_reference(backbone, config, _OTHER_HEADS if has_scale else (*_OTHER_HEADS, "logit_scale"))
     if task == "retrieval":
         model |= {_ITM + name: tensor.flip(0) for name, tensor in head.items()}
         head = {}
@@ -71,8 +72,8 @@ def to_finetuned(model: State, head: State, config: MvptrConfig, task: str) -> d
     """Translates a model and its head into the reference's names; the inverse of `from_finetuned`.
 
     Args:
-        model: some or all names of `Mvptr(config)`. The heads of words, which the reference's fine-tuned classes lack,
-            are left out, and so is the head of pairs for all tasks but retrieval, whose classifier it is.
+        model: some or all names of `Mvptr(config)`. The heads of words and phrases, which the reference's classes
+            lack, are left out, and so is the head of pairs for all tasks but retrieval, whose classifier it is.
         head: names of the task's own head.
 
     Raises:
@@ -80,7 +81,7 @@ def to_finetuned(model: State, head: State, config: MvptrConfig, task: str) -> d
     """
     if config.visual_source != "features":
         raise ValueError(f"visual_source is {config.visual_source!r}: the reference reads detector features only")
-    left_out = ("token_head.", "tag_head.", "phrase_head.", "phrase_rows", "qa_head.", _ITM)
+    left_out = (*_OTHER_HEADS, "phrase_head.", "phrase_rows")
     theirs = to_theirs({name: t for name, t in model.items() if not name.startswith(left_out)}, config)
     if task == "retrieval":
         head = {name.removeprefix(_ITM): t.flip(0) for name, t in model.items() if name.startswith(_ITM)}

@@ -7,7 +7,7 @@ vqa_accuracy.json and layouts.json. Each case runs through the project's own mod
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -49,21 +49,27 @@ def check_folder(comparison: Comparison, folder: Path, execution: Execution = "p
         OSError, ValueError, KeyError: the folder is not of this form.
     """
     recorded = Recorded.read(folder)
-    cases = recorded.cases()
+    check_cases(comparison, folder, recorded, recorded.cases(), execution)
+    trajectories.check(comparison, recorded, execution)
+    protocols.check_boxes(comparison, recorded)
+    protocols.check_retrieval(comparison, folder / "retrieval_protocol.json")
+    protocols.check_accuracy(comparison, folder / "vqa_accuracy.json")
+    layouts.check(comparison, folder / "layouts.json")
+
+
+def check_cases(
+    comparison: Comparison, folder: Path, recorded: Recorded, cases: Sequence[Case], execution: Execution = "packed"
+) -> None:
+    """Compares some cases in both dtypes, and finds tensors that are of no case at all in their files."""
+    known = tuple(f"{case.name}." for case in recorded.cases())
     for file in dict.fromkeys(case.inputs for case in cases):
         expected = load_file(folder / f"expected.{file}.safetensors")
         for case in (case for case in cases if case.inputs == file):
             own = {n.removeprefix(f"{case.name}."): t for n, t in expected.items() if n.startswith(f"{case.name}.")}
             for dtype in (torch.float64, torch.float32):
                 _CaseInDtype(comparison, recorded, case, dtype, execution).check(own)
-        known = tuple(f"{case.name}." for case in cases)
         for name in (name for name in expected if not name.startswith(known)):
             comparison.add(name, expected[name], None)
-    trajectories.check(comparison, recorded, execution)
-    protocols.check_boxes(comparison, recorded)
-    protocols.check_retrieval(comparison, folder / "retrieval_protocol.json")
-    protocols.check_accuracy(comparison, folder / "vqa_accuracy.json")
-    layouts.check(comparison, folder / "layouts.json")
 
 
 class _CaseInDtype:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mvptr_ds.parity import layouts, protocols, trajectories
+from mvptr_ds.parity import downstream, layouts, protocols, trajectories
 from mvptr_ds.parity.comparison import Comparison
 from mvptr_ds.parity.finetuned_cases import Recorded
 from tests.support.golden_heads import GOLDEN, golden_heads
@@ -55,7 +55,7 @@ def test_every_tensor_of_every_case_agrees(folder: Path) -> None:
 # --- a change anywhere fails
 
 
-def _tensors(file: str, change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
+def _tensors(file: str, change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         tensors = load_file(folder / f"{file}.safetensors")
         change(tensors)
@@ -88,22 +88,29 @@ def _other_dice(scalars: dict[str, Any]) -> None:
     scalars["random"]["retrieval"]["dice_index"] = [0, 1, 2, 3, 4, 5]
 
 
-SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
-    "a logit": (_tensors("expected.ve", _shift("ve.logits", 1e-8)), "fp64 ve logits"),
+SPOILED: dict[str, tuple[Callable[[Path], None], str, str]] = {  # a change, a case, and a line of it that fails
+    "a logit": (_tensors("expected.ve", _shift("ve.logits", 1e-8)), "ve", "fp64 ve logits"),
     "a gradient": (
         _tensors("expected.re", _shift("re_mod3.grad.classifier.bias", 1e-8)),
-        "re_mod3 grad.classifier.bias",
+        "re_mod3",
+        "fp64 re_mod3 grad.classifier.bias",
     ),
-    "a weight of a head": (_tensors("heads", _shift("vqa_linear.classifier.bias", 1e-3)), "vqa_linear logits"),
-    "a shared weight": (_tensors("weights", _shift("bert.pooler.dense.bias", 1e-3)), "retrieval pooled"),
-    "a tag of the text": (_tensors("inputs", _shift("vqa.input_ids_a", 1)), "vqa_published logits"),
-    "a missing tensor": (_tensors("expected.vqa", lambda t: t.pop("vqa.scores")), "fp64 vqa scores"),
-    "an extra tensor": (_tensors("expected.ve", lambda t: t.update({"ve.surprise": torch.zeros(2)})), "ve surprise"),
-    "a tensor of no case": (_tensors("expected.ve", lambda t: t.update({"v.x": torch.zeros(2)})), "v.x"),
-    "a loss": (_scalars(lambda s: s["losses"]["vqa"].update(loss=[25.8, 25.8])), "fp64 vqa recorded loss"),
-    "a gradient that is not there": (_scalars(_gives_one), "vqa gradient norm bert.pooler.dense.weight"),
-    "another choice": (_scalars(_other_dice), "retrieval hard_txt_index"),
+    "a weight of a head": (_tensors("heads", _shift("vqa_linear.classifier.bias", 1e-3)), "vqa_linear", "logits"),
+    "a shared weight": (_tensors("weights", _shift("bert.pooler.dense.bias", 1e-3)), "retrieval", "pooled"),
+    "a tag of the text": (_tensors("inputs", _shift("vqa.input_ids_a", 1)), "vqa_published", "logits"),
+    "a missing tensor": (_tensors("expected.vqa", lambda t: t.pop("vqa.scores")), "vqa", "fp64 vqa scores"),
+    "an extra tensor": (_tensors("expected.ve", lambda t: t.update({"ve.x": torch.zeros(2)})), "ve", "ve x"),
+    "a tensor of no case": (_tensors("expected.ve", lambda t: t.update({"v.x": torch.zeros(2)})), "ve", "v.x"),
+    "a loss": (_scalars(lambda s: s["losses"]["ve"].update(loss=[1.1, 1.1])), "ve", "fp64 ve recorded loss"),
+    "a gradient that is not there": (_scalars(_gives_one), "vqa", "gradient norm bert.pooler.dense.weight"),
+    "another choice": (_scalars(_other_dice), "retrieval", "hard_txt_index"),
 }
+
+
+def _check(function: Callable[..., None], *arguments: object) -> tuple[int, int]:
+    comparison = Comparison(lambda line: None)
+    function(comparison, *arguments)
+    return comparison.lines, comparison.failed
 
 
 @pytest.mark.parametrize("name", SPOILED)
@@ -112,17 +119,14 @@ def test_a_spoiled_folder_fails(folder: Path, tmp_path: Path, name: str) -> None
     shutil.copytree(folder, spoiled)
     for path in (spoiled, *spoiled.iterdir()):
         path.chmod(0o755)
-    edit, line = SPOILED[name]
+    edit, case, line = SPOILED[name]
     edit(spoiled)
-    result = run_tool("check_parity.py", spoiled)
-    failed = [line for line in result.stdout.splitlines() if line.startswith("FAIL")]
-    assert result.returncode == 1 and any(line in text for text in failed), failed[:9]
-
-
-def _check(function: Callable[..., None], *arguments: object) -> tuple[int, int]:
-    comparison = Comparison(lambda line: None)
-    function(comparison, *arguments)
-    return comparison.lines, comparison.failed
+    said: list[str] = []
+    comparison = Comparison(said.append)
+    recorded = Recorded.read(spoiled)
+    downstream.check_cases(comparison, spoiled, recorded, [of for of in recorded.cases() if of.name == case])
+    failed = [text for text in said if text.startswith("FAIL")]
+    assert comparison.failed == len(failed) and any(line in text for text in failed), failed[:9]
 
 
 def test_spoiled_protocols_fail(folder: Path, tmp_path: Path) -> None:

@@ -46,7 +46,8 @@ def golden_heads(folder: Path) -> dict[str, Any]:
             "overlaps": _rounded(inputs["re.labels"][is_region]),
             **{
                 f"mode{mode}": {
-                    "logits": _rounded(re[f"re_mod{mode}.logits"][is_region]),
+                    # of mode 2 sigmoids were recorded, which lie close to 1
+                    "logits": _rounded(re[f"re_mod{mode}.logits"][is_region], 16 if mode == 2 else DIGITS),
                     "loss": losses[f"re_mod{mode}"]["loss"][0],
                     "chosen_iou": _rounded(re[f"re_mod{mode}.chosen_iou"]),
                 }
@@ -64,9 +65,9 @@ def golden_heads(folder: Path) -> dict[str, Any]:
     }
 
 
-def _rounded(values: Tensor) -> Any:
+def _rounded(values: Tensor, digits: int = DIGITS) -> Any:
     rows = values.double().tolist()
-    return [[round(x, DIGITS) for x in row] if isinstance(row, list) else round(row, DIGITS) for row in rows]
+    return [[round(x, digits) for x in row] if isinstance(row, list) else round(row, digits) for row in rows]
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from mvptr_ds.data.phrases import PhraseVocab, Vocabs
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.demo.build import word_subset
 from mvptr_ds.exporting.published_folder import task_of
+from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.convert import to_reference
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.objectives.module import TaskModule
@@ -188,7 +189,8 @@ def test_regions_are_chosen_by_the_published_score(vocabs: Vocabs, tmp_path: Pat
 def test_pre_training_is_imported_with_the_head_that_it_carries(vocabs: Vocabs, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "there", vocabs, "retrieval")
     run_tool("import_model.py", tmp_path / "there", "--task", "retrieval", "--out", tmp_path / "like")
-    config = load_model_folder(tmp_path / "like")[0].config
+    config = MvptrConfig.from_pretrained(tmp_path / "like")
+    assert isinstance(config, MvptrConfig)
     config.num_phrases, config.num_answers, config.region_norm = 0, 4, False
     torch.manual_seed(0)
     state = to_reference(Mvptr(config), config)
@@ -259,14 +261,15 @@ def test_a_folder_without_weights_is_refused(vocabs: Vocabs, tmp_path: Path) -> 
 
 
 def test_lists_of_other_lengths_are_refused(vocabs: Vocabs, tmp_path: Path) -> None:
-    there, task = tmp_path / "there", ("--task", "vqa")
+    there = tmp_path / "there"
+    task: tuple[str, ...] = ("--task", "vqa")
     write_checkpoint(there, vocabs, "vqa")
     (there / "answers.json").write_text('["a", "b"]', encoding="utf-8")
     assert "decoder has shape (7, 8) there, (2, 8) here; vqa.answers must list" in refused(tmp_path, *task)
     (there / "answers.json").unlink()
     assert "give --answers FILE, which build_answers.py --from-pickle makes" in refused(tmp_path, *task)
     (tmp_path / "mine.json").write_text(json.dumps(ANSWERS), encoding="utf-8")
-    task = (*task, "--answers", tmp_path / "mine.json")
+    task = (*task, "--answers", str(tmp_path / "mine.json"))
     (there / "id2phrase.json").write_text(json.dumps({"3": [vocabs.words.tokens[3]]}), encoding="utf-8")
     rows = vocabs.phrases.num_rows
     assert f"but the checkpoint has {rows} rows: give the list that it was trained with" in refused(tmp_path, *task)

@@ -27,7 +27,7 @@ def tensor(values: Any) -> torch.Tensor:
 
 
 def mean(loss: losses.LossSum) -> float:
-    return float(loss.sum / loss.count)
+    return (loss.sum / loss.count).item()
 
 
 def test_entailment() -> None:

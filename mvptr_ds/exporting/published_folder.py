@@ -45,7 +45,9 @@ def read_published(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         reason = str(error).strip().splitlines()[0]
         raise DataError(f"{file} holds no weights that can be read safely ({reason}); download it again") from error
     if not isinstance(config_json, dict) or not isinstance(state, Mapping) or not state:
-        raise DataError(f"{folder} is no checkpoint of the published code: config.json and {file.name} hold names")
+        raise DataError(
+            f"{folder} is no published checkpoint; config.json must hold an object, {file.name} tensors by name"
+        )
     others = [str(name) for name, tensor in state.items() if not isinstance(tensor, Tensor)]
     if others:
         raise DataError(f"{file} holds more than weights ({', '.join(others[:5])}); name the file of the weights alone")

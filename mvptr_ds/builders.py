@@ -32,7 +32,7 @@ from mvptr_ds.distributed.collectives import run_on_rank_zero
 from mvptr_ds.errors import DataError
 from mvptr_ds.model import kernels
 from mvptr_ds.model.config import MvptrConfig
-from mvptr_ds.model.convert import init_from_bert, load_bert
+from mvptr_ds.model.from_bert import init_from_bert, load_bert
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.optim.optimizer import optimizer_choice
 from mvptr_ds.shard_folders import open_sources

@@ -40,6 +40,7 @@ COMMANDS = {
     "demo-page": Command("mvptr_ds.commands.demo_page", "opens a page that shows what a model finds"),
     "export": Command("mvptr_ds.commands.export", "writes a trained model for transformers and the hub"),
     "ask": Command("mvptr_ds.commands.ask", "asks a trained model about a picture"),
+    "import-model": Command("mvptr_ds.commands.import_model", "makes a model folder of a published checkpoint"),
     "zero-shot": Command("mvptr_ds.commands.zero_shot", "classifies pictures by the names of their classes"),
     "clip-benchmark": Command("mvptr_ds.commands.clip_benchmark_mvptr", "runs CLIP_benchmark on a trained model"),
     "plan": Command("mvptr_ds.commands.plan", "estimates memory, traffic and time of a run"),
@@ -49,7 +50,7 @@ COMMANDS = {
         "fine-tunes a demo run for four tasks, and shows what pre-training is worth",
         "interrupted; the same command goes on from here",
     ),
-    "parity": Command("mvptr_ds.commands.parity", "compares `joint` with numbers of the published code"),
+    "parity": Command("mvptr_ds.commands.parity", "compares the package with numbers of the published code"),
 }
 
 

@@ -52,7 +52,7 @@ def draw_answers(path: Path, index: SampleIndex, items: Iterable[AnswerItem], nu
     """
     left_out: list[str] = []
     panels = []
-    for item in choose_items(index, [AnswerItem(*item) for item in items], num_pictures):
+    for item in choose_items(index, list(items), num_pictures):
         try:
             panels.append(_panel(index, item))
         except (DataError, OSError) as error:

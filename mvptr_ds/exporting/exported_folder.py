@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -31,7 +30,6 @@ from mvptr_ds.errors import DataError
 from mvptr_ds.exporting.model_card import write_card
 from mvptr_ds.model import modeling_mvptr, processing_mvptr
 from mvptr_ds.model.config import MvptrConfig
-from mvptr_ds.model.convert import to_reference
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.model.processing_mvptr import MvptrProcessor
 
@@ -55,7 +53,7 @@ def export_model(model_folder: Path, out: Path, run: Path | None = None, licence
     Raises:
         DataError: `out` holds something already.
     """
-    _make(out)
+    make_new(out)
     model, vocabs, config = load_model_folder(model_folder)
     for name in _COPIED:
         if (model_folder / name).exists():
@@ -66,20 +64,6 @@ def export_model(model_folder: Path, out: Path, run: Path | None = None, licence
     _processor(vocabs, config).save_pretrained(out)
     _write_tokenizer_config(out, vocabs.words, config)
     write_card(out / "README.md", model, config, model_folder, run, licence)
-
-
-def export_published(model_folder: Path, out: Path, drop_phrase_head: bool = True) -> None:
-    """Writes the weights under the published code's names, as `pytorch_model.bin`, which `torch.load` reads.
-
-    Raises:
-        DataError: `out` holds something already.
-        ValueError: the model has parts that the published code lacks.
-    """
-    model, _, _ = load_model_folder(model_folder)
-    state = to_reference(model, cast(MvptrConfig, model.config), drop_phrase_head)
-    _make(out)
-    torch.save(state, out / "pytorch_model.bin")
-    shutil.copyfile(model_folder / "vocab.txt", out / "vocab.txt")
 
 
 def push_to_hub(folder: Path, name: str, private: bool = False) -> str:
@@ -102,7 +86,8 @@ def push_to_hub(folder: Path, name: str, private: bool = False) -> str:
     return f"{api.endpoint}/{name}"
 
 
-def _make(out: Path) -> None:
+def make_new(out: Path) -> None:
+    """Makes the folder. Raises DataError where it holds something already."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} holds something already; name a new folder")
     out.mkdir(parents=True, exist_ok=True)

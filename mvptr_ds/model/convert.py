@@ -1,32 +1,29 @@
-"""Weights of other models: the reference's checkpoints in and out, and a plain BERT as a start.
+"""Weights of the reference's pre-training, in and out; from_bert.py takes those of a plain BERT.
 
-The reference's names appear here only. Ours -> theirs is one table; QKV is fused here and three matrices there.
+The reference's names appear here and in convert_finetuned.py only. Ours -> theirs is one table; QKV is fused here and
+three matrices there.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BertForPreTraining
 
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.mvptr import Mvptr
 
-logger = logging.getLogger(__name__)
-
 State = Mapping[str, Tensor]
 
-_HALVED_FROM_LAYERS = 12  # a BERT of at least so many layers gives its upper half to the cross encoder
 _WORDS = "embeddings.word_embeddings.weight"
 _ENCODERS = {"text_encoder": "txt_encoder", "visual_encoder": "vis_encoder", "cross_encoder": "mul_encoder"}
 _HEADS = {"token_head": "cls.predictions", "tag_head": "half_mlm"}
 _MODULES = {  # ours -> theirs, each with weight and bias
     "embeddings.norm": "bert.embeddings.LayerNorm",
     "region_embedding.projection": "bert.img_embedding",
+    "region_embedding.norm": "bert.LayerNorm",
     "pooler.dense": "bert.pooler.dense",
     "itm_head": "cls.seq_relationship",
 }
@@ -38,35 +35,36 @@ _TENSORS = {
     "visual_proj": "bert.vis_proj",
     "logit_scale": "logit_scale",
 }
-_LAYER_MODULES = {
+LAYER_MODULES = {
     "attention_out": "attention.output.dense",
     "attention_norm": "attention.output.LayerNorm",
     "ffn_in": "intermediate.dense",
     "ffn_out": "output.dense",
     "ffn_norm": "output.LayerNorm",
 }
-_QKV = tuple(f"attention.self.{name}" for name in ("query", "key", "value"))
-
-
-# --- the reference's checkpoints
+_REGION_NORM = "bert.LayerNorm.weight"
+_SETTINGS = (  # of config.json
+    "num_hidden_layers", "only_word_size", "vocab_size", "hidden_size", "num_attention_heads", "intermediate_size",
+    "max_position_embeddings", "hidden_dropout_prob", "attention_probs_dropout_prob", "type_vocab_size",
+    "img_feature_dim",
+)  # fmt: skip
+QKV = tuple(f"attention.self.{name}" for name in ("query", "key", "value"))
 
 
 def config_from_reference(config_json: Mapping[str, Any], state: State) -> MvptrConfig:
     """Returns our configuration for a checkpoint of the reference: its config.json and its state dict.
 
-    Word heads are tied when both decoders hold the embedding's rows; the qa_head is kept when the state has one.
+    Word heads are tied when the decoders of the state hold the embedding's rows. The qa_head is kept when the state
+    has one, and so is the LayerNorm behind the projection of regions.
 
     Raises:
-        ValueError: for a setting that this model does not have, with its value.
+        ValueError: for a setting that this model does not have, with its value; or one that the configuration lacks.
     """
-    refused = {"hidden_act": "gelu", "use_img_layernorm": 0}
-    wrong = [f"{k} is {config_json[k]!r}" for k, v in refused.items() if config_json.get(k) not in (v, bool(v), None)]
-    if wrong:
-        raise ValueError(f"this model has only {refused}, the checkpoint's {', '.join(wrong)}")
+    _refuse_foreign_settings(config_json, state)
     num_layers = int(config_json["num_hidden_layers"]) // 2
     num_words = int(config_json["only_word_size"])
     words_VD = state[_TENSORS[_WORDS]]
-    decoders = [state[f"{theirs}.decoder.weight"] for theirs in _HEADS.values()]
+    decoders = [state[name] for name in _decoder_names() if name in state]
     return MvptrConfig(
         num_words=num_words,
         num_rows=int(config_json["vocab_size"]),
@@ -85,23 +83,73 @@ def config_from_reference(config_json: Mapping[str, Any], state: State) -> Mvptr
         region_feature_dim=int(config_json["img_feature_dim"]) - 6,
         tie_word_heads=all(torch.equal(decoder, words_VD[:num_words]) for decoder in decoders),
         num_answers=state["qa_head.bias"].shape[0] if "qa_head.bias" in state else 0,
+        region_norm=_REGION_NORM in state,
     )
 
 
-def from_reference(state: State, config: MvptrConfig) -> dict[str, Tensor]:
+def config_to_reference(config: MvptrConfig) -> dict[str, Any]:
+    """Returns the content of the reference's config.json for a model; the inverse of `config_from_reference`.
+
+    Raises:
+        ValueError: the encoders have different numbers of layers, which the reference cannot say.
+    """
+    layers = (config.num_text_layers, config.num_visual_layers, config.num_cross_layers)
+    if len(set(layers)) > 1:
+        raise ValueError(
+            f"the encoders have {', '.join(map(str, layers))} layers: the reference has as many in each of them"
+        )
+    return {
+        "only_word_size": config.num_words,
+        "vocab_size": config.num_rows,
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": 2 * layers[0],
+        "max_position_embeddings": config.max_positions,
+        "hidden_dropout_prob": config.hidden_dropout,
+        "attention_probs_dropout_prob": config.attention_dropout,
+        "layer_norm_eps": config.layer_norm_eps,
+        "img_layer_norm_eps": config.layer_norm_eps,
+        "use_img_layernorm": int(config.region_norm),
+        "initializer_range": config.initializer_range,
+        "type_vocab_size": config.type_vocab_size,
+        "img_feature_dim": config.region_feature_dim + 6,
+        "hidden_act": "gelu",
+    }
+
+
+def _refuse_foreign_settings(config_json: Mapping[str, Any], state: State) -> None:
+    wrong = [] if config_json.get("hidden_act") in ("gelu", None) else [f"hidden_act is {config_json['hidden_act']!r}"]
+    if config_json.get("use_img_layernorm") and _REGION_NORM not in state:
+        wrong.append(f"use_img_layernorm is {config_json['use_img_layernorm']!r}, but there is no {_REGION_NORM}")
+    eps = (float(config_json.get(name, 1e-12)) for name in ("layer_norm_eps", "img_layer_norm_eps"))
+    if _REGION_NORM in state and len(set(eps)) == 2:
+        wrong.append(f"img_layer_norm_eps is {config_json.get('img_layer_norm_eps')!r}, unlike layer_norm_eps")
+    if wrong:
+        raise ValueError(f"the checkpoint has what this model has not: {'; '.join(wrong)}")
+    missing = [name for name in _SETTINGS if name not in config_json]
+    if missing or _TENSORS[_WORDS] not in state:
+        missing += [] if _TENSORS[_WORDS] in state else [_TENSORS[_WORDS]]
+        raise ValueError(f"this is no checkpoint of the published code: {', '.join(missing)} missing")
+
+
+def from_reference(state: State, config: MvptrConfig, without: Sequence[str] = ()) -> dict[str, Tensor]:
     """Translates the reference's state dict into that of `Mvptr(config)`; tensors keep their dtype.
+
+    Args:
+        without: prefixes of our names that the state must not have; the result has none of them either.
 
     Raises:
         ValueError: listing every missing, extra and wrongly shaped name at once; or when the model is tied and the
             checkpoint's decoders are not the embedding's rows.
     """
     _refuse_foreign_parts(config)
-    shapes = _our_shapes(config)
-    expected = _to_theirs({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, config)
-    _compare("the reference's state", state, {name: tuple(tensor.shape) for name, tensor in expected.items()})
+    shapes = {name: shape for name, shape in our_shapes(config).items() if not name.startswith(tuple(without))}
+    expected = to_theirs({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, config)
+    compare("the reference's state", state, {name: tuple(tensor.shape) for name, tensor in expected.items()})
     if config.tie_word_heads:
         words_WD = state[_TENSORS[_WORDS]][: config.num_words]
-        differing = [n for n in _decoder_names() if not torch.equal(state[n], words_WD)]
+        differing = [n for n in _decoder_names() if n in state and not torch.equal(state[n], words_WD)]
         if differing:
             raise ValueError(
                 f"{', '.join(differing)} differ from the word embeddings, so tied word heads would lose them: "
@@ -109,7 +157,7 @@ def from_reference(state: State, config: MvptrConfig) -> dict[str, Tensor]:
             )
     ours: dict[str, Tensor] = {}
     for name, shape in shapes.items():
-        sources = _their_names(name)
+        sources = their_names(name)
         tensor = state[sources[0]] if len(sources) == 1 else torch.cat([state[source] for source in sources])
         ours[name] = tensor.reshape(shape).clone()
     return ours
@@ -128,8 +176,8 @@ def to_reference(model: Mvptr | State, config: MvptrConfig, drop_phrase_head: bo
         config = MvptrConfig(**{**config.to_dict(), "num_phrases": 0})
         state = {name: t for name, t in state.items() if name != "phrase_rows" and not name.startswith("phrase_head.")}
     _refuse_foreign_parts(config)
-    _compare("the model's state", state, _our_shapes(config))
-    return {name: tensor.detach().clone() for name, tensor in _to_theirs(state, config).items()}
+    compare("the model's state", state, our_shapes(config))
+    return {name: tensor.detach().clone() for name, tensor in to_theirs(state, config).items()}
 
 
 def _refuse_foreign_parts(config: MvptrConfig) -> None:
@@ -142,19 +190,23 @@ def _refuse_foreign_parts(config: MvptrConfig) -> None:
         )
 
 
-def _our_shapes(config: MvptrConfig) -> dict[str, tuple[int, ...]]:
+def our_shapes(config: MvptrConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of each tensor of `Mvptr(config)`, by its name."""
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in Mvptr(config).state_dict().items()}
 
 
-def _to_theirs(ours: State, config: MvptrConfig) -> dict[str, Tensor]:
+def to_theirs(ours: State, config: MvptrConfig) -> dict[str, Tensor]:
+    """Returns views of our tensors, of all or of some, under the reference's names; tied decoders are written out."""
     theirs: dict[str, Tensor] = {}
     for name, tensor in ours.items():
-        targets = _their_names(name)
+        targets = their_names(name)
         theirs.update(zip(targets, tensor.chunk(len(targets)), strict=True))
-    theirs["logit_scale"] = theirs["logit_scale"].reshape(())
+    if "logit_scale" in theirs:
+        theirs["logit_scale"] = theirs["logit_scale"].reshape(())
     if config.tie_word_heads:
-        theirs.update({name: ours[_WORDS][: config.num_words] for name in _decoder_names()})
+        heads = [name for head, name in zip(_HEADS, _decoder_names(), strict=True) if f"{head}.bias" in ours]
+        theirs.update({name: ours[_WORDS][: config.num_words] for name in heads})
     return theirs
 
 
@@ -162,8 +214,8 @@ def _decoder_names() -> list[str]:
     return [f"{theirs}.decoder.weight" for theirs in _HEADS.values()]
 
 
-def _their_names(name: str) -> list[str]:
-    """The reference's name of one of our tensors: one name, or three for a fused QKV."""
+def their_names(name: str) -> list[str]:
+    """Returns the reference's name of one of our tensors: one name, or three for a fused QKV."""
     if name in _TENSORS:
         return [_TENSORS[name]]
     module, _, kind = name.rpartition(".")
@@ -172,22 +224,23 @@ def _their_names(name: str) -> list[str]:
     part, _, rest = name.partition(".")
     if part in _ENCODERS:
         _, number, layer_module, kind = rest.split(".")
-        targets = _QKV if layer_module == "qkv" else (_LAYER_MODULES[layer_module],)
+        targets = QKV if layer_module == "qkv" else (LAYER_MODULES[layer_module],)
         return [f"bert.{_ENCODERS[part]}.layer.{number}.{target}.{kind}" for target in targets]
     if part in _HEADS:
-        return [f"{_HEADS[part]}.{_head_name(rest)}"]
+        return [f"{_HEADS[part]}.{head_name(rest)}"]
     assert part == "qa_head", name
     return [name]
 
 
-def _head_name(rest: str) -> str:
+def head_name(rest: str) -> str:
+    """Returns the reference's name of a tensor of a head of masked words, within the head."""
     for ours, theirs in (("dense", "transform.dense"), ("norm", "transform.LayerNorm")):
         if rest.startswith(f"{ours}."):
             return rest.replace(ours, theirs, 1)
     return "decoder.weight" if rest == "decoder" else rest
 
 
-def _compare(what: str, state: State, expected: Mapping[str, tuple[int, ...]]) -> None:
+def compare(what: str, state: State, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Raises one ValueError with all missing, extra and wrongly shaped names."""
     lines = [f"missing {name} {expected[name]}" for name in expected if name not in state]
     lines += [f"extra {name} {tuple(state[name].shape)}" for name in state if name not in expected]
@@ -198,171 +251,3 @@ def _compare(what: str, state: State, expected: Mapping[str, tuple[int, ...]]) -
     ]
     if lines:
         raise ValueError(f"{what} does not fit the configuration:\n  " + "\n  ".join(lines))
-
-
-# --- a plain BERT
-
-
-def load_bert(path_or_name: str) -> dict[str, Tensor]:
-    """Returns a BERT checkpoint's state dict (folder or hub name), float32; heads it lacks are left out.
-
-    Raises:
-        OSError: from transformers, when there is no such checkpoint.
-    """
-    loaded: Any = BertForPreTraining.from_pretrained(path_or_name, output_loading_info=True)
-    bert, info = loaded
-    state = {name: t.float() for name, t in bert.state_dict().items() if name not in set(info["missing_keys"])}
-    if info["missing_keys"]:
-        logger.info("%s has no %s", path_or_name, sorted(info["missing_keys"]))
-    return state
-
-
-@torch.no_grad()
-def init_from_bert(
-    model: Mvptr,
-    bert_state: State,
-    phrase_pieces: Sequence[Sequence[int]] | None = None,
-    phrase_rows: Sequence[int] | None = None,
-) -> list[str]:
-    """Starts a model from a BertModel's state dict (with or without `bert.`, gamma/beta names too); in place.
-
-    Layers: the lower ones to the text and to the visual encoder, those above to the cross encoder. A BERT of 12 or
-    more layers is split in the middle; a shorter one is all lower, and then the cross encoder starts fresh. An encoder
-    of fewer layers takes the first ones of its share. A phrase with its own row gets the mean of its wordpieces' rows:
-    `phrase_pieces` holds the wordpiece ids of each phrase, aligned with `phrase_rows` (the model's own by default).
-
-    Returns what was taken and what starts fresh, one line each.
-
-    Raises:
-        ValueError: when sizes differ, naming both, or a phrase has no wordpieces.
-
-    Untied word heads start from the embedding when the BERT has no decoder.
-    """
-    bert = _normalised_bert(bert_state)
-    _check_bert(model, bert)
-    report = _init_embeddings(model, bert)
-    report += _init_encoders(model, bert)
-    if "pooler.dense.weight" in bert:
-        _copy_module(model.pooler.dense, bert, "pooler.dense")
-        report.append("pooler: from BERT")
-    else:
-        report.append("pooler: fresh")
-    report += _init_word_heads(model, bert)
-    if phrase_pieces is not None:
-        report.append(_init_phrases(model, phrase_pieces, phrase_rows))
-    return report
-
-
-def _normalised_bert(state: State) -> dict[str, Tensor]:
-    """Names without `bert.`, and weight/bias for gamma/beta."""
-    names = {n: n.removeprefix("bert.").replace(".gamma", ".weight").replace(".beta", ".bias") for n in state}
-    return {new: state[old] for old, new in names.items()}
-
-
-def _check_bert(model: Mvptr, bert: State) -> None:
-    config = model.config
-    tables = ("word_embeddings", "position_embeddings", "token_type_embeddings", "LayerNorm")
-    needed = [f"embeddings.{table}.weight" for table in tables] + ["encoder.layer.0.attention.self.query.weight"]
-    missing = [name for name in needed if name not in bert]
-    if missing:
-        raise ValueError(f"no BERT: {missing} missing among names such as {sorted(bert)[:3]}")
-    num_words, hidden = bert["embeddings.word_embeddings.weight"].shape
-    ffn = bert["encoder.layer.0.intermediate.dense.weight"].shape[0]
-    pairs = [("hidden_size", hidden, config.hidden_size), ("intermediate_size", ffn, config.intermediate_size)]
-    pairs.append(("num_words", num_words, config.num_words))
-    wrong = [f"{name} {theirs} in BERT, {ours} in the model" for name, theirs, ours in pairs if theirs != ours]
-    if wrong:
-        raise ValueError(f"{'; '.join(wrong)}: choose the model's sizes and vocabulary after the BERT it starts from")
-
-
-def _copy_module(module: nn.Module, bert: State, name: str) -> None:
-    for kind in ("weight", "bias"):
-        getattr(module, kind).copy_(bert[f"{name}.{kind}"])
-
-
-def _init_embeddings(model: Mvptr, bert: State) -> list[str]:
-    ours = model.embeddings
-    tables = (
-        (ours.word_embeddings, "word_embeddings"),
-        (ours.position_embeddings, "position_embeddings"),
-        (ours.segment_embeddings, "token_type_embeddings"),
-    )
-    report = []
-    for table, name in tables:
-        rows = bert[f"embeddings.{name}.weight"]
-        num_rows = min(len(rows), len(table.weight))
-        table.weight[:num_rows].copy_(rows[:num_rows])
-        report.append(f"{name}: {num_rows} of {len(table.weight)} rows from BERT")
-    _copy_module(ours.norm, bert, "embeddings.LayerNorm")
-    return report
-
-
-def _init_encoders(model: Mvptr, bert: State) -> list[str]:
-    num_bert = len({name.split(".")[2] for name in bert if name.startswith("encoder.layer.")})
-    num_text, num_visual = model.config.num_text_layers, model.config.num_visual_layers
-    num_lower = num_bert // 2 if num_bert >= _HALVED_FROM_LAYERS else num_bert
-    num_lower = min(num_bert, max(num_lower, num_text, num_visual))
-    shares = (
-        ("text", model.text_encoder, 0, num_lower),
-        ("visual", model.visual_encoder, 0, num_lower),
-        ("cross", model.cross_encoder, num_lower, num_bert),
-    )
-    report = []
-    for name, encoder, start, end in shares:
-        pairs = list(zip(encoder.layers, range(start, end), strict=False))
-        for layer, number in pairs:
-            _copy_layer(layer, bert, f"encoder.layer.{number}.")
-        taken = f"BERT's {start}-{start + len(pairs) - 1}" if pairs else "none"
-        report.append(f"{name} encoder: {len(pairs)} of {len(encoder.layers)} layers from BERT ({taken})")
-    return report
-
-
-def _copy_layer(layer: nn.Module, bert: State, prefix: str) -> None:
-    for kind in ("weight", "bias"):
-        getattr(layer.qkv, kind).copy_(torch.cat([bert[f"{prefix}{name}.{kind}"] for name in _QKV]))
-    for ours, theirs in _LAYER_MODULES.items():
-        _copy_module(getattr(layer, ours), bert, prefix + theirs)
-
-
-def _init_word_heads(model: Mvptr, bert: State) -> list[str]:
-    prefix = "cls.predictions."
-    has_head = f"{prefix}transform.dense.weight" in bert
-    decoder = bert.get(f"{prefix}decoder.weight", bert["embeddings.word_embeddings.weight"])
-    report = []
-    for name in _HEADS:
-        head: Any = getattr(model, name)
-        if has_head:
-            _copy_module(head.dense, bert, f"{prefix}transform.dense")
-            _copy_module(head.norm, bert, f"{prefix}transform.LayerNorm")
-            bias = bert.get(f"{prefix}bias", bert.get(f"{prefix}decoder.bias"))
-            if bias is not None:
-                head.bias.copy_(bias)
-        if head.decoder is not None:
-            head.decoder.copy_(decoder)
-        report.append(f"{name}: {'from BERT' if has_head else 'fresh transform'}")
-    return report
-
-
-def _init_phrases(model: Mvptr, pieces: Sequence[Sequence[int]], rows: Sequence[int] | None) -> str:
-    num_words = model.config.num_words
-    if rows is None:
-        if not model.config.num_phrases:
-            raise ValueError("num_phrases is 0, so the model knows no phrase rows: hand in phrase_rows")
-        rows = model.phrase_rows.tolist()
-    if len(pieces) != len(rows):
-        raise ValueError(f"{len(pieces)} phrases have wordpieces, {len(rows)} have a row")
-    weight = model.embeddings.word_embeddings.weight
-    own = [number for number, row in enumerate(rows) if row >= num_words]
-    for number, ids in _own_phrases(pieces, own, num_words):
-        weight[rows[number]] = weight[list(ids)].mean(dim=0)
-    return f"phrases: {len(own)} own rows are means of their wordpieces, {len(rows) - len(own)} share a wordpiece's row"
-
-
-def _own_phrases(
-    pieces: Sequence[Sequence[int]], own: Sequence[int], num_words: int
-) -> Iterator[tuple[int, Sequence[int]]]:
-    for number in own:
-        ids = pieces[number]
-        if not len(ids) or not 0 <= min(ids) <= max(ids) < num_words:
-            raise ValueError(f"phrase {number} has wordpieces {list(ids)}, expected some within 0..{num_words - 1}")
-        yield number, ids

@@ -79,9 +79,9 @@ def test_answers_are_right_or_wrong_in_words_and_colours(tmp_path: Path, panels:
         AnswerItem(0, "cat", "cat", 1.0),
         AnswerItem(2, "dog", "cat", 0.0),
         AnswerItem(4, "puppy", "dog", 0.6),
-        (6, "what is it?", "tree", "dog", 0.3, None),
+        AnswerItem(6, "tree", "dog", 0.3),
     ]
-    draw_answers(tmp_path / "answers.png", index, items)  # type: ignore[arg-type]  # a plain tuple does as well
+    draw_answers(tmp_path / "answers.png", index, items)
     assert [panel.lines for panel in panels] == [
         [Line("what is it?"), Line("cat (right)", "tab:green")],
         [Line("what is it?"), Line("dog (wrong)", "tab:red"), Line("known: cat")],

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import BertConfig, BertForPreTraining, BertModel
 
 from mvptr_ds.model.config import MvptrConfig
-from mvptr_ds.model.convert import config_from_reference, from_reference, init_from_bert, load_bert, to_reference
+from mvptr_ds.model.convert import config_from_reference, from_reference, to_reference
+from mvptr_ds.model.from_bert import init_from_bert, load_bert
 from mvptr_ds.model.mvptr import Mvptr
 from tests.support.pack import pack
 

@@ -31,6 +31,7 @@ from mvptr_ds.data.shards.sidecars import sidecar_json
 from mvptr_ds.data.shards.tar_writer import write_tar
 from mvptr_ds.data.shards.writer import write_shards
 from mvptr_ds.data.sharing import CollateAndSend
+from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.demo.build import build_demo_shards
 from mvptr_ds.distributed import collectives
 from mvptr_ds.ds_config import load_ds_config
@@ -41,6 +42,8 @@ from mvptr_ds.stopping import StopSignal
 from mvptr_ds.tasks import TASKS
 from mvptr_ds.trainer import Trainer
 from tests.conftest import REPO
+from tests.support.published_states import published_checkpoint
+from tests.support.tools import run_tool
 
 DOCS = REPO / "docs" / "errors.md"
 TINY = (
@@ -58,6 +61,7 @@ class Place:
     patch: pytest.MonkeyPatch
     arguments: list[str] = field(default_factory=list)
     at_end: list[socket.socket] = field(default_factory=list)  # held until then
+    imports: list[str] = field(default_factory=list)  # arguments of import_model.py, where that is what fails
 
     @property
     def shards(self) -> Path:
@@ -679,6 +683,71 @@ def demo_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def published(place: Place, task: str) -> dict[str, torch.Tensor]:
+    """Lets import_model.py read a published checkpoint, and returns its weights, which the case may still write."""
+    folder = place.dir / "published"
+    folder.mkdir()
+    words = WordPiece(place.shards / "word_vocab.txt")
+    state, config_json = published_checkpoint(task, len(words), len(words) + 2)
+    (folder / "config.json").write_text(json.dumps(config_json), encoding="utf-8")
+    shutil.copyfile(words.source, folder / "vocab.txt")
+    torch.save(state, folder / "pytorch_model.bin")
+    place.imports += [str(folder), "--task", task, "--out", str(place.dir / "imported")]
+    return state
+
+
+@case
+def checkpoint_without_weights(place: Place) -> None:
+    published(place, "entailment")
+    (place.dir / "published/pytorch_model.bin").unlink()
+
+
+@case
+def checkpoint_of_more_than_weights(place: Place) -> None:
+    state = published(place, "entailment")
+    torch.save({"model": state, "step": 9}, place.dir / "published/pytorch_model.bin")
+
+
+@case
+def checkpoint_of_other_tensors(place: Place) -> None:
+    state = published(place, "entailment")
+    state["global_head.weight"] = state.pop("bert.txt_proj")
+    torch.save(state, place.dir / "published/pytorch_model.bin")
+
+
+@case
+def checkpoint_of_other_words(place: Place) -> None:
+    published(place, "entailment")
+    (place.dir / "published/vocab.txt").unlink()
+
+
+@case
+def checkpoint_of_another_phrase_list(place: Place) -> None:
+    published(place, "entailment")
+    num_words = len(WordPiece(place.shards / "word_vocab.txt"))
+    phrases = {str(num_words + number): [f"a{number}", "b"] for number in range(3)}
+    (place.dir / "list.json").write_text(json.dumps(phrases), encoding="utf-8")
+    place.imports += ["--id2phrase", str(place.dir / "list.json")]
+
+
+@case
+def checkpoint_without_answers(place: Place) -> None:
+    published(place, "vqa")
+
+
+@case
+def checkpoint_of_other_answers(place: Place) -> None:
+    published(place, "vqa")
+    (place.dir / "answers.json").write_text('["yes", "no"]', encoding="utf-8")
+    place.imports += ["--answers", str(place.dir / "answers.json")]
+
+
+@case
+def score_that_was_not_published(place: Place) -> None:
+    published(place, "referring")
+    place.imports.append("referring.score=product")
+
+
 def message_of(name: str, place: Place, caplog: pytest.LogCaptureFixture) -> str:
     """What `train.py` prints for a case, on its only rank; it must end with 2 before anything is trained."""
     place.patch.setattr(collectives, "init", lambda *_: torch.device("cpu"))
@@ -687,6 +756,10 @@ def message_of(name: str, place: Place, caplog: pytest.LogCaptureFixture) -> str
     place.patch.setattr(Trainer, "_resume", lambda *_: pytest.fail("the checkpoint was taken"))
     place.patch.setattr(Trainer, "train", lambda *_: pytest.fail("it would have trained"))
     CASES[name](place)
+    if place.imports:
+        done = run_tool("import_model.py", *place.imports)
+        assert done.returncode == 1 and done.stderr.startswith("error: ") and not (place.dir / "imported").exists()
+        return done.stderr.removeprefix("error: ")
     argv = ["train.py", "--config", "demo", *arguments_for(place), *place.arguments]
     place.patch.setattr(sys, "argv", argv)
     caplog.clear()

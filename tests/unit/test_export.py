@@ -18,7 +18,8 @@ from mvptr_ds.builders import build_model
 from mvptr_ds.checkpoints.model_folder import check_fits, load_model_folder, save_model_folder
 from mvptr_ds.config import override_config
 from mvptr_ds.errors import DataError
-from mvptr_ds.exporting.exported_folder import export_model, export_published
+from mvptr_ds.exporting.exported_folder import export_model
+from mvptr_ds.exporting.published_folder import export_published
 from mvptr_ds.inference import MvptrModel, MvptrProcessor, TrainedModel
 from mvptr_ds.inference.pictures import rgb_of
 from mvptr_ds.model.convert import config_from_reference, from_reference

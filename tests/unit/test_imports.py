@@ -75,7 +75,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("checkpoints", "evaluation"),
     ("tasks",),
     ("inference", "exporting"),
-    ("benchmarks",),
+    ("benchmarks", "parity"),
     ("engine", "held_out", "planning", "preflight", "demo_page"),
     ("trainer",),
     ("train", "eval"),

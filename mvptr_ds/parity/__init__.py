@@ -1,0 +1,1 @@
+"""Comparison with recorded numbers of the published code, for pre-training and for the downstream tasks."""

@@ -181,7 +181,7 @@ def test_fine_tuning_comes_between_stage_2_and_the_evaluation(tmp_path: Path) ->
     (tmp_path / "jobs").touch()
     variables = {"FINETUNE": "vqa", "FINETUNE_OVERRIDES": "vqa.patience=2", "NODES": "2"}
     code, said = run(tmp_path, "submit.sh", "train.batch_size=8", "run.dir=here", **variables)
-    assert code == 0 and said.split() == "stage1 1 stage2 2 finetune 3 evaluate 4".split(), said
+    assert code == 0 and said.split() == ["stage1", "1", "stage2", "2", "finetune", "3", "evaluate", "4"], said
     jobs = (tmp_path / "jobs").read_text(encoding="utf-8").splitlines()
     assert [line.partition(" ")[0] for line in jobs] == ["", "", "here", "here"]
     assert [" --dependency=afterok:" in line for line in jobs] == [False, True, True, True]

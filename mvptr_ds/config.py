@@ -52,12 +52,13 @@ class RunConfig:
     dir: PathText = "runs/demo"
     """Folder for everything that the run writes."""
     stages: list[str] = field(default_factory=lambda: ["1", "2"])
-    """Stages to train, one after the other: a list of 1, 2 and joint."""
+    """Stages to train, one after the other: a list of 1, 2, joint, retrieval, vqa, entailment and referring."""
     seed: Annotated[int, Range(0, 2**53)] = 0
     """Seed of the fresh weights, the order of samples, the masks and the negatives."""
     init_from: PathText | None = "auto"
-    """Weights that the first stage starts from: a run folder or a model folder. null: fresh weights. auto: the weights
-    of the finished stage 1 in run.dir for stage 2, fresh weights for any other stage."""
+    """Weights that the first stage starts from, and each task that follows no stage of this run: a run folder or a
+    model folder. null: fresh weights. auto: a finished stage in run.dir, if any is needed. That is stage 1 for stage 2,
+    and stage 2 or else joint for a task."""
     init_from_bert: PathText | None = None
     """Fresh weights start from this BERT of 12 or 6 layers: a folder or a hub name."""
 
@@ -189,7 +190,7 @@ class TrainConfig:
     checkpoint_every_steps: Count = 1_000
     """Steps between two checkpoints. 0: only at the end of a stage."""
     keep_checkpoints: Positive = 2
-    """Newest checkpoints to keep."""
+    """Newest checkpoints to keep, beside the best one of a task."""
     keep_every_steps: Count = 0
     """Also keeps the checkpoints of steps that are multiples of this number. 0: none."""
     max_skipped_in_row: Positive = 20

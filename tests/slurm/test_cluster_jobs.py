@@ -70,6 +70,27 @@ def test_a_killed_rank_and_the_time_limit_change_nothing(
         assert len(list((run_dir / stage).glob(f"wandb/offline-run-*-{run_id}"))) == 2
 
 
+def test_fine_tuning_follows_stage_2_and_is_what_is_evaluated(
+    cluster: Cluster, settings: list[str], tmp_path: Path
+) -> None:
+    """Retrieval on the same shards, which ends early: a second evaluation in a row is not better."""
+    tuning = tmp_path / "tuning.yaml"
+    tuning.write_text("extends: demo\nrun: {dir: elsewhere, stages: [retrieval]}\n", encoding="utf-8")
+    own = ["retrieval.max_steps=8", "retrieval.learning_rate=0", "retrieval.patience=1", "train.evaluate_every_steps=2"]
+    data = [item for item in settings if item.startswith(("data.", "train."))]
+    jobs = submit_chain(cluster, tmp_path, settings, FINETUNE=str(tuning), FINETUNE_OVERRIDES=" ".join([*data, *own]))
+    assert list(jobs) == ["stage1", "stage2", "finetune", "evaluate"]
+    run_dir = tmp_path / "run"
+    for name, job in jobs.items():
+        assert cluster.wait(job) == "COMPLETED", text(tmp_path / f"mvptr-{name}-{job}.log")
+    said = text(run_dir / "logs/retrieval-rank0.log")
+    stage2 = run_dir / "stage2/checkpoints" / f"step-{faults.NUM_STEPS:08d}/model"
+    assert f"retrieval starts from {stage2}" in said and "retrieval is finished: it stopped at step 4" in said
+    assert "retrieval ended well" in text(tmp_path / f"mvptr-finetune-{jobs['finetune']}.log")
+    report = json.loads(text(run_dir / "report.json"))
+    assert report["model"] == str(run_dir / "retrieval/checkpoints/step-00000002/model")
+
+
 def test_stage_2_without_a_finished_stage_1_is_refused_and_not_started_again(
     cluster: Cluster, settings: list[str], tmp_path: Path
 ) -> None:

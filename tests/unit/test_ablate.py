@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,7 +43,9 @@ def test_every_arm_is_a_task_of_each_of_its_stages(name: str) -> None:
             )
         )  # fmt: skip
     for stage in config.stage_names:
-        weights = config.stage(stage).weights
+        section = config.pretraining(stage)
+        assert section is not None
+        weights = section.weights
         task = PretrainingLosses(model, STAGES[stage], weights, config.task, max_text_slots=4, max_steps=1, seed=0)
         assert task.weights == {key: value for key, value in vars(weights).items() if value}
 
@@ -69,3 +72,34 @@ def test_the_table_says_mean_and_deviation_over_the_seeds() -> None:
     assert rows["no_phrases"][list(ablate.COLUMNS).index("noun, uni") + 1] == "-"
     assert rows["full"][-1] == "-"
     assert f"- full: {ARMS['full'].shows}" in text
+
+
+TUNING_ARMS = ablate.load_arms(ablate.TUNING_ARMS_FILE)
+
+
+@pytest.mark.parametrize("name", list(TUNING_ARMS))
+@pytest.mark.parametrize("packaged", ["demo_ve", "demo_vqa", "demo_refs", "demo_retrieval"])
+def test_the_arms_of_fine_tuning_fit_every_task(name: str, packaged: str) -> None:
+    base = load_config(packaged)
+    assert ablate.arms_file(base) == ablate.TUNING_ARMS_FILE and ablate.arms_file(BASE) == ablate.ARMS_FILE
+    config = load_config(packaged, ablate.arm_overrides(TUNING_ARMS[name], base))
+    (task,) = base.stage_names
+    assert config.stage_names == [task] and TUNING_ARMS[name].shows
+    section = config.finetuning(task)
+    assert section is not None and section.probe == (name == "probe")
+    assert (config.run.init_from is None) == (name == "scratch")
+    assert (config == base) == (name == "tuned" or (name == "one_rate" and task == "retrieval"))
+    assert ablate.prepare_data(config, Path("nowhere"), 1) == []
+
+
+def test_the_table_of_a_task_has_its_kinds() -> None:
+    def scored(score: float, **kinds: float) -> dict[str, Any]:
+        by_kind = {kind: {"score": of_kind, "n": 4} for kind, of_kind in kinds.items()}
+        return {"task": "vqa", "score": score, "by_kind": by_kind, "blind": {"score": 0.3}}
+
+    reports = {"tuned": [scored(0.5, number=0.25, other=0.7), scored(0.54, number=0.25)], "scratch": [scored(0.4)]}
+    text = ablate.table(reports, TUNING_ARMS)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[:4]]
+    assert rows[0] == ["arm", "seeds", "score", "number", "other"]
+    assert rows[2] == ["tuned", "2", "52.0 ±2.8", "25.0 ±0.0", "70.0"]
+    assert rows[3] == ["scratch", "1", "40.0", "-", "-"]

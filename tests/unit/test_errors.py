@@ -562,7 +562,7 @@ overrides("fine-tuning-without-a-start", "run.stages=[entailment]", "train.prefl
 @case
 def patience_without_evaluation(place: Place) -> None:
     place.checkpoint()
-    place.arguments += ["run.stages=[entailment]", "entailment.patience=3", f"run.init_from={place.dir / 'run'}"]
+    place.arguments += ["run.stages=[retrieval]", "retrieval.patience=3", f"run.init_from={place.dir / 'run'}"]
 
 
 @case

@@ -4,6 +4,7 @@
 python tools/dev/ablate.py --out runs/ablation --seeds 0 1 2 --arms full stage2_alone
 python tools/dev/ablate.py --out runs/ablation                    # every other arm, on one seed
 python tools/dev/ablate.py --out runs/ablation --table            # the table of what is there
+python tools/dev/ablate.py --out runs/tuned --config demo_ve --seeds 0 1 2     # the arms of fine-tuning, by kind
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import socket
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ from mvptr_ds.user_io.user_files import read_text, user_path
 from mvptr_ds.user_io.yaml_nodes import parse_yaml, plain
 
 ARMS_FILE = Path(__file__).with_name("ablations.yaml")
+TUNING_ARMS_FILE = Path(__file__).with_name("tuning_ablations.yaml")
 EPILOG = """Each run is OUT/ARM/seed-N: trained through the deepspeed launcher, then evaluated. An interrupted call goes
 on when it is typed again; runs that are done are kept, and one made with other arguments is refused. The table,
 OUT/table.md, holds everything that OUT has: means over the seeds, with their standard deviation."""
@@ -50,7 +53,7 @@ def _ground(report: Report, states: str, part: str) -> float | None:
     return accuracy
 
 
-# Columns of the table: everything but MCR with all tags withheld from the held-out scenes.
+# Columns of the table of pre-training: everything but MCR with all tags withheld from the held-out scenes.
 COLUMNS: dict[str, Callable[[Report], float | None]] = {
     "R@1": lambda r: r["without_tags"]["retrieval"]["t2i_r1"],
     "re-ranked": lambda r: r["without_tags"]["rerank"]["t2i_r1"],
@@ -62,6 +65,20 @@ COLUMNS: dict[str, Callable[[Report], float | None]] = {
     "tag MCR": lambda r: r["mcr"]["accuracy"],
     "phrase MCR": lambda r: r["mcr"]["phrases"]["accuracy"],
 }
+
+
+def columns_of(reports: Iterable[Report]) -> dict[str, Callable[[Report], float | None]]:
+    """Returns the columns of a table: of a downstream task its score and that of each kind, else those of COLUMNS."""
+    reports = list(reports)
+    if not any("task" in report for report in reports):
+        return COLUMNS
+    kinds = dict.fromkeys(kind for report in reports for kind in report.get("by_kind") or {})
+    return {"score": lambda r: r.get("score"), **{kind: partial(_score_of, kind) for kind in kinds}}
+
+
+def _score_of(kind: str, report: Report) -> float | None:
+    score: float | None = (report.get("by_kind") or {}).get(kind, {}).get("score")
+    return score
 
 
 class AblationError(RuntimeError):
@@ -85,8 +102,19 @@ def load_arms(path: Path = ARMS_FILE) -> dict[str, Arm]:
     }
 
 
+def arms_file(config: Config) -> Path:
+    """Returns the file of the arms that a configuration has: those of fine-tuning where it trains a task."""
+    return ARMS_FILE if config.finetuning(config.stage_names[0]) is None else TUNING_ARMS_FILE
+
+
 def arm_overrides(arm: Arm, config: Config) -> list[str]:
-    """Returns the arm's overrides of `config`; without stage 1, stage 2 takes the steps of both."""
+    """Returns the arm's overrides of `config`; without stage 1, stage 2 takes the steps of both.
+
+    Where the configuration fine-tunes a task, its stages stay, and TASK in an override is that task.
+    """
+    task = config.stage_names[0]
+    if config.finetuning(task) is not None:
+        return [override.replace("TASK", task) for override in arm.overrides]
     stages = [f"run.stages=[{','.join(arm.stages)}]"]
     if "1" not in arm.stages:
         stages.append("run.init_from=null")
@@ -95,8 +123,11 @@ def arm_overrides(arm: Arm, config: Config) -> list[str]:
 
 
 def prepare_data(config: Config, out: Path, processes: int) -> list[str]:
-    """Builds demo shards below `out` from seed 0, the same for every run. Returns overrides."""
-    if config.data.demo_source is None:
+    """Builds demo shards below `out` from seed 0, the same for every run. Returns overrides.
+
+    The data of a task are where its configuration says, beside the shards of the pre-trained run.
+    """
+    if config.data.demo_source is None or config.finetuning(config.stage_names[0]) is not None:
         return []
     shards = out / "shards"
     scenes = config.data.demo_train_scenes, config.data.demo_held_out_scenes
@@ -152,9 +183,10 @@ def read_reports(out: Path, arms: Mapping[str, Arm]) -> dict[str, list[Report]]:
 
 def table(reports: Mapping[str, Sequence[Report]], arms: Mapping[str, Arm]) -> str:
     """Markdown; shares in percent, `mean ±standard deviation` where there are several seeds."""
-    lines = ["| arm | seeds | " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * (len(COLUMNS) + 1)]
+    columns = columns_of(report for of_arm in reports.values() for report in of_arm)
+    lines = ["| arm | seeds | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * (len(columns) + 1)]
     for name, of_arm in reports.items():
-        cells = [_cell([value(report) for report in of_arm]) for value in COLUMNS.values()]
+        cells = [_cell([value(report) for report in of_arm]) for value in columns.values()]
         lines.append(f"| {name} | {len(of_arm)} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *(f"- {name}: {arms[name].shows}" for name in reports)]) + "\n"
 
@@ -167,16 +199,19 @@ def _cell(values: Sequence[float | None]) -> str:
     return f"{mean} ±{statistics.stdev(known):.1f}" if len(known) > 1 else mean
 
 
-def parse_arguments(arms: Mapping[str, Arm]) -> argparse.Namespace:
-    described = "\n".join(f"  {arm.name:16}{arm.shows}" for arm in arms.values())
+def parse_arguments() -> argparse.Namespace:
+    described = "\n".join(
+        f"\narms of {what}:\n" + "\n".join(f"  {arm.name:16}{arm.shows}" for arm in load_arms(path).values())
+        for what, path in (("pre-training", ARMS_FILE), ("fine-tuning", TUNING_ARMS_FILE))
+    )
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog=f"{EPILOG}\n\narms:\n{described}",
+        epilog=f"{EPILOG}\n{described}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=user_path, required=True, metavar="DIR", help="folder of the runs and the table")
     parser.add_argument("--config", default="ablation_stamps", help="what the arms start from (%(default)s)")
-    parser.add_argument("--arms", nargs="+", default=list(arms), choices=list(arms), metavar="ARM", help="default: all")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="default: all that the configuration has")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="run.seed of the runs (0)")
     parser.add_argument("--ranks", type=int, default=2, metavar="N", help="ranks of a run (%(default)s)")
     parser.add_argument(
@@ -189,16 +224,19 @@ def parse_arguments(arms: Mapping[str, Arm]) -> argparse.Namespace:
 
 def main() -> int:
     accept_any_text()
-    arms = load_arms()
-    arguments = parse_arguments(arms)
+    arguments = parse_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     out = arguments.out.resolve()
     try:
+        config = load_config(arguments.config, arguments.set)
+        arms = load_arms(arms_file(config))
+        unknown = [name for name in arguments.arms or () if name not in arms]
+        if unknown:
+            raise AblationError(f"--arms {', '.join(unknown)} is unknown; choose from {', '.join(arms)}")
         if not arguments.table:
-            config = load_config(arguments.config, arguments.set)
             common = [*prepare_data(config, out, arguments.ranks), *arguments.set]
-            runs = [(arms[name], seed) for seed in arguments.seeds for name in arguments.arms]
+            runs = [(arms[name], seed) for seed in arguments.seeds for name in arguments.arms or arms]
             for number, (arm, seed) in enumerate(runs, start=1):
                 logging.info("run %d of %d: %s, seed %d", number, len(runs), arm.name, seed)
                 overrides = [*common, *arm_overrides(arm, config), f"run.seed={seed}"]

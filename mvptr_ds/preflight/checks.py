@@ -34,7 +34,7 @@ from mvptr_ds.distributed.rendezvous import deadline
 from mvptr_ds.errors import DataError, PreflightError
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.monitoring.versions import code_sha256, versions
-from mvptr_ds.preflight import sample_checks, setting_checks
+from mvptr_ds.preflight import sample_checks, setting_checks, shared_pictures
 from mvptr_ds.preflight.loader_memory import loader_memory
 from mvptr_ds.preflight.rank_checks import (
     ERROR,
@@ -262,6 +262,7 @@ def _model(
 
     if indices:
         found += on_first("records", lambda: sample_checks.examine(config, vocabs[0], indices))
+        found += on_first("splits", lambda: shared_pictures.examine(config, indices))
     built = on_first("model", build)
     found += built
     if built[0].level == OK:

@@ -15,16 +15,19 @@ from mvptr_ds.data.shards.writer import write_shards
 FEATURES = 5
 
 
-def write_labelled(folder: Path, labels: Sequence[Mapping[str, Any]], texts: Sequence[str] = ("a dog sleeps",)) -> Path:
+def write_labelled(
+    folder: Path, labels: Sequence[Mapping[str, Any]], texts: Sequence[str] = ("a dog sleeps",), first: int = 0
+) -> Path:
     """Writes a record with one caption and two regions for each of `labels`, and returns the folder.
 
     Args:
         texts: the captions, taken in turn.
+        first: number of the first record, which its key is made of.
     """
     rng = np.random.default_rng(0)
 
     def items() -> Iterator[tuple[str, Record, dict[str, bytes]]]:
-        for number, of_caption in enumerate(labels):
+        for number, of_caption in enumerate(labels, start=first):
             captions = (Caption(texts[number % len(texts)], (), dict(of_caption)),)
             regions = (Region((0.0, 0.0, 8.0, 8.0), "dog"), Region((1.0, 1.0, 4.0, 4.0), "cat"))
             features = io.BytesIO()

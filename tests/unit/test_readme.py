@@ -99,7 +99,7 @@ def test_every_command_can_be_typed(command: str, monkeypatch: pytest.MonkeyPatc
         overrides = getattr(parsed, "overrides", [])
         assert all(OVERRIDE.fullmatch(override) for override in overrides)
         if arguments[0].endswith("train.py"):
-            assert (REPO / parsed.deepspeed).is_file()
+            assert (REPO / parsed.deepspeed).is_file() or (REPO / f"ds_configs/{parsed.deepspeed}.json").is_file()
         override_config(the_example(tmp_path), overrides)
 
 

@@ -233,8 +233,13 @@ class EvalConfig:
     fold_images: Count = 0
     """Retrieval is also scored on parts of the split of so many images, whose mean is reported: 1000 is COCO's 1k
     protocol. 0: not."""
+    controls: list[Literal["texts", "permuted_pictures", "without_tags", "tags_alone"]] = field(
+        default_factory=lambda: ["texts", "permuted_pictures", "without_tags", "tags_alone"]
+    )
+    """What a task's report compares its score with. texts: guesses from the training texts. permuted_pictures: the
+    model, shown other pictures. without_tags: the model without tags. tags_alone: the model with nothing but tags."""
     num_pictures: Count = 12
-    """Held-out images to draw in pictures.png."""
+    """Held-out images to draw in pictures.png, or in answers.png."""
 
 
 @dataclass(frozen=True)

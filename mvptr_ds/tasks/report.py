@@ -86,17 +86,20 @@ def _blind(
     predictions: list[Prediction],
 ) -> Iterator[tuple[str, Any]]:
     yield from task.guesses(predictions).items()
-    if train is not None and task.names_answers:
+    controls = config.eval.controls
+    if train is not None and task.names_answers and "texts" in controls:
         yield from _from_texts(task, config, index, train, predictions)
 
     def scored(name: str, index: SampleIndex, withhold_tags: bool = False, blind: bool = False) -> tuple[str, Any]:
         samples = task.samples(config, vocabs, index, withhold_tags)
         return name, mean_scores(task.predictions(module, index, samples, config, blind))
 
-    if index.num_records > 1:
+    if "permuted_pictures" in controls and index.num_records > 1:
         yield scored("permuted_pictures", OtherPictures(index, task.other_pictures))
-    yield scored("without_tags", index, withhold_tags=True)
-    yield scored("tags_alone", index, blind=True)
+    if "without_tags" in controls:
+        yield scored("without_tags", index, withhold_tags=True)
+    if "tags_alone" in controls:
+        yield scored("tags_alone", index, blind=True)
 
 
 def _from_texts(

@@ -16,6 +16,7 @@ ARMS = ("scratch", STAGE2_ALONE, "pretrained", "text_alone")
 SCRATCH_FACTOR = 2.0  # of the learning rate: fresh weights have further to go
 LEARNING_RATE = {"retrieval": 5e-4, "vqa": 5e-4, "entailment": 5e-4, "referring": 5e-4}
 TAG_WITHHOLD_PROB = 0.3
+CONTROLS = {False: ("without_tags",), True: ("without_tags", "permuted_pictures")}  # whether it is the trained demo
 OTHER_PICTURES = {"retrieval": "picture", "vqa": "picture", "entailment": "picture", "referring": "contents"}
 
 
@@ -128,6 +129,8 @@ def _job(plan: Plan, task: str, arm: str, seed: int, alone: Job) -> Job:
         f"data.held_out={shards / 'held_out'}",
         f"data.held_out_sidecars=[{demo / 'held_out'}]",
         f"data.tag_withhold_prob={TAG_WITHHOLD_PROB}",
+        f"eval.controls=[{', '.join(CONTROLS[arm == 'pretrained'])}]",
+        "eval.num_pictures=0",
         *([f"vqa.answers={shards / 'answers.json'}"] if task == "vqa" else []),
         *([f"data.permute_pictures={OTHER_PICTURES[task]}"] if arm == "text_alone" else []),
     ]

@@ -151,6 +151,14 @@ def test_the_table(reports: dict[str, Path]) -> None:
     ]  # fmt: skip
 
 
+def test_controls_can_be_left_out(reports: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(reports["vqa"]), "--out", str(tmp_path), "eval.controls=[tags_alone]", "eval.num_pictures=0"]
+    assert evaluation.main(arguments) == 0
+    report = read(tmp_path)
+    assert list(report["blind"]) == ["tags_alone"] and report["score"] == read(reports["vqa"])["score"]
+    assert not (tmp_path / "answers.png").exists() and (reports["vqa"] / "answers.png").exists()
+
+
 def test_by_detector_boxes(reports: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     boxes = {f"{number:04d}": [[0, 0, 41, 39], [52, 50, 46, 48]] for number in range(NUM_HELD_OUT - 6)}
     file = tmp_path / "detections.json"

@@ -18,8 +18,8 @@ FIRST: dict[str, Any] = {  # what the first version with such states wrote, whic
 }  # fmt: skip
 KEYS = [
     "step", "num_ranks", "stage", "batch_size", "bucket_batches", "zero_stage", "precision", "data", "trained_parts",
-    "learning_rate_factors", "optimizer", "parameter_order", "accumulation_steps", "samples_seen", "skipped_steps", "samples", "wandb_id",
-    "versions",
+    "learning_rate_factors", "optimizer", "parameter_order", "accumulation_steps", "samples_seen", "skipped_steps",
+    "samples", "wandb_id", "versions",
 ]  # fmt: skip
 
 

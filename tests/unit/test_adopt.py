@@ -31,9 +31,9 @@ def model_folder(path: Path, **changes: Any) -> Path:
     words = WordPiece(path / "words.txt")
     vocabs = Vocabs(words, PhraseVocab.build({("dog",): 3}, words, 1))
     sizes = {"num_words": len(words), "num_rows": vocabs.phrases.num_rows, "num_phrases": len(vocabs.phrases)}
-    shape = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 12, "max_positions": 48}
-    layers = {"num_text_layers": 1, "num_visual_layers": 2, "num_cross_layers": 3, "initializer_range": 0.19}
-    model = Mvptr(MvptrConfig(**sizes, **shape, **layers, grid_size=3, **({"region_feature_dim": 5} | changes)))
+    shape: dict[str, Any] = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 12, "max_positions": 48}
+    shape |= {"num_text_layers": 1, "num_visual_layers": 2, "num_cross_layers": 3, "initializer_range": 0.19}
+    model = Mvptr(MvptrConfig(**(sizes | shape | {"grid_size": 3, "region_feature_dim": 5} | changes)))
     save_model_folder(path / "model", model, model.state_dict(), vocabs, Config())
     return path / "model"
 

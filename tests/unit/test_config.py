@@ -131,6 +131,41 @@ def test_packaged_configs_are_found_by_name_and_hold_no_unknown_key(path: Path) 
     assert yaml.safe_load(yaml.safe_dump(dataclasses.asdict(config)))["train"]["batch_size"] == config.train.batch_size
 
 
+@pytest.mark.parametrize(
+    ("name", "task", "tokens", "phrases", "tags", "regions"),
+    [
+        ("retrieval_coco", "retrieval", 50, 5, 30, 50),
+        ("retrieval_flickr30k", "retrieval", 50, 5, 20, 50),
+        ("vqa", "vqa", 128, 5, 30, 50),
+        ("snli_ve", "entailment", 70, 5, 20, 70),
+        ("refcoco_plus", "referring", 30, 5, 20, 50),
+    ],
+)
+def test_tasks_have_the_published_lengths(
+    name: str, task: str, tokens: int, phrases: int, tags: int, regions: int
+) -> None:
+    """Source: the published commands, whose text slots hold [CLS] and [SEP]."""
+    config = load_config(name)
+    assert config.stage_names == [task] and config.run.init_from == "auto"
+    data = config.data
+    assert (data.max_tokens, data.max_text_slots) == (tokens - 2, tokens + phrases)
+    assert (data.max_tag_slots, data.max_regions) == (tags, regions)
+    every = config.train.evaluate_every_steps
+    assert data.held_out is not None and every == config.train.checkpoint_every_steps > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [("demo_vqa", "vqa"), ("demo_ve", "entailment"), ("demo_refs", "referring"), ("demo_retrieval", "retrieval")],
+)
+def test_tasks_of_the_demo_start_from_it(name: str, task: str) -> None:
+    config, demo = load_config(name), load_config("demo")
+    assert config.stage_names == [task] and config.run.init_from == demo.run.dir and config.model == demo.model
+    assert config.data.sidecars == [demo.data.train] and config.data.held_out_sidecars == [demo.data.held_out]
+    section = config.stage(task)
+    assert (section.max_steps, section.learning_rate, config.train.batch_size) == (300, 5e-4, 64)
+
+
 def test_published_defaults() -> None:
     """Source: the published code, Model, Losses and the optimiser's published defaults."""
     config = Config()

@@ -18,15 +18,16 @@ FIRST: dict[str, Any] = {  # what the first version with such states wrote, whic
 }  # fmt: skip
 KEYS = [
     "step", "num_ranks", "stage", "batch_size", "bucket_batches", "zero_stage", "precision", "data", "trained_parts",
-    "optimizer", "parameter_order", "accumulation_steps", "samples_seen", "skipped_steps", "samples", "wandb_id",
-    "versions",
+    "learning_rate_factors", "optimizer", "parameter_order", "accumulation_steps", "samples_seen", "skipped_steps",
+    "samples", "wandb_id", "versions",
 ]  # fmt: skip
 
 
 def test_what_is_written_is_read() -> None:
     content = FIRST | {
         "bucket_batches": 4, "zero_stage": 3, "precision": "bf16", "optimizer": "lamb", "parameter_order": "aligned",
-        "accumulation_steps": 2, "data": {"pairs": "share 1/2, samples 1a", "text": "share 1/2, samples 2b"},
+        "accumulation_steps": 2, "learning_rate_factors": {"head": 10.0},
+        "data": {"pairs": "share 1/2, samples 1a", "text": "share 1/2, samples 2b"},
     }  # fmt: skip
     written = json.loads(json.dumps(CheckpointState.from_json(content).to_json()))
     assert written == content and list(written) == KEYS  # which earlier versions read, too
@@ -36,7 +37,7 @@ def test_what_earlier_versions_left_out_is_what_held_for_them() -> None:
     state = CheckpointState.from_json(FIRST | {"a_key_of_later": 1})
     added = {
         "bucket_batches": 0, "zero_stage": 2, "precision": None, "optimizer": "adamw", "parameter_order": None,
-        "accumulation_steps": 1,
+        "accumulation_steps": 1, "learning_rate_factors": {},
     }  # fmt: skip
     assert state.to_json() == FIRST | added
 

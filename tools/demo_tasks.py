@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 if __name__ == "__main__":
     from mvptr_ds.user_io.signals import end_on_interrupt
 
-    end_on_interrupt()
+    end_on_interrupt("interrupted; the same command goes on from here")
 
 from mvptr_ds.commands.demo_tasks import main
 

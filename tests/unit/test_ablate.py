@@ -88,7 +88,7 @@ def test_the_arms_of_fine_tuning_fit_every_task(name: str, packaged: str) -> Non
     section = config.finetuning(task)
     assert section is not None and section.probe == (name == "probe")
     assert (config.run.init_from is None) == (name == "scratch")
-    assert (config == base) == (name == "tuned" or (name == "one_rate" and task == "retrieval"))
+    assert (config == base) == (name == "tuned")
     assert ablate.prepare_data(config, Path("nowhere"), 1) == []
 
 

@@ -18,6 +18,7 @@ from mvptr_ds.config_reading import range_of
 from mvptr_ds.data.shards.other_pictures import Mode
 from mvptr_ds.data.shards.sidecar_join import DROP, KEEP
 from mvptr_ds.demo.build import SOURCES
+from mvptr_ds.demo.tasks import Task as DemoTask
 from mvptr_ds.ds_config import load_ds_config
 from mvptr_ds.model.config import VISUAL_SOURCES
 from mvptr_ds.model.encoder import Execution
@@ -342,7 +343,9 @@ def test_the_choices_are_those_that_the_code_knows() -> None:
     assert {
         "data.missing_partners": (DROP, KEEP),
         "data.demo_source": SOURCES,
-        "data.demo_task": ("vqa", "entailment", "referring"),
+        "data.demo_task": typing.get_args(DemoTask),
+        "referring.score": ("product", "cosine", "dot", "region"),
+        "vqa.head": ("words", "linear"),
         "data.permute_pictures": typing.get_args(Mode),
         "visual.source": VISUAL_SOURCES,
         "model.execution": typing.get_args(Execution),

@@ -178,6 +178,10 @@ class Referring(Downstream):
             seen = {**labels, **of_seen, "scores": np.array(chances_R[:num_seen])}
             yield Prediction(str(best), self.score_of(str(best), labels), seen, written)
 
+    def check_evaluation(self, config: Config) -> None:
+        if config.referring.detections is not None:
+            load_detections(config.referring.detections)
+
     def guesses(self, predictions: Sequence[Prediction]) -> dict[str, Any]:
         """Returns what the largest box earns, and any box on average."""
 

@@ -172,6 +172,14 @@ def test_soft_scores_of_answers_in_the_list() -> None:
             vqa.read_labels({}, {"answers": answers}, NO_RECORD)
 
 
+def test_annotations_that_are_no_answers() -> None:
+    labels = {"answers": {"dog": 1.0}, "question_id": 5}
+    assert vqa.read_labels({}, labels | {"annotations": ["dog"]}, NO_RECORD)["annotations"] == ["dog"]
+    for given in ([], "dog", [1]):
+        with pytest.raises(DataError, match=r"label 'annotations' is .*, expected the answers of the annotators"):
+            vqa.read_labels({}, labels | {"annotations": given}, NO_RECORD)
+
+
 def test_binary_cross_entropy_is_summed_over_answers_and_every_question_counts() -> None:
     module = VqaModule(tiny_model(), VqaConfig(), ["dog", "wolf"], seed=0)
     logits_BA = torch.tensor([[1.0, -2.0], [0.0, 3.0]])

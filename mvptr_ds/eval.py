@@ -38,12 +38,12 @@ from mvptr_ds.evaluation.report import evaluate_split, flatten_scores
 from mvptr_ds.evaluation.table import table
 from mvptr_ds.monitoring.trackers import open_trackers
 from mvptr_ds.objectives.module import TaskModule
-from mvptr_ds.shard_folders import open_held_out
+from mvptr_ds.shard_folders import open_held_out, sources_of
 from mvptr_ds.tasks import TASKS, Task
 from mvptr_ds.tasks.downstream import Downstream, flat_scores
 from mvptr_ds.tasks.pair_module import PairModule
 from mvptr_ds.tasks.report import examine, task_table
-from mvptr_ds.tasks.submission import check_complete
+from mvptr_ds.tasks.submission import check_complete, read_question_ids
 from mvptr_ds.user_io.atomic import partial_path, replacing
 from mvptr_ds.user_io.terminal import accept_any_text
 from mvptr_ds.user_io.user_files import user_path
@@ -93,7 +93,8 @@ def evaluate(
         questions: of VQA, which the predictions must answer to be written.
 
     Raises:
-        ValueError: the report could not be written, or there is no retrieval to write, found before the evaluation.
+        ValueError: the report could not be written, or an argument is for other models, found before the evaluation.
+        DataError: a file or a sample cannot be read, or questions have no answer.
         OSError: it cannot be written after all; it then goes to standard output.
     """
     path = find_model(run)
@@ -108,8 +109,14 @@ def evaluate(
                 f"{run} is a model of {task.name}, which has no scores of retrieval: leave --clip-benchmark out"
             )
         _check_writable(clip_benchmark, "name another file with --clip-benchmark")
+    if questions and (task is None or task.name != "vqa"):
+        trained = "pre-training or retrieval" if task is None else task.name
+        raise ValueError(f"{run} is a model of {trained}, which answers no questions of VQA: leave --questions out")
+    check = _check_of(questions)
     model, vocabs, config = load_model_folder(path)
     config = override_config(config, overrides)
+    if isinstance(task, Downstream):
+        task.check_evaluation(config)
     model.set_execution(config.model.execution)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)  # type: ignore[arg-type]  # transformers' wrapper of nn.Module.to hides its types
@@ -118,7 +125,7 @@ def evaluate(
     if task is not None:
         module = task.build_from(head_settings(path), config, model)
         load_weights(module, path)
-        return _evaluate_task(task, module.to(device), vocabs, config, index, path, out, questions)
+        return _evaluate_task(task, module.to(device), vocabs, config, index, path, out, check)
     evaluation = evaluate_split(model, vocabs, config, index, device, config.run.seed)
     report = {"model": str(path), **evaluation.report}
     report["wall_s"] = {k: round(v, 1) for k, v in seconds.items() if v is not None} | report["wall_s"]
@@ -144,9 +151,13 @@ def _evaluate_task(
     index: SampleIndex,
     path: Path,
     out: Path,
-    questions: Sequence[Path],
+    check: Callable[[list[dict[str, Any]]], None],
 ) -> dict[str, Any]:
-    """Evaluates a fine-tuned model: writes its report, its predictions in the public format, and a few pictures."""
+    """Evaluates a fine-tuned model: writes its report, its predictions in the public format, and a few pictures.
+
+    Args:
+        check: raises DataError where the predictions are not to be written.
+    """
     if not isinstance(task, Downstream):  # a task of one's own, which has scores alone
         scores = task.evaluate(module, vocabs, config, index, module.model.device)
         report: dict[str, Any] = {"model": str(path), "task": task.name, "scores": scores}
@@ -158,8 +169,7 @@ def _evaluate_task(
     report = {"model": str(path), "held_out": str(config.data.held_out), **found.report}
     _write_report(out / "report.json", json.dumps(report, indent=1) + "\n")
     written = [prediction.written for prediction in found.predictions]
-    if questions:
-        check_complete(written, questions)
+    check(written)
     _write_report(out / PREDICTIONS, json.dumps(written) + "\n")
     shown = [
         AnswerItem(number, answer=p.answer, known=task.known_answer(p.labels), score=p.score, box=p.written.get("box"))
@@ -170,20 +180,31 @@ def _evaluate_task(
     return report
 
 
+def _check_of(questions: Sequence[Path]) -> Callable[[list[dict[str, Any]]], None]:
+    """Returns what refuses predictions that do not answer these files, which are read now; without any, nothing."""
+    if not questions:
+        return lambda written: None
+    names = ", ".join(path.name for path in questions)
+    return partial(check_complete, wanted=read_question_ids(questions), names=names)
+
+
 def _draw_answers(index: SampleIndex, shown: Sequence[AnswerItem], num_pictures: int, path: Path) -> bool:
     if num_pictures:
         draw_answers(path, index, shown, num_pictures)
     return num_pictures > 0
 
 
-def _open_training(config: Config, out: Path) -> SampleIndex | None:
-    """Opens the training split, whose texts show what can be guessed; None where it is not there any more."""
-    data = replace(config.data, held_out=config.data.train, held_out_sidecars=config.data.sidecars)
+def _open_training(config: Config, out: Path) -> list[SampleIndex]:
+    """Opens what was trained on, whose texts show what can be guessed; nothing where a part is not there any more."""
     try:
-        return open_held_out(data, out / "joins")
+        folders = [
+            replace(config.data, held_out=source.shards, held_out_sidecars=source.sidecars)
+            for source in sources_of(config.data).values()
+        ]
+        return [open_held_out(data, out / "joins") for data in folders]
     except DataError as error:
         logger.warning("the report says nothing of guesses from texts: the training split cannot be opened: %s", error)
-        return None
+        return []
 
 
 def _check_writable(path: Path, remedy: str) -> None:

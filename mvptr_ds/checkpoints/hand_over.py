@@ -21,8 +21,12 @@ from mvptr_ds.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 EARLIER = "before-"  # RUN/before-1/stage1: what a run with train.resume=never found
-_PRETRAINING = ("stage2", "joint", "stage1")
-LAST_FIRST = (*(name for name in reversed(STAGES) if name not in _PRETRAINING), *_PRETRAINING)
+PRETRAINING_LAST_FIRST = ("stage2", "joint", "stage1")
+LAST_FIRST = (*(name for name in reversed(STAGES) if name not in PRETRAINING_LAST_FIRST), *PRETRAINING_LAST_FIRST)
+PRETRAINED_FIRST = (
+    *PRETRAINING_LAST_FIRST,
+    *LAST_FIRST,
+)  # a task starts from no other task
 NAME_ANOTHER = "name another stage folder, checkpoint or model folder"
 
 
@@ -121,8 +125,7 @@ def first_model(config: Config, follows: str | None, stage: str) -> Path | None:
     if resumes(config, stage):
         return None
     if config.run.init_from != "auto":
-        # a task starts from what was pre-trained, though the run folder may hold another task by now
-        order = LAST_FIRST if config.finetuning(stage) is None else (*_PRETRAINING, *LAST_FIRST)
+        order = LAST_FIRST if config.finetuning(stage) is None else PRETRAINED_FIRST
         return find_model(Path(config.run.init_from), order) if config.run.init_from else None
     if follows is None:
         return None

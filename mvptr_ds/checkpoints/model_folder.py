@@ -158,7 +158,9 @@ def _read_head(module: TaskModule, path: Path) -> dict[str, torch.Tensor]:
         return {}
     names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
     if names:
-        changes = "\n  - ".join(f"{name}: {there.get(name)} there, {here.get(name)} here" for name in names)
+        changes = "\n  - ".join(
+            f"{name}: {there.get(name)!s:.100} there, {here.get(name)!s:.100} here" for name in names
+        )
         raise CheckpointError(
             f"the head of {path} was trained with other settings:\n  - {changes}\n  set them as they are in "
             f"{path / HEAD_SETTINGS}, or start from a model without this head"

@@ -41,6 +41,7 @@ def lengths_path(index: SampleIndex, builder: SampleBuilder, folder: str | Path)
     """Returns the path of the lengths of these samples."""
     options = builder.options
     caps = [options.max_tokens, options.max_text_slots, options.max_tag_slots, options.max_regions, options.grid_size]
+    caps += [1] if options.tags_in_text else []  # other lengths keep the names that they have
     content = [_VERSION, index.fingerprint, builder.phrases.fingerprint, caps]
     return Path(folder) / f"lengths-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}.npy"
 
@@ -55,12 +56,16 @@ def sample_lengths(record: Record, visual: bool, builder: SampleBuilder) -> np.n
     num_regions = min(len(record.regions) or (options.grid_size**2 if visual else 0), options.max_regions)
     tags = builder.tags_of(record)
     num_tag_slots = 2 + min(sum(len(builder.pieces_of(tag)) for tag in tags), options.max_tag_slots - 2)
+    num_behind = 0
+    if options.tags_in_text:
+        num_behind = sum(len(builder.pieces_of(region.tag)) for region in record.regions if region.tag)
     out = []
     for caption in record.captions or (_NO_CAPTION,):
         num_tokens = len(builder.words.encode(caption.text)[0])
         most = num_phrases_that_fit(num_tokens, options.max_tokens, options.max_text_slots)
         num_phrases = len(phrases_with_slots(caption, builder.phrases, most).indices)
         num_text_slots = 2 + min(num_tokens, options.max_tokens, options.max_text_slots - 2) + num_phrases
+        num_text_slots = min(num_text_slots + num_behind, options.max_text_slots)
         out.append((num_text_slots, num_tag_slots, num_regions))
     return np.array(out)
 

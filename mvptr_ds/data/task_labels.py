@@ -1,3 +1,3 @@
-"""The classes of entailment, in the order in which they are counted everywhere."""
+"""The classes of entailment, in the order in which they are counted everywhere: that of the published code."""
 
 ENTAILMENT_CLASSES = ("contradiction", "neutral", "entailment")  # 0, 1, 2

@@ -14,12 +14,13 @@ from functools import partial
 
 import numpy as np
 
+from mvptr_ds.data.task_labels import ENTAILMENT_CLASSES
 from mvptr_ds.demo.items import Item, Partners, Template, count, has, lacks, numbered, shuffled, singles
 from mvptr_ds.demo.plan import Concept
 from mvptr_ds.demo.relations import OPPOSITE, clear_relation
 from mvptr_ds.demo.scene import Scene
 
-CONTRADICTION, NEUTRAL, ENTAILMENT = "contradiction", "neutral", "entailment"
+CONTRADICTION, NEUTRAL, ENTAILMENT = ENTAILMENT_CLASSES
 _KEY = 12  # of the random numbers; scenes are drawn by (seed, 0 or 1, number)
 _ATTRIBUTE = Template("The {noun} is {attribute}.", (("noun",), ("noun", "attribute")))
 _RELATION = Template("The {first} is {way} the {second}.", (("first",), ("second",), ("first", "way", "second")))

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from mvptr_ds.data.collate import collate
 from mvptr_ds.data.phrases import PhraseTuple
+from mvptr_ds.data.task_labels import ENTAILMENT_CLASSES
 from mvptr_ds.errors import DataError
 from mvptr_ds.inference.pairs import as_texts, pairs_of
 from mvptr_ds.inference.pictures import Seen, as_list, is_one
 from mvptr_ds.inference.samples import SampleMaker
 from mvptr_ds.tasks.downstream import Downstream
-from mvptr_ds.tasks.entailment import CLASSES, EntailmentModule
+from mvptr_ds.tasks.entailment import EntailmentModule
 from mvptr_ds.tasks.pair_module import PairModule
 from mvptr_ds.tasks.referring import ReferringModule
 from mvptr_ds.tasks.vqa import VqaModule
@@ -95,7 +96,7 @@ class Answers:
         """
         module, results = self._module("entailment", EntailmentModule), []
         for logits_BC, _ in self._logits(module, pictures, texts, phrases):
-            results += [dict(zip(CLASSES, row, strict=True)) for row in logits_BC.softmax(-1).tolist()]
+            results += [dict(zip(ENTAILMENT_CLASSES, row, strict=True)) for row in logits_BC.softmax(-1).tolist()]
         return _one_or_all(results, pictures, texts)
 
     @torch.inference_mode()
@@ -103,12 +104,12 @@ class Answers:
         """Returns the `k` regions that a text most likely means, the best first: a list of `FoundRegion`.
 
         The task is `referring`. Where it was trained with `referring.score=product`, a score is the probability among
-        all regions of the picture, else the number that the model gives the region.
+        all regions of the picture. With `dot` and `region` it is that of the region by itself, with `cosine` no
+        probability, but the cosine.
         """
         module, results = self._module("referring", ReferringModule), []
         for logits_BR, seen in self._logits(module, pictures, texts, phrases):
-            scores_BR = logits_BR.softmax(-1) if module.score == "product" else logits_BR
-            for scores_R, one in zip(scores_BR, seen, strict=True):
+            for scores_R, one in zip(module.chances(logits_BR), seen, strict=True):
                 boxes = self._boxes(one)
                 best = scores_R[: len(boxes)].topk(_at_most(k, len(boxes)))
                 ranked = zip(best.indices.tolist(), best.values.tolist(), strict=True)

@@ -60,7 +60,7 @@ def _classes(model: TrainedModel, picture: Any, texts: list[str], k: int) -> lis
 
 def _regions(model: TrainedModel, picture: Any, texts: list[str], k: int) -> list[list[Said]]:
     assert model.finetuned is not None
-    is_probability = model.finetuned.module.head_settings["score"] == "product"
+    is_probability = model.finetuned.module.head_settings["score"] != "cosine"
     return [
         [Said(f"box {' '.join(f'{side:.0f}' for side in box)}", score, is_probability, box) for box, score in found]
         for found in model.find(picture, texts, k)

@@ -19,6 +19,7 @@ from mvptr_ds.config import ItmConfig, TaskConfig
 from mvptr_ds.config_stages import ReferringConfig, VqaConfig, WeightsConfig
 from mvptr_ds.data.collate import Batch
 from mvptr_ds.data.schema import Record
+from mvptr_ds.data.task_labels import ENTAILMENT_CLASSES
 from mvptr_ds.model.convert_finetuned import from_finetuned
 from mvptr_ds.model.encoder import Execution
 from mvptr_ds.model.mvptr import Mvptr
@@ -26,7 +27,7 @@ from mvptr_ds.objectives.module import TaskModule
 from mvptr_ds.objectives.pretraining import PretrainingLosses
 from mvptr_ds.parity.recorded_batch import make_batch
 from mvptr_ds.tasks import vqa
-from mvptr_ds.tasks.entailment import CLASSES, EntailmentModule
+from mvptr_ds.tasks.entailment import EntailmentModule
 from mvptr_ds.tasks.entailment import read_labels as entailment_labels
 from mvptr_ds.tasks.referring import ReferringModule
 from mvptr_ds.tasks.retrieval import STAGE
@@ -159,6 +160,6 @@ def _labels(case: Case, row: Tensor) -> dict[str, Any]:
         answers = {answer_name(n): score for n, score in enumerate(row.tolist()) if score}
         return vqa.read_labels(index_of, {"answers": answers}, nothing)
     if case.task == "entailment":
-        return entailment_labels({"label": CLASSES[int(row)]}, nothing)
+        return entailment_labels({"label": ENTAILMENT_CLASSES[int(row)]}, nothing)
     overlaps_R = row[row >= 0].double().numpy()  # padding is -1
     return {"overlaps": overlaps_R, "boxes": torch.zeros(len(overlaps_R), 4).numpy(), "id": None, "kind": None}

@@ -262,7 +262,8 @@ def _model(
 
     if indices:
         found += on_first("records", lambda: sample_checks.examine(config, vocabs[0], indices))
-        found += on_first("splits", lambda: shared_pictures.examine(config, indices))
+        pretrained = shared_pictures.pretrained_data(config)  # looks for a model, which all ranks do together
+        found += on_first("splits", lambda: shared_pictures.examine(config, indices, pretrained))
     built = on_first("model", build)
     found += built
     if built[0].level == OK:

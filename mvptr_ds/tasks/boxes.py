@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
+HIT = 0.5  # intersection over union from which a box counts as the one that is meant
+
 
 def overlaps(boxes_R4: np.ndarray, others_M4: np.ndarray) -> np.ndarray:
     """Returns the intersection over union of boxes x1 y1 x2 y2, float64 [R, M]; 0 where they are apart."""

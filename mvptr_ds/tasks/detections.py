@@ -12,11 +12,9 @@ from typing import Any
 import numpy as np
 
 from mvptr_ds.errors import DataError
-from mvptr_ds.tasks.boxes import box_of_best_region, box_of_weighted_regions, overlaps
+from mvptr_ds.tasks.boxes import HIT, box_of_best_region, box_of_weighted_regions, overlaps
 from mvptr_ds.tasks.downstream import Prediction
 from mvptr_ds.user_io.user_files import parse_json, read_text
-
-HIT = 0.5
 
 
 def load_detections(path: str) -> dict[str, np.ndarray]:
@@ -58,7 +56,7 @@ def by_detections(predictions: Sequence[Prediction], detections: Mapping[str, np
 
     Returns:
         `by_detections` with `upper_bound`, `best_region` (the box that overlaps the chosen region most),
-        `weighted_regions` (the box of the highest sum of scores times overlaps), and `num_without_boxes`.
+        `weighted_regions` (the box of the highest sum of chances times overlaps), and `num_without_boxes`.
     """
     hits: dict[str, list[float]] = {"upper_bound": [], "best_region": [], "weighted_regions": []}
     num_without = 0

@@ -64,6 +64,9 @@ class Downstream(Task):
     def score_of(self, answer: str, labels: Mapping[str, Any]) -> float | None:
         """Returns how right an answer is, from 0 to 1; None where nobody knows."""
 
+    def check_evaluation(self, config: Config) -> None:  # most read nothing besides the shards
+        """Raises DataError where the report could not be made, because of a file that the configuration names."""
+
     def guesses(self, predictions: Sequence[Prediction]) -> dict[str, Any]:
         """Returns what guesses earn that need neither a model nor training texts, by name as `mean_scores` has them."""
         return {}

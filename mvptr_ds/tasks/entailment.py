@@ -17,6 +17,7 @@ from mvptr_ds.builders import SampleNeeds
 from mvptr_ds.config import Config
 from mvptr_ds.data.collate import Batch
 from mvptr_ds.data.schema import Record
+from mvptr_ds.data.task_labels import ENTAILMENT_CLASSES
 from mvptr_ds.errors import DataError
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.mvptr import Mvptr
@@ -26,7 +27,6 @@ from mvptr_ds.objectives.passes import PairPass
 from mvptr_ds.tasks.downstream import Downstream, Prediction
 from mvptr_ds.tasks.pair_module import Labels, PairModule, at_least_float32, fresh_linear
 
-CLASSES = ("contradiction", "neutral", "entailment")  # in the order of the published code and its peers
 LABEL = "label"
 
 
@@ -37,10 +37,10 @@ def read_labels(labels: Mapping[str, Any], record: Record) -> dict[str, Any]:
         DataError: another class.
     """
     label = labels.get(LABEL)
-    if label is not None and label not in CLASSES:
-        raise DataError(f"label {LABEL!r} is {label!r}, expected one of {', '.join(CLASSES)}")
+    if label is not None and label not in ENTAILMENT_CLASSES:
+        raise DataError(f"label {LABEL!r} is {label!r}, expected one of {', '.join(ENTAILMENT_CLASSES)}")
     return {
-        "class": None if label is None else CLASSES.index(label),
+        "class": None if label is None else ENTAILMENT_CLASSES.index(label),
         "pair_id": labels.get("pair_id"),
         "kind": labels.get("kind"),
     }
@@ -51,8 +51,8 @@ class EntailmentModule(PairModule):
 
     def __init__(self, model: Mvptr, seed: int) -> None:
         config = model.config
-        head = fresh_linear(config.hidden_size, len(CLASSES), config.initializer_range, seed)
-        super().__init__(model, "entailment", head, {"classes": CLASSES}, parts=("pooler",))
+        head = fresh_linear(config.hidden_size, len(ENTAILMENT_CLASSES), config.initializer_range, seed)
+        super().__init__(model, "entailment", head, {"classes": ENTAILMENT_CLASSES}, parts=("pooler",))
 
     def logits(self, outputs: PairPass) -> Tensor:
         """Returns class logits [B, C]."""
@@ -65,7 +65,7 @@ class EntailmentModule(PairModule):
         return LossSum.of_samples(F.cross_entropy(logits_BC, classes_B, reduction="none"))
 
     def head_flops(self, lengths: Lengths, config: MvptrConfig) -> float:
-        return 2 * lengths.samples * config.hidden_size * (config.hidden_size + len(CLASSES))
+        return 2 * lengths.samples * config.hidden_size * (config.hidden_size + len(ENTAILMENT_CLASSES))
 
 
 class Entailment(Downstream):
@@ -74,7 +74,7 @@ class Entailment(Downstream):
     name, best_by = "entailment", "eval/entailment/score"
 
     def sample_needs(self, config: Config) -> SampleNeeds:
-        return SampleNeeds(labels={LABEL: CLASSES[2]}, read_labels=read_labels)
+        return SampleNeeds(labels={LABEL: ENTAILMENT_CLASSES[2]}, read_labels=read_labels)
 
     def build_module(self, config: Config, model: Mvptr, seed: int) -> EntailmentModule:
         return EntailmentModule(model, seed)
@@ -82,18 +82,22 @@ class Entailment(Downstream):
     def predict(self, module: PairModule, batch: Batch) -> Iterator[Prediction]:
         probabilities_BC = module.logits(module.outputs(batch)).softmax(-1)
         for probabilities, labels in zip(probabilities_BC.tolist(), batch.labels, strict=True):
-            chances = dict(zip(CLASSES, probabilities, strict=True))
-            best = max(CLASSES, key=chances.__getitem__)
+            chances = dict(zip(ENTAILMENT_CLASSES, probabilities, strict=True))
+            best = max(ENTAILMENT_CLASSES, key=chances.__getitem__)
             written = {"pairID": labels["pair_id"], "prediction": best, "probabilities": chances}
             yield Prediction(best, self.score_of(best, labels), labels, written)
 
     def details(self, module: PairModule, predictions: Sequence[Prediction], config: Config) -> dict[str, Any]:
         """Returns `confusion`: by the right class, how often each class was predicted."""
         pairs = Counter((self.known_answer(p.labels), p.answer) for p in predictions)
-        return {"confusion": {right: {said: pairs[right, said] for said in CLASSES} for right in CLASSES}}
+        return {
+            "confusion": {
+                right: {said: pairs[right, said] for said in ENTAILMENT_CLASSES} for right in ENTAILMENT_CLASSES
+            }
+        }
 
     def known_answer(self, labels: Mapping[str, Any]) -> str | None:
-        return None if labels["class"] is None else CLASSES[labels["class"]]
+        return None if labels["class"] is None else ENTAILMENT_CLASSES[labels["class"]]
 
     def score_of(self, answer: str, labels: Mapping[str, Any]) -> float | None:
         known = self.known_answer(labels)

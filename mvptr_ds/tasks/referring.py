@@ -28,13 +28,12 @@ from mvptr_ds.model.packed import Packed
 from mvptr_ds.objectives.lengths import Lengths
 from mvptr_ds.objectives.losses import LossSum
 from mvptr_ds.objectives.passes import PairPass
-from mvptr_ds.tasks.boxes import overlaps
+from mvptr_ds.tasks.boxes import HIT, overlaps
 from mvptr_ds.tasks.detections import by_detections, load_detections
 from mvptr_ds.tasks.downstream import Downstream, Prediction, mean_scores
 from mvptr_ds.tasks.pair_module import Labels, PairModule, at_least_float32, fresh_linear
 
 BOX = "box"
-HIT = 0.5  # intersection over union from which a box counts as the one that is meant
 PADDING = -math.inf  # score of a region that is not there
 
 
@@ -90,20 +89,30 @@ class ReferringModule(PairModule):
         """Returns a score of each region, padded [B, R] with -inf where there is none."""
         matched = outputs.matched
         first_BD, regions = matched.text.firsts(), matched.regions
-        return Packed(at_least_float32(self._scores(first_BD, regions)), regions.lengths).padded(PADDING)
+        return Packed(self._scores(first_BD, regions), regions.lengths).padded(PADDING)
 
     def _scores(self, first_BD: Tensor, regions: Packed) -> Tensor:
-        """Returns the scores of all regions, [N]."""
-        owner_N = regions.owners()
+        """Returns the scores of all regions, [N], at least float32: products in half precision would tie."""
         if self.score == "region":
             assert self.head is not None
-            return self.head(regions.rows).squeeze(-1)
+            return at_least_float32(self.head(regions.rows)).squeeze(-1)
+        if self.score == "product":
+            assert self.head is not None
+            first_BD = self.head(first_BD)
+        of_text_ND, regions_ND = at_least_float32(first_BD)[regions.owners()], at_least_float32(regions.rows)
         if self.score == "cosine":
-            return F.cosine_similarity(first_BD[owner_N], regions.rows, dim=-1)
-        if self.score == "dot":
-            return (first_BD[owner_N] * regions.rows).sum(-1)
-        assert self.head is not None
-        return (self.head(first_BD)[owner_N] * regions.rows).sum(-1) / regions.rows.shape[-1] ** 0.5
+            return F.cosine_similarity(of_text_ND, regions_ND, dim=-1)
+        products_N = (of_text_ND * regions_ND).sum(-1)
+        return products_N if self.score == "dot" else products_N / regions_ND.shape[-1] ** 0.5
+
+    def chances(self, logits_BR: Tensor) -> Tensor:
+        """Returns how likely a region is the one that is meant, [B, R]: among all for `product`, else each by itself.
+
+        A region that is not there has 0. Of `cosine` it is the cosine itself, which is trained to be the overlap.
+        """
+        if self.score == "product":
+            return logits_BR.softmax(-1)
+        return logits_BR if self.score == "cosine" else logits_BR.sigmoid()
 
     def loss(self, logits_BR: Tensor, labels: Labels) -> LossSum:
         """Returns the loss of a sample: of `product` one value, of the published modes the mean over its regions."""
@@ -157,16 +166,21 @@ class Referring(Downstream):
         return ReferringModule(model, replace(config.referring, **trained), config.run.seed)
 
     def predict(self, module: PairModule, batch: Batch) -> Iterator[Prediction]:
+        assert isinstance(module, ReferringModule)
         logits_BR = module.logits(module.outputs(batch))
-        for row_R, labels in zip(logits_BR.tolist(), batch.labels, strict=True):
-            best = max(range(len(row_R)), key=row_R.__getitem__)
-            written = {"id": labels["id"], "box": labels["boxes"][best].tolist(), "score": row_R[best]}
-            num_seen = min(len(row_R), len(labels["boxes"]))  # data.max_regions leaves out the others
+        best_B, chances = logits_BR.argmax(-1).tolist(), module.chances(logits_BR).tolist()
+        for best, chances_R, labels in zip(best_B, chances, batch.labels, strict=True):
+            written = {"id": labels["id"], "box": labels["boxes"][best].tolist(), "score": chances_R[best]}
+            num_seen = min(len(chances_R), len(labels["boxes"]))  # data.max_regions leaves out the others
             of_seen = {
                 name: None if labels[name] is None else labels[name][:num_seen] for name in ("boxes", "overlaps")
             }
-            seen = {**labels, **of_seen, "scores": np.array(row_R[:num_seen])}
+            seen = {**labels, **of_seen, "scores": np.array(chances_R[:num_seen])}
             yield Prediction(str(best), self.score_of(str(best), labels), seen, written)
+
+    def check_evaluation(self, config: Config) -> None:
+        if config.referring.detections is not None:
+            load_detections(config.referring.detections)
 
     def guesses(self, predictions: Sequence[Prediction]) -> dict[str, Any]:
         """Returns what the largest box earns, and any box on average."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,13 +50,13 @@ def examine(
     vocabs: Vocabs,
     config: Config,
     index: SampleIndex,
-    train: SampleIndex | None,
+    train: Sequence[SampleIndex],
 ) -> TaskReport:
     """Returns predictions and scores of a split, with all rows of `blind`.
 
     Args:
         module: with its trained weights, on its device.
-        train: the training split, for what its texts alone tell. None: those rows are left out.
+        train: what was trained on, for what its texts alone tell. Empty: those rows are left out.
 
     Raises:
         DataError: a sample cannot be read.
@@ -82,12 +82,12 @@ def _blind(
     vocabs: Vocabs,
     config: Config,
     index: SampleIndex,
-    train: SampleIndex | None,
+    train: Sequence[SampleIndex],
     predictions: list[Prediction],
 ) -> Iterator[tuple[str, Any]]:
     yield from task.guesses(predictions).items()
     controls = config.eval.controls
-    if train is not None and task.names_answers and "texts" in controls:
+    if train and task.names_answers and "texts" in controls:
         yield from _from_texts(task, config, index, train, predictions)
 
     def scored(name: str, index: SampleIndex, withhold_tags: bool = False, blind: bool = False) -> tuple[str, Any]:
@@ -103,13 +103,13 @@ def _blind(
 
 
 def _from_texts(
-    task: Downstream, config: Config, index: SampleIndex, train: SampleIndex, predictions: list[Prediction]
+    task: Downstream, config: Config, index: SampleIndex, train: Sequence[SampleIndex], predictions: list[Prediction]
 ) -> Iterator[tuple[str, Any]]:
     """Yields what the most frequent answer of each kind earns, and a naive Bayes guess from the words."""
     read_labels = task.evaluation_needs(config).read_labels
     assert read_labels is not None
     learnt: dict[Any, tuple[list[str], list[str]]] = {}
-    for text, labels in _labelled_texts(train, read_labels):
+    for text, labels in _training_texts(train, read_labels):
         answer = task.known_answer(labels)
         if answer is not None:
             texts, answers = learnt.setdefault(labels.get("kind"), ([], []))
@@ -119,7 +119,7 @@ def _from_texts(
         return
     priors = {kind: TextPrior.fit(texts, answers) for kind, (texts, answers) in learnt.items()}
     majority = {kind: Counter(answers).most_common(1)[0][0] for kind, (_, answers) in learnt.items()}
-    texts = [text for text, _ in _labelled_texts(index, read_labels, limit=None)]
+    texts = [text for number in range(index.num_records) for text, _ in _labelled_texts(index, number, read_labels)]
     yield "majority", mean_scores(_guessed(task, predictions, (majority.get(p.kind) for p in predictions)))
     guesses = (
         priors[prediction.kind].predict(text) if prediction.kind in priors else None
@@ -137,22 +137,24 @@ def _guessed(
         yield prediction._replace(answer=guess or "", score=score)
 
 
-def _labelled_texts(
-    index: SampleIndex, read_labels: ReadLabels, limit: int | None = MAX_TRAINING_TEXTS
-) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yields texts and labels of a split in order, of records spread over it if it has more than `limit` samples.
+def _training_texts(train: Sequence[SampleIndex], read_labels: ReadLabels) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yields training texts and labels, of records spread over all folders if these have more texts than the most.
 
-    Training texts that cannot be read are left out: training has replaced them, too.
+    Texts that cannot be read are left out: training has replaced them, too.
     """
-    every = 1 if limit is None else -(-len(index) // limit)
-    for number in progress_bar(range(0, index.num_records, every), desc="texts", leave=False):
+    every = -(-sum(map(len, train)) // MAX_TRAINING_TEXTS)
+    places = [(index, number) for index in train for number in range(0, index.num_records, every)]
+    for index, number in progress_bar(places, desc="texts", leave=False):
         try:
-            record, _ = index.describe(index.place(number))
-            yield from [(caption.text, read_labels(caption.labels or {}, record)) for caption in record.captions]
+            yield from _labelled_texts(index, number, read_labels)
         except (DataError, OSError) as error:
-            if limit is None:
-                raise
             logger.debug("a training text is left out: %s", error)
+
+
+def _labelled_texts(index: SampleIndex, number: int, read_labels: ReadLabels) -> list[tuple[str, Mapping[str, Any]]]:
+    """Returns texts and labels of a record, in order. Raises DataError or OSError where it cannot be read."""
+    record, _ = index.describe(index.place(number))
+    return [(caption.text, read_labels(caption.labels or {}, record)) for caption in record.captions]
 
 
 def task_table(report: Mapping[str, Any]) -> str:

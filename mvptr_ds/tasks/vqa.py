@@ -47,7 +47,7 @@ def read_labels(index_of: Mapping[str, int], labels: Mapping[str, Any], record: 
         counts all the same. Beside it `answers`, `annotations`, `question_id` and `kind` as the caption has them.
 
     Raises:
-        DataError: scores that are none.
+        DataError: scores that are none, or annotations that are no answers.
     """
     answers = labels.get(ANSWERS)
     if answers is not None and not isinstance(answers, dict):
@@ -55,6 +55,14 @@ def read_labels(index_of: Mapping[str, int], labels: Mapping[str, Any], record: 
     for answer, score in (answers or {}).items():
         if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
             raise DataError(f"label {ANSWERS!r} gives {answer!r} the score {score!r}, expected a number from 0 to 1")
+    annotations = labels.get("annotations")
+    if annotations is not None and not (
+        isinstance(annotations, list) and annotations and all(isinstance(answer, str) for answer in annotations)
+    ):
+        raise DataError(
+            f"label 'annotations' is {annotations!r:.80}, expected the answers of the annotators, ten as a rule; leave "
+            "it out where there are none"
+        )
     known = ("annotations", "question_id", "kind")
     return {
         "targets": [(index_of[a], float(s)) for a, s in (answers or {}).items() if a in index_of],

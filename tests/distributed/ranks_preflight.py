@@ -66,6 +66,7 @@ def scenarios(folder: Path) -> Iterator[tuple[str, Callable[[], list[dict[str, s
         yield "clocks", examine
     with replaced(rank_checks.dist, "all_reduce", wrong_sum):
         yield "all-reduce", examine
+    yield "a task without its start", lambda: examine("run.stages=[entailment]", "run.init_from=gone")
     yield "arguments", lambda: examine(f"train.batch_size={8 + 8 * second}")
     yield "run folder", lambda: examine("run.dir=own")  # relative: each rank stands in another folder
     yield "shards", lambda: examine("data.train=own-train")

@@ -116,13 +116,12 @@ def test_regions_are_those_of_the_evaluation(untrained: Untrained, score: str, t
     model, (pictures, texts, phrases) = mvptr_ds.load(folder, device="cpu"), contents(untrained)
     found = model.find(pictures, texts, k=2, phrases=phrases)
     for number, (regions, prediction, logits_R) in enumerate(zip(found, predictions, logits, strict=True)):
-        scores_R = logits_R.softmax(-1) if score == "product" else logits_R
+        scores_R = {"product": logits_R.softmax(-1), "cosine": logits_R}.get(score, logits_R.sigmoid())
         order = scores_R.argsort(descending=True)[:2].tolist()
         assert [region.box for region in regions] == [pictures[number].boxes[n] for n in order]
         assert list(regions[0].box) == prediction.written["box"]
         close([value for _, value in regions], scores_R[order])
-        if score != "product":
-            assert regions[0].score == pytest.approx(prediction.written["score"], abs=1e-6)
+        assert regions[0].score == pytest.approx(prediction.written["score"], abs=1e-6)
     assert len(model.find(pictures[2], texts[2], k=99)) == len(pictures[2].boxes)
 
 

@@ -73,7 +73,7 @@ def test_a_model_is_asked_what_it_was_trained_for(task: str, made: Untrained, pi
 
 
 def test_scores_that_are_no_probabilities_are_called_scores(made: Untrained, picture: Path, tmp_path: Path) -> None:
-    folder = finetuned_folder(made, "referring", tmp_path / "dot", ["referring.score=dot"])
+    folder = finetuned_folder(made, "referring", tmp_path / "cosine", ["referring.score=cosine"])
     ((best, *_),) = ask_any(mvptr_ds.load(folder, device="cpu"), picture, ["a dog"], 2)
     assert not best.is_probability and best.as_json().keys() == {"box", "score"}
     assert str(Said("box 1 2 3 4", -1.25, False, (1.0, 2.0, 3.0, 4.0))) == " -1.250  box 1 2 3 4"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -158,6 +159,24 @@ def test_lengths_are_those_of_the_built_samples(folders: dict[str, Path], name: 
     assert table.dtype == np.uint8 and table.tolist() == wanted
     parts = [measure(index, builder, range(a, b), False) for a, b in ((0, 2), (2, 2), (2, index.num_records))]
     assert np.array_equal(np.concatenate(parts), table)
+
+
+def test_tags_behind_a_text_count(folders: dict[str, Path], tmp_path: Path) -> None:
+    config, index = config_of(folders), Index.open(folders["pairs"])
+    needs = dataclasses.replace(builders.NOTHING_MASKED, tags_in_text=True)
+    plain, builder = (
+        builders.build_samples(config, VOCABS, index, wanted, tag_noise=False)
+        for wanted in (builders.NOTHING_MASKED, needs)
+    )
+    table = measure(index, builder, range(index.num_records), show_progress=False)
+    rng = np.random.default_rng(0)
+    for number in range(len(index)):
+        place = index.locate(number)
+        record, members = index.read(place)
+        built = builder.build(members, place.caption, place.record, number, rng, record)
+        assert table[number].tolist() == lengths_built(built)
+    assert (table[:, 0] > measure(index, plain, range(index.num_records), show_progress=False)[:, 0]).any()
+    assert lengths_path(index, builder, tmp_path) != lengths_path(index, plain, tmp_path)
 
 
 def test_lengths_are_kept_for_these_samples_vocabularies_and_caps(folders: dict[str, Path], tmp_path: Path) -> None:

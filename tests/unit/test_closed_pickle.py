@@ -103,6 +103,16 @@ def test_every_other_operation_is_refused(tmp_path: Path, name: str) -> None:
     assert message in str(error.value) and "nothing of it was run" in str(error.value)
 
 
+@pytest.mark.parametrize("operations", ["}%sK\x01s.", "}(%sK\x01u.", "(%sK\x01d."])
+@pytest.mark.parametrize("layer", [b"\x85", b"2\x86"], ids=["deep", "doubled"])
+def test_a_key_of_many_layers_is_refused_before_it_is_hashed(tmp_path: Path, operations: str, layer: bytes) -> None:
+    """Tuples of tuples: one within the other, so that hash() overflows the stack, or two, so that it takes years."""
+    key = b")" + layer * (300_000 if layer == b"\x85" else 100)
+    before, after = operations.encode("latin-1").split(b"%s")
+    with pytest.raises(DataError, match="no pickle of plain data: a dictionary has a tuple as a key"):
+        read_closed_pickle(written(tmp_path, b"\x80\x02" + before + key + after))
+
+
 def test_a_registered_extension_is_refused_too(tmp_path: Path) -> None:
     """Python's own unpickler takes it from a cache that `find_class` never sees."""
     copyreg.add_extension("os", "getcwd", 0xF0)

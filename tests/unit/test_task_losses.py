@@ -14,13 +14,15 @@ import torch
 from mvptr_ds.config import Config, load_config
 from mvptr_ds.config_stages import ReferringConfig, VqaConfig
 from mvptr_ds.data.schema import Record, Region
+from mvptr_ds.data.task_labels import ENTAILMENT_CLASSES
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.errors import DataError
 from mvptr_ds.model.heads import RowHead
+from mvptr_ds.model.packed import Packed
 from mvptr_ds.tasks import TASKS, vqa
 from mvptr_ds.tasks.boxes import box_of_best_region, box_of_weighted_regions, overlaps
 from mvptr_ds.tasks.downstream import frozen_parts, without_regions
-from mvptr_ds.tasks.entailment import CLASSES, EntailmentModule
+from mvptr_ds.tasks.entailment import EntailmentModule
 from mvptr_ds.tasks.entailment import read_labels as read_statement
 from mvptr_ds.tasks.referring import ReferringModule, any_positive
 from mvptr_ds.tasks.referring import read_labels as read_expression
@@ -101,6 +103,44 @@ def test_an_expression_is_compared_with_the_boxes_of_its_record() -> None:
         read_expression({"box": [0, 0, 1, 1]}, NO_RECORD)
 
 
+@pytest.mark.parametrize(
+    ("score", "wanted"),
+    [
+        ("product", [[0.25, 0.75], [1.0, 0.0]]),
+        ("dot", [[0.5, 0.75], [0.5, 0.0]]),
+        ("region", [[0.5, 0.75], [0.5, 0.0]]),
+        ("cosine", [[0.0, math.log(3)], [0.0, -math.inf]]),
+    ],
+)
+def test_chances_of_regions(score: Any, wanted: list[list[float]]) -> None:
+    module = ReferringModule(tiny_model(), ReferringConfig(score=score), seed=0)
+    chances_BR = module.chances(torch.tensor([[0.0, math.log(3)], [0.0, -math.inf]]))
+    assert chances_BR.numpy() == pytest.approx(np.array(wanted), abs=1e-6)
+
+
+@pytest.mark.parametrize("score", ["product", "dot", "region"])
+def test_negative_logits_turn_no_detectors_box_away(score: Any) -> None:
+    """The second region, which is the best, has the first box; the second box is beside all regions."""
+    module = ReferringModule(tiny_model(), ReferringConfig(score=score), seed=0)
+    chances_R = module.chances(torch.tensor([[-3.0, -1.0]]))[0].numpy()
+    assert box_of_weighted_regions(chances_R, np.array([[0.0, 0.0], [0.8, 0.0]])) == 0
+
+
+@pytest.mark.parametrize("score", ["product", "dot", "cosine"])
+def test_regions_that_differ_little_do_not_tie_in_half_precision(score: Any) -> None:
+    """In bfloat16 256 + 1 is 256; the states themselves are exact."""
+    model = tiny_model().to(torch.bfloat16)  # type: ignore[arg-type]
+    module = ReferringModule(model, ReferringConfig(score=score), seed=0).to(torch.bfloat16)
+    dim = model.config.hidden_size
+    first_BD, regions_ND = (torch.zeros(num, dim, dtype=torch.bfloat16) for num in (1, 2))
+    first_BD[0, :2], regions_ND[:, 0] = 16.0, 16.0
+    regions_ND[1, 1] = 1 / 16
+    scores = module._scores(first_BD, Packed(regions_ND, [2])).detach()
+    assert scores.dtype == torch.float32 and float(scores[1]) > float(scores[0])
+    if score == "dot":
+        assert scores.tolist() == [256.0, 257.0]
+
+
 def test_too_many_cross_layers() -> None:
     with pytest.raises(ValueError, match=r"referring.cross_layers is 9, the cross encoder has \d"):
         ReferringModule(tiny_model(), ReferringConfig(cross_layers=9), seed=0)
@@ -110,7 +150,7 @@ def test_too_many_cross_layers() -> None:
 
 
 def test_classes_stand_in_the_published_order() -> None:
-    assert CLASSES == ("contradiction", "neutral", "entailment")
+    assert ENTAILMENT_CLASSES == ("contradiction", "neutral", "entailment")
     assert read_statement({"label": "entailment", "pair_id": "p"}, NO_RECORD)["class"] == 2
     assert read_statement({"pair_id": "p"}, NO_RECORD)["class"] is None
     with pytest.raises(DataError, match="label 'label' is '-', expected one of contradiction, neutral, entailment"):
@@ -130,6 +170,14 @@ def test_soft_scores_of_answers_in_the_list() -> None:
     for answers in (["dog"], {"dog": "yes"}, {"dog": 1.5}, {"dog": True}):
         with pytest.raises(DataError, match="label 'answers'"):
             vqa.read_labels({}, {"answers": answers}, NO_RECORD)
+
+
+def test_annotations_that_are_no_answers() -> None:
+    labels = {"answers": {"dog": 1.0}, "question_id": 5}
+    assert vqa.read_labels({}, labels | {"annotations": ["dog"]}, NO_RECORD)["annotations"] == ["dog"]
+    for given in ([], "dog", [1]):
+        with pytest.raises(DataError, match=r"label 'annotations' is .*, expected the answers of the annotators"):
+            vqa.read_labels({}, labels | {"annotations": given}, NO_RECORD)
 
 
 def test_binary_cross_entropy_is_summed_over_answers_and_every_question_counts() -> None:

@@ -170,6 +170,32 @@ def test_by_detector_boxes(reports: dict[str, Path], tmp_path: Path, capsys: pyt
     assert found["best_region"] == pytest.approx(0.75, abs=0.1) and own["score"] > 0.9
 
 
+def test_what_is_asked_for_in_vain_is_said_before_the_evaluation(
+    reports: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    gone, out = tmp_path / "gone.json", tmp_path / "out"
+    for task, arguments, said in (
+        ("vqa", ["--questions", str(gone)], "gone.json"),
+        ("entailment", ["--questions", str(gone)], "is a model of entailment, which answers no questions of VQA"),
+        ("referring", [f"referring.detections={gone}"], "gone.json"),
+    ):
+        assert evaluation.main([str(reports[task]), "--out", str(out), *arguments]) == 2
+        assert said in caplog.text and not (out / "report.json").exists()
+        caplog.clear()
+
+
+def test_all_sources_of_a_mixture_tell_what_texts_alone_say(
+    reports: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = reports["vqa"].parents[1] / "vqa/train"
+    source = f"{{shards: {shards}, weight: 1}}"
+    arguments = [str(reports["vqa"]), "--out", str(tmp_path), "eval.controls=[texts]", "eval.num_pictures=0"]
+    mixture = ["data.train=null", f"data.sources={{one: {source}, two: {source}}}"]
+    assert evaluation.main([*arguments, *mixture]) == 0
+    own = read(reports["vqa"])["blind"]
+    assert read(tmp_path)["blind"] == {row: own[row] for row in ("majority", "text_alone")}
+
+
 def test_a_split_without_answers_gives_predictions_alone(
     reports: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

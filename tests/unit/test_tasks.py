@@ -151,6 +151,10 @@ def test_a_head_starts_fresh_where_the_task_says_so_and_is_kept_beside_the_model
         load_weights(another, tmp_path / "tuned")
     with pytest.raises(CheckpointError, match=wanted):
         init_from_folder(another, vocabs, tmp_path / "tuned", fresh=("head.",))
+    many = Colours(tiny_plain(**sizes), SETTINGS | {"classes": [str(n) for n in range(3_000)]})
+    with pytest.raises(CheckpointError, match=wanted) as error:
+        load_weights(many, tmp_path / "tuned")
+    assert len(str(error.value)) < 1_000
     stranger = Colours(tiny_plain(**sizes), {"task": "sizes"})
     assert init_from_folder(stranger, vocabs, tmp_path / "tuned", fresh=("head.",)) == ["head.weight", "head.bias"]
     with pytest.raises(CheckpointError, match="asks for weight, bias: resume it with the objectives it had"):

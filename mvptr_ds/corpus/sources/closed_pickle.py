@@ -44,6 +44,22 @@ class _ClosedUnpickler(_PYTHON):  # type: ignore[misc, valid-type]
 
     dispatch = {code: _PYTHON.dispatch[code] for code in _CODES.values()}
 
+    def _load_pair(self) -> None:
+        _check_key(self.stack[-2])
+        _PYTHON.load_setitem(self)
+
+    def _load_pairs(self) -> None:
+        for key in self.stack[::2]:  # of the part behind the mark
+            _check_key(key)
+        _PYTHON.load_setitems(self)
+
+    def _load_dict(self) -> None:
+        for key in self.stack[::2]:
+            _check_key(key)
+        _PYTHON.load_dict(self)
+
+    dispatch |= {_CODES["SETITEM"]: _load_pair, _CODES["SETITEMS"]: _load_pairs, _CODES["DICT"]: _load_dict}
+
     def find_class(self, module: str, name: str) -> NoReturn:
         raise _RefusedError(f"it names {f'{module}.{name}'[:80]!r}")
 
@@ -53,6 +69,12 @@ class _ClosedUnpickler(_PYTHON):  # type: ignore[misc, valid-type]
 
 class _RefusedError(Exception):
     """Says what a pickle holds besides plain data."""
+
+
+def _check_key(key: Any) -> None:
+    """Raises _RefusedError for a tuple: to hash one of many layers crashes Python, or takes for ever."""
+    if isinstance(key, tuple):
+        raise _RefusedError("a dictionary has a tuple as a key")
 
 
 def read_closed_pickle(path: Path) -> Any:

@@ -85,7 +85,7 @@ def test_the_start_of_a_task_is_looked_for_by_all_ranks(told: Told) -> None:
         ("arguments", "configuration", "error", ["configuration differs: ", " on rank 0 (", " on rank 1 ("]),
         ("run folder", "run folder", "error", ["rank 1 (", "): own is another folder than rank 0's"]),
         ("shards", "shards", "error", ["rank 1 (", "cannot open the index of own-train"]),
-        ("vocabularies", "vocabularies", "error", ["rank 0 (", "131 words (", "33 phrases"]),
+        ("vocabularies", "vocabularies", "error", ["rank 0 (", "142 words (", "33 phrases"]),
     ],
 )
 def test_what_differs_between_ranks_is_said_with_who_has_what(

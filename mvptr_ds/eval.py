@@ -70,10 +70,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--questions",
         type=user_path,
-        nargs="+",
+        action="append",
         default=[],
         metavar="FILE",
-        help="official question files of VQA: predictions.json is written only if it answers each of them",
+        help="an official question file of VQA, once for each: predictions.json is written only if it answers each of them",
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the configuration")
     return parser.parse_intermixed_args(argv)  # overrides may stand before and behind options
@@ -169,6 +169,7 @@ def _evaluate_task(
     report = {"model": str(path), "held_out": str(config.data.held_out), **found.report}
     _write_report(out / "report.json", json.dumps(report, indent=1) + "\n")
     written = [prediction.written for prediction in found.predictions]
+    (out / PREDICTIONS).unlink(missing_ok=True)  # of an earlier evaluation, where these are refused
     check(written)
     _write_report(out / PREDICTIONS, json.dumps(written) + "\n")
     shown = [

@@ -10,14 +10,15 @@ from mvptr_ds.checkpoints.hand_over import find_model
 from mvptr_ds.config import Config, load_config
 from mvptr_ds.demo.tasks import Task, build_task_shards
 from mvptr_ds.errors import CheckpointError, DataError
+from mvptr_ds.tasks import TASKS
+from mvptr_ds.tasks.downstream import Downstream
 
 STAGE2_ALONE = "stage2_alone"
 ARMS = ("scratch", STAGE2_ALONE, "pretrained", "text_alone")
 SCRATCH_FACTOR = 2.0  # of the learning rate: fresh weights have further to go
-LEARNING_RATE = {"retrieval": 5e-4, "vqa": 5e-4, "entailment": 5e-4, "referring": 5e-4}
+LEARNING_RATE = 5e-4
 TAG_WITHHOLD_PROB = 0.3
 CONTROLS = {False: ("without_tags",), True: ("without_tags", "permuted_pictures")}  # whether it is the trained demo
-OTHER_PICTURES = {"retrieval": "picture", "vqa": "picture", "entailment": "picture", "referring": "contents"}
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def _job(plan: Plan, task: str, arm: str, seed: int, alone: Job) -> Job:
     folder = plan.work / task / arm / f"seed-{seed}"
     starts = {"scratch": "null", STAGE2_ALONE: str(alone.folder)}
     start = starts.get(arm, str(plan.demo))
-    rate = LEARNING_RATE[task] * (SCRATCH_FACTOR if arm == "scratch" else 1.0)
+    rate = LEARNING_RATE * (SCRATCH_FACTOR if arm == "scratch" else 1.0)
     shards, demo = plan.work / "shards" / task, plan.shards
     overrides = [
         *_quiet(folder, seed),
@@ -132,10 +133,15 @@ def _job(plan: Plan, task: str, arm: str, seed: int, alone: Job) -> Job:
         f"eval.controls=[{', '.join(CONTROLS[arm == 'pretrained'])}]",
         "eval.num_pictures=0",
         *([f"vqa.answers={shards / 'answers.json'}"] if task == "vqa" else []),
-        *([f"data.permute_pictures={OTHER_PICTURES[task]}"] if arm == "text_alone" else []),
+        *([f"data.permute_pictures={_other_pictures(task)}"] if arm == "text_alone" else []),
     ]
     after = alone.folder if arm == STAGE2_ALONE else None
     return Job(task, arm, seed, folder, _file(plan), tuple(overrides), after)
+
+
+def _other_pictures(name: str) -> str:
+    task = TASKS[name]
+    return task.other_pictures if isinstance(task, Downstream) else "picture"
 
 
 def _quiet(folder: Path, seed: int) -> list[str]:

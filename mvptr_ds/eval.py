@@ -73,7 +73,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="FILE",
-        help="an official question file of VQA, once for each: predictions.json is written only if it answers each of them",
+        help="an official question file of VQA, once for each: predictions.json is written only if each is answered",
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the configuration")
     return parser.parse_intermixed_args(argv)  # overrides may stand before and behind options

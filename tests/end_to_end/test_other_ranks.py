@@ -141,6 +141,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_is_said_and_the_checkpoint_stays(undisturbed: Path, small_disk: Path) -> None:
     checkpoint = undisturbed / f"stage2/checkpoints/step-{CUT:08d}"
-    with pytest.raises(CheckpointError, match=r"could not be converted .*(No space left|unexpected pos|enough space)"):
+    # torch says it in one of several ways, depending on which of its writes meets the end
+    said = r"could not be converted .*(No space left|unexpected pos|enough space|iostream error)"
+    with pytest.raises(CheckpointError, match=said):
         reshard.convert(checkpoint, small_disk / "universal")
     assert verify(checkpoint) is None and list((small_disk / "universal").iterdir()) == []

@@ -19,7 +19,7 @@ from mvptr_ds.data.shards.tar_writer import write_tar
 from mvptr_ds.data.shards.writer import write_shards
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.objectives.table import OBJECTIVES
-from mvptr_ds.preflight import checks, sample_checks
+from mvptr_ds.preflight import checks, sample_checks, setting_checks
 from mvptr_ds.preflight.rank_checks import Finding
 
 FEATURE_DIM = 8
@@ -162,15 +162,15 @@ def test_what_objectives_need_is_what_is_looked_for() -> None:
 
 def test_a_warm_up_or_a_trace_behind_the_end_of_a_stage_and_several_wrong_lists() -> None:
     overrides = ("stage1.max_steps=4", "stage1.warmup_steps=5", "stage2.max_steps=5", "stage2.warmup_steps=5")
-    (well, warning) = checks._settings(config_of(*overrides))
+    (well, warning) = setting_checks.examine(config_of(*overrides))
     assert (well.level, warning.level) == ("ok", "warning")
     assert warning.text == "stage1.warmup_steps is 5, but stage1.max_steps only 4"
-    assert len(list(checks._settings(config_of(*overrides, "run.stages=[2]")))) == 1
+    assert len(list(setting_checks.examine(config_of(*overrides, "run.stages=[2]")))) == 1
     traced = ("stage1.warmup_steps=0", "stage1.max_steps=4", "stage2.warmup_steps=0", "stage2.max_steps=5")
-    found = list(checks._settings(config_of(*traced, "train.profile_steps=[4,6]")))
+    found = list(setting_checks.examine(config_of(*traced, "train.profile_steps=[4,6]")))
     assert [(f.level, f.text) for f in found[1:]] == [
         ("warning", "train.profile_steps is [4, 6], but stage1.max_steps only 4")
     ]
     wrong = ("run.stages=[3]", "train.profile_steps=[1]")
-    found = [f.text.partition(" is ")[0] for f in checks._settings(config_of(*wrong))]
+    found = [f.text.partition(" is ")[0] for f in setting_checks.examine(config_of(*wrong))]
     assert found == ["train.profile_steps", "run.stages"]

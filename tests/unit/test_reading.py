@@ -25,8 +25,10 @@ run_encoder = Encoder.forward
 
 @pytest.fixture(autouse=True)
 def unread_rows_are_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    def forward(encoder: Encoder, packed: Packed, needed: Packed | None = None) -> Packed:
-        states = run_encoder(encoder, packed, needed)
+    def forward(
+        encoder: Encoder, packed: Packed, needed: Packed | None = None, num_layers: int | None = None
+    ) -> Packed:
+        states = run_encoder(encoder, packed, needed, num_layers)
         return states if needed is None else states.like(states.rows.masked_fill(~needed.rows[:, None], float("nan")))
 
     monkeypatch.setattr(Encoder, "forward", forward)

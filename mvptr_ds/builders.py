@@ -187,7 +187,7 @@ def model_config(config: Config, vocabs: Vocabs) -> MvptrConfig:
     if config.data.max_text_slots > model.max_positions or config.data.max_tag_slots > model.max_positions:
         raise ValueError(
             f"data.max_text_slots={config.data.max_text_slots} and data.max_tag_slots={config.data.max_tag_slots} "
-            f"must not exceed model.max_positions={model.max_positions}"
+            f"must not exceed model.max_positions={model.max_positions}: lower them"
         )
     return MvptrConfig(
         num_words=len(vocabs.words),

@@ -274,7 +274,8 @@ def main(argv: list[str] | None = None) -> int:
         text = "\n".join(f"{name} {100 * score:.1f} %" for name, score in report["scores"].items())
     else:
         text = task_table(report) if "task" in report else table(report)
-    sys.stdout.write(text + f"\nwritten: {out / 'report.json'}\n")
+    also = f", and {PREDICTIONS} beside it" if isinstance(TASKS.get(report.get("task", "")), Downstream) else ""
+    sys.stdout.write(text + f"\nwritten: {out / 'report.json'}{also}\n")
     return 0
 
 

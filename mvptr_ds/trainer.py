@@ -314,9 +314,10 @@ class Trainer:
         steps_on = ds_config.optimizer_device(filled, self.device)
         for line in builders.kernel_report(config, self.device, ds_config.DTYPES[self.precision], steps_on):
             logger.info("%s", line)
+        num_millions = self.engine.num_trained / 1e6
         logger.info(
-            "%s: %.1f M parameters trained on %d ranks (%s), %d samples a step, %d samples in %s",
-            self.dir.name, self.engine.num_trained / 1e6, collectives.num_ranks(), self.precision,
+            "%s: %.*f M parameters trained on %d ranks (%s), %d samples a step, %d samples in %s",
+            self.dir.name, 1 if num_millions >= 0.1 else 4, num_millions, collectives.num_ranks(), self.precision,
             config.train.batch_size, self.dataset.num_samples, config.data.train or ", ".join(config.data.sources),
         )  # fmt: skip
 

@@ -67,7 +67,8 @@ def find_model(path: Path, stages: Sequence[str] = LAST_FIRST) -> Path:
         chosen = best_checkpoint(stage) or newest_good(stage / "checkpoints", NAME_ANOTHER)
         if chosen is not None:
             return chosen / "model"
-    raise CheckpointError(f"{path} holds no complete checkpoint; give a run folder, a stage folder or a model folder")
+    there = "holds no complete checkpoint" if collectives.of_main(path.exists) else "does not exist"
+    raise CheckpointError(f"{path} {there}; give a run folder, a stage folder or a model folder")
 
 
 def _check_whole(model: Path) -> None:

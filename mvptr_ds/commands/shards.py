@@ -47,7 +47,8 @@ FORMATS = {
     "refcoco": "RefCOCO, RefCOCO+ or RefCOCOg: refs(unc).p and instances.json together, or lists of expressions with "
     "boxes; splits as the files say",
     "jsonl-tasks": "one's own questions, statements or expressions with their answers, labels or boxes: JSON lines, a "
-    "JSON array, .csv or .tsv",
+    "JSON array, .csv or .tsv. Columns: image; question, statement, expression or text; answer or answers, label "
+    "(entailment, neutral, contradiction) or box (x1, y1, x2, y2 in pixels)",
 }
 TASK_FORMATS = ("vqa", "snli_ve", "refcoco", "jsonl-tasks")
 OWN_SPLITS = ("karpathy", "vqa", "snli_ve", "refcoco")

@@ -15,6 +15,9 @@ _FOLD_ROWS = (("global states", "retrieval"), ("re-ranked", "rerank"))
 def table(report: Mapping[str, Any]) -> str:
     """Returns the report as text: shares in percent with one decimal, a dash where nothing was asked."""
     parts = [_retrieval(report), _grounding(report), _masked_and_matched(report)]
+    grounding = report["grounding"]
+    if not grounding["n"] and not grounding["num_without_slot"]:  # as in public captions, whose boxes nobody knows
+        parts[1] = ["GROUNDING: no phrase of the split has a known region"]
     tags = "" if report["num_tags"] else ", no tags"
     lines = [f"held out: {report['num_scenes']} scenes, {report['num_captions']} captions{tags}; shares in %"]
     for part in parts:

@@ -175,7 +175,20 @@ def task_table(report: Mapping[str, Any]) -> str:
             cells = [("all", row["score"]), *((kind, row["by_kind"].get(kind, {}).get("score")) for kind in kinds)]
             shown = "".join(f"{'-' if s is None else f'{100 * s:.1f}':>{_width(column)}}" for column, s in cells)
             lines.append(f"{name.replace('_', ' '):{width}}{shown}")
-    return "\n".join(lines)
+    return "\n".join(lines + _bounds(report))
+
+
+def _bounds(report: Mapping[str, Any]) -> list[str]:
+    """Returns a line for each share that bounds the score or counts it by detections."""
+    shares = {name: report[name] for name in ("answerable", "upper_bound") if name in report}
+    shares |= {
+        f"by detections: {name}": share
+        for name, share in report.get("by_detections", {}).items()
+        if isinstance(share, float)  # the rest are counts
+    }
+    width = max(map(len, shares), default=0) + 2
+    lines = [f"{name.replace('_', ' '):{width}}{100 * share:>6.1f}" for name, share in shares.items()]
+    return ["", *lines] if lines else []
 
 
 def _width(column: str) -> int:

@@ -249,7 +249,10 @@ def test_random_state_comes_back(tmp_path: Path) -> None:
 
 def test_find_model(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+    with pytest.raises(CheckpointError, match="run does not exist; give a run folder"):
+        find_model(run)
+    run.mkdir()
+    with pytest.raises(CheckpointError, match="run holds no complete checkpoint"):
         find_model(run)
     stage1 = save(run / "stage1" / "checkpoints", 4)
     assert find_model(run) == stage1 / "model"

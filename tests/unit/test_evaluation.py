@@ -285,7 +285,8 @@ def test_a_model_and_a_split_without_phrases(tmp_path: Path, planted: tuple[Inde
     assert report["mcr"]["phrases"] == {"accuracy": None, "majority": None, "n": 0}
     assert "eval/grounding/accuracy" not in flatten_scores(report)
     lines = {line[:30].strip(): line for line in table(report).splitlines()}
-    assert lines["nouns"].split() == ["nouns", "0", *"-" * 7]
+    assert lines["phrases, half masked"].split()[3:] == ["0", "-", "-"]
+    assert "GROUNDING: no phrase of the split has a known region" in table(report) and "nouns" not in lines
     assert "NaN" not in json.dumps(report)
 
 

@@ -254,7 +254,7 @@ def test_the_command(untrained: Untrained, tmp_path: Path) -> None:
     again = run_tool("export_model.py", untrained.folder, tmp_path / "out")
     assert again.returncode == 1 and "out holds something already; name a new folder" in again.stderr
     nothing = run_tool("export_model.py", tmp_path / "nowhere", tmp_path / "other")
-    assert nothing.returncode == 1 and "nowhere holds no complete checkpoint" in nothing.stderr
+    assert nothing.returncode == 1 and "nowhere does not exist; give a run folder" in nothing.stderr
     with pytest.raises(DataError, match="name a new folder"):
         export_model(untrained.folder, tmp_path / "out")
 

@@ -146,14 +146,28 @@ def test_the_table(reports: dict[str, Path]) -> None:
     lines = task_table(read(reports["vqa"])).splitlines()
     assert lines[0] == "held out: 48 samples; shares in %"
     assert lines[2].split() == ["VQA", "all", "cat", "dog"] and lines[3].split() == ["samples", "48", "24", "24"]
-    assert [line.split("  ")[0] for line in lines[4:]] == [
+    assert [line.split("  ")[0] for line in lines[4:-2]] == [
         "the model", "majority", "text alone", "permuted pictures", "without tags", "tags alone",
     ]  # fmt: skip
+    assert lines[-2:] == ["", "answerable   100.0"]
+
+
+def test_the_table_shows_what_detections_are_asked_for() -> None:
+    shares = {"upper_bound": 0.75, "best_region": 0.5, "weighted_regions": 0.25, "num_without_boxes": 1}
+    report = {"task": "referring", "n": 4, "score": 0.5, "by_kind": {}, "blind": {}, "upper_bound": 1.0}
+    assert task_table({**report, "by_detections": shares}).splitlines()[-5:] == [
+        "",
+        "upper bound                       100.0",
+        "by detections: upper bound         75.0",
+        "by detections: best region         50.0",
+        "by detections: weighted regions    25.0",
+    ]
 
 
 def test_controls_can_be_left_out(reports: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [str(reports["vqa"]), "--out", str(tmp_path), "eval.controls=[tags_alone]", "eval.num_pictures=0"]
     assert evaluation.main(arguments) == 0
+    assert f"written: {tmp_path / 'report.json'}, and predictions.json beside it" in capsys.readouterr().out
     report = read(tmp_path)
     assert list(report["blind"]) == ["tags_alone"] and report["score"] == read(reports["vqa"])["score"]
     assert not (tmp_path / "answers.png").exists() and (reports["vqa"] / "answers.png").exists()

@@ -73,7 +73,7 @@ def test_two_ranks_that_are_well(told: Told) -> None:
 def test_the_start_of_a_task_is_looked_for_by_all_ranks(told: Told) -> None:
     found = {finding["check"]: finding["text"] for finding in told["a task without its start"]}
     assert found["splits"] == "data.held_out shares no picture with data.train"
-    assert found["hand-over"].startswith("gone holds no complete checkpoint")
+    assert found["hand-over"].startswith("gone does not exist; give a run folder")
 
 
 @pytest.mark.parametrize(

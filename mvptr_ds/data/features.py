@@ -293,6 +293,9 @@ class _Text(NamedTuple):
 
 
 def _extended(values_T: np.ndarray, num_slots: int, fill: Any) -> np.ndarray:
+    """Returns the values with `fill` up to so many slots; as they are where these are all, as of nearly every text."""
+    if len(values_T) == num_slots:  # np.pad takes as long as the rest of a short text
+        return values_T
     return np.pad(values_T, (0, num_slots - len(values_T)), constant_values=fill)
 
 

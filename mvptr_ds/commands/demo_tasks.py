@@ -23,13 +23,15 @@ EPILOG = """\
 examples:
   %(prog)s
   %(prog)s --demo runs/demo-stamps --steps 300 --seeds 0 1 2
-  %(prog)s --tasks entailment --steps 1000
+  %(prog)s --tasks entailment --arms scratch pretrained --steps 1000 --out runs/demo-tasks-1000
+  %(prog)s --tasks referring --set referring.probe=true --out runs/demo-probe     # the head alone is trained
 
 The demo run is made by `make demo`, or `mvptr demo`. Items are drawn from its scenes, so that a text that is right of
 one picture is wrong of another. Scores are of held-out scenes, without any object tags, in percent.
 An interrupted call goes on when it is typed again: what is done stays. OUT/report.json holds the table as
 {TASK: {ARM: {"score", "by_kind"}}}. Exit status: 0 done, 1 a run failed (its log is named), 2 wrong usage."""
 TASKS = ("retrieval", "vqa", "entailment", "referring")
+ARMS = ("scratch", "stage2_alone", "pretrained", "text_alone")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,8 +46,9 @@ def main(argv: list[str] | None = None) -> int:
     from mvptr_ds.transfer.table import gather, table
 
     try:
-        plan = Plan.of(arguments.demo, arguments.out, arguments.steps, arguments.scenes, arguments.batch_size)
-        jobs = jobs_of(plan, arguments.tasks, arguments.seeds)
+        size = (arguments.steps, arguments.scenes, arguments.batch_size)
+        plan = Plan.of(arguments.demo, arguments.out, *size, arguments.set)
+        jobs = jobs_of(plan, arguments.tasks, arguments.seeds, arguments.arms)
         run_all(jobs, arguments.processes)
         report = gather(jobs)
     except USER_ERRORS as error:
@@ -65,9 +68,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--demo", type=user_path, default=Path("runs/demo"), metavar="RUN", help="the demo run (default: %(default)s)")
     add("--out", type=user_path, default=Path("runs/demo-tasks"), metavar="DIR", help="where to write (%(default)s)")
     add("--tasks", nargs="+", choices=TASKS, default=TASKS, metavar="TASK", help=f"of {', '.join(TASKS)} (all)")
+    add("--arms", nargs="+", choices=ARMS, default=ARMS, metavar="ARM", help=f"of {', '.join(ARMS)} (all)")
     add("--steps", type=number, default=100, metavar="N", help="steps of fine-tuning (%(default)s)")
     add("--scenes", type=number, default=1500, metavar="N", help="scenes to fine-tune on (%(default)s)")
     add("--batch-size", type=number, default=64, metavar="N", help="texts of a step (%(default)s)")
     add("--seeds", nargs="+", type=int, default=[0], metavar="N", help="a run each; the table has their mean (0)")
+    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of every run, as of train.py")
     add("--processes", type=number, default=os.cpu_count() or 1, metavar="N", help="runs at a time (%(default)s)")
     return parser

@@ -51,10 +51,13 @@ class Plan:
     steps: int
     scenes: int
     batch_size: int
+    overrides: tuple[str, ...]  # of every run, after its own
     config: Config  # of the demo run
 
     @classmethod
-    def of(cls, demo: Path, out: Path, steps: int, scenes: int, batch_size: int) -> Plan:
+    def of(
+        cls, demo: Path, out: Path, steps: int, scenes: int, batch_size: int, overrides: Sequence[str] = ()
+    ) -> Plan:
         """Reads the demo run.
 
         Raises:
@@ -68,7 +71,7 @@ class Plan:
             raise CheckpointError(f"{error}; {remedy}") from error
         if config.data.demo_source is None:
             raise DataError(f"{demo} was not trained on demo shards: data.demo_source is null in its configuration")
-        return cls(demo, out, steps, scenes, batch_size, config)
+        return cls(demo, out, steps, scenes, batch_size, tuple(overrides), config)
 
     @property
     def work(self) -> Path:
@@ -81,7 +84,7 @@ class Plan:
         return Path(str(self.config.data.train)).parent
 
 
-def jobs_of(plan: Plan, tasks: Sequence[Task], seeds: Sequence[int]) -> list[Job]:
+def jobs_of(plan: Plan, tasks: Sequence[Task], seeds: Sequence[int], arms: Sequence[str] = ARMS) -> list[Job]:
     """Returns every run, and builds the shards of the tasks; the run that others start from comes first.
 
     Raises:
@@ -90,7 +93,8 @@ def jobs_of(plan: Plan, tasks: Sequence[Task], seeds: Sequence[int]) -> list[Job
     for task in tasks:
         build_task_shards(plan.work / "shards" / task, plan.shards, task, plan.scenes, plan.config.run.seed)
     alone = _stage2_alone(plan)
-    return [alone, *(_job(plan, task, arm, seed, alone) for seed in seeds for task in tasks for arm in ARMS)]
+    first = [alone] if STAGE2_ALONE in arms else []
+    return [*first, *(_job(plan, task, arm, seed, alone) for seed in seeds for task in tasks for arm in arms)]
 
 
 def _stage2_alone(plan: Plan) -> Job:
@@ -134,6 +138,7 @@ def _job(plan: Plan, task: str, arm: str, seed: int, alone: Job) -> Job:
         "eval.num_pictures=0",
         *([f"vqa.answers={shards / 'answers.json'}"] if task == "vqa" else []),
         *([f"data.permute_pictures={_other_pictures(task)}"] if arm == "text_alone" else []),
+        *plan.overrides,
     ]
     after = alone.folder if arm == STAGE2_ALONE else None
     return Job(task, arm, seed, folder, _file(plan), tuple(overrides), after)

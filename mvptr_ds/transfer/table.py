@@ -49,12 +49,12 @@ def _mean(of_seeds: Sequence[Scores]) -> dict[str, Any]:
 
 def table(report: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns the report as text: a column a start, a line a kind, in percent; several seeds as mean and spread."""
-    arms = (*ARMS, PERMUTED)
+    arms = [arm for arm in (*ARMS, PERMUTED) if any(arm in of_task for of_task in report.values())]
     lines = []
     for task, of_task in report.items():
         head = [task.upper(), "n", *(arm.replace("_", " ") for arm in arms)]
         rows = [["all", "", *(_cell(of_task.get(arm)) for arm in arms)]]
-        for kind, of_kind in of_task["pretrained"]["by_kind"].items():
+        for kind, of_kind in next(iter(of_task.values()))["by_kind"].items():
             values = (of_task.get(arm, {}).get("by_kind", {}).get(kind) for arm in arms)
             rows.append([f"  {kind}", str(of_kind["n"]), *map(_cell, values)])
         lines += [*(_line(cells) for cells in (head, *rows)), ""]

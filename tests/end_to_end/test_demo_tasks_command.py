@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from mvptr_ds.commands import demo_tasks
+from mvptr_ds.tasks import TASKS
 from mvptr_ds.transfer.arms import ARMS
 from tests.conftest import REPO
 from tests.support.launch import environment
@@ -57,3 +59,16 @@ def test_from_a_demo_run_to_the_table(tmp_path: Path) -> None:
     assert again.returncode == 0 and again.stdout == first.stdout, again.stderr
     other = run(*command, "--steps", "3")
     assert other.returncode == 2 and "was made with other arguments" in other.stderr
+
+    probe = ["--arms", "pretrained", "--set", "entailment.probe=true", "--out", str(tmp_path / "probe")]
+    third = run(*command, *probe)
+    assert third.returncode == 0, third.stderr
+    report = json.loads((tmp_path / "probe/report.json").read_text(encoding="utf-8"))
+    assert list(report["entailment"]) == ["pretrained", "permuted"]
+    assert not (tmp_path / "probe/shapes/pretraining").exists()
+    log = (tmp_path / "probe/shapes/entailment/pretrained/seed-0/log.txt").read_text(encoding="utf-8")
+    assert "entailment: 0.0001 M parameters trained" in log  # 51 of the head alone
+
+
+def test_help_names_what_there_is() -> None:
+    assert demo_tasks.ARMS == ARMS and set(demo_tasks.TASKS) <= set(TASKS)

@@ -55,9 +55,7 @@ class Plan:
     config: Config  # of the demo run
 
     @classmethod
-    def of(
-        cls, demo: Path, out: Path, steps: int, scenes: int, batch_size: int, overrides: Sequence[str] = ()
-    ) -> Plan:
+    def of(cls, demo: Path, out: Path, steps: int, scenes: int, batch_size: int, overrides: Sequence[str] = ()) -> Plan:
         """Reads the demo run.
 
         Raises:

@@ -205,7 +205,7 @@ ROWS: Sequence[tuple[str, str, str]] = (  # key, what the table calls it, format
     ("mfu_frac", "MFU", ".0%"),
     ("samples_per_s", "samples/s, all GPUs", ",.0f"),
     ("loader_cores_per_gpu", "loader cores a GPU", ".1f"),
-    ("gpu_hours", "GPU-hours of the stage", ",.0f"),
+    ("gpu_hours", "GPU-hours of the stage", ",.1f"),
 )
 
 

@@ -10,7 +10,6 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -98,21 +97,25 @@ def _run(job: Job, num_threads: int) -> None:
     from mvptr_ds import eval as evaluation
     from mvptr_ds import train
 
-    torch.set_num_threads(num_threads)
+    os.environ["OMP_NUM_THREADS"] = str(num_threads)  # else a run takes all cores, as it does by itself
+    torch.set_num_threads(num_threads)  # torch has read that variable already
     before = _arguments(job)
     if before is not None and before["overrides"] != list(job.overrides):  # interrupted, and of other arguments
         shutil.rmtree(job.folder)
     job.folder.mkdir(parents=True, exist_ok=True)
     _mark(job, done=False)
     started_s = time.perf_counter()
-    with (job.folder / LOG).open("w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
-        code = train.main(["--config", job.config, *job.overrides])
-        if not code and job.evaluates:
-            code = evaluation.main([str(job.folder)])
-        if not code:
-            log.write(f"{time.perf_counter() - started_s:.0f} s\n")
+    with (job.folder / LOG).open("wb") as log:
+        for stream in (sys.stdout, sys.stderr):  # of the process: compilers that DeepSpeed tries write there, too
+            stream.flush()
+            os.dup2(log.fileno(), stream.fileno())
+    code = train.main(["--config", job.config, *job.overrides])
+    if not code and job.evaluates:
+        code = evaluation.main([str(job.folder)])
     if not code:
+        print(f"{time.perf_counter() - started_s:.0f} s")
         _mark(job, done=True)
+    sys.stdout.flush()
     sys.exit(code)
 
 

@@ -1,7 +1,7 @@
 """Triton's kernels against plain torch in float64: by Triton's interpreter on a CPU, and as they are on a GPU.
 
-The interpreter runs a kernel's own code on CPU tensors, program after program, so shapes are small. conftest.py turns it
-on where there is no GPU. What it does not see: compilation (test_compile_kernels.py), races, speed.
+The interpreter runs a kernel's own code on CPU tensors, program after program, so shapes are small. conftest.py turns
+it on where there is no GPU. What it does not see: compilation (test_compile_kernels.py), races, speed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def outputs(
     device: str,
     dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """The answer and the gradient of every float input, in float64 on the CPU. `dtype`: of the inputs, if not theirs."""
+    """Answer and gradients of the float inputs, float64 on the CPU; `dtype`: what inputs are converted to."""
     given = [moved(value, device, dtype) for value in inputs]
     leaves = [value for value in given if isinstance(value, Tensor) and value.requires_grad]
     out = function(*given)
@@ -295,44 +295,60 @@ def test_another_call_drops_other_elements(device: str) -> None:
     assert not torch.equal(first, other)
 
 
-def test_inputs_that_do_not_fit_are_refused(device: str) -> None:
-    norm = norm_inputs(2, 16, 0.1, torch.float32, True, 0)
-    tiles = AttentionTiles.of((2,), torch.device("cpu"))
-    seed_1, qkv = torch.tensor([0]), drawn(0, 2, 3, 1, 16)
-    refused: list[tuple[str, Callable[..., Tensor], list[Any]]] = [
-        ("expected \\[rows, columns\\]", residual_norm.dropout_add_norm, [norm[0][0], *norm[1:]]),
-        ("the residual is torch.bfloat16", residual_norm.dropout_add_norm, [*norm[:2], norm[2].bfloat16(), *norm[3:]]),
-        (
-            "weight has shape \\[15\\]; expected \\[16\\]",
-            residual_norm.dropout_add_norm,
-            [*norm[:3], norm[3][1:], *norm[4:]],
-        ),
-        ("dropout of 1.0", residual_norm.dropout_add_norm, [*norm[:7], 1.0, EPS]),
-        ("bias has shape", bias_gelu.bias_gelu, [norm[0], norm[1][1:]]),
-        ("at most 8192 fit", residual_norm.dropout_add_norm, norm_inputs(1, 8200, 0.1, torch.float32, False, 0)),
-        (
-            "2 rows for sequences of 3",
-            short_attention.short_attention,
-            [qkv, AttentionTiles.of((3,), torch.device("cpu")), seed_1, 0, 0.1],
-        ),
-        ("expected \\[rows, 3, heads, size\\]", short_attention.short_attention, [qkv[:, :2], tiles, seed_1, 0, 0.1]),
-        ("heads of 136 columns", short_attention.short_attention, [drawn(0, 2, 3, 1, 136), tiles, seed_1, 0, 0.1]),
-        ("labels for logits", word_log_p.word_nll, [norm[0], torch.tensor([1]), 16]),
-        ("17 words in logits", word_log_p.word_nll, [norm[0], torch.tensor([1, 2]), 17]),
-        ("rows of shape", word_log_p.word_log_p, [norm[0], torch.tensor([1]), torch.tensor([1, 2]), 16]),
-    ]
-    for message, function, inputs in refused:
-        with pytest.raises(ValueError, match=message):
-            function(*(moved(value, device, None) for value in inputs))
+NORM = norm_inputs(2, 16, 0.1, torch.float32, True, 0)
+QKV, SEED = drawn(0, 2, 3, 1, 16), torch.tensor([0])
+
+
+@pytest.mark.parametrize(
+    ("message", "inputs"),
+    [
+        ("expected \\[rows, columns\\]", [NORM[0][0], *NORM[1:]]),
+        ("the residual is torch.bfloat16", [*NORM[:2], NORM[2].bfloat16(), *NORM[3:]]),
+        ("weight has shape \\[15\\]; expected \\[16\\]", [*NORM[:3], NORM[3][1:], *NORM[4:]]),
+        ("dropout of 1.0", [*NORM[:7], 1.0, EPS]),
+        ("at most 8192 fit", norm_inputs(1, 8200, 0.1, torch.float32, False, 0)),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(message: str, inputs: list[Any], device: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        residual_norm.dropout_add_norm(*(moved(value, device, None) for value in inputs))
+
+
+@pytest.mark.parametrize(
+    ("message", "qkv", "length"),
+    [
+        ("2 rows for sequences of 3", QKV, 3),
+        ("expected \\[rows, 3, heads, size\\]", QKV[:, :2], 2),
+        ("heads of 136 columns", drawn(0, 2, 3, 1, 136), 2),
+    ],
+)
+def test_sequences_that_do_not_fit_are_refused(message: str, qkv: Tensor, length: int, device: str) -> None:
+    tiles = AttentionTiles.of((length,), torch.device(device))
+    with pytest.raises(ValueError, match=message):
+        short_attention.short_attention(qkv.to(device), tiles, SEED.to(device), 0, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("message", "function", "inputs"),
+    [
+        ("bias has shape", bias_gelu.bias_gelu, [NORM[0], NORM[1][1:]]),
+        ("labels for logits", word_log_p.word_nll, [NORM[0], torch.tensor([1]), 16]),
+        ("17 words in logits", word_log_p.word_nll, [NORM[0], torch.tensor([1, 2]), 17]),
+        ("rows of shape", word_log_p.word_log_p, [NORM[0], torch.tensor([1]), torch.tensor([1, 2]), 16]),
+        ("expected \\[rows, columns\\]", sum_rows.sum_rows, [NORM[0][0], torch.tensor([0]), torch.tensor([0])]),
+    ],
+)
+def test_other_inputs_that_do_not_fit_are_refused(
+    message: str, function: Callable[..., Tensor], inputs: list[Any], device: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        function(*(moved(value, device, None) for value in inputs))
 
 
 def test_tiles_of_sequences(device: str) -> None:
     tiles = AttentionTiles.of((5, 90, 0, 33, 20, 64, 32, 128), torch.device(device))
-    assert {size: numbers.tolist() for size, numbers in tiles.sequences.items()} == {
-        32: [0, 4, 6],
-        64: [3, 5],
-        128: [1, 7],
-    }
+    found = {size: numbers.tolist() for size, numbers in tiles.sequences.items()}
+    assert found == {32: [0, 4, 6], 64: [3, 5], 128: [1, 7]}
     assert tiles.offsets.tolist() == [0, *itertools.accumulate(tiles.lengths)]
     with pytest.raises(ValueError, match="a sequence of 129 rows"):
         AttentionTiles.of((1, 129), torch.device(device))

@@ -1,6 +1,6 @@
 """Attention within packed sequences of at most 128 rows, with dropout: a program holds a sequence's head whole.
 
-All queries of a sequence stand in one tile of 32, 64 or 128 rows, and its keys come in one or two blocks. So each
+All queries of a sequence stand in one tile of 32, 64 or 128 rows, and its keys come in one to four blocks. So each
 gradient has one program that writes it, straight into one tensor [N, 3, H, E], and nothing is added by atomics.
 Sequences of this model have 3 to 110 rows, where flash attention would pad each to tiles of 128.
 
@@ -25,8 +25,8 @@ from .philox_bits import draw_bits
 MAX_HEAD_SIZE = 128
 SMALLEST_DOT = 16  # rows and columns that a tensor core takes at least
 # keys of a block and warps of a program, forward and backward, by tile: chosen so that nothing spills on sm_80, sm_90
-FORWARD = {32: (32, 2), 64: (64, 4), 128: (64, 8)}
-BACKWARD = {32: (32, 4), 64: (64, 8), 128: (64, 8)}
+FORWARD = {32: (32, 2), 64: (64, 4), 128: (32, 8)}
+BACKWARD = {32: (32, 4), 64: (64, 8), 128: (32, 8)}
 
 
 def short_attention(qkv_N3HE: Tensor, tiles: AttentionTiles, seed_1: Tensor, call: int, p: float) -> Tensor:
@@ -130,7 +130,7 @@ def _forward(
     peak = tl.full([QUERIES], -float("inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     out = tl.zeros([QUERIES, E_BLOCK], tl.float32)
-    for start in tl.static_range(0, QUERIES, KEYS):  # the first key is real, so the peak is finite from then on
+    for start in tl.range(0, QUERIES, KEYS, num_stages=1):  # the first key is real, so the peak is finite from then on
         j = start + tl.arange(0, KEYS)
         is_key = (j < length)[:, None] & (d < E)[None, :]
         at = (first + j).to(tl.int64)[:, None] * (3 * H * E) + (H + head) * E + d[None, :]
@@ -189,7 +189,7 @@ def _backward(
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     lse = tl.load(lse_ptr + head.to(tl.int64) * N + first + i, mask=i < length, other=0.0)
     dq = tl.zeros([QUERIES, E_BLOCK], tl.float32)
-    for start in tl.static_range(0, QUERIES, KEYS):
+    for start in tl.range(0, QUERIES, KEYS, num_stages=1):
         j = start + tl.arange(0, KEYS)
         is_key = (j < length)[:, None] & (d < E)[None, :]
         at = (first + j).to(tl.int64)[:, None] * (3 * H * E) + (H + head) * E + d[None, :]

@@ -48,8 +48,8 @@ def outputs(
     given = [moved(value, device, dtype) for value in inputs]
     leaves = [value for value in given if isinstance(value, Tensor) and value.requires_grad]
     out = function(*given)
-    found = [out.detach(), *torch.autograd.grad(out, leaves, to_out.to(device, dtype or to_out.dtype).to(out.dtype))]
-    return [value.double().cpu() for value in found]
+    found = [out, *torch.autograd.grad(out, leaves, to_out.to(device, dtype or to_out.dtype).to(out.dtype))]
+    return [value.detach().double().cpu() for value in found]
 
 
 def moved(value: Any, device: str, dtype: torch.dtype | None) -> Any:

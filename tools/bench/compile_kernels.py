@@ -54,9 +54,13 @@ class Launch:
     @property
     def name(self) -> str:
         """File, direction and, of attention, the tile."""
-        stem = self.kernel.fn.__module__.rpartition(".")[2]
-        tile = f" {self.options['QUERIES']}" if "QUERIES" in self.options else ""
-        return f"{stem}{self.kernel.fn.__name__.replace('_', ' ').removesuffix(stem.replace('_', ' '))}{tile}"
+        file = self.kernel.fn.__module__.rpartition(".")[2]
+        function = self.kernel.fn.__name__.removeprefix("_")
+        return " ".join([file, *([function] if function != file else []), *map(str, self.tile)])
+
+    @property
+    def tile(self) -> list[int]:
+        return [self.options["QUERIES"]] if "QUERIES" in self.options else []
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def bias_gelu(x_ND: Tensor, bias_D: Tensor) -> Tensor:
 
 class _BiasGelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND, bias_D):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x_ND, bias_D):
         x_ND = x_ND.contiguous()
         num_rows, num_columns = x_ND.shape
         out_ND = torch.empty_like(x_ND)
@@ -49,7 +49,7 @@ class _BiasGelu(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_ND):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, dy_ND):
         x_ND, bias_D = ctx.saved_tensors
         num_rows, num_columns = x_ND.shape
         num_blocks = triton.cdiv(num_rows, BLOCK["ROWS"])

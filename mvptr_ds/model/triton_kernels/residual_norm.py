@@ -66,7 +66,7 @@ def dropout_add_norm(
 
 class _DropoutAddNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND, input_bias_D, residual_ND, weight_D, bias_D, seed_1, call, p, eps):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x_ND, input_bias_D, residual_ND, weight_D, bias_D, seed_1, call, p, eps):
         num_rows, num_columns = x_ND.shape
         y_ND, z_ND = (torch.empty_like(x_ND, memory_format=torch.contiguous_format) for _ in range(2))
         mean_N, rstd_N = (torch.empty(num_rows, dtype=torch.float32, device=x_ND.device) for _ in range(2))
@@ -102,7 +102,7 @@ class _DropoutAddNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_ND):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, dy_ND):
         z_ND, weight_D, mean_N, rstd_N, seed_1 = ctx.saved_tensors
         num_rows, num_columns = z_ND.shape
         num_programs = min(_MAX_PROGRAMS, num_rows)

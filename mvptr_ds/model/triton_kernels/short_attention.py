@@ -52,7 +52,7 @@ def short_attention(qkv_N3HE: Tensor, tiles: AttentionTiles, seed_1: Tensor, cal
 
 class _ShortAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv_N3HE, tiles, seed_1, call, p):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, qkv_N3HE, tiles, seed_1, call, p):
         qkv_N3HE = qkv_N3HE.contiguous()
         num_rows, _, num_heads, _ = qkv_N3HE.shape
         out_NHE = torch.empty_like(qkv_N3HE[:, 0], memory_format=torch.contiguous_format)
@@ -64,7 +64,7 @@ class _ShortAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout_NHE):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, dout_NHE):
         qkv_N3HE, out_NHE, lse_HN, seed_1 = ctx.saved_tensors
         dqkv_N3HE = torch.empty_like(qkv_N3HE)
         tensors = (qkv_N3HE, out_NHE, lse_HN, dout_NHE.contiguous(), dqkv_N3HE)

@@ -71,7 +71,7 @@ class _WordLogP(torch.autograd.Function):
     """The words asked of row k are `words[starts[k] : starts[k + 1]]`."""
 
     @staticmethod
-    def forward(ctx: Any, logits_KC, starts_K1, words_M, num_valid):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, logits_KC, starts_K1, words_M, num_valid):
         num_rows, num_columns = logits_KC.shape
         lse_K = torch.empty(num_rows, dtype=torch.float32, device=logits_KC.device)
         log_p_M = torch.empty(len(words_M), dtype=torch.float32, device=logits_KC.device)
@@ -83,7 +83,7 @@ class _WordLogP(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dlog_p_M):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, dlog_p_M):
         if ctx.is_spent:
             raise RuntimeError("the logits were replaced by their gradient; compute the loss again")
         ctx.is_spent = True
@@ -127,7 +127,7 @@ def _backward(logits_ptr, lse_ptr, starts_ptr, words_ptr, dlog_p_ptr, C, num_val
     for start in range(0, C, COLS):
         cols = start + tl.arange(0, COLS)
         x = tl.load(logits_ptr + row * C + cols, mask=cols < C, other=0.0).to(tl.float32)
-        g = tl.where(cols < num_valid, -weight * tl.exp(x - lse), 0.0)
+        g = -weight * tl.exp(tl.where(cols < num_valid, x, -float("inf")) - lse)
         for pair in range(first, last):
             g += tl.where(cols == tl.load(words_ptr + pair), tl.load(dlog_p_ptr + pair), 0.0)
         tl.store(logits_ptr + row * C + cols, g.to(logits_ptr.dtype.element_ty), mask=cols < C)

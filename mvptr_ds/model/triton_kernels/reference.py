@@ -31,7 +31,7 @@ def dropout_add_norm(
     if input_bias_D is not None:
         x_ND = x_ND + input_bias_D.to(x_ND.dtype)
     if p > 0:
-        keep_ND = keep_rows(seed_1, call, *x_ND.shape, p=p)
+        keep_ND = keep_rows(seed_1, call, x_ND.shape[0], x_ND.shape[1], p)
         x_ND = torch.where(keep_ND, x_ND * keep_scale(p), 0.0)
     weight_D, bias_D = weight_D.to(x_ND.dtype), bias_D.to(x_ND.dtype)
     return F.layer_norm(residual_ND + x_ND, x_ND.shape[1:], weight_D, bias_D, eps)

@@ -1,4 +1,4 @@
-# make demo [SOURCE=stamps] | make demo-tasks [SOURCE=stamps] | make test | make faults [TRIES=8] | make fuzz | make lint; .venv is set up first; safe to repeat
+# make demo [SOURCE=stamps] | make demo-tasks [SOURCE=stamps] | make test | make faults [TRIES=8] | make fuzz | make compiled | make lint; .venv is set up first; safe to repeat
 SOURCE ?= shapes
 PYTHON ?= python3
 TRIES ?= 24
@@ -8,7 +8,7 @@ RANKS ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | wc -l); [ $$n -gt 0 ] && echo 
 DEMO_CONFIG := $(if $(filter shapes,$(SOURCE)),demo,demo_$(SOURCE))
 DEMO_DIR := $(if $(filter shapes,$(SOURCE)),runs/demo,runs/demo-$(SOURCE))
 
-.PHONY: install demo demo-tasks test faults fuzz lint clean
+.PHONY: install demo demo-tasks test faults fuzz compiled lint clean
 install: $(VENV)/.installed
 
 # torch first and pinned: a looser requirement may pull another build of several GB
@@ -45,6 +45,10 @@ faults: install
 # 100,000 damaged tars, records, features and pictures: each is read or refused, nothing else
 fuzz: install
 	$(BIN)/python -m tests.fuzz --inputs 100000
+
+# every Triton kernel for A100 and H100, which need not be there: registers, spills and loads
+compiled: install
+	$(BIN)/python -m pytest -m compiled tests/unit/test_compile_kernels.py
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -37,6 +37,8 @@ EXTRAS = {
         "hypothesis>=6.100",  # fuzzing
         "psutil>=5.9",  # tests that end processes look whether they are gone
         "pyarrow>=15",  # the tests of Parquet
+        # its interpreter runs our kernels in tests; a CUDA build of torch brings its own triton, of its own version
+        'triton>=3.6; platform_system == "Linux"',
         "setuptools>=70.1",  # builds the wheel that a test installs, without network
         "ruff>=0.8",
         "mypy>=1.13",

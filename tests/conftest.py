@@ -13,6 +13,11 @@ from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two ranks and pytest itself share two cores
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # as deepspeed does: no CUDA context before a fork
+import torch  # behind what it reads when it is imported
+
+if not torch.cuda.is_available():  # kernels of Triton are interpreted, if this is set before triton is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile("untimed", deadline=None)  # how long an example takes says nothing on a busy machine
 settings.load_profile("untimed")

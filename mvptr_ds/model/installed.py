@@ -1,4 +1,4 @@
-"""What of flash_attn and of NVIDIA's apex is really there: whole, built for this torch, of a version that serves.
+"""What of flash_attn, NVIDIA's apex and Triton is really there: whole, built for this torch, of a version that serves.
 
 Every answer is what is missing, for the report of kernels; empty where all is there.
 """
@@ -44,6 +44,17 @@ def apex_lacks(file: str, extension: str, *names: str) -> str:
         if problem:
             return f"apex is installed, but {name} {problem}"
     return ""
+
+
+@functools.lru_cache
+def triton_lacks(kernels: str) -> str:
+    """Returns what there lacks for our kernels in Triton: the package of that name, or triton itself."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    problem = _problem("triton.language", "philox", "join", "range")
+    if problem:
+        return f"the triton that is installed {problem}"
+    return "" if importlib.util.find_spec(kernels) else "the files of an exported model have none of its kernels"
 
 
 def _problem(module: str, *names: str) -> str:

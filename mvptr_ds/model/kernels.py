@@ -1,6 +1,7 @@
 """Which implementation each operation of the model uses, and why: chosen here, reported by `report`.
 
 Everything works with torch alone. NVIDIA's apex and flash_attn serve where they are installed and the device is CUDA.
+The kernels of `triton_kernels/` are ready for the same; no layer calls them yet.
 
 Legend: K picked rows, C classes, D hidden, x leading dimensions.
 """
@@ -11,13 +12,14 @@ import functools
 import importlib
 import importlib.util
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .installed import apex_lacks, flash_attn_lacks
+from .installed import apex_lacks, flash_attn_lacks, triton_lacks
 
 SDPA_EACH = "scaled_dot_product_attention, a call a sequence"
 SDPA_PADDED = "scaled_dot_product_attention on rows padded for it alone, with a mask"
@@ -26,9 +28,12 @@ FLASH_ATTN = "flash_attn.flash_attn_varlen_qkvpacked_func"
 APEX_NORM = "apex.normalization.fused_layer_norm"
 _APEX_NORMS = ("fused_layer_norm_affine", "mixed_dtype_fused_layer_norm_affine")
 TORCH_NORM = "torch.nn.functional.layer_norm"
+TRITON = "Triton"
+TORCH = "torch"
 ONEDNN_LINEAR = "oneDNN's inner product"
 TORCH_LINEAR = "torch.nn.functional.linear"
 _HALF = (torch.float16, torch.bfloat16)
+_TRITON_KERNELS = f"{__package__}.triton_kernels"
 _LARGE_PRODUCT = 2**22  # multiplications: below, making oneDNN's kernel for new sizes costs more than it gives
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _LOGITS_AT_ONCE = 2**24  # 64 MiB of float32: 549 rows of 30,522 words
@@ -114,6 +119,29 @@ def layer_norm(device: torch.device) -> Choice:
         return Choice(name, TORCH_NORM, f"the device is {device.type}")
     missing = apex_lacks("normalization/fused_layer_norm.py", "fused_layer_norm_cuda", *_APEX_NORMS)
     return Choice(name, TORCH_NORM, missing) if missing else Choice(name, APEX_NORM, "apex is installed")
+
+
+# --- our own kernels in Triton
+
+
+def fused(device: torch.device, dtype: torch.dtype) -> Choice:
+    """Returns whether the kernels of `triton_kernels/` serve a device and a dtype, or torch's separate ones."""
+    name = "fused kernels"
+    if device.type != "cuda":
+        return Choice(name, TORCH, f"the device is {device.type}")
+    if torch.version.hip is not None:
+        return Choice(name, TORCH, "these kernels were compiled for NVIDIA's GPUs alone")
+    if dtype not in (*_HALF, torch.float32):
+        return Choice(name, TORCH, f"Triton's kernels do not take {_short(dtype)}")
+    if _before_ampere(device):
+        return Choice(name, TORCH, "Triton's kernels take Ampere GPUs or newer")
+    missing = triton_lacks(_TRITON_KERNELS)
+    return Choice(name, TORCH, missing) if missing else Choice(name, TRITON, "triton is installed")
+
+
+def triton_module(name: str) -> ModuleType:
+    """Imports a file of `triton_kernels/`: not by a statement, so that nothing without triton asks for it."""
+    return importlib.import_module(f"{_TRITON_KERNELS}.{name}")
 
 
 # --- matrix products

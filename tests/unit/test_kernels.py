@@ -29,7 +29,7 @@ UNDEFINED = "raise ImportError('amp_C.so: undefined symbol: _ZN3c10\\nand more')
 @pytest.fixture(autouse=True)
 def _fresh_choices() -> Any:
     """What is installed is looked up once a process; these tests change it."""
-    caches = kernels._attention, kernels.apex_lacks, kernels.flash_attn_lacks
+    caches = kernels._attention, kernels.apex_lacks, kernels.flash_attn_lacks, kernels.triton_lacks
     for cache in caches:
         cache.cache_clear()
     yield
@@ -114,6 +114,44 @@ def test_a_flash_attn_that_does_not_serve_is_passed_over(
     monkeypatch.syspath_prepend(str(tmp_path))
     choice = kernels.attention(CUDA, HALF, dropout, 64)
     assert choice.implementation == wanted and reason in choice.reason, choice
+
+
+# --- our own kernels
+
+
+def test_triton_serves_where_it_is_installed() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    assert kernels.fused(CUDA, HALF) == kernels.Choice("fused kernels", kernels.TRITON, "triton is installed")
+    assert kernels.triton_module("bias_gelu").bias_gelu.__name__ == "bias_gelu"
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "reason"),
+    [
+        (CPU, HALF, "the device is cpu"),
+        (CUDA, torch.float64, "do not take float64"),
+        (CUDA, HALF, "triton is not installed"),
+    ],
+)
+def test_without_triton_torch_serves(
+    device: torch.device, dtype: torch.dtype, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)  # as where it cannot be found
+    choice = kernels.fused(device, dtype)
+    assert choice.implementation == kernels.TORCH and reason in choice.reason
+
+
+def test_gpus_before_ampere_get_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_before_ampere", lambda device: True)
+    assert "Ampere" in kernels.fused(CUDA, HALF).reason
+
+
+def test_a_triton_that_cannot_be_imported_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "triton"]:
+        monkeypatch.delitem(sys.modules, name)
+    installed(tmp_path, monkeypatch, triton="raise ImportError('libtriton.so: undefined symbol')")
+    choice = kernels.fused(CUDA, HALF)
+    assert choice.implementation == kernels.TORCH and "(ImportError: libtriton.so: undefined" in choice.reason
 
 
 # --- layer norm: a stand-in with the signatures of NVIDIA's apex (apex/normalization/fused_layer_norm.py)

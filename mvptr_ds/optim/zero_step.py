@@ -38,11 +38,12 @@ def step_without_waiting(optimizer: Any) -> bool:
         bad = (norm - norm).isnan()  # true of NaN and of infinity, in two kernels; isfinite takes four
         adamw.found_inf = bad.float()
         adamw.grad_scale = _clipping_divisor(norm, optimizer.clip_grad) if optimizer.clip_grad > 0 else None
+        # told that there is no norm, DeepSpeed's own step looks at none; its loading of checkpoints wants to hear of one
+        optimizer.check_grad_overflow = optimizer.compute_grad_norm = False
         waiting_step()
+        optimizer.compute_grad_norm = True
         optimizer._global_grad_norm = torch.where(bad, torch.inf, norm)  # DeepSpeed's engine reports it
 
-    # DeepSpeed's own step looks at no norm when it is told that there is none
-    optimizer.check_grad_overflow = optimizer.compute_grad_norm = False
     setattr(optimizer, _STEP, step)
     setattr(optimizer, _CLIP, lambda gradients, norm: None)
     # each step ends by pointing every parameter at the part of the flat buffer that it points at anyway

@@ -38,7 +38,7 @@ def step_without_waiting(optimizer: Any) -> bool:
         bad = (norm - norm).isnan()  # true of NaN and of infinity, in two kernels; isfinite takes four
         adamw.found_inf = bad.float()
         adamw.grad_scale = _clipping_divisor(norm, optimizer.clip_grad) if optimizer.clip_grad > 0 else None
-        # told that there is no norm, DeepSpeed's own step looks at none; its loading of checkpoints wants to hear of one
+        # told that there is no norm, DeepSpeed's own step looks at none; where it loads a checkpoint there must be one
         optimizer.check_grad_overflow = optimizer.compute_grad_norm = False
         waiting_step()
         optimizer.compute_grad_norm = True

@@ -2,7 +2,7 @@
 
 The configuration sets batch sizes, clipping, optimiser and schedule. The JSON sets ZeRO, precision and communication.
 `"bf16": {"enabled": "auto"}` and the same for `fp16` follow the device: bf16 where it is supported, else fp16 on a GPU,
-else float32.
+else float32. DeepSpeed's timer of the throughput is off unless the JSON turns it on.
 """
 
 from __future__ import annotations
@@ -82,6 +82,8 @@ def fill_ds_config(
     for key, owner in (("optimizer", "the section optim"), ("scheduler", "learning_rate and warmup_steps of a stage")):
         if key in filled:
             problems.append(f"{key!r} is set in the JSON, but belongs to {owner}: remove it from the JSON")
+    # deepspeed 0.19.8 waits for the device twice a micro-batch to time a throughput that nobody reads
+    filled.setdefault("timers", {"throughput": {"enabled": False}})
     problems += _fill_precision(filled, bf16_supported=bf16_supported, fp16_supported=fp16_supported)
     problems += _zero_problems(filled, optim)
     if optim.name == "lamb":  # under ZeRO, DeepSpeed takes only optimisers that it knows, unless it is forced

@@ -1,6 +1,7 @@
 """The DeepSpeed engine of a stage: optimiser, ZeRO and precision around its task.
 
-Beside `parallel` and `grad_norm` nothing else imports deepspeed: what 0.19.8 needs help with stands here and there.
+Beside `collectives` and the files `optim/zero_*.py` nothing else imports deepspeed: what 0.19.8 needs help with stands
+here and there.
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ from mvptr_ds.distributed import collectives
 from mvptr_ds.guards import LossScale
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.objectives.module import TaskModule, TaskOutput
+from mvptr_ds.optim.device_flags import DeviceFlags
 from mvptr_ds.optim.lamb import Lamb
 from mvptr_ds.optim.optimizer import build_optimizer, parameter_groups, set_learning_rate
+from mvptr_ds.optim.zero_flat_gradients import flatten_gradients_of_one_rank
 from mvptr_ds.optim.zero_grad_norm import patch_zero_grad_norm
+from mvptr_ds.optim.zero_step import skip_flag, step_without_waiting
 
 UNIVERSAL = {"checkpoint": {"load_universal": True}}  # what the JSON of an engine that loads such a checkpoint says
 
@@ -60,7 +64,10 @@ class Engine:
         groups = parameter_groups(trained, optim.weight_decay, task.factors(factors or {}))
         self._optimizer = build_optimizer(groups, optim, learning_rate, ds_config.optimizer_device(filled, device))
         self._deepspeed, *_ = deepspeed.initialize(model=task, optimizer=self._optimizer, config=filled)
+        flatten_gradients_of_one_rank(self._deepspeed.optimizer)
         patch_zero_grad_norm(self._deepspeed.optimizer)
+        self._skips_on_device = step_without_waiting(self._deepspeed.optimizer)
+        self._skipped = DeviceFlags()
         if isinstance(self._optimizer, Lamb):
             self._optimizer.follow_zero(self._sum_over_ranks)
         if self.zero_stage == 3:
@@ -78,17 +85,34 @@ class Engine:
 
     def step(self) -> None:
         """Updates the weights, after the last micro-batch of a step; after the others it only counts."""
+        updates = self._deepspeed.is_gradient_accumulation_boundary()
         self._deepspeed.step()
-        if self.was_step_applied():
-            self._cap_logit_scale()
+        if updates:
+            self._skipped.note(self._skip_flag())
+            self._cap_logit_scale()  # weights that were left as they are lie below the cap already
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Sets the learning rate of the next update, which each group multiplies by its factor."""
         set_learning_rate(self._deepspeed.optimizer.param_groups, learning_rate)
 
     def was_step_applied(self) -> bool:
-        """Returns False, on all ranks alike, where the last gradient was not finite: the weights are as before."""
-        return bool(self._deepspeed.was_step_applied())
+        """Returns False, on all ranks alike, where the last gradient was not finite: the weights are as before.
+
+        Waits for the device; `updates_applied` need not.
+        """
+        return not self._skipped.newest()
+
+    def updates_applied(self, newest: bool) -> list[bool]:
+        """Returns what `was_step_applied` tells of each step that no call has returned so far, oldest first.
+
+        Args:
+            newest: tell of the last step, too, for which the host waits where the device decides; else the next call
+                tells of it.
+        """
+        applied = [not skipped for skipped in self._skipped.take(newest or not self._skips_on_device)]
+        if self._skips_on_device:  # DeepSpeed's own count, which it could not keep
+            self._deepspeed.skipped_steps += applied.count(False)
+        return applied
 
     def grad_norm(self) -> float:
         """Returns the gradient norm of the last step, before clipping."""
@@ -183,6 +207,12 @@ class Engine:
         if parameter.requires_grad:
             _cap_float32(parameter, self.zero_stage, self.task.max_log_scale)
             self.task.cap_logit_scale()
+
+    def _skip_flag(self) -> Tensor:
+        """Returns whether the step was skipped: one element, on the device where the device decides it."""
+        if self._skips_on_device:
+            return skip_flag(self._deepspeed.optimizer)
+        return torch.tensor(not self._deepspeed.was_step_applied())
 
     def _sum_over_ranks(self, small: Tensor) -> Tensor:
         """Sums on the engine's device, since an optimiser may step on the host."""

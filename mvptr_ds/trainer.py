@@ -72,6 +72,7 @@ class Trainer:
         self.dir = Path(config.run.dir) / task.name
         self.seed = stage_seed(task.name, config.run.seed)  # of all chance in this stage
         self.step, self.saved_step = 0, 0
+        self.known_step = 0  # up to which it is known whether the weights were updated
         self.resumed_from: Path | None = None
         self.profile = ProfileWindow(config.train.profile_steps, self.dir / "profile")
         self.skipped = SkippedSteps(config.train.max_skipped_in_row)
@@ -117,7 +118,7 @@ class Trainer:
                 self._train_step(micro_batches)
                 self.step += 1
                 self.profile.end(self.step)
-                self.skipped.count(self.step, self.engine.was_step_applied(), self.engine.loss_scale())
+                self._count_skipped(newest=False)
                 if self._due(train.log_every_steps):
                     self._report()
                 ends = self.step == self.stage.max_steps
@@ -172,11 +173,22 @@ class Trainer:
             )
         return stop
 
+    def _count_skipped(self, newest: bool) -> None:
+        """Counts the steps that were left out; the newest one only if asked for, since that waits for the device.
+
+        Raises:
+            TrainingError: too many of them in a row.
+        """
+        for applied in self.engine.updates_applied(newest):
+            self.known_step += 1
+            self.skipped.count(self.known_step, applied, self.engine.loss_scale())
+
     def _due(self, every_steps: int) -> bool:
         return every_steps > 0 and (self.step % every_steps == 0 or self.step == self.stage.max_steps)
 
     def _report(self) -> None:
         """Logs what the steps since the last report came to."""
+        self._count_skipped(newest=True)
         now_s = time.perf_counter()
         step, since_s = self.last_report
         loss_scale = self.engine.loss_scale()
@@ -224,7 +236,9 @@ class Trainer:
 
         Raises:
             CheckpointError, StorageError: it cannot be written and `must`, since the run ends with it.
+            TrainingError: the last steps were left out, too many in a row.
         """
+        self._count_skipped(newest=True)
         collectives.of_main(self.check_alone)
         train, weights = self.config.train, self.engine.weights()
         keep = train.keep_checkpoints, train.keep_every_steps
@@ -335,7 +349,7 @@ class Trainer:
         before, now = saved.optimizer, self.config.optim.name
         if before != now:
             logger.info("optim.name=%s instead of %s goes on with its moments; mind learning_rate", now, before)
-        self.step = self.saved_step = saved.step
+        self.step = self.saved_step = self.known_step = saved.step
         if saved.num_ranks == num_ranks:
             restore_rng(path)
         else:

@@ -27,14 +27,20 @@ def patch_zero_grad_norm(optimizer: Any) -> None:
         return
 
     def norm(gradients: Iterable[Tensor], params: Any, norm_type: float = 2) -> Tensor:
-        own = [g.detach() for g in gradients if not getattr(g, "_zero_padding", False)]
-        squares = torch.zeros((), dtype=torch.float64, device=optimizer.device)
-        if own:
-            squares = torch.stack(torch._foreach_norm(own, norm_type, dtype=torch.float64)).square().sum()
-        total = squares.float()
-        comm.all_reduce(total, group=optimizer.dp_process_group)
-        total = total.sqrt()
+        total = norm_over_ranks(optimizer, gradients)
         return torch.where(total.isfinite(), total, -1.0)  # what DeepSpeed takes for a step to be skipped
 
     setattr(optimizer, _OVERFLOW_CHECK, lambda partition_gradients=True: None)
     setattr(optimizer, _NORM, norm)
+
+
+def norm_over_ranks(optimizer: DeepSpeedZeroOptimizer, gradients: Iterable[Tensor]) -> Tensor:
+    """Returns the norm of the gradients that all ranks hold parts of, float32; each rank gives its own parts."""
+    own = [g.detach() for g in gradients if not getattr(g, "_zero_padding", False)]
+    squares = torch.zeros((), dtype=torch.float64, device=optimizer.device)
+    if own:
+        squares = torch.stack(torch._foreach_norm(own, 2, dtype=torch.float64)).square().sum()
+    total = squares.float()
+    if comm.get_world_size(group=optimizer.dp_process_group) > 1:
+        comm.all_reduce(total, group=optimizer.dp_process_group)
+    return total.sqrt()

@@ -60,7 +60,7 @@ class StateBytes:
     on_host: int  # what offloading moves to the host's memory
     all_gradients: int  # end of the backward pass: until then stage 1 holds the gradients of every parameter
     buckets: int  # DeepSpeed's buffers for gradients in transit, during the backward pass
-    step: int  # float32 copy of the rank's gradients and its source, during the optimiser's step
+    step: int  # float32 copy of the rank's gradients and what it is made of, during the optimiser's step
 
     @property
     def total(self) -> int:
@@ -92,13 +92,16 @@ def state_bytes(
         else:
             parameters += part * num_ranks * element_bytes
             gradients += _reaching_into(group, rank * part, (rank + 1) * part) * element_bytes
-    buffers = (2 if zero.overlap_comm else 1) if zero.contiguous_gradients and zero.stage < 3 else 0
+    # a single rank has no buckets, and its gradients are flat already (optim/zero_flat_gradients.py)
+    spared = num_ranks == 1 and zero.stage < 3 and not zero.offload_optimizer
+    bucketed = zero.contiguous_gradients and zero.stage < 3 and not spared
+    buffers = (2 if zero.overlap_comm else 1) if bucketed else 0
     return StateBytes(
         parameters=parameters,
         gradients=gradients,
         all_gradients=sum(map(sum, groups)) * element_bytes if zero.stage < 2 else gradients,
         optimizer=0 if zero.offload_optimizer else optimizer,
-        step=0 if zero.offload_optimizer else largest * (FLOAT32 + element_bytes),
+        step=0 if zero.offload_optimizer else largest * (FLOAT32 if spared else FLOAT32 + element_bytes),
         on_host=optimizer if zero.offload_optimizer else 0,
         buckets=buffers * zero.reduce_bucket_size * element_bytes,
     )

@@ -43,6 +43,20 @@ def test_auto_and_absent_are_filled_alike() -> None:
     assert filled["zero_optimization"] == {"stage": 2}
 
 
+def test_the_timer_that_waits_for_the_device_is_off_unless_asked_for() -> None:
+    assert fill(ZERO_2)["timers"] == {"throughput": {"enabled": False}}
+    asked = {"throughput": {"enabled": True, "synchronized": False}}
+    assert fill({**ZERO_2, "timers": asked})["timers"] == asked
+    assert DeepSpeedConfig(fill(ZERO_2)).timers_config.enabled is False
+
+
+@pytest.mark.parametrize("path", JSONS, ids=lambda path: path.stem)
+def test_no_shipped_json_waits_for_the_device_behind_each_backward_pass(path: Path) -> None:
+    """DeepSpeed's `overlap_comm` does, in stages 1 and 2."""
+    zero = load_ds_config(path)["zero_optimization"]
+    assert zero["stage"] == 3 or zero["overlap_comm"] is False
+
+
 def test_lamb_is_let_into_zero() -> None:
     """DeepSpeed asks for that with an optimiser which it does not know."""
     train, optim = TrainConfig(batch_size=16), OptimConfig(name="lamb")

@@ -87,6 +87,17 @@ def test_stages_divide_more_and_more() -> None:
     assert on_host.optimizer == 0 and on_host.on_host == held[2].optimizer
 
 
+def test_a_single_rank_has_no_buckets_and_flat_gradients() -> None:
+    """What optim/zero_flat_gradients.py spares it; offloading and stage 3 stay as DeepSpeed has them."""
+    zero = Zero.of({"zero_optimization": {"stage": 2, "reduce_bucket_size": 100}})
+    alone, pair = (state_bytes([[10, 6], [4]], 0, 2, zero, num, 0) for num in (1, 2))
+    assert (alone.buckets, pair.buckets) == (0, 2 * 100)
+    assert (alone.step, pair.step) == (4 * 16, (4 + 2) * 8)
+    assert alone.gradients == alone.all_gradients == 2 * 20
+    offload = {"stage": 2, "reduce_bucket_size": 100, "offload_optimizer": {"device": "cpu"}}
+    assert state_bytes([[10, 6], [4]], 0, 2, Zero.of({"zero_optimization": offload}), 1, 0).buckets == 2 * 100
+
+
 def test_the_published_model_has_its_parameters() -> None:
     """The published size: 198,660,471 with tied decoders; ours has a phrase head beside it."""
     task = task_without_memory(BASE, "stage2", (PUBLISHED_ROWS, PUBLISHED_PHRASES))

@@ -228,7 +228,7 @@ class Mvptr(PreTrainedModel):
             index: of tags joined with regions, where it is there already.
         """
         tags = self.embeddings(tag_ids, TAG_SEGMENT, tag_rows_ND)
-        index = index or JoinIndex(tags.lengths, regions.lengths)
+        index = index or JoinIndex(tags.index, regions.index)
         return unjoin(self.visual_encoder(join(tags, regions, index=index), needed_K), tags.lengths, index)
 
     def encode_cross(
@@ -248,7 +248,7 @@ class Mvptr(PreTrainedModel):
             index: of texts joined with regions, without `pairs`, where it is there already.
         """
         if pairs is None:
-            index = index or JoinIndex(text.lengths, regions.lengths)
+            index = index or JoinIndex(text.index, regions.index)
         joined = join(text, regions, pairs, index)
         text_of = range(len(text)) if pairs is None else [first for first, _ in pairs]
         states = self.cross_encoder(joined, needed_K, num_layers)

@@ -132,7 +132,7 @@ def join(
         index: of both lengths, without `pairs`, where it is there already.
     """
     if index is None:
-        index = JoinIndex(first.lengths, second.lengths, None if pairs is None else tuple(pairs))
+        index = JoinIndex(first.index, second.index, None if pairs is None else tuple(pairs))
     rows_M = index.on(first.rows.device, "joined")
     rows = torch.cat([first.rows, second.rows]).index_select(0, rows_M)
     return Packed(rows, index.sequences.lengths, index.sequences)
@@ -142,9 +142,9 @@ def unjoin(joined: Packed, first_lengths: Sequence[int], index: JoinIndex | None
     """Undoes `join`: the first `first_lengths[b]` rows of every sequence, and the rest."""
     if index is None:
         rests = tuple(whole - own for whole, own in zip(joined.lengths, first_lengths, strict=True))
-        index = JoinIndex(tuple(first_lengths), rests)
+        index = JoinIndex.of(first_lengths, rests)
     first, second = (
-        Packed(joined.rows.index_select(0, index.on(joined.rows.device, name)), lengths)
-        for name, lengths in (("firsts", index.first_lengths), ("seconds", index.second_lengths))
+        Packed(joined.rows.index_select(0, index.on(joined.rows.device, name)), part.lengths, part)
+        for name, part in (("firsts", index.first), ("seconds", index.second))
     )
     return first, second

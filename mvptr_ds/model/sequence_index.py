@@ -8,7 +8,7 @@ Legend: N rows of all sequences, M rows of joined ones, B sequences, L slots of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -70,9 +70,14 @@ class JoinIndex(_Arrays):
         pairs: which first sequence goes with which second; None: those of the same number.
     """
 
-    first_lengths: tuple[int, ...]
-    second_lengths: tuple[int, ...]
+    first: SequenceIndex
+    second: SequenceIndex
     pairs: tuple[tuple[int, int], ...] | None = None
+
+    @classmethod
+    def of(cls, first_lengths: Sequence[int], second_lengths: Sequence[int]) -> JoinIndex:
+        """Returns the index of sequences of these lengths."""
+        return cls(SequenceIndex(tuple(first_lengths)), SequenceIndex(tuple(second_lengths)))
 
     @cached_property
     def sequences(self) -> SequenceIndex:
@@ -83,12 +88,20 @@ class JoinIndex(_Arrays):
     @property
     def _lengths(self) -> tuple[np.ndarray, np.ndarray]:
         """Of both parts of each pair."""
-        first, second = (np.array(x, dtype=np.int64) for x in (self.first_lengths, self.second_lengths))
+        first, second = self._of_all
         if self.pairs is None:
             assert len(first) == len(second), f"{len(first)} sequences beside {len(second)}"
             return first, second
-        chosen_P2 = np.array(self.pairs, dtype=np.int64).reshape(-1, 2)
-        return first[chosen_P2[:, 0]], second[chosen_P2[:, 1]]
+        return first[self._chosen_P2[:, 0]], second[self._chosen_P2[:, 1]]
+
+    @property
+    def _of_all(self) -> tuple[np.ndarray, np.ndarray]:
+        """Lengths of the first sequences, and of the second ones."""
+        return np.array(self.first.lengths, dtype=np.int64), np.array(self.second.lengths, dtype=np.int64)
+
+    @property
+    def _chosen_P2(self) -> np.ndarray:
+        return np.array(self.pairs, dtype=np.int64).reshape(-1, 2)
 
     def _make(self, name: str) -> np.ndarray:
         first, second = self._lengths
@@ -98,11 +111,10 @@ class JoinIndex(_Arrays):
         return ranges(starts, first) if name == "firsts" else ranges(starts + first, second)
 
     def _joined(self, lengths_P2: np.ndarray) -> np.ndarray:
-        starts = [_starts(np.array(x, dtype=np.int64)) for x in (self.first_lengths, self.second_lengths)]
+        starts = [_starts(lengths) for lengths in self._of_all]
         if self.pairs is not None:
-            chosen_P2 = np.array(self.pairs, dtype=np.int64).reshape(-1, 2)
-            starts = [of_side[chosen_P2[:, side]] for side, of_side in enumerate(starts)]
-        starts[1] = starts[1] + sum(self.first_lengths)
+            starts = [of_side[self._chosen_P2[:, side]] for side, of_side in enumerate(starts)]
+        starts[1] = starts[1] + sum(self.first.lengths)
         return ranges(np.stack(starts, axis=1).ravel(), lengths_P2.ravel())
 
 

@@ -111,8 +111,8 @@ class PackedBatch:
             features=None if features_BRF is None else packed(features_BRF, regions),
             images_B3HW=batch.images_B3HW,
             image_index_B=batch.image_index_B,
-            visual=JoinIndex(tags.lengths, regions.lengths),
-            pairs=JoinIndex(text.lengths, regions.lengths),
+            visual=JoinIndex(tags, regions),
+            pairs=JoinIndex(text, regions),
             labels=batch.labels,
             text_segments=None if segments_BT is None else packed(segments_BT.long(), text),
         )

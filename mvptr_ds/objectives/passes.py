@@ -147,7 +147,7 @@ class PairPass(ModelPass):
         """The cross encoder's states of the matched and of the mismatched pairs, from one call; here without those."""
         text, regions = self.matched_inputs.text, self.matched_inputs.regions
         known = regions.lengths == self.packed.geometry.lengths  # a task may let other rows into the cross encoder
-        index = self.packed.pairs if known else JoinIndex(text.lengths, regions.lengths)
+        index = self.packed.pairs if known else JoinIndex(text.index, regions.index)
         states = self.model.encode_cross(
             text, regions, needed_K=self._matched_rows(), num_layers=self.num_cross_layers, index=index
         )

@@ -161,6 +161,7 @@ def test_the_random_choices_are_those_of_the_step() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_next_batch_is_copied_while_a_step_is_computed() -> None:
     device = torch.device("cuda", 0)
     task = build("stage2", model=tiny_model()).to(device)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from mvptr_ds.objectives import losses
 from mvptr_ds.objectives.losses import IGNORE, LossSum
@@ -184,16 +185,19 @@ def test_phrase_region_score(seed: int, samples: int, slots: int, regions: int, 
         assert torch.isfinite(grad).all()
 
 
-def test_the_compiled_score_is_the_same_for_sizes_that_change() -> None:
-    for samples, slots, regions in ((2, 3, 5), (4, 6, 7)):
+def test_the_score_is_one_graph_for_sizes_that_change() -> None:
+    """What torch.compile makes of it: no break, and no other graph for another batch."""
+    counting = CompileCounter()
+    compiled = torch.compile(losses.phrase_region_score, dynamic=True, fullgraph=True, backend=counting)
+    for samples, slots, regions in ((2, 3, 5), (4, 6, 7), (3, 8, 4)):
         text, image = rand(seeded(0), samples, slots, 8), rand(seeded(1), samples, regions, 8)
         is_phrase = torch.rand(samples, slots, generator=seeded(2)) < 0.5
         mask = torch.rand(samples, regions, generator=seeded(3)) < 0.8
         draw = torch.rand(samples, slots, generator=seeded(4), dtype=torch.float64)
-        arguments = text, is_phrase, image, mask, draw, 3
-        scores = [f(*arguments) for f in (losses.compiled_phrase_region_score(), losses.phrase_region_score)]
+        scores = [f(text, is_phrase, image, mask, draw, 3) for f in (compiled, losses.phrase_region_score)]
         torch.testing.assert_close(*scores, **EXACT)
         torch.testing.assert_close(*(torch.autograd.grad(score.sum(), (text, image)) for score in scores), **EXACT)
+    assert counting.frame_count == 1
 
 
 def test_each_of_the_top_k_is_drawn_equally_often() -> None:

@@ -25,6 +25,7 @@ from mvptr_ds.distributed import collectives
 from mvptr_ds.guards import LossScale
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.objectives.module import TaskModule, TaskOutput
+from mvptr_ds.objectives.packed_batch import PackedBatch
 from mvptr_ds.optim.device_flags import DeviceFlags
 from mvptr_ds.optim.lamb import Lamb
 from mvptr_ds.optim.optimizer import build_optimizer, parameter_groups, set_learning_rate
@@ -74,7 +75,7 @@ class Engine:
             for parameter in self.task.parameters_used_at_large():
                 deepspeed.zero.register_external_parameter(task, parameter)
 
-    def forward(self, batch: Batch, step: int, accumulation: int) -> TaskOutput:
+    def forward(self, batch: Batch | PackedBatch, step: int, accumulation: int) -> TaskOutput:
         """Computes the task's losses of a micro-batch, in the engine's precision."""
         output: TaskOutput = self._deepspeed(batch, step, accumulation)
         return output

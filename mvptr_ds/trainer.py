@@ -21,6 +21,7 @@ from mvptr_ds.checkpoints.state import CheckpointState, SampleCounts, read_state
 from mvptr_ds.config import Config
 from mvptr_ds.data.collate import Batch
 from mvptr_ds.data.loader import make_loader
+from mvptr_ds.data.on_device import BatchesOnDevice
 from mvptr_ds.distributed import collectives
 from mvptr_ds.engine import UNIVERSAL, Engine
 from mvptr_ds.errors import DataError
@@ -31,13 +32,16 @@ from mvptr_ds.monitoring.meters import Meters
 from mvptr_ds.monitoring.metrics import MetricsLog
 from mvptr_ds.monitoring.timing import ProfileWindow, device_peak
 from mvptr_ds.monitoring.versions import versions
+from mvptr_ds.objectives.batch_plan import BatchPlan, ReadyBatch
 from mvptr_ds.objectives.module import HEAD
+from mvptr_ds.objectives.packed_batch import PackedBatch
 from mvptr_ds.optim.optimizer import PARAMETER_ORDER, learning_rate_at
 from mvptr_ds.stopping import StopSignal
 from mvptr_ds.streams import stage_seed
 from mvptr_ds.tasks import Task
 
 logger = logging.getLogger(__name__)
+MicroBatch = tuple[Batch, Batch | PackedBatch]  # on the host, for meters; and what the model reads
 
 
 class Trainer:
@@ -108,7 +112,7 @@ class Trainer:
             return True
         self.last_report = (self.step, time.perf_counter())
         with self.profile:
-            batches = iter(self._loader())
+            batches = self._batches()
             while not self._has_ended():
                 self.alive()
                 self.profile.begin(self.step)
@@ -128,30 +132,31 @@ class Trainer:
                     self._evaluate()
         return True
 
-    def _train_step(self, micro_batches: list[Batch]) -> None:
+    def _train_step(self, micro_batches: list[MicroBatch]) -> None:
         """One update of the weights, from the gradients of all micro-batches."""
         self.learning_rate = learning_rate_at(self.step, self.stage)
         self.engine.set_learning_rate(self.learning_rate)
-        for accumulation, batch in enumerate(micro_batches):
+        for accumulation, (batch, read) in enumerate(micro_batches):
             with self.meters.clock("forward"):
-                output = self.engine.forward(batch, self.step, accumulation)
+                output = self.engine.forward(read, self.step, accumulation)
             with self.meters.clock("backward"):
                 self.engine.backward(output.loss)
             with self.meters.clock("step"):
                 self.engine.step()
             self.meters.add_parts(output.parts, batch.source_B)
 
-    def _next_micro_batches(self, batches: Iterator[Batch]) -> tuple[list[Batch], DataError | None]:
-        """The micro-batches of a step, still on the host, or what is wrong with the data."""
-        micro_batches = []
+    def _next_micro_batches(self, batches: Iterator[MicroBatch]) -> tuple[list[MicroBatch], DataError | None]:
+        """The micro-batches of a step, or what is wrong with the data."""
+        micro_batches: list[MicroBatch] = []
         for _ in range(self.config.train.accumulation_steps):
             started_s = time.perf_counter()
             try:
                 micro_batches.append(next(batches))
             except DataError as error:  # of a loader process: its own message is the end of a printed traceback
                 return [], type(error)(str(error).rpartition(f"{type(error).__name__}: ")[2].strip())
-            self.meters.add_batch(micro_batches[-1], time.perf_counter() - started_s)
-            self.bad_samples.note(micro_batches[-1].bad)
+            batch = micro_batches[-1][0]
+            self.meters.add_batch(batch, time.perf_counter() - started_s)
+            self.bad_samples.note(batch.bad)
         return micro_batches, None
 
     def _must_stop(self, problem: DataError | None) -> bool:
@@ -377,7 +382,23 @@ class Trainer:
         collectives.time_collectives(lambda: meters.clock("communication"))
         return meters
 
-    def _loader(self) -> Any:
+    def _batches(self) -> Iterator[MicroBatch]:
+        """The micro-batches from this step to the last one."""
+        plan = self.module.batch_plan()
+        loaded = iter(self._loader(plan))
+        if plan is None:  # the task packs them itself
+            return ((batch, batch) for batch in loaded)
+        first, accumulation_steps = self.step, self.config.train.accumulation_steps
+
+        def read_of(ready: ReadyBatch, number: int) -> PackedBatch:
+            step, accumulation = divmod(number, accumulation_steps)
+            self.module.complete(ready.packed, first + step, accumulation)
+            return ready.packed
+
+        pairs = BatchesOnDevice(loaded, self.device, read_of)
+        return ((ready.batch, read) for ready, read in pairs)
+
+    def _loader(self, plan: BatchPlan | None) -> Any:
         data = self.config.data
         return make_loader(
             self.dataset,
@@ -390,4 +411,5 @@ class Trainer:
             num_workers=data.num_workers,
             prefetch_batches=data.prefetch_batches,
             pin_memory=self.device.type == "cuda",
+            pack=plan,
         )

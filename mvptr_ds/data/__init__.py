@@ -42,5 +42,6 @@ Step 7: `features.SampleBuilder` makes a masked `Sample` of it, with generators 
 A record that cannot be used is replaced by another one, counted and reported (`dataset.ShardDataset.load`).
 
 Step 8: `collate.collate` pads the samples of the micro-batch to a `Batch`. `sharing.SentBatch` carries it from the
-loader process to the rank, where the DataLoader of `loader.make_loader` returns it.
+loader process to the rank, where the DataLoader of `loader.make_loader` returns it. Training packs it first, still in
+the loader process (`objectives/batch_plan.py`), and `on_device.BatchesOnDevice` copies it a step ahead.
 """

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -106,10 +106,14 @@ def make_loader(
     num_workers: int = 0,
     prefetch_batches: int = 4,
     pin_memory: bool = False,
-) -> DataLoader[Batch]:
+    pack: Callable[[Batch], Any] | None = None,
+) -> DataLoader[Any]:
     """Makes a DataLoader of this rank's micro-batches of the steps [start_step, end_step), in order.
 
     All ranks get equally many. Workers compute on one thread each: torch sets that itself.
+
+    Args:
+        pack: makes what the loader gives of each `Batch`, in the process that has loaded it.
 
     Raises:
         ValueError: the batch does not divide by ranks and accumulation steps, or the steps are out of order.
@@ -127,10 +131,16 @@ def make_loader(
         num_workers=num_workers,
         prefetch_factor=max(1, prefetch_batches) if num_workers else None,
         pin_memory=pin_memory,
-        collate_fn=CollateAndSend(num_workers * max(1, prefetch_batches)) if num_workers else collate,
+        collate_fn=_collation(num_workers * max(1, prefetch_batches), pack),
         worker_init_fn=_ignore_foreign_signals if num_workers else None,
         generator=torch.Generator(),  # else it takes a number from the one that dropout uses, and no resume is exact
     )
+
+
+def _collation(num_ready: int, pack: Callable[[Batch], Any] | None) -> Callable[[list[Sample]], Any]:
+    if num_ready:
+        return CollateAndSend(num_ready, pack)
+    return collate if pack is None else lambda samples: pack(collate(samples))
 
 
 def eval_batches(

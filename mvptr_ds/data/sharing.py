@@ -7,17 +7,17 @@ exception in the thread that feeds the queue is printed there alone, and the ran
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import pickle
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mvptr_ds.data import one_block
 from mvptr_ds.data.collate import Batch, Sample, collate
 from mvptr_ds.errors import DataError
 
@@ -26,35 +26,25 @@ MAKE_ROOM = (
     "give the container more (docker run --shm-size=8g, or --ipc=host), or lower data.num_workers, "
     "data.prefetch_batches or train.batch_size"
 )
-_ALIGNMENT = 64  # bytes
 
 
 class SentBatch:
-    """Holds a batch ready to be sent; the process that unpickles it gets a `Batch`.
+    """Holds a batch ready to be sent; the process that unpickles it gets the batch itself.
 
     All tensors are sent as one, because each would take a file descriptor and 0.3 ms. So the batch that arrives lies
     on the host, on whatever device this one lies.
+
+    Args:
+        batch: a `Batch`, or what a task has made of one.
 
     Raises:
         OSError, RuntimeError: there is no shared memory for it, or no file descriptor.
     """
 
-    def __init__(self, batch: Batch) -> None:
-        values = [getattr(batch, field.name) for field in fields(batch)]
-        starts = [0, *itertools.accumulate(map(_room, values))]
-        self.num_bytes = starts[-1]
-        whole = _shared_bytes(self.num_bytes)
-        parts: list[Any] = []
-        for value, start in zip(values, starts[:-1], strict=True):
-            if isinstance(value, Tensor):
-                # a dense tensor keeps its strides (channels_last, too); a view gets dense ones, its own reach further
-                stride = torch.empty_like(value, device="meta").stride()
-                part = _Part(start, value.dtype, value.shape, stride)
-                part.of(whole).copy_(value)
-                parts.append(part)
-            else:
-                parts.append(value)
-        self._pickled = bytes(ForkingPickler.dumps((whole, parts)))
+    def __init__(self, batch: Any) -> None:
+        whole, with_parts = one_block.write(batch, _shared_bytes)
+        self.num_bytes = len(whole)
+        self._pickled = bytes(ForkingPickler.dumps((whole, with_parts)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _received, (self._pickled,)
@@ -66,18 +56,20 @@ class CollateAndSend:
 
     Args:
         num_ready: how many batches the loader processes of a rank hold ready, for the message.
+        pack: makes what is sent of the batch.
     """
 
     num_ready: int
+    pack: Callable[[Batch], Any] | None = None
 
     def __call__(self, samples: list[Sample]) -> SentBatch:
         """Raises DataError where the batch finds no room; the message says what there is and what is needed."""
         batch = collate(samples)
+        packed = batch if self.pack is None else self.pack(batch)
         try:
-            return SentBatch(batch)
+            return SentBatch(packed)
         except (OSError, RuntimeError) as error:
-            num_bytes = sum(_room(getattr(batch, field.name)) for field in fields(batch))
-            raise DataError(_no_room(error, num_bytes, self.num_ready)) from error
+            raise DataError(_no_room(error, one_block.num_bytes(packed), self.num_ready)) from error
 
 
 def _no_room(error: Exception, batch_bytes: int, num_ready: int) -> str:
@@ -115,23 +107,6 @@ def _mib(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:,.1f} MiB"
 
 
-class _Part(NamedTuple):
-    """The place and layout of a tensor among the bytes of a batch."""
-
-    start: int
-    dtype: torch.dtype
-    shape: torch.Size
-    stride: tuple[int, ...]
-
-    def of(self, whole: Tensor) -> Tensor:
-        num_bytes = self.shape.numel() * self.dtype.itemsize
-        return whole[self.start : self.start + num_bytes].view(self.dtype).as_strided(self.shape, self.stride)
-
-
-def _room(value: Any) -> int:
-    return -(-value.nbytes // _ALIGNMENT) * _ALIGNMENT if isinstance(value, Tensor) else 0
-
-
 def _shared_bytes(num_bytes: int) -> Tensor:
     """Allocates bytes that another process can map; all at once, so that no later write fails (SIGBUS).
 
@@ -160,11 +135,6 @@ def without_folder() -> bool:
     return True
 
 
-def _received(pickled: bytes) -> Batch:
-    whole, parts = pickle.loads(pickled)
-    return _batch_of(whole, parts)
-
-
-def _batch_of(whole: Tensor, parts: Sequence[Any]) -> Batch:
-    values: list[Any] = [part.of(whole) if isinstance(part, _Part) else part for part in parts]
-    return Batch(*values)
+def _received(pickled: bytes) -> Any:
+    whole, with_parts = pickle.loads(pickled)
+    return one_block.read(with_parts, whole)

@@ -115,8 +115,7 @@ def read_split(
     for batch in progress_bar(batches, total=-(-len(index) // batch_size), desc="encode texts", leave=False):
         new, seen = new_images(batch, seen), int(batch.image_index_B[-1]) + 1
         image_of.append(batch.image_index_B)
-        batch = batch.to(device)
-        packed = PackedBatch.of(batch)
+        packed = PackedBatch.of(batch, device)
         text = model.encode_text(packed.text_ids)
         masks = batch.text_mask_BT, batch.phrase_mask_BT
         texts.append([t.cpu() for t in (text.padded().float(), *masks, model.text_global(text))])
@@ -200,9 +199,13 @@ def cross_states(
         captions, images = captions_M[rows], images_M[rows]
         text = _pack(split.text_CTD[captions], split.text_mask_CT[captions])
         regions = _pack(split.regions_IRD[images], split.region_mask_IR[images])
-        needed = output_rows.pair_rows(frozenset({"first"}), text.lengths, regions.lengths) if firsts_alone else None
+        needed_K = None
+        if firsts_alone:
+            marked = output_rows.pair_rows(frozenset({"first"}), text.lengths, regions.lengths)
+            firsts_K = output_rows.numbers(marked)
+            needed_K = None if firsts_K is None else firsts_K.to(device)
         text, regions = text.to(device, model.dtype), regions.to(device, model.dtype)
-        yield CrossStates(rows, *model.encode_cross(text, regions, needed=needed))
+        yield CrossStates(rows, *model.encode_cross(text, regions, needed_K=needed_K))
 
 
 def _pack(slots_BLx: Tensor, mask_BL: Tensor) -> Packed:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernels
-from .packed import Packed
+from .sequence_index import SequenceIndex
 
 Attend = Callable[[Tensor, float], Tensor]  # queries, keys and values [..., 3, H, E], dropout -> [..., H, E]
 
@@ -39,15 +39,18 @@ class SegmentAttention:
     """Within each of the packed sequences, by the kernel that `kernels.attention` chooses for the device and dtype.
 
     Args:
-        lengths: of the sequences, in the order of their rows; some may be 0.
+        index: of the sequences, in the order of their rows; some may be empty.
     """
 
-    def __init__(self, lengths: tuple[int, ...], device: torch.device) -> None:
-        self.lengths = lengths
-        self.longest = max(lengths, default=0)
-        offsets = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-        offsets[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
-        self.offsets = offsets.to(device, non_blocking=True)
+    def __init__(self, index: SequenceIndex, device: torch.device) -> None:
+        self.index, self.device = index, device
+        self.lengths = index.lengths
+        self.longest = max(index.lengths, default=0)
+
+    @property
+    def offsets(self) -> Tensor:
+        """The first row of each sequence, and the number of all rows: int32 [B + 1]."""
+        return self.index.on(self.device, "offsets")
 
     def __call__(self, qkv_N3HE: Tensor, dropout: float) -> Tensor:
         if not self.longest:
@@ -69,23 +72,14 @@ class SegmentAttention:
     def padded(self, qkv_N3HE: Tensor, dropout: float) -> Tensor:
         """Pads the rows, calls the kernel once, and takes the rows out again."""
         num_slots = len(self.lengths) * self.longest
-        qkv_X3HE = qkv_N3HE.new_zeros(num_slots, *qkv_N3HE.shape[1:]).index_copy(0, self._slots_N, qkv_N3HE)
+        slots_N = self.index.on(self.device, "slots")
+        qkv_X3HE = qkv_N3HE.new_zeros(num_slots, *qkv_N3HE.shape[1:]).index_copy(0, slots_N, qkv_N3HE)
         out_BLHE = self._masked(qkv_X3HE.unflatten(0, (len(self.lengths), self.longest)), dropout)
-        return out_BLHE.flatten(0, 1).index_select(0, self._slots_N)
-
-    @cached_property
-    def _slots_N(self) -> Tensor:
-        """Where each row stands among the padded ones."""
-        rows = self._numbered
-        return rows.owners() * self.longest + rows.positions()
+        return out_BLHE.flatten(0, 1).index_select(0, slots_N)
 
     @cached_property
     def _masked(self) -> PaddedAttention:
-        return PaddedAttention(self._numbered.mask())
-
-    @property
-    def _numbered(self) -> Packed:
-        return Packed(torch.empty(sum(self.lengths), device=self.offsets.device), self.lengths)
+        return PaddedAttention(self.index.on(self.device, "mask"))
 
     def torch_flash(self, qkv_N3HE: Tensor, dropout: float) -> Tensor:
         """Calls torch's variable-length flash attention, which knows no dropout."""

@@ -78,26 +78,27 @@ class Encoder(nn.Module):
         self.execution: Execution = "packed"
         self.activation_checkpointing = False
 
-    def forward(self, packed: Packed, needed: Packed | None = None, num_layers: int | None = None) -> Packed:
+    def forward(self, packed: Packed, needed_K: Tensor | None = None, num_layers: int | None = None) -> Packed:
         """Rows [N, D] of sequences -> their states, same shape; attention stays within each sequence.
 
         Args:
-            needed: bool [N], on the host: the rows whose states are wanted (default: all). The others come back as
-                zeros; packed, the last layer does not compute them behind its attention.
+            needed_K: int64, the rows whose states are wanted, each once (default: all). The others come back as zeros;
+                packed, the last layer does not compute them behind its attention.
             num_layers: how many layers to run (default: all).
         """
-        assert needed is None or needed.lengths == packed.lengths
         device, layers = packed.rows.device, list(self.layers)[:num_layers]
         if self.execution == "padded":
             states_BLD = self._run(layers, packed.padded(), PaddedAttention(packed.mask()))
-            states = Packed.of_padded(states_BLD, packed.lengths)
-            return states if needed is None else states.like(states.rows * needed.rows.to(device)[:, None])
-        attend = SegmentAttention(packed.lengths, device)
-        if needed is None or needed.rows.all():
-            return packed.like(self._run(layers, packed.rows, attend))
-        needed_K = needed.rows.nonzero().flatten().to(device, non_blocking=True)
+            states = packed.unpadded(states_BLD)
+            if needed_K is None:
+                return states
+            wanted_N1 = states.rows.new_zeros(len(states.rows), 1).index_fill(0, needed_K, 1.0)
+            return states.like(states.rows * wanted_N1)
+        attend = SegmentAttention(packed.index, device)
         states_KD = self._run(layers, packed.rows, attend, needed_K)
-        return packed.like(states_KD.new_zeros(packed.rows.shape).index_put((needed_K,), states_KD))
+        if needed_K is None:
+            return packed.like(states_KD)
+        return packed.like(states_KD.new_zeros(packed.rows.shape).index_copy(0, needed_K, states_KD))
 
     def _run(
         self, layers: Sequence[nn.Module], states_xD: Tensor, attend: Attend, needed_K: Tensor | None = None

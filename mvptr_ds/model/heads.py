@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import kernels
+from . import kernels, picked_classes
 from .packed import Packed
 
 
@@ -37,19 +37,20 @@ class RowHead(nn.Module):
         """Returns the logits [K, C] of [K, D], or what another `score` makes of hidden states, decoder and bias.
 
         Args:
-            tied_CD: used when the head has no decoder of its own.
+            tied_CD: used when the head has no decoder of its own. For the scores of picked_classes.py it may have more
+                rows than there are classes.
         """
         hidden_KD = self.norm(F.gelu(self.dense(states_KD)))
         return score(hidden_KD, tied_CD if self.decoder is None else self.decoder, self.bias, *asked)
 
     def nll(self, states_KD: Tensor, labels_K: Tensor, tied_CD: Tensor) -> Tensor:
-        """Cross entropy of each row's label (int64 [K]), float32 [K], without the logits of all rows in memory."""
-        out: Tensor = self(states_KD, tied_CD, kernels.picked_nll, labels_K)
+        """Returns the cross entropy of each row's label (int64 [K]), at least float32 [K]."""
+        out: Tensor = self(states_KD, tied_CD, picked_classes.nll, labels_K)
         return out
 
-    def log_p_of(self, states_KD: Tensor, classes_A: Tensor, tied_CD: Tensor) -> Tensor:
-        """Returns log probabilities of the asked classes (int64 [A]) at every row, float32 [K, A]; memory as `nll`."""
-        out: Tensor = self(states_KD, tied_CD, kernels.log_p_of, classes_A)
+    def log_p_of_pairs(self, states_KD: Tensor, rows_P: Tensor, classes_P: Tensor, tied_CD: Tensor) -> Tensor:
+        """Returns log probabilities of picked classes at picked rows (int64 [P] each), at least float32 [P]."""
+        out: Tensor = self(states_KD, tied_CD, picked_classes.log_p_of_pairs, rows_P, classes_P)
         return out
 
 

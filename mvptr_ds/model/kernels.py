@@ -17,7 +17,6 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .installed import apex_lacks, flash_attn_lacks, triton_lacks
 
@@ -32,11 +31,12 @@ TRITON = "Triton"
 TORCH = "torch"
 ONEDNN_LINEAR = "oneDNN's inner product"
 TORCH_LINEAR = "torch.nn.functional.linear"
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 _TRITON_KERNELS = f"{__package__}.triton_kernels"
 _LARGE_PRODUCT = 2**22  # multiplications: below, making oneDNN's kernel for new sizes costs more than it gives
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-_LOGITS_AT_ONCE = 2**24  # 64 MiB of float32: 549 rows of 30,522 words
+_TILE = 64  # classes of a product on CUDA are a multiple of it
+_ALIGNMENT = 8  # numbers of half precision that stand on 16 bytes: what a fast kernel reads at once
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _attention(device_type: str, dtype: torch.dtype, drops: bool, head_size: int
     name = "attention"
     if device_type != "cuda":
         return Choice(name, SDPA_EACH, f"the device is {device_type}")
-    if dtype not in _HALF:
+    if dtype not in HALF:
         return Choice(name, SDPA_PADDED, f"flash kernels take half precision, this is {_short(dtype)}")
     if is_old:
         return Choice(name, SDPA_PADDED, "flash kernels take Ampere GPUs or newer")
@@ -131,7 +131,7 @@ def fused(device: torch.device, dtype: torch.dtype) -> Choice:
         return Choice(name, TORCH, f"the device is {device.type}")
     if torch.version.hip is not None:
         return Choice(name, TORCH, "these kernels were compiled for NVIDIA's GPUs alone")
-    if dtype not in (*_HALF, torch.float32):
+    if dtype not in (*HALF, torch.float32):
         return Choice(name, TORCH, f"Triton's kernels do not take {_short(dtype)}")
     if _before_ampere(device):
         return Choice(name, TORCH, "Triton's kernels take Ampere GPUs or newer")
@@ -154,6 +154,17 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
+class JoiningLinear(Linear):
+    """`Linear` of several inputs side by side, and of as many zeros behind them as `aligned_inputs` says."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        missing = aligned_inputs(self.in_features, self.weight.device) - self.in_features
+        if not missing:
+            return super().forward(torch.cat(inputs, dim=-1))
+        zeros = inputs[0].new_zeros(*inputs[0].shape[:-1], missing)
+        return linear(torch.cat([*inputs, zeros], dim=-1), F.pad(self.weight, (0, missing)), self.bias)
+
+
 def linear(input_xI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """Computes `input @ weight.T + bias`, [..., O]."""
     is_small = input_xI.numel() * len(weight_OI) < _LARGE_PRODUCT
@@ -165,6 +176,11 @@ def linear(input_xI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) ->
         return F.linear(input_xI, weight_OI, bias_O)
     out: Tensor = _onednn(input_xI.flatten(0, -2), weight_OI, bias_O)
     return out.unflatten(0, input_xI.shape[:-1])
+
+
+def linear_gradients(to_out_NO: Tensor, input_NI: Tensor, weight_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes the gradients of `linear`'s input [N, I], weight [O, I] and bias [O] from that of its output."""
+    return linear(to_out_NO, weight_OI.t()), linear(to_out_NO.t(), input_NI.t()), to_out_NO.sum(0)
 
 
 def linear_product(device: torch.device, dtype: torch.dtype) -> Choice:
@@ -209,42 +225,24 @@ def _onednn_backward(ctx, to_out_NO: Tensor) -> tuple[Tensor | None, ...]:  # ty
 _onednn.register_autograd(_onednn_backward, setup_context=_onednn_setup)
 
 
-# --- heads over many classes
+# --- sizes of matrix products
 
 
-def picked_nll(hidden_KD: Tensor, weight_CD: Tensor, bias_C: Tensor, labels_K: Tensor) -> Tensor:
-    """Cross entropy of each row's label by `hidden @ weight.T + bias`, at least float32 [K].
+def aligned_classes(num: int, device: torch.device) -> int:
+    """Returns how many classes a product over `num` of them computes: on CUDA a multiple of 64.
 
-    Never more than 64 MiB of logits exist at a time: several parts are computed again in the backward pass.
+    Rows of 30,522 half precision logits begin on no multiple of 16 bytes, and cuBLAS has no fast kernel for them.
     """
-    return _in_parts(_nll, hidden_KD, weight_CD, bias_C, labels_K)
+    return -(-num // _TILE) * _TILE if _aligns(device) else num
 
 
-def log_p_of(hidden_KD: Tensor, weight_CD: Tensor, bias_C: Tensor, classes_A: Tensor) -> Tensor:
-    """Returns log probabilities of the asked classes, int64 [A], at every row: at least float32 [K, A]."""
-
-    def part(hidden: Tensor, weight: Tensor, bias: Tensor, _: Tensor) -> Tensor:
-        logits = _logits(hidden, weight, bias)
-        return logits[:, classes_A] - logits.logsumexp(-1, keepdim=True)
-
-    return _in_parts(part, hidden_KD, weight_CD, bias_C, hidden_KD.new_empty(len(hidden_KD), 0))
+def aligned_inputs(num: int, device: torch.device) -> int:
+    """Returns how many inputs a product over `num` of them reads: on CUDA a multiple of 8, for the same reason."""
+    return -(-num // _ALIGNMENT) * _ALIGNMENT if _aligns(device) else num
 
 
-def _nll(hidden_KD: Tensor, weight_CD: Tensor, bias_C: Tensor, labels_K: Tensor) -> Tensor:
-    return F.cross_entropy(_logits(hidden_KD, weight_CD, bias_C), labels_K, reduction="none")
-
-
-def _logits(hidden_KD: Tensor, weight_CD: Tensor, bias_C: Tensor) -> Tensor:
-    logits_KC = linear(hidden_KD, weight_CD, bias_C)
-    return logits_KC.float() if logits_KC.dtype in _HALF else logits_KC
-
-
-def _in_parts(function, hidden_KD: Tensor, weight_CD: Tensor, bias_C: Tensor, beside_Kx: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-    num_at_once = max(1, _LOGITS_AT_ONCE // len(weight_CD))
-    if len(hidden_KD) <= num_at_once:
-        return function(hidden_KD, weight_CD, bias_C, beside_Kx)
-    parts = zip(hidden_KD.split(num_at_once), beside_Kx.split(num_at_once), strict=True)
-    return torch.cat([checkpoint(function, hidden, weight_CD, bias_C, b, use_reentrant=False) for hidden, b in parts])
+def _aligns(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 # --- the embedding table
@@ -287,7 +285,7 @@ def _add_rows(total_VD: Tensor, ids_N: Tensor, rows_ND: Tensor) -> None:
 
     Some ids stand in every sample: their sum, one rounded addition after another, would lose the small ones.
     """
-    if total_VD.dtype not in _HALF:
+    if total_VD.dtype not in HALF:
         total_VD.index_add_(0, ids_N, rows_ND)
         return
     sorted_N, order_N = ids_N.sort()
@@ -326,7 +324,7 @@ def report(
         linear_product(device, dtype),
         norm,
         Choice("bias, GELU, dropout, residual", fused, f"model.compile={str(compiled).lower()}"),
-        Choice("word heads", "picked rows, logits in parts of 64 MiB", "cross entropy in float32"),
+        _word_heads(device),
         Choice("embedding gradient", "one write of the table", "optimisers and ZeRO take it whole"),
         Choice(
             "activations",
@@ -335,6 +333,12 @@ def report(
         ),
     ]
     return lines
+
+
+def _word_heads(device: torch.device) -> Choice:
+    if device.type == "cuda":
+        return Choice("word heads", "picked rows, all logits at once", "classes padded to a multiple of 64")
+    return Choice("word heads", "picked rows, logits in parts of 64 MiB", "cross entropy in float32")
 
 
 def _short(dtype: torch.dtype) -> str:

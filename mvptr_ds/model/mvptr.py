@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
@@ -25,8 +26,9 @@ from .config import MvptrConfig
 from .embeddings import TAG_SEGMENT, TEXT_SEGMENT, SlotEmbeddings
 from .encoder import Encoder, EncoderSizes, Execution
 from .heads import Pooler, RowHead, global_state
-from .kernels import TableLookup
+from .kernels import TableLookup, aligned_classes
 from .packed import Packed, join, unjoin
+from .sequence_index import JoinIndex
 from .vision import ImageBackbone, RegionEmbedding, backbone_structure, load_backbone_weights
 
 disable_progress_bar()  # each of `from_pretrained` draws one, on any output, for weights that load in a second
@@ -95,6 +97,7 @@ class Mvptr(PreTrainedModel):
             self.register_buffer("phrase_rows", torch.full((config.num_phrases,), _UNSET_ROW, dtype=torch.int64))
         if config.num_answers:
             self.qa_head = nn.Linear(dim, config.num_answers)  # carried for the reference's checkpoints, never trained
+        self.compiled = False
         self.post_init()
         self._load_backbone()
 
@@ -157,8 +160,9 @@ class Mvptr(PreTrainedModel):
         Args:
             execution: `packed` or `padded`, see `Encoder`.
             activation_checkpointing: compute a layer's inner activations again in the backward pass.
-            compiled: torch.compile of the layers; cannot be undone.
+            compiled: torch.compile of the layers, and of what losses compute on CUDA; cannot be undone.
         """
+        self.compiled = self.compiled or compiled
         for encoder in (self.text_encoder, self.visual_encoder, self.cross_encoder):
             encoder.execution, encoder.activation_checkpointing = execution, activation_checkpointing
             if compiled:
@@ -167,10 +171,19 @@ class Mvptr(PreTrainedModel):
     # --- encoders
 
     def look_up(self, text_ids: Packed, tag_ids: Packed, phrases: bool = False) -> TableRows:
-        """Returns the table's rows for a pass: of the texts, of the tags, and those that tied heads score against."""
-        asked = [text_ids.rows, tag_ids.rows, *([self.phrase_rows] if phrases else [])]
+        """Returns the table's rows for a pass: of the texts, of the tags, and those that tied heads score against.
+
+        Rows for heads are as many as matrix products want (`kernels.aligned_classes`). Those behind the classes are any
+        rows of the table: `picked_classes` gives them no probability and no gradient.
+        """
         table: Tensor = self.embeddings.word_embeddings.weight
-        rows, words_WD = TableLookup.apply(table, torch.cat(asked), self.config.num_words)
+        num_words = aligned_classes(self.config.num_words, table.device)
+        asked = [text_ids.rows, tag_ids.rows]
+        if phrases:
+            num = self.config.num_phrases
+            asked.append(F.pad(self.phrase_rows, (0, aligned_classes(num, table.device) - num)))
+        num_first = num_words if num_words <= len(table) else self.config.num_words
+        rows, words_WD = TableLookup.apply(table, torch.cat(asked), num_first)
         parts = rows.split([len(ids) for ids in asked])
         return TableRows(parts[0], parts[1], words_WD, parts[2] if phrases else None)
 
@@ -183,13 +196,13 @@ class Mvptr(PreTrainedModel):
         embedded: Packed = self.region_embedding(features, images_B3HW, geometry)
         return embedded
 
-    # `needed` marks the rows (bool, on the host) whose states are wanted; the others come back as zeros (`Encoder`)
+    # `needed_K` are the rows (int64) whose states are wanted; the others come back as zeros (`Encoder`)
 
     def encode_text(
         self,
         ids: Packed,
         rows_ND: Tensor | None = None,
-        needed: Packed | None = None,
+        needed_K: Tensor | None = None,
         segments: Packed | None = None,
     ) -> Packed:
         """Computes text states [N, D] of int64 rows of the table [N]; `rows_ND` where `look_up` has read them.
@@ -198,33 +211,48 @@ class Mvptr(PreTrainedModel):
             segments: int64 [N], of texts that have tags behind them. Default: all rows are of the text.
         """
         segment = TEXT_SEGMENT if segments is None else segments.rows
-        states: Packed = self.text_encoder(self.embeddings(ids, segment, rows_ND), needed)
+        states: Packed = self.text_encoder(self.embeddings(ids, segment, rows_ND), needed_K)
         return states
 
     def encode_visual(
-        self, tag_ids: Packed, regions: Packed, tag_rows_ND: Tensor | None = None, needed: Packed | None = None
+        self,
+        tag_ids: Packed,
+        regions: Packed,
+        tag_rows_ND: Tensor | None = None,
+        needed_K: Tensor | None = None,
+        index: JoinIndex | None = None,
     ) -> tuple[Packed, Packed]:
-        """Computes tag and region states, [N, D] each, of int64 rows of the table and embedded regions [N, D]."""
+        """Computes tag and region states, [N, D] each, of int64 rows of the table and embedded regions [N, D].
+
+        Args:
+            index: of tags joined with regions, where it is there already.
+        """
         tags = self.embeddings(tag_ids, TAG_SEGMENT, tag_rows_ND)
-        return unjoin(self.visual_encoder(join(tags, regions), needed), tags.lengths)
+        index = index or JoinIndex(tags.index, regions.index)
+        return unjoin(self.visual_encoder(join(tags, regions, index=index), needed_K), tags.lengths, index)
 
     def encode_cross(
         self,
         text: Packed,
         regions: Packed,
         pairs: Sequence[tuple[int, int]] | None = None,
-        needed: Packed | None = None,
+        needed_K: Tensor | None = None,
         num_layers: int | None = None,
+        index: JoinIndex | None = None,
     ) -> tuple[Packed, Packed]:
         """Computes both modalities' states after cross encoding, from those of the uni-modal encoders.
 
         Args:
             pairs: which text with which image, any number of times; default: those of the same number.
             num_layers: how many layers to run; default: all.
+            index: of texts joined with regions, without `pairs`, where it is there already.
         """
-        joined = join(text, regions, pairs)
+        if pairs is None:
+            index = index or JoinIndex(text.index, regions.index)
+        joined = join(text, regions, pairs, index)
         text_of = range(len(text)) if pairs is None else [first for first, _ in pairs]
-        return unjoin(self.cross_encoder(joined, needed, num_layers), [text.lengths[i] for i in text_of])
+        states = self.cross_encoder(joined, needed_K, num_layers)
+        return unjoin(states, [text.lengths[i] for i in text_of], index)
 
     def text_global(self, text_states: Packed) -> Tensor:
         """Returns the global states of texts, [B, D] of length 1, float32 (float64 for a float64 model)."""

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoBackbone, AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .kernels import LayerNorm, Linear
+from .kernels import JoiningLinear, LayerNorm
 from .packed import Packed
 
 try:
@@ -131,7 +131,7 @@ class RegionEmbedding(nn.Module):
         self.backbone = backbone
         self.roi_bins = roi_bins
         self.feature_dim = feature_dim if backbone is None else backbone.num_channels * roi_bins**2
-        self.projection = Linear(self.feature_dim + GEOMETRY_DIM, hidden_size)
+        self.projection = JoiningLinear(self.feature_dim + GEOMETRY_DIM, hidden_size)
         self.norm = None if norm_eps is None else LayerNorm(hidden_size, eps=norm_eps)
         self.dropout = nn.Dropout(dropout)
 
@@ -153,7 +153,7 @@ class RegionEmbedding(nn.Module):
         """Returns the features [N, F] of regions in a feature map."""
         assert self.backbone is not None
         pooled_BRF = roi_align(map_BCHW, geometry.padded()[..., :4], self.roi_bins)
-        return Packed.of_padded(pooled_BRF, geometry.lengths)
+        return geometry.unpadded(pooled_BRF)
 
     def project(self, features: Packed, geometry: Packed) -> Packed:
         """Embeds features [N, F] and geometry [N, 6] as [N, D]. Raises ValueError for another size F."""
@@ -163,8 +163,7 @@ class RegionEmbedding(nn.Module):
                 "set region_feature_dim (visual.feature_dim) to the shards' size"
             )
         dtype = self.projection.weight.dtype
-        joined_NX = torch.cat([features.rows.to(dtype), geometry.rows.to(dtype)], dim=-1)
-        embedded_ND = self.projection(joined_NX)
+        embedded_ND = self.projection(features.rows.to(dtype), geometry.rows.to(dtype))
         return geometry.like(self.dropout(embedded_ND if self.norm is None else self.norm(embedded_ND)))
 
 

@@ -70,29 +70,33 @@ class Candidates:
         """Returns whether a sample's candidates show another image than its own, bool [B]."""
         return hard_negatives.has_negative(self.local.image_index_N, self.all.image_index_N)
 
-    def negatives(self, mode: str, takes_image_B: Tensor, uniform_B: Tensor, scale: Tensor) -> Tensor:
-        """Returns each sample's negative: a candidate whose image goes with its text, or (False) the other way round.
+    def negative_images(self, mode: str, uniform_B: Tensor, scale: Tensor, rows_K: Tensor | None = None) -> Tensor:
+        """Returns for samples `rows_K` (int64; default: all) a candidate whose image goes with their text.
 
         Args:
             mode: of `hard_negatives.choose`.
-            takes_image_B, uniform_B: bool and uniform in [0, 1), on the CPU.
+            uniform_B: uniform in [0, 1), of every sample of this rank.
 
         Returns:
-            int64 [B], places among the candidates; any where there is none of another image (`has_negative`).
+            int64 [K], places among the candidates; any where there is none of another image (`has_negative`).
         """
-        local, all_ = self.local, self.all
-        negative_index_B = torch.zeros_like(local.image_index_N)
-        for takes_B, queries_BD, keys_ND in (
-            (takes_image_B, local.text_ND, all_.image_ND),
-            (~takes_image_B, local.image_ND, all_.text_ND),
-        ):
-            # Few rows at a time, so that a rank never holds all of its similarities to the global batch. The rows are
-            # found on the host, whose draws decide them; their numbers follow to the device without waiting for it.
-            for rows in takes_B.nonzero().flatten().split(self.rows_at_once):
-                rows_K = rows.to(negative_index_B.device, non_blocking=True)
-                same_image_KN = local.image_index_N[rows_K, None] == all_.image_index_N
-                sim_KN = queries_BD[rows_K].detach() @ keys_ND.detach().T
-                negative_index_B[rows_K] = hard_negatives.choose(
-                    mode, sim_KN, same_image_KN, uniform_B[rows], scale.detach()
-                )
-        return negative_index_B
+        return self._negatives(mode, self.local.text_ND, self.all.image_ND, uniform_B, scale, rows_K)
+
+    def negative_texts(self, mode: str, uniform_B: Tensor, scale: Tensor, rows_K: Tensor | None = None) -> Tensor:
+        """Returns for samples a candidate whose text goes with their image; see `negative_images`."""
+        return self._negatives(mode, self.local.image_ND, self.all.text_ND, uniform_B, scale, rows_K)
+
+    def _negatives(
+        self, mode: str, queries_BD: Tensor, keys_ND: Tensor, uniform_B: Tensor, scale: Tensor, rows_K: Tensor | None
+    ) -> Tensor:
+        queries_BD, keys_ND, image_B = queries_BD.detach(), keys_ND.detach(), self.local.image_index_N
+        if rows_K is not None:
+            queries_BD, image_B, uniform_B = (x.index_select(0, rows_K) for x in (queries_BD, image_B, uniform_B))
+        chosen = []
+        # few rows at a time, so that a rank never holds all of its similarities to the global batch
+        for first in range(0, len(queries_BD), self.rows_at_once):
+            part = slice(first, first + self.rows_at_once)
+            same_image_KN = image_B[part, None] == self.all.image_index_N
+            sim_KN = queries_BD[part] @ keys_ND.T
+            chosen.append(hard_negatives.choose(mode, sim_KN, same_image_KN, uniform_B[part], scale.detach()))
+        return torch.cat(chosen) if chosen else image_B

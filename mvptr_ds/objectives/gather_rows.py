@@ -2,7 +2,8 @@
 
 A sample's states are its valid slots, one row each. Those of a rank lie packed, one sample after another. Where every
 slot travels follows from two numbers a sample: its length, and the sample that it requests. All ranks gather both
-first. The rows then travel in one all-to-all, and their gradients in another one back.
+first, of all choices of a step at once. The rows then travel in one all-to-all, and their gradients in another one
+back.
 
 Worked example, two ranks with two samples each (samples 0, 1 and 2, 3 of the global batch):
 
@@ -18,74 +19,161 @@ x stands for any further dimensions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mvptr_ds.data import one_block
 from mvptr_ds.distributed import collectives
+from mvptr_ds.model.sequence_index import SequenceIndex
 
 
+@dataclass(frozen=True)
+class Request:
+    """A choice of samples whose rows are to be fetched.
+
+    Args:
+        index: of this rank's samples.
+        wanted_B: int64, the sample that each of this rank's samples requests: its place among those of all ranks, B on
+            each and in their order. A rank may request its own.
+        across: False: the places are those of this rank's own samples.
+    """
+
+    index: SequenceIndex
+    wanted_B: Tensor
+    across: bool = True
+
+
+@dataclass
 class RowExchange:
     """The exchange of rows for one choice of samples; made once, then used for states and masks alike.
 
-    Every rank makes the same exchanges in the same order. Making one waits for the device: the sizes of what is sent
-    must be known on the host. With one rank, or within one, nothing is sent.
-
-    Args:
-        lengths_B: int64, rows of each of this rank's samples; on the host.
-        requested_B: int64, the sample that each of this rank's samples requests: its place among those of all ranks,
-            B on each and in their order. A rank may request its own.
-        across: False: the places are those of this rank's own samples.
+    Every rank makes the same exchanges in the same order. With one rank, or within one, nothing is sent.
 
     Attributes:
         lengths: rows of the requested samples.
         send_splits, recv_splits: rows that travel to and from each rank, itself included.
+        sent, restore: int64; see the example above.
+        num_rows: of this rank's samples.
     """
 
-    def __init__(self, lengths_B: Tensor, requested_B: Tensor, across: bool = True) -> None:
-        if across:
-            local_2B = torch.stack([lengths_B.to(requested_B.device, non_blocking=True), requested_B])
-            all_R2B = collectives.gather(local_2B[None]).cpu()
-        else:
-            all_R2B = torch.stack([lengths_B, requested_B.cpu()])[None]
-        self.rank = collectives.rank() if across else 0
-        self._plan(all_R2B[:, 0], all_R2B[:, 1], requested_B.device)
+    lengths: tuple[int, ...]
+    send_splits: list[int]
+    recv_splits: list[int]
+    sent: Tensor
+    restore: Tensor
+    num_rows: int
 
-    def _plan(self, lengths_RB: Tensor, requested_RB: Tensor, device: torch.device) -> None:
+    @classmethod
+    def of(cls, request: Request) -> RowExchange:
+        """Plans one exchange, on the device of the choice; it waits for the choice."""
+        (planned,) = PendingExchanges([request]).read()
+        return one_block.to_device(planned, request.wanted_B.device)
+
+    @classmethod
+    def plan(cls, lengths_RB: Tensor, wanted_RB: Tensor, rank: int) -> RowExchange:
+        """Plans what a rank sends and gets, on the host.
+
+        Args:
+            lengths_RB: int64, rows of the samples of each rank.
+            wanted_RB: int64, which samples they request.
+        """
         num_ranks, num_local = lengths_RB.shape
-        owner_RB, lengths_S = requested_RB // num_local, lengths_RB.flatten()
-        num_rows_RB = lengths_S[requested_RB]
+        owner_RB, lengths_S = wanted_RB // num_local, lengths_RB.flatten()
+        num_rows_RB = lengths_S[wanted_RB]
 
         # what leaves: for each rank in turn, the rows of those of our samples that it requests
-        from_us_RB = owner_RB == self.rank
-        self.send_splits: list[int] = (num_rows_RB * from_us_RB).sum(1).tolist()
-        local_lengths_B = lengths_RB[self.rank]
-        sent = requested_RB[from_us_RB] - self.rank * num_local
-        self.sent = _rows(_starts(local_lengths_B)[sent], local_lengths_B[sent]).to(device, non_blocking=True)
+        from_us_RB = owner_RB == rank
+        local_lengths_B = lengths_RB[rank]
+        sent = wanted_RB[from_us_RB] - rank * num_local
 
         # what arrives: all-to-all delivers in the order of ranks, while our samples requested in an order of their own
-        owner_B, num_rows_B = owner_RB[self.rank], num_rows_RB[self.rank]
+        owner_B, num_rows_B = owner_RB[rank], num_rows_RB[rank]
         recv_R = torch.zeros(num_ranks, dtype=torch.int64).index_add(0, owner_B, num_rows_B)
-        self.recv_splits: list[int] = recv_R.tolist()
         arrival_B = owner_B.argsort(stable=True)
         starts_B = torch.empty_like(num_rows_B)
         starts_B[arrival_B] = _starts(num_rows_B[arrival_B])
-        self.restore = _rows(starts_B, num_rows_B).to(device, non_blocking=True)
-        self.num_rows = int(local_lengths_B.sum())
-        self.lengths: list[int] = num_rows_B.tolist()
+        return cls(
+            lengths=tuple(num_rows_B.tolist()),
+            send_splits=(num_rows_RB * from_us_RB).sum(1).tolist(),
+            recv_splits=recv_R.tolist(),
+            sent=_rows(_starts(local_lengths_B)[sent], local_lengths_B[sent]),
+            restore=_rows(starts_B, num_rows_B) if num_ranks > 1 else recv_R[:0],
+            num_rows=int(local_lengths_B.sum()),
+        )
 
     def fetch(self, rows_Nx: Tensor) -> Tensor:
         """Returns the rows of the requested samples, [M, ...], from this rank's own packed rows [N, ...]."""
         assert len(rows_Nx) == self.num_rows, (len(rows_Nx), self.num_rows)
-        sent = rows_Nx[self.sent]
+        sent = rows_Nx[self.sent]  # not index_select: a row may be sent several times, and gradients add up in order
         if len(self.send_splits) == 1:
             return sent
         if sent.dtype == torch.bool:
             received = collectives.all_to_all(sent.to(torch.uint8), self.send_splits, self.recv_splits)
-            return received[self.restore].bool()
+            return received.index_select(0, self.restore).bool()
         states: Tensor = _AllToAll.apply(sent, self.send_splits, self.recv_splits)
-        return states[self.restore]
+        return states.index_select(0, self.restore)
+
+
+class PendingExchanges:
+    """Several choices on their way to the host, where exchanges are planned: one collective and one copy for all.
+
+    Making it waits for nothing. `read` waits for the choices, so let work for the device stand between the two.
+
+    Args:
+        requests: the same on every rank but for their content. Of those that are not `across` nothing is sent.
+    """
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self.requests = list(requests)
+        self.across = any(request.across for request in requests)
+        wanted_CB = torch.stack([request.wanted_B for request in requests])
+        device = wanted_CB.device
+        if self.across:  # the others must know our lengths, too
+            lengths_CB = torch.stack([request.index.on(device, "lengths") for request in requests])
+            both_R2CB = collectives.gather(torch.stack([lengths_CB, wanted_CB])[None])
+            self._host = HostCopy(both_R2CB)
+        else:
+            self._host = HostCopy(wanted_CB)
+
+    def read(self) -> list[RowExchange]:
+        """Returns the exchanges in the order of the requests, their index arrays still on the host."""
+        found = self._host.read()
+        return [self._plan(number, request, found) for number, request in enumerate(self.requests)]
+
+    def _plan(self, number: int, request: Request, found: Tensor) -> RowExchange:
+        if not self.across:
+            return RowExchange.plan(torch.tensor([request.index.lengths]), found[number][None], 0)
+        lengths_RB, wanted_RB = found[:, 0, number], found[:, 1, number]
+        rank = collectives.rank()
+        if request.across:
+            return RowExchange.plan(lengths_RB, wanted_RB, rank)
+        return RowExchange.plan(lengths_RB[rank][None], wanted_RB[rank][None], 0)
+
+
+class HostCopy:
+    """A tensor on its way to the host. On CUDA it travels while the device computes what comes next."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        if values.device.type == "cpu":
+            self._values = values
+            return
+        pinned = torch.cuda.is_available()
+        self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=pinned)
+        self._values.copy_(values, non_blocking=True)
+        if pinned:
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> Tensor:
+        """Returns the values, when they are there."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._values
 
 
 def _starts(lengths: Tensor) -> Tensor:

@@ -50,6 +50,45 @@ class RandomDraws:
         )
 
 
+@dataclass
+class OwnDraws:
+    """The random choices of this rank's samples, as its pass reads them: on the device, but for one number."""
+
+    itm_takes_image_B: Tensor  # bool
+    itm_rows_B: Tensor  # int64: the samples that take another image, then those that take another text
+    num_taking_image: int
+    itm_B: Tensor  # float64, as all below
+    wpg_image_B: Tensor
+    wpg_own_BT: Tensor
+    wpg_other_BT: Tensor
+
+    @classmethod
+    def blank(cls, num_samples: int, max_text_slots: int) -> OwnDraws:
+        """Returns room for draws that are not made yet."""
+        uniform = torch.zeros(2, num_samples, dtype=torch.float64)
+        per_slot = torch.zeros(2, num_samples, max_text_slots, dtype=torch.float64)
+        rows_B = torch.zeros(num_samples, dtype=torch.int64)
+        return cls(torch.zeros(num_samples, dtype=torch.bool), rows_B, 0, *uniform, *per_slot)
+
+    def fill(self, own: RandomDraws) -> None:
+        """Writes the draws of this rank's samples, on the host."""
+        takes_image_B = own.itm_takes_image_N
+        self.num_taking_image = int(takes_image_B.sum())
+        self.itm_takes_image_B.copy_(takes_image_B)
+        torch.cat([takes_image_B.nonzero().flatten(), (~takes_image_B).nonzero().flatten()], out=self.itm_rows_B)
+        self.itm_B.copy_(own.itm_N)
+        self.wpg_image_B.copy_(own.wpg_image_N)
+        self.wpg_own_BT.copy_(own.wpg_own_NT)
+        self.wpg_other_BT.copy_(own.wpg_other_NT)
+
+    @classmethod
+    def of(cls, own: RandomDraws) -> OwnDraws:
+        """Returns the draws of this rank's samples, on the host."""
+        out = cls.blank(*own.wpg_own_NT.shape)
+        out.fill(own)
+        return out
+
+
 def choose(mode: str, sim_BN: Tensor, same_image_BN: Tensor, uniform_B: Tensor, scale: Tensor | float = 1.0) -> Tensor:
     """Returns one negative for every row: the index of a sample of another image.
 
@@ -88,7 +127,7 @@ def has_negative(image_index_B: Tensor, image_index_N: Tensor) -> Tensor:
 def _inverse_cdf(weights_BN: Tensor, uniform_B: Tensor) -> Tensor:
     """The column whose share of the row's cumulated weight holds `uniform_B`; of weight zero only if all are."""
     cdf_BN = weights_BN.cumsum(-1)
-    target_B1 = uniform_B.to(cdf_BN.device, cdf_BN.dtype, non_blocking=True).unsqueeze(-1) * cdf_BN[:, -1:]
+    target_B1 = uniform_B.to(cdf_BN.dtype).unsqueeze(-1) * cdf_BN[:, -1:]
     index_B = torch.searchsorted(cdf_BN, target_B1, right=True).squeeze(-1)
     last_B = (weights_BN > 0).to(torch.int64).cumsum(-1).argmax(-1)  # rounding may point past the last weight
     return index_B.minimum(last_B)

@@ -8,7 +8,8 @@ T text slots, G tag slots, R regions, D hidden; K also some of the B samples at 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,21 +55,21 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def mcr_regions(log_p_RK: Tensor, own_RK: Tensor) -> LossSum:
+def mcr_regions(log_p_KR: Tensor, is_region_KR: Tensor) -> LossSum:
     """Computes masked concept recovering of tags: `max(0, -logsumexp over regions of log p(tag | region))`.
 
     Some region must let a masked tag be recovered.
 
     Args:
-        log_p_RK: the tag head's log probability of every masked tag at the regions; K or R may be 0.
-        own_RK: bool, the region is one of the tag's own image. A tag whose image has no region does not count.
+        log_p_KR: the tag head's log probability of every masked tag at the regions of its own image; K may be 0.
+        is_region_KR: bool, the slots that hold a region. A tag whose image has none does not count.
 
     Source: README, "The published code".
     """
-    has_region_K = own_RK.any(0)
-    # a column of -inf alone has no gradient: let it be zeros, which do not count
-    log_p_RK = log_p_RK.masked_fill(~own_RK & has_region_K, float("-inf"))
-    return LossSum.of((-torch.logsumexp(log_p_RK, dim=0)).clamp(min=0.0), has_region_K)
+    has_region_K = is_region_KR.any(1)
+    # a row of -inf alone has no gradient: let it be zeros, which do not count
+    log_p_KR = log_p_KR.masked_fill(~is_region_KR & has_region_K[:, None], float("-inf"))
+    return LossSum.of((-torch.logsumexp(log_p_KR, dim=1)).clamp(min=0.0), has_region_K)
 
 
 def vsc(
@@ -175,17 +176,27 @@ def phrase_region_score(
     Returns:
         The mean over the sample's phrases, [B]; 0 where it has none, or no region.
     """
-    phrases_BTD = F.normalize(_at_least_float32(text_BTD), dim=-1)
-    sim_BTR = phrases_BTD @ F.normalize(_at_least_float32(regions_BRD), dim=-1).transpose(1, 2)
-    sim_BTR = sim_BTR.masked_fill(~region_mask_BR[:, None, :], float("-inf"))
+    text_BTD, regions_BRD = _at_least_float32(text_BTD), _at_least_float32(regions_BRD)
+    # similarities are scaled, not states: they are fewer
+    sim_BTR = text_BTD @ regions_BRD.transpose(1, 2) * _inverse_norm(text_BTD)[:, :, None]
+    sim_BTR = (sim_BTR * _inverse_norm(regions_BRD)[:, None, :]).masked_fill(~region_mask_BR[:, None, :], float("-inf"))
     highest_BTk = sim_BTR.topk(min(top_k, sim_BTR.shape[-1]), dim=-1).values
     num_choices_B1 = region_mask_BR.sum(-1, keepdim=True).clamp(min=1, max=top_k)
-    choice_BT = (
-        (draw_BT.to(num_choices_B1.device, non_blocking=True) * num_choices_B1).long().minimum(num_choices_B1 - 1)
-    )
+    choice_BT = (draw_BT * num_choices_B1).long().minimum(num_choices_B1 - 1)
     taken_BT = highest_BTk.gather(-1, choice_BT.unsqueeze(-1)).squeeze(-1)
     counts_BT = phrase_mask_BT & region_mask_BR.any(-1, keepdim=True)
     return torch.where(counts_BT, taken_BT, 0.0).sum(-1) / phrase_mask_BT.sum(-1).clamp(min=1)
+
+
+@functools.cache
+def compiled_phrase_region_score() -> Callable[..., Tensor]:
+    """Returns `phrase_region_score` by torch.compile, for sizes that change with every batch."""
+    return torch.compile(phrase_region_score, dynamic=True)
+
+
+def _inverse_norm(states: Tensor) -> Tensor:
+    """One over the length of each state; a state of zeros, as padding has, keeps a finite gradient."""
+    return torch.linalg.vector_norm(states, dim=-1).clamp(min=1e-12).reciprocal()
 
 
 def wpg(pos_B: Tensor, neg_B: Tensor, counts_B: Tensor, margin: float) -> LossSum:

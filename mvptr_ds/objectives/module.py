@@ -15,7 +15,9 @@ from mvptr_ds.data.collate import Batch
 from mvptr_ds.data.wordpiece import WordPiece
 from mvptr_ds.distributed import collectives
 from mvptr_ds.model.mvptr import PARTS, Mvptr
+from mvptr_ds.objectives.batch_plan import BatchPlan
 from mvptr_ds.objectives.losses import LossSum
+from mvptr_ds.objectives.packed_batch import PackedBatch
 from mvptr_ds.objectives.table import Chosen
 
 HEAD_PART = "head"  # what the configuration calls a task's own weights, beside the parts of the model
@@ -64,8 +66,19 @@ class TaskModule(nn.Module, ABC):
         """Returns the parts of the model (`Mvptr.parameters_of`) that the losses reach; the engine gets no others."""
 
     @abstractmethod
-    def forward(self, batch: Batch, step: int, accumulation: int = 0) -> TaskOutput:
-        """Computes the losses of one micro-batch, through `normalised`."""
+    def forward(self, batch: Batch | PackedBatch, step: int, accumulation: int = 0) -> TaskOutput:
+        """Computes the losses of one micro-batch, through `normalised`.
+
+        Args:
+            batch: on the host; or what `batch_plan` made of it and `complete` filled, on the device of the model.
+        """
+
+    def batch_plan(self) -> BatchPlan | None:
+        """Returns what packs batches for `forward`, where loader processes shall do it; None: `forward` does."""
+        return None
+
+    def complete(self, packed: PackedBatch, step: int, accumulation: int) -> None:  # most tasks choose nothing
+        """Writes what a step adds to a packed batch on the host, before it is copied to the device."""
 
     def normalised(self, parts: Mapping[str, LossSum], weights: Mapping[str, float]) -> TaskOutput:
         """Returns the weighted sum of the losses, each divided by the count of all ranks.

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 import torch
+from torch import Tensor
 
 from mvptr_ds.model.packed import Packed, join
 from mvptr_ds.objectives.packed_batch import PackedBatch
@@ -31,43 +32,61 @@ def without_covered(kinds: Collection[str]) -> frozenset[str]:
     return frozenset(kinds).difference(*covered)
 
 
-def some_rows(lengths: Sequence[int], everything: bool, first: bool, *picked: Packed) -> Packed:
-    """Marks rows of sequences: all, the first of each, and those that are picked; bool, on the host."""
+def some_rows(lengths: Sequence[int], everything: bool, first: bool, *picked: Tensor) -> Packed:
+    """Marks rows of sequences: all, the first of each, and those that are picked, each int64 or bool; on the host."""
     marked = Packed(torch.full((sum(lengths),), everything), tuple(lengths))
     if first:
         marked.rows[torch.from_numpy(marked.starts)] = True
-    for mask in picked:
-        marked.rows.logical_or_(mask.rows)
+    for rows in picked:
+        marked.rows[rows] = True
     return marked
 
 
-def text_rows(kinds: frozenset[str], packed: PackedBatch) -> Packed:
-    """Marks the rows of texts that are needed."""
-    masks = {
-        "tokens": packed.masked_tokens.mask,
-        "picked_phrases": packed.masked_phrases.mask,
-        "phrases": packed.phrases_on_host,
-    }
-    picked = [mask for kind, mask in masks.items() if kind in kinds]
-    return some_rows(packed.text_ids.lengths, "text" in kinds, "first" in kinds, *picked)
+def needed_rows(encoder: str, kinds: frozenset[str], packed: PackedBatch) -> Tensor | None:
+    """Returns the rows of `text`, `visual` or `matched` that are read, int64 on the host; None where all are.
+
+    Args:
+        packed: on the host.
+    """
+    if encoder == "text":
+        return numbers(_text_rows(kinds, packed))
+    if encoder == "visual":
+        return numbers(join(_tag_rows(kinds, packed), _region_rows(kinds, packed), index=packed.visual))
+    return numbers(matched_rows(kinds, packed, packed.geometry.lengths))
 
 
-def tag_rows(kinds: frozenset[str], packed: PackedBatch) -> Packed:
-    """Marks the rows of tags that are needed."""
-    picked = [packed.masked_tags.mask] if "tags" in kinds else []
-    return some_rows(packed.tag_ids.lengths, "all_tags" in kinds, "first" in kinds, *picked)
-
-
-def region_rows(kinds: frozenset[str], packed: PackedBatch) -> Packed:
-    """Marks the rows of regions that are needed."""
-    marked = some_rows(packed.geometry.lengths, "regions" in kinds, False)
-    if "asking_regions" in kinds:
-        asking = torch.tensor(packed.masked_tags.samples, dtype=torch.int64)
-        marked.rows.logical_or_(torch.isin(marked.owners(), asking))
-    return marked
+def matched_rows(kinds: frozenset[str], packed: PackedBatch, region_lengths: Sequence[int]) -> Packed:
+    """Marks the rows of texts joined with the images beside them."""
+    return join(_text_rows(kinds, packed), some_rows(region_lengths, "regions" in kinds, False))
 
 
 def pair_rows(kinds: frozenset[str], text_lengths: Sequence[int], region_lengths: Sequence[int]) -> Packed:
     """Marks the rows of any texts joined with any regions: slot 0 of the texts, all of their slots, all regions."""
     text = some_rows(text_lengths, "text" in kinds, "first" in kinds)
     return join(text, some_rows(region_lengths, "regions" in kinds, False))
+
+
+def numbers(*marked: Packed) -> Tensor | None:
+    """Returns which rows are marked, in sequences behind each other: int64 [K]; None where all are."""
+    whole = torch.cat([part.rows for part in marked])
+    return None if bool(whole.all()) else whole.nonzero().flatten()
+
+
+def _text_rows(kinds: frozenset[str], packed: PackedBatch) -> Packed:
+    rows = {
+        "tokens": packed.masked_tokens.rows_K,
+        "picked_phrases": packed.masked_phrases.rows_K,
+        "phrases": packed.phrase_mask.rows,
+    }
+    picked = [of_kind for kind, of_kind in rows.items() if kind in kinds]
+    return some_rows(packed.text_ids.lengths, "text" in kinds, "first" in kinds, *picked)
+
+
+def _tag_rows(kinds: frozenset[str], packed: PackedBatch) -> Packed:
+    picked = [packed.masked_tags.rows_K] if "tags" in kinds else []
+    return some_rows(packed.tag_ids.lengths, "all_tags" in kinds, "first" in kinds, *picked)
+
+
+def _region_rows(kinds: frozenset[str], packed: PackedBatch) -> Packed:
+    picked = [packed.tag_regions.rows_M] if "asking_regions" in kinds else []
+    return some_rows(packed.geometry.lengths, "regions" in kinds, False, *picked)

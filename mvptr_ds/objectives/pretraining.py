@@ -15,6 +15,7 @@ from mvptr_ds.config_stages import WeightsConfig
 from mvptr_ds.data.collate import Batch
 from mvptr_ds.distributed import collectives
 from mvptr_ds.model.mvptr import Mvptr
+from mvptr_ds.objectives.batch_plan import BatchPlan
 from mvptr_ds.objectives.hard_negatives import RandomDraws
 from mvptr_ds.objectives.losses import LossSum
 from mvptr_ds.objectives.module import TaskModule, TaskOutput
@@ -90,20 +91,44 @@ class PretrainingLosses(TaskModule):
         """Returns the parts of the model that the objectives reach; see `Chosen.trained_parts`."""
         return self.objectives.trained_parts()
 
-    def forward(self, batch: Batch, step: int, accumulation: int = 0) -> TaskOutput:
+    def batch_plan(self) -> BatchPlan:
+        """Returns what packs batches for the stage."""
+        aligned = self.stage.aligned
+        alone = aligned and self.objectives.crosses() and not self.objectives.needs_mismatched()
+        return BatchPlan(self.output_rows, alone, aligned, self.max_text_slots if aligned else 0)
+
+    def complete(self, packed: PackedBatch, step: int, accumulation: int) -> None:
+        """Writes the random choices of a micro-batch, on the host."""
+        if packed.draws is not None:
+            num = len(packed) * collectives.num_ranks()
+            self._write_draws(packed, RandomDraws.keyed(self.seed, step, accumulation, num, self.max_text_slots))
+
+    def forward(self, batch: Batch | PackedBatch, step: int, accumulation: int = 0) -> TaskOutput:
         """Computes all objectives of one micro-batch, normalised over the global micro-batch."""
-        num = len(batch) * collectives.num_ranks()
-        draws = RandomDraws.keyed(self.seed, step, accumulation, num, self.max_text_slots)
-        return self.normalised(self.sums(batch, draws, step), self.weights)
+        if isinstance(batch, Batch):
+            packed = self.batch_plan().pack(batch)
+            self.complete(packed, step, accumulation)
+            batch = packed.to(self.model.device)
+        return self.normalised(self._sums(self._pass(batch, step)), self.weights)
 
     def sums(self, batch: Batch, draws: RandomDraws, step: int = 0) -> dict[str, LossSum]:
         """Sums and counts of this rank's samples, in the order of the stage; `draws` are those of all ranks."""
-        outputs = self.outputs(batch, draws, step)
-        return {name: objective.compute(outputs) for name, objective in self.objectives.by_name.items()}
+        return self._sums(self.outputs(batch, draws, step))
 
     def outputs(self, batch: Batch, draws: RandomDraws, step: int = 0) -> ModelPass:
         """Runs the model over a batch and returns the outputs that the objectives share."""
-        packed = PackedBatch.of(batch, self.model.device)
+        packed = self.batch_plan().pack(batch)
+        self._write_draws(packed, draws)
+        return self._pass(packed.to(self.model.device), step)
+
+    def _write_draws(self, packed: PackedBatch, draws: RandomDraws) -> None:
+        if packed.draws is not None:
+            packed.draws.fill(draws.rows(collectives.rank() * len(packed), len(packed)))
+
+    def _sums(self, outputs: ModelPass) -> dict[str, LossSum]:
+        return {name: objective.compute(outputs) for name, objective in self.objectives.by_name.items()}
+
+    def _pass(self, packed: PackedBatch, step: int) -> ModelPass:
         if not self.stage.aligned:
             with_phrases = "mcr_phrases" in self.weights
             return ModelPass(
@@ -114,6 +139,7 @@ class PretrainingLosses(TaskModule):
                 per_sample=self.per_sample,
                 scalars=self.scalars,
             )
+        assert packed.draws is not None
         return AlignedPass(
             self.model,
             packed,
@@ -121,9 +147,10 @@ class PretrainingLosses(TaskModule):
             scalars=self.scalars,
             config=self.config,
             choices=Choices(self._itm_negatives(step), self.wpg_negatives, self.wpg_states),
-            draws=draws.rows(collectives.rank() * len(batch), len(batch)),
+            draws=packed.draws,
             scale=self.scale(),
             needs_mismatched=self.objectives.needs_mismatched(),
+            needs_grounding=self.objectives.needs_grounding(),
             per_sample=self.per_sample,
         )
 

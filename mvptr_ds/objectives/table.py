@@ -4,7 +4,7 @@ A new objective is a formula in losses.py, a row here, and a weight in config.py
 What else asks about objectives reads this table: which parameters the optimiser gets, which rows of an encoder's last
 layer are computed, FLOPs, memory, traffic, preflight's search for targets, and the names in the log.
 
-Legend: B samples of this rank, K rows with a label, R regions, W word rows, D hidden.
+Legend: B samples of this rank, K rows with a label, M regions beside a masked tag, P pairs of both, D hidden.
 """
 
 from __future__ import annotations
@@ -13,12 +13,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-import torch
-
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.mvptr import PARTS
-from mvptr_ds.model.packed import on_device
+from mvptr_ds.model.packed import Packed
 from mvptr_ds.objectives import losses
 from mvptr_ds.objectives.lengths import Lengths
 from mvptr_ds.objectives.losses import LossSum
@@ -110,13 +107,11 @@ def _mcr_tags(outputs: ModelPass) -> LossSum:
 
 
 def _mcr_regions(outputs: ModelPass) -> LossSum:
-    # scoring every region against all words is dear: only the images in which a tag is masked take part
-    masked = outputs.packed.masked_tags
-    samples, place_K = np.unique(np.array(masked.samples, dtype=np.int64), return_inverse=True)
-    regions = outputs.regions.take(samples.tolist())
-    log_p_RK = outputs.model.tag_head.log_p_of(regions.rows, masked.labels_K, outputs.table.words_WD)
-    same_image_RK = regions.owners()[:, None] == on_device(place_K, regions.rows.device)
-    return losses.mcr_regions(log_p_RK, same_image_RK)
+    asked = outputs.packed.tag_regions
+    states_MD = outputs.regions.rows.index_select(0, asked.rows_M)
+    log_p_P = outputs.model.tag_head.log_p_of_pairs(states_MD, asked.picked_P, asked.labels_P, outputs.table.words_WD)
+    of_tags = Packed(log_p_P, asked.of_tags.lengths, asked.of_tags)
+    return losses.mcr_regions(of_tags.padded(), of_tags.mask())
 
 
 def _vsc(outputs: AlignedPass) -> LossSum:
@@ -131,22 +126,18 @@ def _itm(outputs: AlignedPass) -> LossSum:
 
 def _wpg_cross(outputs: AlignedPass) -> LossSum:
     (matched, mismatched), wpg, draws = outputs.cross, outputs.config.wpg, outputs.draws
-    positive_B = matched.grounding_score(draws.wpg_own_NT, wpg.top_k)
-    negative_B = mismatched.grounding_score(draws.wpg_other_NT, wpg.top_k)
+    positive_B = matched.grounding_score(draws.wpg_own_BT, wpg.top_k, outputs.model.compiled)
+    negative_B = mismatched.grounding_score(draws.wpg_other_BT, wpg.top_k, outputs.model.compiled)
     counts_B = matched.can_be_grounded() & mismatched.can_be_grounded() & outputs.has_mismatched_B
     return losses.wpg(positive_B, negative_B, counts_B, wpg.margin)
 
 
 def _wpg(outputs: AlignedPass) -> LossSum:
-    choices, wpg = outputs.choices, outputs.config.wpg
-    candidates = outputs.candidates(wpg.scope)
-    every_image_B = torch.ones(len(outputs.packed.text_ids), dtype=torch.bool)
-    negative_index_B = candidates.negatives(
-        choices.wpg_negatives, every_image_B, outputs.draws.wpg_image_N, outputs.scale
-    )
-    pairs = outputs.matched if choices.wpg_states == "cross" else outputs.matched_inputs
-    positive_B, negative_B, can_be_B = grounding_scores(pairs, negative_index_B, outputs.draws, wpg)
-    return losses.wpg(positive_B, negative_B, can_be_B & candidates.has_negative(), wpg.margin)
+    wpg = outputs.config.wpg
+    pairs = outputs.matched if outputs.choices.wpg_states == "cross" else outputs.matched_inputs
+    negative = outputs.grounding_negatives(pairs.regions)
+    positive_B, negative_B, can_be_B = grounding_scores(pairs, negative, outputs.draws, wpg, outputs.model.compiled)
+    return losses.wpg(positive_B, negative_B, can_be_B & outputs.candidates(wpg.scope).has_negative(), wpg.margin)
 
 
 # --- the cost of a head: a transform [D, D], then products with `num_rows` rows
@@ -318,6 +309,10 @@ class Chosen:
     def needs_mismatched(self) -> bool:
         """Returns whether pairs that do not match go through the cross encoder, too."""
         return any(objective.needs_mismatched for objective in self.by_name.values())
+
+    def needs_grounding(self) -> bool:
+        """Returns whether phrases are grounded in another image, which WPG chooses."""
+        return "wpg" in self.scopes()
 
     def crosses(self) -> bool:
         """Returns whether the cross encoder runs at all."""

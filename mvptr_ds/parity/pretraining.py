@@ -28,7 +28,7 @@ from mvptr_ds.model.encoder import Execution
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.model.packed import Packed
 from mvptr_ds.objectives import hard_negatives
-from mvptr_ds.objectives.hard_negatives import RandomDraws
+from mvptr_ds.objectives.hard_negatives import OwnDraws, RandomDraws
 from mvptr_ds.objectives.packed_batch import PackedBatch
 from mvptr_ds.objectives.pairs import Pairs, grounding_scores
 from mvptr_ds.objectives.pretraining import PretrainingLosses
@@ -91,7 +91,8 @@ def compute(model: Mvptr, task: PretrainingLosses, batch: Batch, draws: RandomDr
     picked_text, picked_tags = packed.masked_tokens.rows_K, packed.masked_tags.rows_K
     negative_index_B = hard_negatives.choose("random", sim_BB, same_BB, draws.wpg_image_N)
     cross_pairs = Pairs(cross_text, packed.phrase_mask, cross_regions)
-    pos_B, neg_B, _ = grounding_scores(cross_pairs, negative_index_B, draws, task.config.wpg)
+    negative = cross_regions.take(negative_index_B.tolist())
+    pos_B, neg_B, _ = grounding_scores(cross_pairs, negative, OwnDraws.of(draws), task.config.wpg)
     return {
         "embeddings_text": text_slots(model.embeddings(packed.text_ids, TEXT_SEGMENT)),
         "embeddings_tags": in_slots(model.embeddings(packed.tag_ids, TAG_SEGMENT), batch.tag_ids_BG.shape[1]),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mvptr_ds.data.collate import Batch
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.mvptr import Mvptr
+from mvptr_ds.objectives.batch_plan import BatchPlan
 from mvptr_ds.objectives.lengths import Lengths
 from mvptr_ds.objectives.losses import LossSum
 from mvptr_ds.objectives.module import TaskModule, TaskOutput
@@ -82,12 +83,22 @@ class PairModule(TaskModule):
             return True
         return int(name.removeprefix(layers).split(".")[0]) < self.num_cross_layers
 
-    def outputs(self, batch: Batch) -> PairPass:
+    def batch_plan(self) -> BatchPlan:
+        """Returns what packs batches for the task."""
+        return BatchPlan(self.objectives.output_rows(), crosses=True, aligned=True)
+
+    def outputs(self, batch: Batch | PackedBatch) -> PairPass:
         """Runs the model over a batch."""
-        packed, rows = PackedBatch.of(batch, self.model.device), self.objectives.output_rows()
+        packed, rows = self.packed(batch), self.objectives.output_rows()
         return PairPass(self.model, packed, rows, num_cross_layers=self.num_cross_layers)
 
-    def forward(self, batch: Batch, step: int, accumulation: int = 0) -> TaskOutput:
+    def packed(self, batch: Batch | PackedBatch) -> PackedBatch:
+        """Returns what the model reads of a batch, on its device."""
+        if isinstance(batch, PackedBatch):
+            return batch
+        return self.batch_plan().pack(batch).to(self.model.device)
+
+    def forward(self, batch: Batch | PackedBatch, step: int, accumulation: int = 0) -> TaskOutput:
         """Computes the loss of a micro-batch, a mean over the samples of all ranks."""
         outputs = self.outputs(batch)
         return self.normalised({self.name: self.loss(self.logits(outputs), outputs.packed.labels)}, {self.name: 1.0})

@@ -104,11 +104,11 @@ class VqaModule(PairModule):
             row_D.copy_(table_VD[torch.tensor(words.encode(answer)[0] or [words.unk_id])].mean(0))
         self.head.bias.fill_(-math.log(max(1, len(self.answers) - 1)))
 
-    def outputs(self, batch: Batch) -> PairPass:
+    def outputs(self, batch: Batch | PackedBatch) -> PairPass:
         if self.crossing_tags_from is None:
             return super().outputs(batch)
         rows = {**self.objectives.output_rows(), "visual": frozenset({"regions", "all_tags"})}
-        return _WithTags(self.model, PackedBatch.of(batch, self.model.device), rows, self.crossing_tags_from)
+        return _WithTags(self.model, self.packed(batch), rows, self.crossing_tags_from)
 
     def logits(self, outputs: PairPass) -> Tensor:
         """Returns a logit of each answer [B, A]."""

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mvptr_ds.distributed import collectives
-from mvptr_ds.objectives.gather_rows import RowExchange
+from mvptr_ds.model.sequence_index import SequenceIndex
+from mvptr_ds.objectives.gather_rows import PendingExchanges, Request, RowExchange
 from tests.distributed.contrast_cases import CASES, LOCAL, NUM_BATCHES, build, part
 
 PER_RANK = 3
@@ -31,10 +32,11 @@ def check_route(wanted_RB: Tensor, dtype: torch.dtype) -> None:
     own = slice(rank * PER_RANK, (rank + 1) * PER_RANK)
     local = torch.cat(samples[own]).detach().requires_grad_(dtype.is_floating_point)
 
-    route = RowExchange(lengths_S[own], wanted_RB[rank])
+    lengths = SequenceIndex(tuple(lengths_S[own].tolist()))
+    route = RowExchange.of(Request(lengths, wanted_RB[rank]))
     found = route.fetch(local)
     assert found.dtype == dtype and torch.equal(found, torch.cat([samples[i] for i in wanted_RB[rank]]))
-    assert route.lengths == lengths_S[wanted_RB[rank]].tolist()
+    assert route.lengths == tuple(lengths_S[wanted_RB[rank]].tolist())
     assert sum(route.recv_splits) == sum(route.lengths)  # nothing travels but what was asked for
     if not dtype.is_floating_point:
         return
@@ -48,6 +50,14 @@ def check_route(wanted_RB: Tensor, dtype: torch.dtype) -> None:
     assert torch.equal(local.grad, torch.cat(whole.grad.split(lengths_S.tolist())[own]))
 
 
+def check_several_at_once(local: Request) -> None:
+    """Exchanges with all ranks and within one, from one collective."""
+    num = collectives.num_ranks()
+    everyone = Request(SequenceIndex((1, 2)), torch.tensor([0, 2 * num - 1]))  # the first and the last of all samples
+    found = [exchange.fetch(torch.tensor([5, 6, 7])) for exchange in PendingExchanges([everyone, local]).read()]
+    assert [rows.tolist() for rows in found] == [[5, 6, 7], [6, 7, 6, 7]]
+
+
 def check_routes() -> None:
     num = collectives.num_ranks()
     shape = (num, PER_RANK)
@@ -57,8 +67,9 @@ def check_routes() -> None:
     for wanted_RB in (*some, own, own.flip(0), torch.ones_like(own), torch.zeros_like(own)):
         for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.bool, torch.int64):
             check_route(wanted_RB, dtype)
-    local = RowExchange(torch.tensor([1, 2]), torch.tensor([1, 1]), across=False)
-    assert local.fetch(torch.tensor([5, 6, 7])).tolist() == [6, 7, 6, 7]
+    local = Request(SequenceIndex((1, 2)), torch.tensor([1, 1]), across=False)
+    assert RowExchange.of(local).fetch(torch.tensor([5, 6, 7])).tolist() == [6, 7, 6, 7]
+    check_several_at_once(local)
 
 
 def run(name: str) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from mvptr_ds.model import kernels
 from mvptr_ds.model.attention import _KERNELS, SegmentAttention
 from mvptr_ds.model.packed import Packed
+from mvptr_ds.model.sequence_index import SequenceIndex
 from tests.support.tiny_models import tiny_model
 
 pytestmark = [
@@ -55,9 +56,9 @@ def installed(implementation: str) -> None:
 def test_every_kernel_attends_within_each_sequence(implementation: str, dtype: torch.dtype) -> None:
     installed(implementation)
     rows, weights = inputs(dtype)
-    segments = SegmentAttention(LENGTHS, rows.device)
+    segments = SegmentAttention(SequenceIndex(LENGTHS), rows.device)
     found = states_and_gradients(lambda given: _KERNELS[implementation](segments, given, 0.0), rows, weights)
-    plain = SegmentAttention(LENGTHS, torch.device("cpu"))
+    plain = SegmentAttention(SequenceIndex(LENGTHS), torch.device("cpu"))
     wanted = states_and_gradients(lambda given: plain.each(given, 0.0), rows.double().cpu(), weights.double().cpu())
     torch.testing.assert_close(found, wanted, rtol=0, atol=TOLERANCE[dtype])
 
@@ -80,7 +81,7 @@ def test_half_precision_takes_flash_without_waiting_for_the_device() -> None:
 
 def test_dropout_of_attention_keeps_the_mean() -> None:
     rows, _ = inputs(torch.bfloat16)
-    segments = SegmentAttention((64, 61), rows.device)
+    segments = SegmentAttention(SequenceIndex((64, 61)), rows.device)
     kept = segments(rows, 0.0).float()
     mean = torch.stack([segments(rows, 0.3).float() for _ in range(200)]).mean(0)
     assert not torch.equal(mean, kept)

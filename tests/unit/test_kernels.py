@@ -284,45 +284,6 @@ def test_where_torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
         layer.float()(torch.ones(4, 2048))
 
 
-# --- heads over many classes
-
-
-@pytest.mark.parametrize("num", [0, 1, 7])
-@pytest.mark.parametrize("at_once", [2, 100])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_cross_entropy_in_parts(num: int, at_once: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_LOGITS_AT_ONCE", at_once * 11)
-    generator = torch.Generator().manual_seed(num)
-    hidden, weight, bias = (
-        torch.randn(*size, generator=generator).to(dtype).requires_grad_() for size in ((num, 5), (11, 5), (11,))
-    )
-    labels = torch.randint(0, 11, (num,), generator=generator)
-    logits = F.linear(hidden, weight, bias)
-    wanted = F.cross_entropy(logits.float() if dtype == torch.bfloat16 else logits, labels, reduction="none")
-    found = kernels.picked_nll(hidden, weight, bias, labels)
-    classes = torch.tensor([3, 3, 0])
-    log_p = kernels.log_p_of(hidden, weight, bias, classes)
-    tolerance = 1e-12 if dtype == torch.float64 else 1e-5  # the logits are bfloat16 in both, the rest is float32
-    torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance)
-    assert log_p.shape == (num, 3)
-    for i in range(num):
-        row = F.linear(hidden, weight, bias)[i].double().log_softmax(-1)
-        torch.testing.assert_close(log_p[i].double(), row[classes], rtol=0, atol=tolerance * 10)
-    grads = [torch.autograd.grad(x.sum(), (hidden, weight, bias)) for x in (found, wanted)]
-    loose = 1e-12 if dtype == torch.float64 else 0.05  # sums of parts are rounded to bfloat16
-    torch.testing.assert_close(*grads, rtol=0, atol=loose)
-
-
-def test_parts_are_as_small_as_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-    logits = kernels._logits
-    monkeypatch.setattr(kernels, "_logits", lambda h, w, b: (seen.append(len(h)), logits(h, w, b))[1])
-    monkeypatch.setattr(kernels, "_LOGITS_AT_ONCE", 40)
-    hidden = torch.randn(7, 5, requires_grad=True)
-    kernels.picked_nll(hidden, torch.randn(11, 5), torch.zeros(11), torch.zeros(7, dtype=torch.int64)).sum().backward()
-    assert max(seen) == 3 and sum(seen) == 14  # 7 forward, 7 again in the backward pass
-
-
 # --- the embedding table
 
 

@@ -80,7 +80,7 @@ def test_kernels_of_attention_agree_in_states_and_gradients(lengths: list[int], 
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(sum(lengths), 3, 2, 4, generator=generator, dtype=torch.float64)
     packed, weights = Packed(rows, tuple(lengths)), torch.randn(rows[:, 0].shape, generator=generator).double()
-    segments = SegmentAttention(packed.lengths, rows.device)
+    segments = SegmentAttention(packed.index, rows.device)
 
     def run(attend: Any) -> list[Tensor]:
         given = rows.clone().requires_grad_()
@@ -170,7 +170,8 @@ def test_an_encoder_computes_the_rows_that_are_read(lengths: list[int], data: An
     def run(execution: str, needed: Packed | None, checkpointing: bool = False) -> list[Tensor]:
         encoder.execution, encoder.activation_checkpointing = execution, checkpointing
         given = rows.clone().requires_grad_()
-        states = encoder(Packed(given, tuple(lengths)), read).rows
+        needed_K = None if needed is None else needed.rows.nonzero().flatten()
+        states = encoder(Packed(given, tuple(lengths)), needed_K).rows
         wanted = (states * weights)[torch.tensor(marks, dtype=torch.bool)].sum()
         return [states, *torch.autograd.grad(wanted, [given, *encoder.parameters()], materialize_grads=True)]
 
@@ -226,7 +227,7 @@ def test_compiled_layers_give_the_same_states_and_gradients(large: int, monkeypa
 def test_attention_drops_out_the_same_share_in_both_executions() -> None:
     rows = torch.randn(2000, 3, 2, 4, generator=torch.Generator().manual_seed(0))
     packed = Packed(rows, (5,) * 400)
-    segments, padded = SegmentAttention(packed.lengths, rows.device), PaddedAttention(packed.mask())
+    segments, padded = SegmentAttention(packed.index, rows.device), PaddedAttention(packed.mask())
     kept = segments(rows, 0.0)
     torch.manual_seed(0)
     noise = segments(rows, 0.5) - kept, padded(packed.padded(), 0.5).flatten(0, 1) - kept

@@ -50,7 +50,8 @@ def test_no_more_than_a_chunk_of_similarities_is_there(rows: int) -> None:
     with Shapes() as shapes:
         candidates.vsc(SCALE).sum.backward()
         for mode in MODES:
-            candidates.negatives(mode, torch.arange(NUM) % 2 == 0, torch.rand(NUM, dtype=torch.float64), SCALE)
+            for negatives, first in ((candidates.negative_images, 0), (candidates.negative_texts, 1)):
+                negatives(mode, torch.rand(NUM, dtype=torch.float64), SCALE, torch.arange(first, NUM, 2))
     similarities = {shape for shape in shapes.seen if NUM in shape and DIM not in shape and len(shape) == 2}
     assert max(min(shape) if rows < NUM else max(shape) for shape in similarities) == rows
 
@@ -65,7 +66,11 @@ def test_negatives_are_chosen_from_the_whole_matrix(mode: str) -> None:
     sim = torch.where(takes_image[:, None], sim, sim.T)
     wanted = choose(mode, sim, IMAGE_N[:, None] == IMAGE_N, draw, SCALE)
     for rows in CHUNKS:
-        found = pool(rows).negatives(mode, takes_image, draw, SCALE)
+        candidates, found = pool(rows), torch.empty(NUM, dtype=torch.int64)
+        for negatives, takes in ((candidates.negative_images, takes_image), (candidates.negative_texts, ~takes_image)):
+            rows_K = takes.nonzero().flatten()
+            found[rows_K] = negatives(mode, draw, SCALE, rows_K)
+        assert torch.equal(pool(rows).negative_images(mode, draw, SCALE)[takes_image], wanted[takes_image])
         assert torch.equal(found, wanted)
         assert (IMAGE_N[found] != IMAGE_N).all()
     assert not torch.equal(wanted, choose(mode, sim.T, IMAGE_N[:, None] == IMAGE_N, draw, SCALE)) or mode == "random"

@@ -26,10 +26,13 @@ run_encoder = Encoder.forward
 @pytest.fixture(autouse=True)
 def unread_rows_are_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     def forward(
-        encoder: Encoder, packed: Packed, needed: Packed | None = None, num_layers: int | None = None
+        encoder: Encoder, packed: Packed, needed_K: torch.Tensor | None = None, num_layers: int | None = None
     ) -> Packed:
-        states = run_encoder(encoder, packed, needed, num_layers)
-        return states if needed is None else states.like(states.rows.masked_fill(~needed.rows[:, None], float("nan")))
+        states = run_encoder(encoder, packed, needed_K, num_layers)
+        if needed_K is None:
+            return states
+        unread_N1 = torch.ones(len(states.rows), 1, dtype=torch.bool).index_fill(0, needed_K, False)
+        return states.like(states.rows.masked_fill(unread_N1, float("nan")))
 
     monkeypatch.setattr(Encoder, "forward", forward)
 

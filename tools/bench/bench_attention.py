@@ -28,6 +28,7 @@ from torch import Tensor
 
 from mvptr_ds.model import kernels
 from mvptr_ds.model.attention import SegmentAttention
+from mvptr_ds.model.sequence_index import SequenceIndex
 from mvptr_ds.user_io.progress import progress_bar
 from mvptr_ds.user_io.terminal import accept_any_text
 
@@ -63,7 +64,7 @@ def nested(lengths: tuple[int, ...], offsets: Tensor) -> Attend:
 
 def contenders(lengths: tuple[int, ...], device: torch.device, dtype: torch.dtype, dropout: float) -> dict[str, Attend]:
     """Returns every kernel that can run here."""
-    segments = SegmentAttention(lengths, device)
+    segments = SegmentAttention(SequenceIndex(lengths), device)
     out = {
         kernels.SDPA_EACH: segments.each,
         kernels.SDPA_PADDED: segments.padded,
@@ -98,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     qkv = torch.randn(sum(lengths), 3, arguments.heads, arguments.head_size, device=device, dtype=torch.float64)
     weights = torch.randn_like(qkv[:, 0])
     attends = contenders(lengths, device, dtype, dropout)
-    wanted = run(SegmentAttention(lengths, device).each, qkv, weights, 0.0)
+    wanted = run(SegmentAttention(SequenceIndex(lengths), device).each, qkv, weights, 0.0)
     times_ms: dict[str, list[float]] = {name: [] for name in attends}
     inputs = qkv.to(dtype), weights.to(dtype)
     clock = time.perf_counter if device.type == "cuda" else time.process_time

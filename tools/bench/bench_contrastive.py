@@ -50,8 +50,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvptr_ds.distributed import collectives as parallel
-from mvptr_ds.objectives import gather_rows
+from mvptr_ds.model.sequence_index import SequenceIndex
 from mvptr_ds.objectives.candidates import Candidates, Globals
+from mvptr_ds.objectives.gather_rows import PendingExchanges, Request
 from mvptr_ds.user_io.progress import progress_bar
 from mvptr_ds.user_io.terminal import accept_any_text
 
@@ -118,9 +119,11 @@ def wanted_of(rank: int, setting: Setting, limits: tuple[int, int]) -> Tensor:
 
 
 @cache
-def told_of(rank: int, setting: Setting, limits: tuple[int, int]) -> Tensor:
-    """Returns what a rank sends to the others before the states are exchanged."""
-    return torch.stack([lengths_of(rank, setting, limits), wanted_of(rank, setting, limits)])
+def told_of(rank: int, setting: Setting) -> Tensor:
+    """Returns what a rank tells the others first: lengths and choices, of texts and of images; int64 [2, 2, B]."""
+    limits = [of_slots for of_slots, _ in SLOTS]
+    lengths, wanted = ([f(rank, setting, of) for of in limits] for f in (lengths_of, wanted_of))
+    return torch.stack([torch.stack(lengths), torch.stack(wanted)])
 
 
 # --- collectives that count, real or simulated
@@ -146,13 +149,11 @@ class Collectives:
         if self.setting.gloo:
             self.real[0](parts, local)
             return
-        of_texts = local.ndim == 3 and torch.equal(local[0, 0], lengths_of(0, self.setting, TEXT_LENGTHS))
-        limits = TEXT_LENGTHS if of_texts else REGION_LENGTHS
         of_images = bool(self.globals_R) and not torch.equal(local, self.globals_R[0][0])
         for rank, part in enumerate(parts):
             if local.dtype == torch.int64:
-                told = local.ndim == 3  # else the images of the global states
-                part.copy_(told_of(rank, self.setting, limits) if told else image_index_of(rank, self.setting))
+                told = local.ndim == 4  # else the images of the global states
+                part.copy_(told_of(rank, self.setting) if told else image_index_of(rank, self.setting))
             else:
                 part.copy_(self.globals_R[rank][of_images] if self.globals_R else local)
 
@@ -221,9 +222,15 @@ def vsc_plain(setting: Setting) -> Callable[[], None]:
 def choice(setting: Setting, mode: str, scores_mib: float) -> Callable[[], Any]:
     """Measures the choice alone: VSC has gathered the global states already."""
     pool = pool_of(setting, scores_mib)
-    takes_image_B = torch.arange(setting.per_rank) % 2 == 0
+    images_K, texts_K = (torch.arange(first, setting.per_rank, 2) for first in (0, 1))
     uniform_B = torch.rand(setting.per_rank, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    return lambda: pool.negatives(mode, takes_image_B, uniform_B, torch.tensor([14.0]))
+    scale = torch.tensor([14.0])
+
+    def once() -> None:
+        pool.negative_images(mode, uniform_B, scale, images_K)
+        pool.negative_texts(mode, uniform_B, scale, texts_K)
+
+    return once
 
 
 SLOTS = ((TEXT_LENGTHS, TEXT_SLOTS), (REGION_LENGTHS, REGIONS))
@@ -236,12 +243,15 @@ def states_of(num_rows: int, setting: Setting) -> Tensor:
 def states(setting: Setting) -> Callable[[], None]:
     """Exchanges ITM's other texts and images with the text's phrase mask, forward and backward."""
     rank = parallel.rank()
-    asked = [(lengths_of(rank, setting, limits), wanted_of(rank, setting, limits)) for limits, _ in SLOTS]
-    text_ND, regions_ND = (states_of(int(lengths_B.sum()), setting) for lengths_B, _ in asked)
+    asked = [
+        Request(SequenceIndex(tuple(lengths_of(rank, setting, limits).tolist())), wanted_of(rank, setting, limits))
+        for limits, _ in SLOTS
+    ]
+    text_ND, regions_ND = (states_of(sum(request.index.lengths), setting) for request in asked)
     phrase_mask_N = torch.zeros(len(text_ND), dtype=torch.bool)
 
     def once() -> None:
-        to_text, to_regions = (gather_rows.RowExchange(*lengths_and_wanted) for lengths_and_wanted in asked)
+        to_text, to_regions = PendingExchanges(asked).read()
         to_text.fetch(phrase_mask_N)
         fetched = [to_text.fetch(text_ND), to_regions.fetch(regions_ND)]
         torch.stack([states_MD.sum() for states_MD in fetched]).sum().backward()

@@ -233,7 +233,7 @@ class FakeCuda(TorchDispatchMode):
         with _disable_current_modes():
             made = _call(func, name, args, kwargs, shapes_only)
         results = _returned(func, args, kwargs, made, name)
-        if not _is_view(func) and name not in FREE:
+        if not is_view(func) and name not in FREE:
             found = [leaf for leaf in tree_leaves(results) if isinstance(leaf, CudaTensor)]
             self._record(func, name, args, kwargs, _each_once(tensors), _each_once([*found, *_changed(func, args, kwargs)]))
         return results
@@ -269,7 +269,7 @@ class FakeCuda(TorchDispatchMode):
 
     def _record(self, func: Any, name: str, args: Any, kwargs: Any, read: list[Tensor], written: list[Tensor]) -> None:
         place = self._place()  # of views, too: their nodes have parts
-        if _is_view(func) or name in FREE or not any(tensor.numel() for tensor in written):
+        if is_view(func) or name in FREE or not any(tensor.numel() for tensor in written):
             return
         qualified = f"{func.namespace}::{name}"
         if is_registered(qualified):
@@ -374,7 +374,8 @@ def _changed(func: Any, args: Any, kwargs: Any) -> list[CudaTensor]:
     return out
 
 
-def _is_view(func: Any) -> bool:
+def is_view(func: Any) -> bool:
+    """Returns whether an operation's results share the memory of its arguments, so that nothing runs."""
     return any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
 
 

@@ -77,6 +77,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("inference", "exporting"),
     ("benchmarks", "parity"),
     ("engine", "held_out", "planning", "preflight", "demo_page"),
+    ("benchmarks.gpu_step",),
     ("trainer",),
     ("train", "eval"),
     ("transfer",),
@@ -167,7 +168,12 @@ def test_only_engine_grad_norm_and_parallel_import_deepspeed() -> None:
         offenders(
             ("mvptr_ds",),
             ("deepspeed",),
-            but=("mvptr_ds.engine", "mvptr_ds.optim.zero_grad_norm", "mvptr_ds.distributed.collectives"),
+            but=(
+                "mvptr_ds.engine",
+                "mvptr_ds.optim.zero_grad_norm",
+                "mvptr_ds.distributed.collectives",
+                "mvptr_ds.benchmarks.gpu_step.engine_step",  # counts what deepspeed does
+            ),
         )
         == []
     )

@@ -87,7 +87,9 @@ class _Drawing:
             tag_ids_G=tags_G,
             tag_labels_G=tag_labels_G,
             region_geometry_R6=self.rng.random((self.num_regions, 6), dtype=np.float32),
-            region_features_RF=None if with_images else np.zeros((self.num_regions, model.region_feature_dim), np.float16),
+            region_features_RF=None
+            if with_images
+            else np.zeros((self.num_regions, model.region_feature_dim), np.float16),
             image_3HW=np.zeros((3, side, side), dtype=np.uint8) if with_images else None,
             image_index=number,
             position=number,

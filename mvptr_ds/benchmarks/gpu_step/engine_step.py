@@ -136,17 +136,20 @@ def _asynchronous(count: _Count) -> Iterator[None]:
     """While inside, DeepSpeed takes its CPU accelerator for one that works apart from the host."""
     accelerator = type(deepspeed.accelerator.get_accelerator())
     stream = _Stream(count)
-    with patch.multiple(
-        accelerator,
-        is_synchronized_device=lambda self: False,
-        resolves_data_dependency=lambda self: False,
-        synchronize=lambda self, *_: count.synchronised(),
-        current_stream=lambda self, *_: stream,
-        default_stream=lambda self, *_: stream,
-        stream=lambda self, _: nullcontext(),
-        Stream=property(lambda self: lambda *_, **__: stream),
-        Event=property(lambda self: lambda *_, **__: stream),
-    ), patch.object(Tensor, "record_stream", lambda *_: None):
+    with (
+        patch.multiple(
+            accelerator,
+            is_synchronized_device=lambda self: False,
+            resolves_data_dependency=lambda self: False,
+            synchronize=lambda self, *_: count.synchronised(),
+            current_stream=lambda self, *_: stream,
+            default_stream=lambda self, *_: stream,
+            stream=lambda self, _: nullcontext(),
+            Stream=property(lambda self: lambda *_, **__: stream),
+            Event=property(lambda self: lambda *_, **__: stream),
+        ),
+        patch.object(Tensor, "record_stream", lambda *_: None),
+    ):
         yield
 
 

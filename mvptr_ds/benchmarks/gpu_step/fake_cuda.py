@@ -35,7 +35,14 @@ from mvptr_ds.benchmarks.gpu_step.recording import COPY, FORWARD, Copy, Operatio
 from mvptr_ds.benchmarks.gpu_step.roofline import kernel_seconds
 from mvptr_ds.benchmarks.gpu_step.torch_on_cuda import CUDA, PinnedMemory, as_cuda_build
 
-SIZE_DEPENDS_ON_VALUES = {"nonzero", "masked_select", "unique_consecutive", "unique_dim", "_unique2", "repeat_interleave"}
+SIZE_DEPENDS_ON_VALUES = {
+    "nonzero",
+    "masked_select",
+    "unique_consecutive",
+    "unique_dim",
+    "_unique2",
+    "repeat_interleave",
+}
 ATEN = ("aten", "prims")
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}  # take indices of the host, which they copy
 HALF_TRUE = {"eq", "isnan", "isinf", "signbit", "isneginf", "isposinf"}  # of floating numbers: seldom true
@@ -226,16 +233,16 @@ class FakeCuda(TorchDispatchMode):
             with _disable_current_modes():
                 return 1.0 if args[0].held.is_meta else func(args[0].held)
         args, kwargs, tensors = self._bring_indices(name, args, kwargs, tensors)
-        by_mask = name in INDEXING and any(t is not args[0] and t.dtype in (torch.bool, torch.uint8) for t in tensors[1:])
-        if name in SIZE_DEPENDS_ON_VALUES or (by_mask and name != "index_put_"):
+        if name in SIZE_DEPENDS_ON_VALUES or (name in INDEXING and _counts_a_mask(name, tensors)):
             self.wait("a result whose size depends on values")
+        if name in INDEXING:
+            args = (args[0], _without_masks(args[1]), *args[2:])
         shapes_only = any(isinstance(tensor, CudaTensor) and tensor.held.is_meta for tensor in tensors)
         with _disable_current_modes():
             made = _call(func, name, args, kwargs, shapes_only)
         results = _returned(func, args, kwargs, made, name)
-        if not is_view(func) and name not in FREE:
-            found = [leaf for leaf in tree_leaves(results) if isinstance(leaf, CudaTensor)]
-            self._record(func, name, args, kwargs, _each_once(tensors), _each_once([*found, *_changed(func, args, kwargs)]))
+        found = [leaf for leaf in tree_leaves(results) if isinstance(leaf, CudaTensor)]
+        self._record(func, name, args, kwargs, _each_once(tensors), _each_once([*found, *_changed(func, args, kwargs)]))
         return results
 
     def _bring_indices(self, name: str, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
@@ -268,14 +275,16 @@ class FakeCuda(TorchDispatchMode):
             self.wait("a copy to the device that is not non_blocking")
 
     def _record(self, func: Any, name: str, args: Any, kwargs: Any, read: list[Tensor], written: list[Tensor]) -> None:
-        place = self._place()  # of views, too: their nodes have parts
+        place = self._place()  # of views, too: their nodes in the backward pass belong to the same part
         if is_view(func) or name in FREE or not any(tensor.numel() for tensor in written):
             return
         qualified = f"{func.namespace}::{name}"
         if is_registered(qualified):
             cost = custom_cost(qualified, [*read, *written])
         else:
-            cost = cost_of(name, func.overloadpacket, args, kwargs, read, written)
+            with _disable_current_modes():
+                given = tree_map(_held, (args, kwargs, read, written))
+                cost = cost_of(name, func.overloadpacket, *given)
         sides = _sides(read) if name in PRODUCTS else None
         self._add(name if func.namespace in ATEN else qualified, cost, place, sides)
 
@@ -306,9 +315,32 @@ def _values_of(source: CudaTensor) -> Tensor:
     return torch.ones(held.shape, dtype=held.dtype) if held.is_meta else held.clone()
 
 
+def _counts_a_mask(name: str, tensors: Sequence[Tensor]) -> bool:
+    """Returns whether indexing finds the places of a mask; to put one number there, torch fills without looking."""
+    puts = name != "index"
+    indices = tensors[1:-1] if puts else tensors[1:]
+    return any(t.dtype in (torch.bool, torch.uint8) for t in indices) and not (puts and tensors[-1].ndim == 0)
+
+
+def _without_masks(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Returns indices with the places of a mask instead of the mask: on meta it would have no size."""
+    found: list[Tensor | None] = []
+    for index in indices:
+        if isinstance(index, CudaTensor) and index.dtype in (torch.bool, torch.uint8):
+            with _disable_current_modes():
+                found += [CudaTensor(places) for places in index.held.nonzero().unbind(1)]
+        else:
+            found.append(index)
+    return found
+
+
 def _made_on_host(func: Any, args: Any, kwargs: Any) -> Any:
     with _disable_current_modes():
-        return func(*tree_map(lambda leaf: leaf.held if isinstance(leaf, CudaTensor) else leaf, args), **kwargs)
+        return func(*tree_map(_held, args), **kwargs)
+
+
+def _held(leaf: Any) -> Any:
+    return leaf.held if isinstance(leaf, CudaTensor) else leaf
 
 
 def _call(func: Any, name: str, args: Any, kwargs: dict[str, Any], shapes_only: bool) -> Any:
@@ -331,7 +363,8 @@ def _call(func: Any, name: str, args: Any, kwargs: dict[str, Any], shapes_only: 
             return func(*held_args, **{**held_kwargs, "device": torch.device("cpu")})
     made = func(*held_args, **held_kwargs)
     first = next(leaf for leaf in leaves if isinstance(leaf, CudaTensor))
-    dim = next((leaf for leaf in (*args[1:], *kwargs.values()) if isinstance(leaf, int) and not isinstance(leaf, bool)), -1)
+    numbers = (leaf for leaf in (*args[1:], *kwargs.values()) if isinstance(leaf, int) and not isinstance(leaf, bool))
+    dim = next(numbers, -1)
     return tree_map(lambda leaf: _plausible(leaf, name, first.shape, dim) if isinstance(leaf, Tensor) else leaf, made)
 
 

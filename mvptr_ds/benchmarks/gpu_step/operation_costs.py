@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +64,14 @@ class Cost:
     is_odd: bool = False
 
 
-def cost_of(name: str, packet: object, args: tuple, kwargs: dict, read: Sequence[Tensor], written: Sequence[Tensor]) -> Cost:  # type: ignore[type-arg]
+def cost_of(
+    name: str,
+    packet: object,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    read: Sequence[Tensor],
+    written: Sequence[Tensor],
+) -> Cost:
     """Returns the cost of one operation of ATen or of a library.
 
     Args:
@@ -87,7 +95,9 @@ def cost_of(name: str, packet: object, args: tuple, kwargs: dict, read: Sequence
 
 def size_of(tensor: Tensor) -> int:
     """Returns the bytes of a tensor's different elements: a dimension of stride 0 holds one."""
-    return tensor.element_size() * prod(n for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step or not n)
+    return tensor.element_size() * prod(
+        n for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step or not n
+    )
 
 
 def moved_bytes(name: str, read: Sequence[Tensor], written: Sequence[Tensor]) -> int:
@@ -118,7 +128,7 @@ def is_odd_matrix(matrix_xMN: Tensor) -> bool:
     return step * matrix_xMN.element_size() % ALIGNED_BYTES != 0
 
 
-def attention_flops(name: str, args: tuple) -> int:  # type: ignore[type-arg]
+def attention_flops(name: str, args: tuple[Any, ...]) -> int:
     """Returns the FLOPs of attention: two products forward and four backward, over what a kernel compares.
 
     Of sequences of different lengths each is compared with itself; of padded ones every slot with every slot. What the

@@ -26,8 +26,7 @@ GROUNDING = "grounding scores (WPG)"
 NEGATIVES = "negatives"
 BATCH = "batch to the device"
 EMBEDDINGS, TEXT, VISUAL, CROSS, HEADS = "embeddings", "text encoder", "visual encoder", "cross encoder", "heads"
-SUMS = "sums of gradients"
-PARTS = (BATCH, EMBEDDINGS, TEXT, VISUAL, CROSS, HEADS, GROUNDING, NEGATIVES, REST, SUMS)
+PARTS = (BATCH, EMBEDDINGS, TEXT, VISUAL, CROSS, HEADS, GROUNDING, NEGATIVES, REST)
 
 MODULES = {
     "embeddings": EMBEDDINGS,
@@ -58,7 +57,6 @@ class PartTracker:
     def __init__(self) -> None:
         self.of_node: dict[int, str] = {}
         self.running: list[str] = []
-        self.last = REST
 
     @contextmanager
     def following(self, model: Mvptr, head: nn.Module | None = None) -> Iterator[None]:
@@ -88,8 +86,7 @@ class PartTracker:
             # a node is made just before its operation is dispatched: the number was drawn last
             self.of_node.setdefault(torch.autograd._get_sequence_nr() - 1, part)
             return part, line
-        self.last = self.of_node.get(node._sequence_nr(), SUMS)
-        return self.last, line
+        return self.of_node.get(node._sequence_nr(), REST), line  # a node that only adds up was made by no operation
 
 
 def _from_frames() -> tuple[str, str | None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from mvptr_ds.benchmarks.gpu_step.engine_step import EngineCounts
 from mvptr_ds.benchmarks.gpu_step.parts import PARTS
@@ -35,10 +34,11 @@ def table(title: str, counts: StepCounts, engine: EngineCounts | None) -> str:
     """Returns the tables by part and by kind, and the lines of code behind waits and copies."""
     recording = counts.recording
     lengths, products = counts.lengths, sum(product.flops for product in recording.of(kind=PRODUCT))
+    num_tags = lengths.visual - lengths.regions
     total_s = sum(operation.model_s for operation in recording.operations)
     lines = [
         title,
-        f"{lengths.text:.0f} text rows, {lengths.visual - lengths.regions:.0f} tag rows, {lengths.regions:.0f} regions, "
+        f"{lengths.text:.0f} text rows, {num_tags:.0f} tag rows, {lengths.regions:.0f} regions, "
         f"{counts.num_trained / 1e6:.1f} M trained numbers in {counts.num_tensors} tensors",
         f"{counts.flops / 1e12:.2f} TFLOP of the model; products: {products / 1e12:.2f} TFLOP counted, "
         f"{counts.product_flops / 1e12:.2f} needed",
@@ -86,8 +86,3 @@ def _engine_lines(engine: EngineCounts) -> list[str]:
         *_list("DeepSpeed's waits for the device", engine.waits.elements()),
         *_list("DeepSpeed's operations", engine.lines.elements()),
     ]
-
-
-def summary(stage: str, num: int, found: dict[str, Any]) -> str:
-    """Returns one row of a page's table: the totals of `as_json`."""
-    return f"| {stage} | {num} | " + " | ".join("" if value is None else f"{value:,}" for value in found.values()) + " |"

@@ -1,9 +1,9 @@
 """A model of the time that an operation's kernels take on an H200. Nothing here was timed with this package's kernels.
 
 Outside products a kernel takes the time of its bytes, or that of an empty kernel. A product is cut into tiles, which
-the multiprocessors compute in waves; the best of some tile sizes counts. The constants come from docs/measurements/gpu.md
-(790 TFLOP/s of a large product) and from the vendor's figures (132 multiprocessors, 4.8 TB/s, of which eager kernels
-reach some 3.7). Expect errors of 20 % in sums, and more in single products.
+the multiprocessors compute in waves; the best of some tile sizes counts. docs/measurements/gpu.md saw 790 TFLOP/s of a
+large product. The vendor states 132 multiprocessors and 4.8 TB/s, of which 3.7 are assumed for torch's separate
+kernels. Expect errors of 20 % in sums, and more in single products.
 """
 
 from __future__ import annotations

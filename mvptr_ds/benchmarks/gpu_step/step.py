@@ -111,11 +111,12 @@ def count_step(
     step_flops = StepFlops(module, num_ranks=1)
     lengths = Lengths.of(batch)
     step = config.stage(stage).max_steps - 1  # schedules are over: negatives are the hardest
-    with FakeCuda(fail_on_wait) as device:
+    with FakeCuda() as device:
         device.put_weights(module)
         _number_phrases(module)
         batch = batch.pin_memory()  # as the loader does
         device.recording.clear()
+        device.fail_on_wait = fail_on_wait
         with device.parts.following(module.model, module.head):
             loss = module(batch, step).loss
             device.phase = BACKWARD

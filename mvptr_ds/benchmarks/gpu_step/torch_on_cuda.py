@@ -58,6 +58,8 @@ class _CudaChoices(TorchFunctionMode):
             return _dropout(*args, **kwargs)
         if func is F.scaled_dot_product_attention and _is_cuda(args[0]):
             return _attention(*args, **kwargs)
+        if func is Tensor.tolist and _is_cuda(args[0]):  # one copy of all values
+            return args[0].cpu().tolist()
         if func in (torch.tensor, torch.as_tensor) and _names_cuda(kwargs.get("device")):
             device = kwargs.pop("device")
             return func(*args, **kwargs).to(device)

@@ -61,7 +61,7 @@ class CudaTensor(Tensor):
             strides=held.stride(),
             storage_offset=held.storage_offset(),
             dtype=held.dtype,
-            device="meta",
+            device=torch.device("meta"),
         )
         made.held = held
         return made
@@ -69,7 +69,7 @@ class CudaTensor(Tensor):
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"CudaTensor({tuple(self.shape)}, {self.dtype})"
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -84,7 +84,7 @@ class CudaTensor(Tensor):
         return False
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise RuntimeError(f"{func} on a tensor of FakeCuda, which is over")
 
 

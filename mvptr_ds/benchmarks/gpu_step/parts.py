@@ -40,7 +40,7 @@ MODULES = {
     "pooler": HEADS,
     "itm_head": HEADS,
 }
-PLACES = {  # file -> functions (None: all of them) -> part
+PLACES: dict[str, dict[str | None, str]] = {  # file -> functions (None: all of them) -> part
     "objectives/losses.py": {"phrase_region_score": GROUNDING},
     "objectives/packed_batch.py": {None: BATCH},
     "objectives/candidates.py": {"negatives": NEGATIVES},

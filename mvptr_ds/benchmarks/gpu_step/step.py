@@ -14,6 +14,7 @@ from mvptr_ds.benchmarks.gpu_step.recording import BACKWARD, Recording
 from mvptr_ds.builders import SampleNeeds
 from mvptr_ds.config import Config, load_config
 from mvptr_ds.data.collate import Batch
+from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.monitoring.flops import StepFlops
 from mvptr_ds.objectives.lengths import Lengths
 from mvptr_ds.objectives.module import TaskModule
@@ -89,7 +90,8 @@ def needs_of(config: Config, stage: str) -> SampleNeeds:
 def draw_batch_for(config: Config, stage: str, module: TaskModule, num: int) -> Batch:
     """Returns a batch of `num` samples for a stage, on the host."""
     num_answers = len(getattr(module, "answers", ()))
-    return draw_batch(num, config, module.model.config, needs_of(config, stage), num_answers)
+    model: MvptrConfig = module.model.config  # type: ignore[assignment]  # transformers annotates its base class
+    return draw_batch(num, config, model, needs_of(config, stage), num_answers)
 
 
 def count_step(

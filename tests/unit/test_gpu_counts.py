@@ -124,6 +124,28 @@ def test_the_backward_pass_of_a_part_is_counted_as_its_own(stage2: StepCounts, p
     assert forward > 0 and backward == 2 * forward
 
 
+def test_what_a_checkpoint_computes_again_counts_twice() -> None:
+    plain, again = (
+        count_step(config_of("stage1", None, (f"model.activation_checkpointing={given}",)), "stage1", 2).recording
+        for given in ("false", "true")
+    )
+    for part in ("text encoder", "visual encoder"):
+        forward = sum(product.flops for product in plain.of(FORWARD, part, PRODUCT))
+        assert sum(product.flops for product in again.of(FORWARD, part, PRODUCT)) == forward
+        assert 2.7 * forward < sum(product.flops for product in again.of(BACKWARD, part, PRODUCT)) <= 3 * forward
+    names = again.count(lambda operation: operation.name)
+    assert names["native_dropout"] > plain.count(lambda operation: operation.name)["native_dropout"]
+
+
+def test_pixels_go_through_a_backbone() -> None:
+    """Convolutions are products, and their gradients two of them."""
+    overrides = ("data.word_vocab=null", "data.phrase_vocab=null")
+    recording = count_step(config_of("stage2", "demo", overrides), "stage2", 4).recording
+    convolutions = [product for product in recording.of(kind=PRODUCT) if product.name == "convolution"]
+    assert len(convolutions) >= 3 and all(convolution.flops > 0 for convolution in convolutions)
+    assert any(product.name == "convolution_backward" for product in recording.of(BACKWARD, kind=PRODUCT))
+
+
 # --- waits
 
 DEVICE = "cuda"

@@ -191,7 +191,7 @@ class FakeCuda(TorchDispatchMode):
             del kwargs["pin_memory"]
         with _disable_current_modes():
             made = CudaTensor(func(*args, **kwargs))
-        self._record(func, name, args, kwargs, [], [made])
+        self._record(func, name, args, kwargs, made, [], [made])
         return made
 
     def _to_copy(self, func: Any, source: Tensor, kwargs: dict[str, Any], asks_device: bool) -> Tensor:
@@ -242,7 +242,8 @@ class FakeCuda(TorchDispatchMode):
             made = _call(func, name, args, kwargs, shapes_only)
         results = _returned(func, args, kwargs, made, name)
         found = [leaf for leaf in tree_leaves(results) if isinstance(leaf, CudaTensor)]
-        self._record(func, name, args, kwargs, _each_once(tensors), _each_once([*found, *_changed(func, args, kwargs)]))
+        written = _each_once([*found, *_changed(func, args, kwargs)])
+        self._record(func, name, args, kwargs, results, _each_once(tensors), written)
         return results
 
     def _bring_indices(self, name: str, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
@@ -274,7 +275,9 @@ class FakeCuda(TorchDispatchMode):
         if not non_blocking:
             self.wait("a copy to the device that is not non_blocking")
 
-    def _record(self, func: Any, name: str, args: Any, kwargs: Any, read: list[Tensor], written: list[Tensor]) -> None:
+    def _record(
+        self, func: Any, name: str, args: Any, kwargs: Any, results: Any, read: list[Tensor], written: list[Tensor]
+    ) -> None:
         place = self._place()  # of views, too: their nodes in the backward pass belong to the same part
         if is_view(func) or name in FREE or not any(tensor.numel() for tensor in written):
             return
@@ -283,7 +286,7 @@ class FakeCuda(TorchDispatchMode):
             cost = custom_cost(qualified, [*read, *written])
         else:
             with _disable_current_modes():
-                given = tree_map(_held, (args, kwargs, read, written))
+                given = tree_map(_held, (args, kwargs, results, read, written))
                 cost = cost_of(name, func.overloadpacket, *given)
         sides = _sides(read) if name in PRODUCTS else None
         self._add(name if func.namespace in ATEN else qualified, cost, place, sides)

@@ -69,6 +69,7 @@ def cost_of(
     packet: object,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    results: Any,
     read: Sequence[Tensor],
     written: Sequence[Tensor],
 ) -> Cost:
@@ -77,7 +78,7 @@ def cost_of(
     Args:
         name: without namespace and overload, such as `addmm`.
         packet: what torch.utils.flop_counter knows the operation by.
-        args, kwargs: as the operation gets them.
+        args, kwargs, results: as the operation gets and gives them.
         read: tensors among them, each once; a tensor that is changed in place stands here and in `written`.
         written: tensors that come out.
     """
@@ -85,7 +86,7 @@ def cost_of(
     if "attention" in name or "attn" in name:
         return Cost(ATTENTION, moved_bytes(name, read, written), attention_flops(name, args), launches)
     if name in PRODUCTS:
-        flops = int(flop_registry[packet](*args, **kwargs, out_val=written[0])) if packet in flop_registry else 0
+        flops = int(flop_registry[packet](*args, **kwargs, out_val=results)) if packet in flop_registry else 0
         if name in ("mv", "addmv", "dot"):
             flops = 2 * max(tensor.numel() for tensor in read)
         is_odd = any(is_odd_matrix(tensor) for tensor in (*read, *written) if tensor.ndim >= 2)

@@ -43,8 +43,8 @@ class PinnedMemory:
         return tensor.untyped_storage().data_ptr() in self._storages
 
 
-class _CudaChoices(TorchFunctionMode):
-    """Takes functions of torch apart as a CUDA build does."""
+class _CudaMemory(TorchFunctionMode):
+    """Pins memory and makes tensors as a CUDA build does."""
 
     def __init__(self, pinned: PinnedMemory) -> None:
         super().__init__()
@@ -54,10 +54,6 @@ class _CudaChoices(TorchFunctionMode):
         args, kwargs = tuple(map(_with_number, args)), {name: _with_number(v) for name, v in (kwargs or {}).items()}
         if func is Tensor.cuda:
             func, args = Tensor.to, (args[0], CUDA)
-        if func in (F.dropout, torch.dropout) and _is_cuda(args[0]):
-            return _dropout(*args, **kwargs)
-        if func is F.scaled_dot_product_attention and _is_cuda(args[0]):
-            return _attention(*args, **kwargs)
         if func is Tensor.tolist and _is_cuda(args[0]):  # one copy of all values
             return args[0].cpu().tolist()
         if func in (torch.tensor, torch.as_tensor) and _names_cuda(kwargs.get("device")):
@@ -70,6 +66,15 @@ class _CudaChoices(TorchFunctionMode):
         if kwargs.pop("pin_memory", False):
             return self.pinned.remember(func(*args, **kwargs))
         return func(*args, **kwargs)
+
+
+def _chosen(on_cuda: Callable[..., Tensor], elsewhere: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Returns a function that takes CUDA's kernels for a tensor of the device."""
+
+    def choose(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return (on_cuda if _is_cuda(input) else elsewhere)(input, *args, **kwargs)
+
+    return choose
 
 
 def _is_cuda(value: Any) -> bool:
@@ -204,5 +209,10 @@ def as_cuda_build(
     with ExitStack() as stack:
         for name, value in replaced.items():
             stack.enter_context(patch.object(torch.cuda, name, value))
-        stack.enter_context(_CudaChoices(pinned))
+        # put in place of torch's, because a mode is off in the backward pass, where a checkpoint calls them again
+        stack.enter_context(patch.object(F, "dropout", _chosen(_dropout, F.dropout)))
+        stack.enter_context(patch.object(torch, "dropout", _chosen(_dropout, torch.dropout)))
+        attention = _chosen(_attention, F.scaled_dot_product_attention)
+        stack.enter_context(patch.object(F, "scaled_dot_product_attention", attention))
+        stack.enter_context(_CudaMemory(pinned))
         yield

@@ -16,6 +16,8 @@ PACKAGE = REPO / "mvptr_ds"
 MAKERS = {"default_rng", "SeedSequence", "RandomState", "PCG64", "PCG64DXSM", "Philox", "SFC64", "MT19937"}
 MAKERS |= {"Random", "seed", "manual_seed", "manual_seed_all"}
 ELSEWHERE = {
+    "benchmarks/gpu_step/drawn_batch.py": "a batch to count a step with, always the same",
+    "benchmarks/gpu_step/engine_step.py": "weights of a model that only counts",
     "builders.py": "the first weights",
     "checkpoints/rng.py": "torch's own state, for dropout",
     "corpus/concepts/templates.py": "what the shipped parser was trained on",

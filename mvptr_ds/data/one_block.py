@@ -119,7 +119,7 @@ def _block_of(value: Any) -> Tensor | None:
 
 
 def _part_of(tensor: Tensor) -> Part:
-    start = tensor.storage_offset() * tensor.itemsize
+    start = int(tensor.storage_offset()) * tensor.itemsize
     return Part(start, tensor.dtype, tensor.shape, tensor.stride())
 
 

@@ -59,8 +59,8 @@ class TagRegions:
         starts_K = (np.cumsum(lengths_B[samples]) - lengths_B[samples])[place_K]
         labels_P = masked_tags.labels_K.numpy().repeat(lengths_K)
         picked_P = ranges(starts_K, lengths_K)
-        parts = (torch.from_numpy(x) for x in (rows_M, picked_P, labels_P))
-        return cls(*parts, SequenceIndex(tuple(lengths_K.tolist())))
+        of_tags = SequenceIndex(tuple(lengths_K.tolist()))
+        return cls(torch.from_numpy(rows_M), torch.from_numpy(picked_P), torch.from_numpy(labels_P), of_tags)
 
 
 @dataclass

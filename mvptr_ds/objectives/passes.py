@@ -249,7 +249,11 @@ class AlignedPass(PairPass):
         regions = plan.fetch(ITM_REGIONS, matched.regions)
         both = [matched.text, text], [matched.regions, regions]
         states = self.model.encode_cross(
-            *map(concat, both), needed_K=plan.needed_K, num_layers=self.num_cross_layers, index=plan.pairs
+            concat(both[0]),
+            concat(both[1]),
+            needed_K=plan.needed_K,
+            num_layers=self.num_cross_layers,
+            index=plan.pairs,
         )
         texts, images = (unconcat(whole, parts) for whole, parts in zip(states, both, strict=True))
         return Pairs(texts[0], matched.phrase_mask, images[0]), Pairs(texts[1], phrase_mask, images[1])

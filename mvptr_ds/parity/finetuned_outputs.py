@@ -54,10 +54,10 @@ def retrieval_tensors(
     model, candidates = module.model, outputs.candidates("global")
     matched, mismatched = outputs.cross
     own_B = torch.arange(len(batch))
-    other = [f("hardest", draws.itm_N, outputs.scale) for f in (candidates.negative_images, candidates.negative_texts)]
-    other_B = torch.where(draws.itm_takes_image_N, *other)
-    text_B = torch.where(draws.itm_takes_image_N, own_B, other_B)
-    image_B = torch.where(draws.itm_takes_image_N, other_B, own_B)
+    other_image_B = candidates.negative_images("hardest", draws.itm_N, outputs.scale)
+    other_text_B = candidates.negative_texts("hardest", draws.itm_N, outputs.scale)
+    text_B = torch.where(draws.itm_takes_image_N, own_B, other_text_B)
+    image_B = torch.where(draws.itm_takes_image_N, other_image_B, own_B)
     pooled_BD, hard_BD = model.pool(matched.text), model.pool(mismatched.text)[dice_index_B]
     states = candidates.local
     return {

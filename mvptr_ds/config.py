@@ -135,7 +135,7 @@ class ItmConfig:
 
     negatives: Literal["hardest", "sampled", "random", "schedule", "auto"] = "auto"
     """The mismatched partner, chosen as for task.wpg.negatives. schedule: first random, then hardest. auto: hardest in
-    joint, schedule in stage 2."""
+    joint, schedule in stage 2, sampled in retrieval."""
     random_until: Share = 0.6
     """schedule: the fraction of the stage's steps with random negatives."""
     scope: Scope = "global"

@@ -22,7 +22,7 @@ from mvptr_ds.tasks.downstream import frozen_parts
 from mvptr_ds.tasks.task import Task
 
 HEAD_PARTS = ("globals", "itm")
-STAGE = Stage("retrieval", aligned=True)
+STAGE = Stage("retrieval", aligned=True, itm_negatives="sampled")
 
 
 class Retrieval(Task):

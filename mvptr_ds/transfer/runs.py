@@ -113,7 +113,7 @@ def _run(job: Job, num_threads: int) -> None:
     if not code and job.evaluates:
         code = evaluation.main([str(job.folder)])
     if not code:
-        print(f"{time.perf_counter() - started_s:.0f} s")
+        sys.stdout.write(f"{time.perf_counter() - started_s:.0f} s\n")
         _mark(job, done=True)
     sys.stdout.flush()
     sys.exit(code)

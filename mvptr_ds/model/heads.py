@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import kernels, picked_classes
+from . import kernels
 from .packed import Packed
+from .picked_classes import log_p_of_pairs, nll
 
 
 class RowHead(nn.Module):
@@ -45,12 +46,12 @@ class RowHead(nn.Module):
 
     def nll(self, states_KD: Tensor, labels_K: Tensor, tied_CD: Tensor) -> Tensor:
         """Returns the cross entropy of each row's label (int64 [K]), at least float32 [K]."""
-        out: Tensor = self(states_KD, tied_CD, picked_classes.nll, labels_K)
+        out: Tensor = self(states_KD, tied_CD, nll, labels_K)
         return out
 
     def log_p_of_pairs(self, states_KD: Tensor, rows_P: Tensor, classes_P: Tensor, tied_CD: Tensor) -> Tensor:
         """Returns log probabilities of picked classes at picked rows (int64 [P] each), at least float32 [P]."""
-        out: Tensor = self(states_KD, tied_CD, picked_classes.log_p_of_pairs, rows_P, classes_P)
+        out: Tensor = self(states_KD, tied_CD, log_p_of_pairs, rows_P, classes_P)
         return out
 
 

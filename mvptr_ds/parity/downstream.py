@@ -135,7 +135,7 @@ def _results(module: TaskModule, batch: Batch, recorded: Recorded, case: Case) -
     """Returns the losses and tensors of a case by the published names, and leaves the gradients in the module."""
     if isinstance(module, PretrainingLosses):
         dice_index_B = torch.tensor(recorded.scalars["random"][case.name]["dice_index"])
-        draws = recorded_draws(dice_index_B, batch)
+        draws = recorded_draws(module, dice_index_B)
         losses = retrieval_losses(module, batch, draws)
         losses["loss"].backward()
         with torch.no_grad():

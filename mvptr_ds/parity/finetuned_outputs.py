@@ -30,10 +30,10 @@ STATES = ("txt_encoder", "vis_encoder", "sequence_output", "pooled")  # recorded
 # --- retrieval
 
 
-def recorded_draws(dice_index_B: Tensor, batch: Batch) -> RandomDraws:
+def recorded_draws(module: PretrainingLosses, dice_index_B: Tensor) -> RandomDraws:
     """Returns draws by which the first half of `dice_index_B` keeps its text, and the rest its image."""
-    num, num_slots = batch.text_ids_BT.shape
-    draws = RandomDraws.keyed(0, 0, 0, num, num_slots)
+    num = len(dice_index_B)
+    draws = RandomDraws.keyed(0, 0, 0, num, module.max_text_slots)
     draws.itm_takes_image_N[:] = False
     draws.itm_takes_image_N[dice_index_B[: num // 2]] = True
     return draws

@@ -151,7 +151,7 @@ class PlantedModel(nn.Module):
         tags.rows[tags.starts] = self.union(regions)
         return tags, regions
 
-    def encode_cross(self, text: Packed, regions: Packed, needed: Packed | None = None) -> tuple[Packed, Packed]:
+    def encode_cross(self, text: Packed, regions: Packed, needed_K: Tensor | None = None) -> tuple[Packed, Packed]:
         text = text.like(text.rows.clone())
         text.rows[text.starts] -= self.union(regions)
         return text, regions

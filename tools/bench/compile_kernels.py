@@ -31,6 +31,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mvptr_ds.user_io.terminal import accept_any_text
+
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 POINTERS = {
     torch.bfloat16: "*bf16",
@@ -79,6 +81,7 @@ class Compiled:
 
 
 def main() -> None:
+    accept_any_text()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

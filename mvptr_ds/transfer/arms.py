@@ -18,7 +18,6 @@ ARMS = ("scratch", STAGE2_ALONE, "pretrained", "text_alone")
 SCRATCH_FACTOR = 2.0  # of the learning rate: fresh weights have further to go
 LEARNING_RATE = 5e-4
 TAG_WITHHOLD_PROB = 0.3
-CONTROLS = {False: ("without_tags",), True: ("without_tags", "permuted_pictures")}  # whether it is the trained demo
 
 
 @dataclass(frozen=True)
@@ -50,13 +49,17 @@ class Plan:
     out: Path
     steps: int
     scenes: int
+    held_out_scenes: int
     batch_size: int
     overrides: tuple[str, ...]  # of every run, after its own
     config: Config  # of the demo run
 
     @classmethod
-    def of(cls, demo: Path, out: Path, steps: int, scenes: int, batch_size: int, overrides: Sequence[str] = ()) -> Plan:
+    def of(cls, demo: Path, out: Path, overrides: Sequence[str] = (), **sizes: int) -> Plan:
         """Reads the demo run.
+
+        Args:
+            sizes: `steps`, `scenes`, `held_out_scenes`, `batch_size`.
 
         Raises:
             CheckpointError: it holds no trained model.
@@ -69,7 +72,7 @@ class Plan:
             raise CheckpointError(f"{error}; {remedy}") from error
         if config.data.demo_source is None:
             raise DataError(f"{demo} was not trained on demo shards: data.demo_source is null in its configuration")
-        return cls(demo, out, steps, scenes, batch_size, tuple(overrides), config)
+        return cls(demo=demo, out=out, overrides=tuple(overrides), config=config, **sizes)
 
     @property
     def work(self) -> Path:
@@ -89,7 +92,9 @@ def jobs_of(plan: Plan, tasks: Sequence[Task], seeds: Sequence[int], arms: Seque
         DataError: the shards cannot be built.
     """
     for task in tasks:
-        build_task_shards(plan.work / "shards" / task, plan.shards, task, plan.scenes, plan.config.run.seed)
+        folder = plan.work / "shards" / task
+        num_held_out = min(plan.held_out_scenes, plan.config.data.demo_held_out_scenes)
+        build_task_shards(folder, plan.shards, task, plan.scenes, plan.config.run.seed, num_held_out)
     alone = _stage2_alone(plan)
     first = [alone] if STAGE2_ALONE in arms else []
     return [*first, *(_job(plan, task, arm, seed, alone) for seed in seeds for task in tasks for arm in arms)]
@@ -132,7 +137,8 @@ def _job(plan: Plan, task: str, arm: str, seed: int, alone: Job) -> Job:
         f"data.held_out={shards / 'held_out'}",
         f"data.held_out_sidecars=[{demo / 'held_out'}]",
         f"data.tag_withhold_prob={TAG_WITHHOLD_PROB}",
-        f"eval.controls=[{', '.join(CONTROLS[arm == 'pretrained'])}]",
+        "eval.withhold_tags=true",
+        f"eval.controls=[{'permuted_pictures' if arm == 'pretrained' else ''}]",
         "eval.num_pictures=0",
         *([f"vqa.answers={shards / 'answers.json'}"] if task == "vqa" else []),
         *([f"data.permute_pictures={_other_pictures(task)}"] if arm == "text_alone" else []),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ class Job:
         overrides: of the configuration file `config`.
         after: the run that must be done before, whose model this one starts from.
         evaluates: whether a report is made of it.
+        prepare: builds the shards that it reads, if they are missing.
     """
 
     task: str
@@ -39,6 +41,7 @@ class Job:
     overrides: tuple[str, ...]
     after: Path | None = None
     evaluates: bool = True
+    prepare: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -86,15 +89,7 @@ class Plan:
 
 
 def jobs_of(plan: Plan, tasks: Sequence[Task], seeds: Sequence[int], arms: Sequence[str] = ARMS) -> list[Job]:
-    """Returns every run, and builds the shards of the tasks; the run that others start from comes first.
-
-    Raises:
-        DataError: the shards cannot be built.
-    """
-    for task in tasks:
-        folder = plan.work / "shards" / task
-        num_held_out = min(plan.held_out_scenes, plan.config.data.demo_held_out_scenes)
-        build_task_shards(folder, plan.shards, task, plan.scenes, plan.config.run.seed, num_held_out)
+    """Returns every run; the one that others start from, which takes longest, comes first."""
     alone = _stage2_alone(plan)
     first = [alone] if STAGE2_ALONE in arms else []
     return [*first, *(_job(plan, task, arm, seed, alone) for seed in seeds for task in tasks for arm in arms)]
@@ -110,6 +105,7 @@ def _stage2_alone(plan: Plan) -> Job:
         "run.stages=[2]",
         "run.init_from=null",
         f"stage2.max_steps={num_steps}",
+        "data.num_workers=1",  # all of the comparison waits for this run
     ]
     return Job("pretraining", STAGE2_ALONE, config.run.seed, folder, _file(plan), tuple(overrides), evaluates=False)
 
@@ -118,7 +114,7 @@ def _file(plan: Plan) -> str:
     return str(find_model(plan.demo) / "mvptr.yaml")
 
 
-def _job(plan: Plan, task: str, arm: str, seed: int, alone: Job) -> Job:
+def _job(plan: Plan, task: Task, arm: str, seed: int, alone: Job) -> Job:
     folder = plan.work / task / arm / f"seed-{seed}"
     starts = {"scratch": "null", STAGE2_ALONE: str(alone.folder)}
     start = starts.get(arm, str(plan.demo))
@@ -145,7 +141,10 @@ def _job(plan: Plan, task: str, arm: str, seed: int, alone: Job) -> Job:
         *plan.overrides,
     ]
     after = alone.folder if arm == STAGE2_ALONE else None
-    return Job(task, arm, seed, folder, _file(plan), tuple(overrides), after)
+    num_held_out = min(plan.held_out_scenes, plan.config.data.demo_held_out_scenes)
+    sizes = plan.scenes, plan.config.run.seed, num_held_out
+    prepare = functools.partial(build_task_shards, shards, demo, task, *sizes)
+    return Job(task, arm, seed, folder, _file(plan), tuple(overrides), after, prepare=prepare)
 
 
 def _other_pictures(name: str) -> str:

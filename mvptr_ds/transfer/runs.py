@@ -36,13 +36,15 @@ def run_all(jobs: Sequence[Job], num_processes: int) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mvptr_ds.train", "mvptr_ds.eval"])  # imported once: a run begins in no time
     running: dict[ForkServerProcess, Job] = {}
+    prepared: set[str] = set()
     with progress_bar(total=len(waiting), desc="runs", unit="run") as bar:
         try:
             while waiting or running:
                 for job in _that_can_begin(waiting, done, num_processes - len(running)):
                     waiting.remove(job)
-                    if job.prepare is not None:
+                    if job.prepare is not None and job.task not in prepared:
                         job.prepare()
+                        prepared.add(job.task)
                     process = context.Process(target=_run, args=(job, num_threads))
                     process.start()
                     running[process] = job

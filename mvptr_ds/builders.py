@@ -146,7 +146,7 @@ def build_vocabs(data: DataConfig) -> Vocabs:
 def build_samples(
     config: Config, vocabs: Vocabs, index: SampleIndex, needs: SampleNeeds, tag_noise: bool
 ) -> SampleBuilder:
-    """Returns what turns a record's members into a sample; evaluation has no tag noise, and mostly no masking."""
+    """Returns what turns a record's members into a sample."""
     data = config.data
     options = replace(
         sample_sizes(config),
@@ -164,6 +164,16 @@ def build_samples(
         tag_list=list(index.tags),
     )
     return SampleBuilder(vocabs.words, vocabs.phrases, options)
+
+
+def evaluation_samples(
+    config: Config, vocabs: Vocabs, index: SampleIndex, needs: SampleNeeds, withhold_tags: bool = False
+) -> SampleBuilder:
+    """Returns what makes the samples of an evaluation: no tag noise, and no tags at all where they are withheld."""
+    builder = build_samples(config, vocabs, index, needs, tag_noise=False)
+    if not withhold_tags and not config.eval.withhold_tags:
+        return builder
+    return SampleBuilder(vocabs.words, vocabs.phrases, replace(builder.options, tag_withhold_prob=1.0))
 
 
 def sample_sizes(config: Config) -> SampleOptions:

@@ -238,6 +238,8 @@ class EvalConfig:
     )
     """What a task's report compares its score with. texts: guesses from the training texts. permuted_pictures: the
     model, shown other pictures. without_tags: the model without tags. tags_alone: the model with nothing but tags."""
+    withhold_tags: bool = False
+    """Everything is evaluated without object tags, as for pictures that no detector will see."""
     num_pictures: Count = 12
     """Held-out images to draw in pictures.png, or in answers.png."""
 

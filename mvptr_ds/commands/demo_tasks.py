@@ -22,7 +22,7 @@ from mvptr_ds.user_io.user_files import user_path, whole_number
 EPILOG = """\
 examples:
   %(prog)s
-  %(prog)s --demo runs/demo-stamps --steps 300 --seeds 0 1 2
+  %(prog)s --demo runs/demo-stamps --steps 300 --batch-size 64 --held-out-scenes 500 --seeds 0 1 2
   %(prog)s --tasks entailment --arms scratch pretrained --steps 1000 --out runs/demo-tasks-1000
   %(prog)s --tasks referring --set referring.probe=true --out runs/demo-probe     # the head alone is trained
 
@@ -46,8 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     from mvptr_ds.transfer.table import gather, table
 
     try:
-        size = (arguments.steps, arguments.scenes, arguments.batch_size)
-        plan = Plan.of(arguments.demo, arguments.out, *size, arguments.set)
+        sizes = {name: getattr(arguments, name) for name in ("steps", "scenes", "held_out_scenes", "batch_size")}
+        plan = Plan.of(arguments.demo, arguments.out, arguments.set, **sizes)
         jobs = jobs_of(plan, arguments.tasks, arguments.seeds, arguments.arms)
         run_all(jobs, arguments.processes)
         report = gather(jobs)
@@ -69,9 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=user_path, default=Path("runs/demo-tasks"), metavar="DIR", help="where to write (%(default)s)")
     add("--tasks", nargs="+", choices=TASKS, default=TASKS, metavar="TASK", help=f"of {', '.join(TASKS)} (all)")
     add("--arms", nargs="+", choices=ARMS, default=ARMS, metavar="ARM", help=f"of {', '.join(ARMS)} (all)")
-    add("--steps", type=number, default=100, metavar="N", help="steps of fine-tuning (%(default)s)")
+    add("--steps", type=number, default=40, metavar="N", help="steps of fine-tuning (%(default)s)")
     add("--scenes", type=number, default=1500, metavar="N", help="scenes to fine-tune on (%(default)s)")
-    add("--batch-size", type=number, default=64, metavar="N", help="texts of a step (%(default)s)")
+    add("--held-out-scenes", type=number, default=150, metavar="N", help="at most so many to test on (%(default)s)")
+    add("--batch-size", type=number, default=32, metavar="N", help="texts of a step (%(default)s)")
     add("--seeds", nargs="+", type=int, default=[0], metavar="N", help="a run each; the table has their mean (0)")
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of every run, as of train.py")
     add("--processes", type=number, default=os.cpu_count() or 1, metavar="N", help="runs at a time (%(default)s)")

@@ -1,7 +1,7 @@
 """Builds the shards of a downstream task on demo shards: texts alone, which take the pictures of the demo's scenes.
 
 OUT/train/       items about the first training scenes of the demo, in records with the keys of the scenes
-OUT/held_out/    items about all of its held-out scenes
+OUT/held_out/    items about its held-out scenes
 OUT/answers.json (vqa) the answers of the training items, in the order in which they first appear
 OUT/task.json    the arguments; written last, so that a folder that has it is complete
 
@@ -42,12 +42,13 @@ from mvptr_ds.user_io.user_files import parse_json, read_text
 logger = logging.getLogger(__name__)
 
 Task = Literal["retrieval", "vqa", "entailment", "referring"]
-TASK_VERSION = 1  # raise it with every change of the items
+TASK_VERSION = 2  # raise it with every change of the items
 TASK_MARKER = "task.json"
 _NAMES = {
     "version": "version of the items",
     "task": "task",
     "num_train_scenes": "training scenes",
+    "num_held_out_scenes": "held-out scenes",
     "seed": "seed",
     "demo": "demo shards",
 }
@@ -69,7 +70,12 @@ def make_items(task: Task, scenes: Sequence[Scene], known: frozenset[Concept], s
 
 
 def build_task_shards(
-    out_dir: str | Path, demo_folder: str | Path, task: Task, num_train_scenes: int, seed: int
+    out_dir: str | Path,
+    demo_folder: str | Path,
+    task: Task,
+    num_train_scenes: int,
+    seed: int,
+    num_held_out_scenes: int | None = None,
 ) -> None:
     """Builds both splits into `out_dir`; returns at once when they are there, made with the same arguments.
 
@@ -78,19 +84,21 @@ def build_task_shards(
     Args:
         demo_folder: demo shards of this version, which the scenes are compared with.
         num_train_scenes: the items for training are about so many of the first training scenes.
+        num_held_out_scenes: the others are about so many of the first held-out scenes; None: about all.
 
     Raises:
         DataError: as `task_shards_are_there`, or the demo shards hold other scenes than this version draws.
     """
     out_dir, demo_folder = Path(out_dir), Path(demo_folder)
-    if task_shards_are_there(out_dir, demo_folder, task, num_train_scenes, seed):
+    if task_shards_are_there(out_dir, demo_folder, task, num_train_scenes, seed, num_held_out_scenes):
         logger.info("task shards are there: %s (%s, %d training scenes)", out_dir, task, num_train_scenes)
         return
     demo = _demo_arguments(demo_folder)
     check_source(demo["source"])
     source = load_source(demo["source"])
     known = known_concepts(demo_folder)
-    counts = {SPLITS[0]: num_train_scenes, SPLITS[1]: int(demo["num_held_out"])}
+    arguments = _arguments(demo, task, num_train_scenes, num_held_out_scenes, seed)
+    counts = {SPLITS[0]: num_train_scenes, SPLITS[1]: arguments["num_held_out_scenes"]}
     num_items = {}
     with replacing_folder(out_dir) as partial:
         for split, num_scenes in counts.items():
@@ -104,31 +112,38 @@ def build_task_shards(
             if task == "vqa" and split == SPLITS[0]:
                 answers = list(dict.fromkeys(answer_of(item) for item in items))
                 (partial / "answers.json").write_text(json.dumps(answers) + "\n", encoding="utf-8")
-        arguments = _arguments(demo, task, num_train_scenes, seed)
         write_marker(partial, TASK_MARKER, {**arguments, "num_items": num_items})
     logger.info("task shards built: %s (%s, items: %s)", out_dir, task, num_items)
 
 
 def task_shards_are_there(
-    out_dir: str | Path, demo_folder: str | Path, task: Task, num_train_scenes: int, seed: int
+    out_dir: str | Path,
+    demo_folder: str | Path,
+    task: Task,
+    num_train_scenes: int,
+    seed: int,
+    num_held_out_scenes: int | None = None,
 ) -> bool:
     """Returns whether `out_dir` holds the task shards of these arguments already; False without demo shards.
 
     Raises:
-        DataError: unknown task, fewer than 2 training scenes or more than the demo has, or a demo of another version.
+        DataError: unknown task, fewer than 2 scenes of a split or more than the demo has, or a demo of another version.
         FolderTakenError: `out_dir` holds something else, or task shards of other arguments.
     """
     if task not in _MAKERS:
         raise DataError(f"demo task is {task!r}, expected one of {', '.join(_MAKERS)}")
-    if num_train_scenes < 2:
-        raise DataError(f"{num_train_scenes} training scenes: items come from pairs of scenes, so take at least 2")
     demo = _demo_arguments(Path(demo_folder))
-    if demo["num_train"] < num_train_scenes:
-        raise DataError(
-            f"{num_train_scenes} training scenes are asked for, but {demo_folder} holds {demo['num_train']}; take "
-            "fewer, or build larger demo shards"
-        )
-    arguments = _arguments(demo, task, num_train_scenes, seed)
+    arguments = _arguments(demo, task, num_train_scenes, num_held_out_scenes, seed)
+    for split in SPLITS:
+        num, there, what = arguments[f"num_{split}_scenes"], demo[f"num_{split}"], split.replace("_", "-")
+        what = "training" if split == SPLITS[0] else what
+        if num < 2:
+            raise DataError(f"{num} {what} scenes: items come from pairs of scenes, so take at least 2")
+        if num > there:
+            raise DataError(
+                f"{num} {what} scenes are asked for, but {demo_folder} holds {there}; take fewer, or build larger demo "
+                "shards"
+            )
     return was_made(Path(out_dir), TASK_MARKER, arguments, "task shards", _NAMES)
 
 
@@ -182,11 +197,14 @@ def _demo_arguments(folder: Path) -> dict[str, Any]:
     return dict(demo)
 
 
-def _arguments(demo: dict[str, Any], task: Task, num_train_scenes: int, seed: int) -> dict[str, Any]:
+def _arguments(
+    demo: dict[str, Any], task: Task, num_train_scenes: int, num_held_out_scenes: int | None, seed: int
+) -> dict[str, Any]:
     return {
         "version": TASK_VERSION,
         "task": task,
         "num_train_scenes": num_train_scenes,
+        "num_held_out_scenes": demo["num_held_out"] if num_held_out_scenes is None else num_held_out_scenes,
         "seed": seed,
         "demo": f"{demo['source']} of seed {demo['seed']}, {demo['num_train']} + {demo['num_held_out']} scenes",
     }

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import socket
 import warnings
 from collections.abc import Callable, MutableMapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -20,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mvptr_ds.distributed.rendezvous import check_place, deadline, rendezvous
+from mvptr_ds.distributed.rendezvous import ANY_PORT, check_place, deadline, rendezvous
 from mvptr_ds.errors import portable
 
 logger = logging.getLogger(__name__)
@@ -68,7 +67,7 @@ def init(
     )
 
     if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=ANY_PORT)
     if torch.cuda.is_available():
         if torch.cuda.device_count() == 1:  # srun may show each task only its own device, which then has number 0
             os.environ["LOCAL_RANK"] = "0"
@@ -130,12 +129,6 @@ def first_host(nodelist: str) -> str:
 def shut_down() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
 
 
 def _skip_shm_comm(deepspeed: Any) -> None:

@@ -18,6 +18,7 @@ WEEK_S = 7 * 86_400.0
 NUM_NAMED = 8
 LIMIT_KEY = "(train.start_timeout_s)"
 NAME_LIMIT_S, OWN_LIMIT_S = 30.0, 20.0
+ANY_PORT = "0"  # of MASTER_PORT: one that is free, which a single rank finds when it binds it
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 LAUNCHERS = "start the ranks by deepspeed, torchrun or srun, which set all of " + ", ".join(PLACE)
 
@@ -99,6 +100,8 @@ def rendezvous(within_s: float) -> dist.Store | None:
     # torchrun serves one itself, to all ranks; like torch's own `env://`, whose store then joins this one at its port
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     store = _serve(address, port, num_ranks, limit) if serves else None
+    if store is not None:
+        os.environ["MASTER_PORT"] = str(store.port)
     try:
         if store is None:
             store = dist.TCPStore(address, port, num_ranks, False, limit, wait_for_workers=False, multi_tenant=True)
@@ -137,7 +140,7 @@ def _resolve(address: str, port: int) -> None:
         time.sleep(2.0)
 
 
-def _serve(address: str, port: int, num_ranks: int, limit: timedelta) -> dist.Store:
+def _serve(address: str, port: int, num_ranks: int, limit: timedelta) -> dist.TCPStore:
     """Rank 0's store, which is reached at its address."""
     try:
         store = dist.TCPStore("localhost", port, num_ranks, True, limit, wait_for_workers=False, multi_tenant=True)
@@ -148,7 +151,7 @@ def _serve(address: str, port: int, num_ranks: int, limit: timedelta) -> dist.St
             "MASTER_PORT=N in the environment"
         ) from error
     try:
-        socket.create_connection((address, port), OWN_LIMIT_S).close()
+        socket.create_connection((address, store.port), OWN_LIMIT_S).close()
     except OSError as error:
         raise ValueError(
             f"rank 0 on {socket.gethostname()} does not reach what it serves itself at MASTER_ADDR={address}, port "

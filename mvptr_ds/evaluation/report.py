@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvptr_ds.builders import NOTHING_MASKED, SampleNeeds, build_samples
+from mvptr_ds.builders import NOTHING_MASKED, SampleNeeds, evaluation_samples
 from mvptr_ds.config import Config, EvalConfig
 from mvptr_ds.config_stages import MaskingConfig
 from mvptr_ds.data.phrases import Vocabs
@@ -86,11 +86,9 @@ def evaluate_split(
     started = time.perf_counter()
     size = config.eval.batch_size
     with evaluating(model):
-        given = read_split(
-            model, index, build_samples(config, vocabs, index, NOTHING_MASKED, tag_noise=False), size, device
-        )
+        given = read_split(model, index, evaluation_samples(config, vocabs, index, NOTHING_MASKED), size, device)
         withheld = without_tags(given, vocabs.words.cls_id, vocabs.words.sep_id)
-        masking = build_samples(config, vocabs, index, MCR_NEEDS, tag_noise=False)
+        masking = evaluation_samples(config, vocabs, index, MCR_NEEDS)
         mcr = recover_concepts(model, given, index, masking, size, device)
         split = encode_images(model, given, size, device)
         asked, num_without_slot = list_phrases(split, index, vocabs.phrases)

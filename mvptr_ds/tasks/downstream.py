@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mvptr_ds.builders import SampleNeeds, build_samples
+from mvptr_ds.builders import SampleNeeds, evaluation_samples
 from mvptr_ds.config import Config
 from mvptr_ds.data.collate import Batch
 from mvptr_ds.data.features import SampleBuilder
@@ -97,10 +97,7 @@ class Downstream(Task):
 
     def samples(self, config: Config, vocabs: Vocabs, index: SampleIndex, withhold_tags: bool = False) -> SampleBuilder:
         """Returns what makes the samples of an evaluation."""
-        builder = build_samples(config, vocabs, index, self.evaluation_needs(config), tag_noise=False)
-        if not withhold_tags:
-            return builder
-        return SampleBuilder(vocabs.words, vocabs.phrases, replace(builder.options, tag_withhold_prob=1.0))
+        return evaluation_samples(config, vocabs, index, self.evaluation_needs(config), withhold_tags)
 
     def predictions(
         self, module: PairModule, index: SampleIndex, samples: SampleBuilder, config: Config, blind: bool = False

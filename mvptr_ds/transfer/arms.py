@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,6 @@ ARMS = ("scratch", STAGE2_ALONE, "pretrained", "text_alone")
 SCRATCH_FACTOR = 2.0  # of the learning rate: fresh weights have further to go
 LEARNING_RATE = 5e-4
 TAG_WITHHOLD_PROB = 0.3
-CONTROLS = {False: ("without_tags",), True: ("without_tags", "permuted_pictures")}  # whether it is the trained demo
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Job:
         overrides: of the configuration file `config`.
         after: the run that must be done before, whose model this one starts from.
         evaluates: whether a report is made of it.
+        prepare: builds the shards that it reads, if they are missing.
     """
 
     task: str
@@ -40,6 +41,7 @@ class Job:
     overrides: tuple[str, ...]
     after: Path | None = None
     evaluates: bool = True
+    prepare: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,17 @@ class Plan:
     out: Path
     steps: int
     scenes: int
+    held_out_scenes: int
     batch_size: int
     overrides: tuple[str, ...]  # of every run, after its own
     config: Config  # of the demo run
 
     @classmethod
-    def of(cls, demo: Path, out: Path, steps: int, scenes: int, batch_size: int, overrides: Sequence[str] = ()) -> Plan:
+    def of(cls, demo: Path, out: Path, overrides: Sequence[str] = (), **sizes: int) -> Plan:
         """Reads the demo run.
+
+        Args:
+            sizes: `steps`, `scenes`, `held_out_scenes`, `batch_size`.
 
         Raises:
             CheckpointError: it holds no trained model.
@@ -69,7 +75,7 @@ class Plan:
             raise CheckpointError(f"{error}; {remedy}") from error
         if config.data.demo_source is None:
             raise DataError(f"{demo} was not trained on demo shards: data.demo_source is null in its configuration")
-        return cls(demo, out, steps, scenes, batch_size, tuple(overrides), config)
+        return cls(demo=demo, out=out, overrides=tuple(overrides), config=config, **sizes)
 
     @property
     def work(self) -> Path:
@@ -83,13 +89,7 @@ class Plan:
 
 
 def jobs_of(plan: Plan, tasks: Sequence[Task], seeds: Sequence[int], arms: Sequence[str] = ARMS) -> list[Job]:
-    """Returns every run, and builds the shards of the tasks; the run that others start from comes first.
-
-    Raises:
-        DataError: the shards cannot be built.
-    """
-    for task in tasks:
-        build_task_shards(plan.work / "shards" / task, plan.shards, task, plan.scenes, plan.config.run.seed)
+    """Returns every run; the one that others start from, which takes longest, comes first."""
     alone = _stage2_alone(plan)
     first = [alone] if STAGE2_ALONE in arms else []
     return [*first, *(_job(plan, task, arm, seed, alone) for seed in seeds for task in tasks for arm in arms)]
@@ -105,6 +105,7 @@ def _stage2_alone(plan: Plan) -> Job:
         "run.stages=[2]",
         "run.init_from=null",
         f"stage2.max_steps={num_steps}",
+        "data.num_workers=1",  # all of the comparison waits for this run
     ]
     return Job("pretraining", STAGE2_ALONE, config.run.seed, folder, _file(plan), tuple(overrides), evaluates=False)
 
@@ -113,7 +114,7 @@ def _file(plan: Plan) -> str:
     return str(find_model(plan.demo) / "mvptr.yaml")
 
 
-def _job(plan: Plan, task: str, arm: str, seed: int, alone: Job) -> Job:
+def _job(plan: Plan, task: Task, arm: str, seed: int, alone: Job) -> Job:
     folder = plan.work / task / arm / f"seed-{seed}"
     starts = {"scratch": "null", STAGE2_ALONE: str(alone.folder)}
     start = starts.get(arm, str(plan.demo))
@@ -132,14 +133,18 @@ def _job(plan: Plan, task: str, arm: str, seed: int, alone: Job) -> Job:
         f"data.held_out={shards / 'held_out'}",
         f"data.held_out_sidecars=[{demo / 'held_out'}]",
         f"data.tag_withhold_prob={TAG_WITHHOLD_PROB}",
-        f"eval.controls=[{', '.join(CONTROLS[arm == 'pretrained'])}]",
+        "eval.withhold_tags=true",
+        f"eval.controls=[{'permuted_pictures' if arm == 'pretrained' else ''}]",
         "eval.num_pictures=0",
         *([f"vqa.answers={shards / 'answers.json'}"] if task == "vqa" else []),
         *([f"data.permute_pictures={_other_pictures(task)}"] if arm == "text_alone" else []),
         *plan.overrides,
     ]
     after = alone.folder if arm == STAGE2_ALONE else None
-    return Job(task, arm, seed, folder, _file(plan), tuple(overrides), after)
+    num_held_out = min(plan.held_out_scenes, plan.config.data.demo_held_out_scenes)
+    sizes = plan.scenes, plan.config.run.seed, num_held_out
+    prepare = functools.partial(build_task_shards, shards, demo, task, *sizes)
+    return Job(task, arm, seed, folder, _file(plan), tuple(overrides), after, prepare=prepare)
 
 
 def _other_pictures(name: str) -> str:

@@ -28,7 +28,7 @@ def run_all(jobs: Sequence[Job], num_processes: int) -> None:
     """Runs what is not done yet.
 
     Raises:
-        DataError: a run failed, or a folder holds one of other arguments.
+        DataError: a run failed, a folder holds one of other arguments, or the shards of a task cannot be built.
     """
     waiting = [job for job in jobs if not is_done(job)]
     done = {job.folder for job in jobs if job not in waiting}
@@ -36,11 +36,15 @@ def run_all(jobs: Sequence[Job], num_processes: int) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mvptr_ds.train", "mvptr_ds.eval"])  # imported once: a run begins in no time
     running: dict[ForkServerProcess, Job] = {}
+    prepared: set[str] = set()
     with progress_bar(total=len(waiting), desc="runs", unit="run") as bar:
         try:
             while waiting or running:
                 for job in _that_can_begin(waiting, done, num_processes - len(running)):
                     waiting.remove(job)
+                    if job.prepare is not None and job.task not in prepared:
+                        job.prepare()
+                        prepared.add(job.task)
                     process = context.Process(target=_run, args=(job, num_threads))
                     process.start()
                     running[process] = job

@@ -20,18 +20,25 @@ def gather(jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
         if not job.evaluates:
             continue
         report = json.loads((job.folder / "report.json").read_text(encoding="utf-8"))
-        found.setdefault((job.task, job.arm), []).append(_scores(job.task, report, "without_tags"))
+        found.setdefault((job.task, job.arm), []).append(_scores(job.task, report))
         if job.arm == "pretrained":
-            found.setdefault((job.task, PERMUTED), []).append(_scores(job.task, report, "permuted"))
+            found.setdefault((job.task, PERMUTED), []).append(_permuted_scores(job.task, report))
     tasks = dict.fromkeys(job.task for job in jobs if job.evaluates)
     return {task: {arm: _mean(found[task, arm]) for arm in (*ARMS, PERMUTED) if (task, arm) in found} for task in tasks}
 
 
-def _scores(task: str, report: Mapping[str, Any], row: str) -> Scores:
-    if task != "retrieval":
-        found: Scores = report["blind"]["without_tags" if row == "without_tags" else "permuted_pictures"]
-        return found
-    recalls = report["without_tags"]["rerank"] if row == "without_tags" else report["permuted_regions"]["retrieval"]
+def _scores(task: str, report: Mapping[str, Any]) -> Scores:
+    return _recalls(report, report["rerank"]) if task == "retrieval" else report
+
+
+def _permuted_scores(task: str, report: Mapping[str, Any]) -> Scores:
+    if task == "retrieval":
+        return _recalls(report, report["permuted_regions"]["retrieval"])
+    found: Scores = report["blind"]["permuted_pictures"]
+    return found
+
+
+def _recalls(report: Mapping[str, Any], recalls: Mapping[str, float]) -> Scores:
     num = {"t2i_r1": report["num_captions"], "i2t_r1": report["num_scenes"]}
     by_kind = {way: {"score": recalls[way], "n": num[way]} for way in num}
     return {"score": statistics.mean(recalls[way] for way in num), "by_kind": by_kind}

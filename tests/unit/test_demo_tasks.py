@@ -161,6 +161,8 @@ def test_other_arguments_and_other_files_are_refused(demo: Path, folders: dict[T
     for task, num, seed, differ in others:
         with pytest.raises(FolderTakenError, match=differ):
             build_task_shards(folders["vqa"], demo, task, num, seed)
+    with pytest.raises(FolderTakenError, match=f"held-out scenes {NUM_HELD_OUT} there, 7 here"):
+        build_task_shards(folders["vqa"], demo, "vqa", NUM_ASKED, 5, num_held_out_scenes=7)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "notes.txt").write_text("mine")
     with pytest.raises(FolderTakenError, match=r"taken holds other files and no task\.json"):
@@ -168,10 +170,22 @@ def test_other_arguments_and_other_files_are_refused(demo: Path, folders: dict[T
     assert digest(folders["vqa"]) == before
 
 
+def test_fewer_held_out_scenes_are_the_first_ones(demo: Path, tmp_path: Path) -> None:
+    build_task_shards(tmp_path, demo, "vqa", NUM_ASKED, seed=5, num_held_out_scenes=12)
+    assert set(records(tmp_path / "held_out")) <= set(list(records(demo / "held_out"))[:12])
+    assert json.loads((tmp_path / "task.json").read_text())["num_held_out_scenes"] == 12
+
+
 def test_what_cannot_be_built_is_told(demo: Path, tmp_path: Path) -> None:
     for num, message in ((151, "151 training scenes are asked for, but .* holds 150"), (1, "take at least 2")):
         with pytest.raises(DataError, match=message):
             build_task_shards(tmp_path / "out", demo, "vqa", num, 0)
+    for num, message in (
+        (NUM_HELD_OUT + 1, f"{NUM_HELD_OUT + 1} held-out scenes are asked for, but .* holds {NUM_HELD_OUT}"),
+        (1, "1 held-out scenes: items come from pairs"),
+    ):
+        with pytest.raises(DataError, match=message):
+            build_task_shards(tmp_path / "out", demo, "vqa", 9, 0, num)
     with pytest.raises(DataError, match="'captions', expected one of retrieval, vqa, entailment, referring"):
         build_task_shards(tmp_path / "out", demo, "captions", 9, 0)  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"holds no demo shards \(demo\.json is missing\)"):

@@ -268,6 +268,9 @@ def test_an_untrained_model_earns_chance_and_leaves_as_it_came(planted: tuple[In
     other = evaluate_model(model, vocabs, config, index, CPU, seed=4)
     assert other["permuted_regions"] != report["permuted_regions"]
     assert other["without_tags"] == report["without_tags"]
+    config = replace(config, eval=replace(config.eval, withhold_tags=True))
+    bare = evaluate_model(model, vocabs, config, index, CPU, seed=3)
+    assert bare["num_tags"] == 0 and {name: bare[name] for name in report["without_tags"]} == report["without_tags"]
 
 
 def test_a_model_and_a_split_without_phrases(tmp_path: Path, planted: tuple[Index, Vocabs, Config]) -> None:

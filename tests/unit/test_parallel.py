@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Mapping
 from unittest.mock import Mock
@@ -9,7 +10,7 @@ from unittest.mock import Mock
 import pytest
 
 from mvptr_ds.distributed.collectives import first_host, take_place_from_slurm
-from mvptr_ds.distributed.rendezvous import check_place, rendezvous
+from mvptr_ds.distributed.rendezvous import ANY_PORT, check_place, rendezvous
 
 JOB = {
     "SLURM_JOB_ID": "41",
@@ -98,6 +99,16 @@ def test_a_place_that_makes_no_sense(changes: dict[str, str], said: str) -> None
 def set_place(monkeypatch: pytest.MonkeyPatch, place: Mapping[str, str]) -> None:
     for name, value in place.items():
         monkeypatch.setenv(name, value)
+
+
+@pytest.mark.timeout(60)
+def test_a_rank_alone_is_served_at_a_port_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by binding it: one that was found free before may be taken by then."""
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ANY_PORT}
+    set_place(monkeypatch, alone)
+    store = rendezvous(10.0)
+    assert store is not None
+    socket.create_connection(("127.0.0.1", int(os.environ["MASTER_PORT"])), 5.0).close()
 
 
 @pytest.mark.timeout(60)

@@ -173,6 +173,15 @@ def test_controls_can_be_left_out(reports: dict[str, Path], tmp_path: Path, caps
     assert not (tmp_path / "answers.png").exists() and (reports["vqa"] / "answers.png").exists()
 
 
+def test_tags_can_be_withheld_from_everything(reports: dict[str, Path], tmp_path: Path) -> None:
+    run = reports["entailment"]
+    arguments = ["eval.withhold_tags=true", "eval.controls=[permuted_pictures]", "eval.num_pictures=0"]
+    assert evaluation.main([str(run), "--out", str(tmp_path), *arguments]) == 0
+    assert read(tmp_path)["by_kind"] == read(run)["blind"]["without_tags"]["by_kind"]
+    bare, given = read(tmp_path, "predictions.json"), read(run, "predictions.json")
+    assert [line["probabilities"] for line in bare] != [line["probabilities"] for line in given]
+
+
 def test_by_detector_boxes(reports: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     boxes = {f"{number:04d}": [[0, 0, 41, 39], [52, 50, 46, 48]] for number in range(NUM_HELD_OUT - 6)}
     file = tmp_path / "detections.json"

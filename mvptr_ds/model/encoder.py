@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from . import kernels
 from .attention import Attend, PaddedAttention, SegmentAttention
+from .compiled_layers import CompiledLayers, Run
 from .kernels import LayerNorm, Linear
 from .packed import Packed
 
@@ -59,7 +61,7 @@ class EncoderLayer(nn.Module):
         return self.after_attention(states_xD, attended_xD)
 
     def after_attention(self, states_xD: Tensor, attended_xD: Tensor) -> Tensor:
-        """Computes all that follows attention, row by row: what `model.compile` compiles."""
+        """Computes all that follows attention, row by row."""
         states_xD = self.attention_norm(states_xD + self.dropout(self.attention_out(attended_xD)))
         fed_xD = self.ffn_out(F.gelu(self.ffn_in(states_xD)))
         return self.ffn_norm(states_xD + self.dropout(fed_xD))
@@ -77,6 +79,7 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(sizes) for _ in range(num_layers))
         self.execution: Execution = "packed"
         self.activation_checkpointing = False
+        self._run_layers: Run = self._run
 
     def forward(self, packed: Packed, needed_K: Tensor | None = None, num_layers: int | None = None) -> Packed:
         """Rows [N, D] of sequences -> their states, same shape; attention stays within each sequence.
@@ -86,7 +89,7 @@ class Encoder(nn.Module):
                 packed, the last layer does not compute them behind its attention.
             num_layers: how many layers to run (default: all).
         """
-        device, layers = packed.rows.device, list(self.layers)[:num_layers]
+        layers = list(self.layers)[:num_layers]
         if self.execution == "padded":
             states_BLD = self._run(layers, packed.padded(), PaddedAttention(packed.mask()))
             states = packed.unpadded(states_BLD)
@@ -94,11 +97,20 @@ class Encoder(nn.Module):
                 return states
             wanted_N1 = states.rows.new_zeros(len(states.rows), 1).index_fill(0, needed_K, 1.0)
             return states.like(states.rows * wanted_N1)
-        attend = SegmentAttention(packed.index, device)
-        states_KD = self._run(layers, packed.rows, attend, needed_K)
+        states_KD = self._run_packed(layers, packed, needed_K)
         if needed_K is None:
             return packed.like(states_KD)
         return packed.like(states_KD.new_zeros(packed.rows.shape).index_copy(0, needed_K, states_KD))
+
+    def _run_packed(self, layers: Sequence[nn.Module], packed: Packed, needed_K: Tensor | None) -> Tensor:
+        """The states of the needed rows, [K, D]; rows that only fill a bucket come and go here."""
+        rows_ND, index, device = packed.rows, packed.index, packed.rows.device
+        num_wanted = len(rows_ND) if needed_K is None else len(needed_K)
+        if kernels.fills_buckets(device):
+            rows_ND, index = kernels.fill_bucket(rows_ND), index.in_bucket
+            if needed_K is not None:  # filled up with row 0, whose states are computed again and dropped
+                needed_K = kernels.fill_bucket(needed_K)
+        return self._run_layers(layers, rows_ND, SegmentAttention(index, device), needed_K)[:num_wanted]
 
     def _run(
         self, layers: Sequence[nn.Module], states_xD: Tensor, attend: Attend, needed_K: Tensor | None = None
@@ -112,7 +124,5 @@ class Encoder(nn.Module):
         return states_xD
 
     def compile_layers(self) -> None:
-        """Compiles what is row by row; attention keeps its own kernel, whose lengths change every step."""
-        for layer in self.layers:
-            assert isinstance(layer, EncoderLayer)
-            setattr(layer, "after_attention", torch.compile(layer.after_attention, dynamic=True))  # noqa: B010
+        """Lets packed layers run as one graph of torch.compile from now on; it is made when they first run."""
+        self._run_layers = CompiledLayers(self._run)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -19,6 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .installed import apex_lacks, flash_attn_lacks, triton_lacks
+from .row_buckets import bucket_of
+
+# oneDNN keeps 1,024 products of different sizes if nobody says otherwise, each with 0.3 MB of code. A step has some 80.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")  # read when oneDNN multiplies for the first time
 
 SDPA_EACH = "scaled_dot_product_attention, a call a sequence"
 SDPA_PADDED = "scaled_dot_product_attention on rows padded for it alone, with a mask"
@@ -160,7 +165,7 @@ class JoiningLinear(Linear):
     def forward(self, *inputs: Tensor) -> Tensor:
         missing = aligned_inputs(self.in_features, self.weight.device) - self.in_features
         if not missing:
-            return super().forward(torch.cat(inputs, dim=-1))
+            return super().forward(fill_bucket(torch.cat(inputs, dim=-1)))[: len(inputs[0])]
         zeros = inputs[0].new_zeros(*inputs[0].shape[:-1], missing)
         return linear(torch.cat([*inputs, zeros], dim=-1), F.pad(self.weight, (0, missing)), self.bias)
 
@@ -239,6 +244,20 @@ def aligned_classes(num: int, device: torch.device) -> int:
 def aligned_inputs(num: int, device: torch.device) -> int:
     """Returns how many inputs a product over `num` of them reads: on CUDA a multiple of 8, for the same reason."""
     return -(-num // _ALIGNMENT) * _ALIGNMENT if _aligns(device) else num
+
+
+def fills_buckets(device: torch.device) -> bool:
+    """Returns whether encoders compute a few rows more, up to numbers that come again (row_buckets.py).
+
+    They do on CPUs, where oneDNN makes a product's kernel for each number of rows, and keeps half of it for ever.
+    """
+    return device.type == "cpu"
+
+
+def fill_bucket(rows_Nx: Tensor) -> Tensor:
+    """Adds rows of zeros, [N, ...], up to the next bucket, where products want one (`fills_buckets`)."""
+    missing = bucket_of(len(rows_Nx)) - len(rows_Nx) if fills_buckets(rows_Nx.device) else 0
+    return F.pad(rows_Nx, (0, 0) * (rows_Nx.ndim - 1) + (0, missing)) if missing else rows_Nx
 
 
 def _aligns(device: torch.device) -> bool:

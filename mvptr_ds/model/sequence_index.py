@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .row_buckets import filled_up
+
 
 @dataclass
 class _Arrays:
@@ -54,6 +56,21 @@ class SequenceIndex(_Arrays):
     """
 
     lengths: tuple[int, ...]
+
+    @property
+    def in_bucket(self) -> SequenceIndex:
+        """The same sequences, and behind them those that fill their bucket (row_buckets.py)."""
+        return self if self._filled_up is None else self._filled_up
+
+    @cached_property
+    def _filled_up(self) -> SequenceIndex | None:
+        """None where the bucket is full: an index that held itself could not be copied."""
+        lengths = filled_up(self.lengths)
+        return SequenceIndex(lengths) if len(lengths) > len(self.lengths) else None
+
+    def prepare_attention(self, buckets: bool) -> None:
+        """Makes on the host ahead what attention reads of the sequences, or of those that fill their bucket, too."""
+        (self.in_bucket if buckets else self).prepare(*ATTENTION)
 
     def _make(self, name: str) -> np.ndarray:
         return _SEQUENCES[name](np.array(self.lengths, dtype=np.int64))

@@ -13,7 +13,6 @@ import torch
 
 from mvptr_ds.data import one_block
 from mvptr_ds.data.collate import Batch
-from mvptr_ds.model.sequence_index import ATTENTION
 from mvptr_ds.objectives import output_rows
 from mvptr_ds.objectives.hard_negatives import OwnDraws
 from mvptr_ds.objectives.packed_batch import PackedBatch
@@ -40,12 +39,14 @@ class BatchPlan:
         crosses: whether the cross encoder runs on the matched pairs alone.
         aligned: whether the global states, or the cross encoder, read slot 0.
         draws_slots: text slots for which a step draws numbers; 0: it draws none.
+        buckets: whether the encoders fill their rows up (`kernels.fills_buckets`).
     """
 
     rows: Mapping[str, frozenset[str]]
     crosses: bool = False
     aligned: bool = False
     draws_slots: int = 0
+    buckets: bool = False
 
     def __call__(self, batch: Batch) -> ReadyBatch:
         packed = self.pack(batch)
@@ -56,13 +57,14 @@ class BatchPlan:
         packed = PackedBatch.of(batch, torch.device("cpu"))
         text, tags, regions = packed.text_ids.index, packed.tag_ids.index, packed.geometry.index
         firsts = ("starts",) if self.aligned else ()
-        text.prepare("positions", "owners", "filled", "lengths", *ATTENTION, *firsts)
+        text.prepare("positions", "owners", "filled", "lengths", *firsts)
+        text.prepare_attention(self.buckets)
         tags.prepare("positions", "owners", *firsts)
         regions.prepare("slots", "mask", "filled", "lengths")
         packed.tag_regions.of_tags.prepare("slots", "mask")
         for index in (packed.visual, *((packed.pairs,) if self.crosses else ())):
             index.prepare("joined", "firsts", "seconds")
-            index.sequences.prepare(*ATTENTION)
+            index.sequences.prepare_attention(self.buckets)
         for encoder, kinds in self.rows.items():
             if encoder != "mismatched" and (self.crosses or encoder != "matched"):
                 packed.output_rows[encoder, kinds] = output_rows.needed_rows(encoder, kinds, packed)

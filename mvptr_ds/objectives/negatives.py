@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mvptr_ds.data import one_block
+from mvptr_ds.model import kernels
 from mvptr_ds.model.packed import Packed
-from mvptr_ds.model.sequence_index import ATTENTION, JoinIndex, SequenceIndex
+from mvptr_ds.model.sequence_index import JoinIndex, SequenceIndex
 from mvptr_ds.objectives.gather_rows import PendingExchanges, Request, RowExchange
 
 ITM_TEXT, ITM_REGIONS, WPG_REGIONS = "ITM text", "ITM regions", "WPG regions"
@@ -77,4 +78,4 @@ class Negatives:
         plan.needed_K = self.needed(text, regions)
         plan.pairs = JoinIndex.of(self.text.lengths + text, self.regions.lengths + regions)
         plan.pairs.prepare("joined", "firsts", "seconds")
-        plan.pairs.sequences.prepare(*ATTENTION)
+        plan.pairs.sequences.prepare_attention(kernels.fills_buckets(self.device))

@@ -14,6 +14,7 @@ from mvptr_ds.config import TaskConfig
 from mvptr_ds.config_stages import WeightsConfig
 from mvptr_ds.data.collate import Batch
 from mvptr_ds.distributed import collectives
+from mvptr_ds.model import kernels
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.objectives.batch_plan import BatchPlan
 from mvptr_ds.objectives.hard_negatives import RandomDraws
@@ -95,7 +96,13 @@ class PretrainingLosses(TaskModule):
         """Returns what packs batches for the stage."""
         aligned = self.stage.aligned
         alone = aligned and self.objectives.crosses() and not self.objectives.needs_mismatched()
-        return BatchPlan(self.output_rows, alone, aligned, self.max_text_slots if aligned else 0)
+        return BatchPlan(
+            self.output_rows,
+            alone,
+            aligned,
+            self.max_text_slots if aligned else 0,
+            kernels.fills_buckets(self.model.device),
+        )
 
     def complete(self, packed: PackedBatch, step: int, accumulation: int) -> None:
         """Writes the random choices of a micro-batch, on the host."""

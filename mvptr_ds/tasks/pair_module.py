@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mvptr_ds.data.collate import Batch
+from mvptr_ds.model import kernels
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.objectives.batch_plan import BatchPlan
@@ -85,7 +86,9 @@ class PairModule(TaskModule):
 
     def batch_plan(self) -> BatchPlan:
         """Returns what packs batches for the task."""
-        return BatchPlan(self.objectives.output_rows(), crosses=True, aligned=True)
+        return BatchPlan(
+            self.objectives.output_rows(), crosses=True, aligned=True, buckets=kernels.fills_buckets(self.model.device)
+        )
 
     def outputs(self, batch: Batch | PackedBatch) -> PairPass:
         """Runs the model over a batch."""

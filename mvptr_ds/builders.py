@@ -245,7 +245,9 @@ def build_model(config: Config, vocabs: Vocabs) -> Mvptr:
         state = load_bert(config.run.init_from_bert)
         for line in init_from_bert(model, state, vocabs.phrases.pieces(vocabs.words)):
             logger.info("from %s: %s", config.run.init_from_bert, line)
-    model.set_execution(config.model.execution, config.model.activation_checkpointing, config.model.compile)
+    model.set_execution(
+        config.model.execution, config.model.activation_checkpointing, config.model.compile == "encoders"
+    )
     return model
 
 
@@ -268,7 +270,7 @@ def kernel_report(
         model.attention_dropout,
         model.hidden_size // model.num_attention_heads,
         model.execution,
-        model.compile,
+        model.compile == "encoders",
         model.activation_checkpointing,
     )
     return [*found, optimizer_choice(config.optim, optimizer_device)]

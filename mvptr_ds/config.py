@@ -91,8 +91,8 @@ class ModelConfig:
     """The heads for words and tags score against the word embeddings."""
     execution: Literal["packed", "padded"] = "packed"
     """packed: the encoders skip padding. padded: they compute and mask it, with the same result."""
-    compile: bool = False
-    """Compiles the encoder layers with torch.compile."""
+    compile: Literal["off", "encoders"] = "off"
+    """encoders: torch.compile makes one graph of each encoder's layers. It takes packed rows."""
     region_norm: bool = False
     """A LayerNorm behind the projection of regions, as published models that were fine-tuned for retrieval have."""
     activation_checkpointing: bool = False

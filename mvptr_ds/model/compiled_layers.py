@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import kernels
 from .attention import _KERNELS, PaddedAttention, SegmentAttention
@@ -36,7 +36,7 @@ class CompiledLayers:
         self._graph = torch.compile(_with_own_code(_run_traced), fullgraph=True, dynamic=True, backend=backend)
 
     def __call__(
-        self, layers: Sequence[nn.Module], states_ND: Tensor, attend: SegmentAttention, needed_K: Tensor | None
+        self, layers: Sequence[Any], states_ND: Tensor, attend: SegmentAttention, needed_K: Tensor | None
     ) -> Tensor:
         """Computes what `run` does. Without any row it runs as it is."""
         if not attend.longest:
@@ -54,7 +54,7 @@ class CompiledLayers:
 
 def _run_traced(
     run: Run,
-    layers: Sequence[nn.Module],
+    layers: Sequence[Any],
     states_ND: Tensor,
     kernel: str,
     arrays: dict[str, Tensor],

@@ -5,9 +5,9 @@ Legend: N rows of all sequences, x leading dimensions (N, or padded B and L), D 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import kernels
 from .attention import Attend, PaddedAttention, SegmentAttention
-from .compiled_layers import CompiledLayers, Run
+from .compiled_layers import CompiledLayers
 from .kernels import LayerNorm, Linear
 from .packed import Packed
 
@@ -79,7 +79,7 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(sizes) for _ in range(num_layers))
         self.execution: Execution = "packed"
         self.activation_checkpointing = False
-        self._run_layers: Run = self._run
+        self._compiled: CompiledLayers | None = None
 
     def forward(self, packed: Packed, needed_K: Tensor | None = None, num_layers: int | None = None) -> Packed:
         """Rows [N, D] of sequences -> their states, same shape; attention stays within each sequence.
@@ -110,7 +110,9 @@ class Encoder(nn.Module):
             rows_ND, index = kernels.fill_bucket(rows_ND), index.in_bucket
             if needed_K is not None:  # filled up with row 0, whose states are computed again and dropped
                 needed_K = kernels.fill_bucket(needed_K)
-        return self._run_layers(layers, rows_ND, SegmentAttention(index, device), needed_K)[:num_wanted]
+        run = self._run if self._compiled is None else self._compiled
+        states_MD = run(layers, rows_ND, SegmentAttention(index, device), needed_K)
+        return kernels.without_fill(states_MD, num_wanted)
 
     def _run(
         self, layers: Sequence[nn.Module], states_xD: Tensor, attend: Attend, needed_K: Tensor | None = None
@@ -123,6 +125,6 @@ class Encoder(nn.Module):
                 states_xD = layer(*inputs)
         return states_xD
 
-    def compile_layers(self) -> None:
+    def compile_layers(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Lets packed layers run as one graph of torch.compile from now on; it is made when they first run."""
-        self._run_layers = CompiledLayers(self._run)
+        self._compiled = CompiledLayers(self._run, backend)

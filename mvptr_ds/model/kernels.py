@@ -165,7 +165,7 @@ class JoiningLinear(Linear):
     def forward(self, *inputs: Tensor) -> Tensor:
         missing = aligned_inputs(self.in_features, self.weight.device) - self.in_features
         if not missing:
-            return super().forward(fill_bucket(torch.cat(inputs, dim=-1)))[: len(inputs[0])]
+            return without_fill(super().forward(fill_bucket(torch.cat(inputs, dim=-1))), len(inputs[0]))
         zeros = inputs[0].new_zeros(*inputs[0].shape[:-1], missing)
         return linear(torch.cat([*inputs, zeros], dim=-1), F.pad(self.weight, (0, missing)), self.bias)
 
@@ -260,6 +260,11 @@ def fill_bucket(rows_Nx: Tensor) -> Tensor:
     return F.pad(rows_Nx, (0, 0) * (rows_Nx.ndim - 1) + (0, missing)) if missing else rows_Nx
 
 
+def without_fill(rows_Mx: Tensor, num_rows: int) -> Tensor:
+    """Undoes `fill_bucket`; full rows stay what they are, since even the gradient of a whole slice is a copy."""
+    return rows_Mx if len(rows_Mx) == num_rows else rows_Mx[:num_rows]
+
+
 def _aligns(device: torch.device) -> bool:
     return device.type == "cuda"
 
@@ -335,14 +340,17 @@ def report(
     else:
         lines = [Choice("padding", "to the longest of the batch", f"model.execution={execution}")]
         lines.append(Choice("attention", "scaled_dot_product_attention with a mask", "padded"))
+    setting = f"model.compile={'encoders' if compiled else 'off'}"
+    if compiled and execution != "packed":
+        compiled, setting = False, f"{setting} takes packed rows"
     norm = layer_norm(device)
     if compiled and norm.implementation != TORCH_NORM:
-        norm = Choice("LayerNorm", TORCH_NORM, "model.compile fuses it with its neighbours")
-    fused = "torch.compile" if compiled else "torch's separate kernels"
+        norm = Choice("LayerNorm", TORCH_NORM, "model.compile=encoders fuses it with its neighbours")
+    fused = "torch.compile, a graph of each encoder" if compiled else "torch's separate kernels"
     lines += [
         linear_product(device, dtype),
         norm,
-        Choice("bias, GELU, dropout, residual", fused, f"model.compile={str(compiled).lower()}"),
+        Choice("bias, GELU, dropout, residual", fused, setting),
         _word_heads(device),
         Choice("embedding gradient", "one write of the table", "optimisers and ZeRO take it whole"),
         Choice(

@@ -160,7 +160,7 @@ class Mvptr(PreTrainedModel):
         Args:
             execution: `packed` or `padded`, see `Encoder`.
             activation_checkpointing: compute a layer's inner activations again in the backward pass.
-            compiled: torch.compile of the layers, and of what losses compute on CUDA; cannot be undone.
+            compiled: torch.compile of packed encoders, and of what losses compute on CUDA; cannot be undone.
         """
         self.compiled = self.compiled or compiled
         for encoder in (self.text_encoder, self.visual_encoder, self.cross_encoder):

@@ -67,3 +67,15 @@ def test_the_tool_ends_with_one_line_of_json() -> None:
     wanted = {"speedup_vs_reference", "speedup_vs_padded", "gflops_per_cpu_s", "gemm_peak_gflops_per_cpu_s"}
     assert wanted | {"peak_rss_gib", "losses_max_abs_diff", "scoring_speedup"} <= found.keys()
     assert found["losses_max_abs_diff"] < 1e-4 and found["scoring_max_abs_diff"] < 1e-6
+
+
+@pytest.mark.timeout(600)  # two processes that import torch, on a machine that may be busy
+def test_memory_of_many_steps_beside_the_reference() -> None:
+    sizes = ("--batch", 2, "--steps", 3, "--threads", torch.get_num_threads())
+    done = run_tool("bench/bench_memory.py", "--small", *sizes)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    ratio = found["packed_peak_rss_gib"] / found["reference_peak_rss_gib"]
+    assert found["memory_vs_reference"] == pytest.approx(ratio, rel=1e-3)
+    assert 0 < found["packed_peak_rss_gib"] < 3 and found["steps"] == 3
+    assert found["packed_growth_of_second_half_gib"] >= 0

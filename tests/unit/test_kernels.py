@@ -355,7 +355,9 @@ def test_the_report_names_each_operation_once_with_its_reason() -> None:
     assert "activations: computed again in the backward pass (model.activation_checkpointing=true)" in text
     padded = kernels.report(CPU, FULL, 0.1, 64, "padded", compiled=True, checkpointing=False)
     assert "padding: to the longest of the batch (model.execution=padded)" in "\n".join(map(str, padded))
-    assert any(line.implementation == "torch.compile" for line in padded)
+    assert "torch's separate kernels (model.compile=encoders takes packed rows)" in "\n".join(map(str, padded))
+    compiled = kernels.report(CPU, FULL, 0.1, 64, "packed", compiled=True, checkpointing=False)
+    assert "torch.compile, a graph of each encoder (model.compile=encoders)" in "\n".join(map(str, compiled))
 
 
 def test_half_precision_sums_the_rows_of_one_id_in_float32() -> None:

@@ -208,22 +208,6 @@ def test_recomputed_activations_change_nothing(execution: str) -> None:
     torch.testing.assert_close(again, kept, rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("large", [kernels._LARGE_PRODUCT, 0])  # products by torch, by oneDNN
-def test_compiled_layers_give_the_same_states_and_gradients(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_LARGE_PRODUCT", large)
-    states = Packed(torch.randn(9, 16, generator=torch.Generator().manual_seed(1)), (4, 0, 5))
-    found = []
-    for compiled in (False, True):
-        model = tiny_model()
-        if compiled:
-            model.text_encoder.compile_layers()
-        out = model.text_encoder(states).rows
-        out.square().sum().backward()
-        found.append([out, *(p.grad for p in model.text_encoder.parameters())])
-    assert len(found[0]) == 13
-    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)  # float32, fused in another order
-
-
 def test_attention_drops_out_the_same_share_in_both_executions() -> None:
     rows = torch.randn(2000, 3, 2, 4, generator=torch.Generator().manual_seed(0))
     packed = Packed(rows, (5,) * 400)

@@ -150,14 +150,14 @@ def profile(arguments: argparse.Namespace) -> None:
 
 
 class Worker:
-    def __init__(self, way: str, batch: int, arguments: argparse.Namespace) -> None:
-        command = [sys.executable, str(Path(__file__)), "--worker", way, "--batch", str(batch)]
+    def __init__(self, way: str, batch: int, arguments: argparse.Namespace, limit_s: float = LIMIT_S) -> None:
+        command = [sys.executable, str(Path(__file__).resolve()), "--worker", way, "--batch", str(batch)]
         command += ["--threads", str(arguments.threads), *(["--small"] if arguments.small else [])]
         command += ["--compile"] if arguments.compile else []
         command += ["--captions", str(arguments.captions)] if arguments.captions else []
         self.way, self.answers = way, []  # type: ignore[var-annotated]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.limit = threading.Timer(LIMIT_S, self.process.kill)
+        self.limit = threading.Timer(limit_s, self.process.kill)
         self.limit.start()
 
     def ask(self, number: int) -> None:

@@ -74,6 +74,7 @@ def test_a_graph_for_all_rows_is_another_one() -> None:
 def test_compiled_layers_give_the_same_states_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the backend that runs use, with oneDNN's products, whatever their size."""
     monkeypatch.setattr(kernels, "_LARGE_PRODUCT", 0)
+    monkeypatch.setattr(kernels, "_MKL_IS_FAST", False)
     monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)
     eager, compiled = make_encoder(1), make_encoder(1)
     compiled.compile_layers()

@@ -239,8 +239,21 @@ def test_layer_norm_is_torchs_in_state_and_values() -> None:
         (CUDA, FULL, kernels.TORCH_LINEAR),
     ],
 )
-def test_linear_layers_by_device_and_dtype(device: torch.device, dtype: torch.dtype, wanted: str) -> None:
+def test_linear_layers_by_device_and_dtype(
+    device: torch.device, dtype: torch.dtype, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "_MKL_IS_FAST", False)
     assert kernels.linear_product(device, dtype).implementation == wanted
+
+
+@pytest.mark.parametrize("vendor", ["GenuineIntel", "AuthenticAMD"])
+def test_a_processor_of_intel_multiplies_by_mkl(vendor: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
+    is_intels = kernels._processor_is_intels(str(tmp_path / "cpuinfo"))
+    assert is_intels == (vendor == "GenuineIntel") and not kernels._processor_is_intels(str(tmp_path / "none"))
+    monkeypatch.setattr(kernels, "_MKL_IS_FAST", is_intels)
+    wanted = kernels.TORCH_LINEAR if is_intels else kernels.ONEDNN_LINEAR
+    assert kernels.linear_product(CPU, FULL).implementation == wanted
 
 
 @pytest.mark.parametrize("shape", [(3, 7, 40), (21, 40), (1, 40)])
@@ -249,6 +262,7 @@ def test_onednns_products_are_torchs(shape: tuple[int, ...], with_bias: bool, mo
     used: list[torch.Size] = []
     product = kernels._onednn
     monkeypatch.setattr(kernels, "_LARGE_PRODUCT", 0)
+    monkeypatch.setattr(kernels, "_MKL_IS_FAST", False)
     monkeypatch.setattr(kernels, "_onednn", lambda *inputs: (used.append(inputs[0].shape), product(*inputs))[1])
     generator = torch.Generator().manual_seed(len(shape))
     states, weight = (torch.randn(*size, generator=generator).requires_grad_() for size in (shape, (24, 40)))
@@ -275,6 +289,7 @@ def test_where_torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("oneDNN was asked")
 
     monkeypatch.setattr(kernels, "_onednn", refuse)
+    monkeypatch.setattr(kernels, "_MKL_IS_FAST", False)
     layer = kernels.Linear(2048, 2048)
     assert layer(torch.ones(0, 2048)).shape == (0, 2048) and kernels.Linear(8, 8)(torch.ones(9, 8)).shape == (9, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -11,6 +11,7 @@ import torch
 from mvptr_ds.benchmarks.gpu_step.drawn_batch import draw_batch
 from mvptr_ds.benchmarks.gpu_step.fake_cuda import FakeCuda
 from mvptr_ds.benchmarks.gpu_step.recording import BACKWARD, Recording
+from mvptr_ds.benchmarks.gpu_step.torch_on_cuda import CUDA
 from mvptr_ds.builders import SampleNeeds
 from mvptr_ds.config import Config, load_config
 from mvptr_ds.data.collate import Batch
@@ -116,11 +117,12 @@ def count_step(
     with FakeCuda() as device:
         device.put_weights(module)
         _number_phrases(module)
-        batch = batch.pin_memory()  # as the loader does
+        ready = module.batch_plan()(batch).pin_memory()  # as the loader's processes make it
+        module.complete(ready.packed, step, 0)
         device.recording.clear()
         device.fail_on_wait = fail_on_wait
         with device.parts.following(module.model, module.head):
-            loss = module(batch, step).loss
+            loss = module(ready.packed.to(CUDA), step).loss
             device.phase = BACKWARD
             loss.backward()
     trained = [parameter for _, parameter in module.named_weights() if parameter.requires_grad]

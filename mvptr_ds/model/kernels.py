@@ -32,6 +32,7 @@ TORCH = "torch"
 ONEDNN_LINEAR = "oneDNN's inner product"
 TORCH_LINEAR = "torch.nn.functional.linear"
 HALF = (torch.float16, torch.bfloat16)
+MAX_FUSED_COLUMNS, MAX_FUSED_HEAD = 8192, 128  # columns of a state and of a head that Triton's kernels take
 _TRITON_KERNELS = f"{__package__}.triton_kernels"
 _LARGE_PRODUCT = 2**22  # multiplications: below, making oneDNN's kernel for new sizes costs more than it gives
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -137,6 +138,11 @@ def fused(device: torch.device, dtype: torch.dtype) -> Choice:
         return Choice(name, TORCH, "Triton's kernels take Ampere GPUs or newer")
     missing = triton_lacks(_TRITON_KERNELS)
     return Choice(name, TORCH, missing) if missing else Choice(name, TRITON, "triton is installed")
+
+
+def fused_functions(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    """Returns the functions of `triton_kernels/functions.py` where `fused` takes them; else None."""
+    return triton_module("functions") if fused(device, dtype).implementation == TRITON else None
 
 
 def triton_module(name: str) -> ModuleType:

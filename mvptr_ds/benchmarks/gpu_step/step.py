@@ -10,6 +10,7 @@ import torch
 
 from mvptr_ds.benchmarks.gpu_step.drawn_batch import draw_batch
 from mvptr_ds.benchmarks.gpu_step.fake_cuda import FakeCuda
+from mvptr_ds.benchmarks.gpu_step.own_kernels import register_own_kernels
 from mvptr_ds.benchmarks.gpu_step.recording import BACKWARD, Recording
 from mvptr_ds.builders import SampleNeeds
 from mvptr_ds.config import Config, load_config
@@ -108,6 +109,7 @@ def count_step(
         RuntimeError: with `fail_on_wait`, where the host waits.
         ValueError: the configuration does not fit the stage.
     """
+    register_own_kernels()
     module = build_module(config, stage).to(dtype)
     batch = draw_batch_for(config, stage, module, num)
     step_flops = StepFlops(module, num_ranks=1)

@@ -195,6 +195,7 @@ def as_cuda_build(
     replaced = {
         "_lazy_init": lambda: None,  # torch looks for a driver at the first "cuda"
         "current_device": lambda: 0,
+        "device": lambda device: nullcontext(),
         "synchronize": lambda device=None: wait("the host waits for the whole device"),
         "current_stream": lambda device=None: stream,
         "default_stream": lambda device=None: stream,

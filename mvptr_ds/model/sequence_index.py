@@ -126,8 +126,15 @@ def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def on_device(values: np.ndarray, device: torch.device) -> Tensor:
-    """Copies numbers of the host, without waiting for the device."""
-    return torch.from_numpy(values).to(device, non_blocking=True)
+    """Copies numbers of the host, without waiting for the device: on CUDA from pinned memory."""
+    return to_device(torch.from_numpy(values), device)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copies a tensor of the host, as `on_device`."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # a copy from other memory may wait
+    return tensor.to(device, non_blocking=True)
 
 
 TILE_SIZES = (32, 64, 128)  # rows that a program of the attention kernels holds

@@ -58,7 +58,7 @@ class BatchPlan:
         firsts = ("starts",) if self.aligned else ()
         text.prepare("positions", "owners", "filled", "lengths", *ATTENTION, *firsts)
         tags.prepare("positions", "owners", *firsts)
-        regions.prepare("slots", "mask", "filled", "lengths")
+        regions.prepare("slots", "mask", "owners", "filled", "lengths")
         packed.tag_regions.of_tags.prepare("slots", "mask")
         for index in (packed.visual, *((packed.pairs,) if self.crosses else ())):
             index.prepare("firsts", "seconds")

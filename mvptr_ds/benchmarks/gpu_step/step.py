@@ -12,6 +12,7 @@ from mvptr_ds.benchmarks.gpu_step.drawn_batch import draw_batch
 from mvptr_ds.benchmarks.gpu_step.fake_cuda import FakeCuda
 from mvptr_ds.benchmarks.gpu_step.own_kernels import register_own_kernels
 from mvptr_ds.benchmarks.gpu_step.recording import BACKWARD, Recording
+from mvptr_ds.benchmarks.gpu_step.torch_on_cuda import CUDA
 from mvptr_ds.builders import SampleNeeds
 from mvptr_ds.config import Config, load_config
 from mvptr_ds.data.collate import Batch
@@ -112,17 +113,20 @@ def count_step(
     register_own_kernels()
     module = build_module(config, stage).to(dtype)
     batch = draw_batch_for(config, stage, module, num)
+    plan = module.batch_plan()
+    assert plan is not None, "the loader's processes pack the batches of every task of the package"
     step_flops = StepFlops(module, num_ranks=1)
     lengths = Lengths.of(batch)
     step = config.stage(stage).max_steps - 1  # schedules are over: negatives are the hardest
     with FakeCuda() as device:
         device.put_weights(module)
         _number_phrases(module)
-        batch = batch.pin_memory()  # as the loader does
+        ready = plan(batch).pin_memory()  # as the loader's processes make it
+        module.complete(ready.packed, step, 0)
         device.recording.clear()
         device.fail_on_wait = fail_on_wait
         with device.parts.following(module.model, module.head):
-            loss = module(batch, step).loss
+            loss = module(ready.packed.to(CUDA), step).loss
             device.phase = BACKWARD
             loss.backward()
     trained = [parameter for _, parameter in module.named_weights() if parameter.requires_grad]

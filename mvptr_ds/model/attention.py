@@ -84,7 +84,7 @@ class SegmentAttention:
         """Pads the rows, calls the kernel once, and takes the rows out again."""
         num_slots = len(self.lengths) * self.longest
         slots_N = self.index.on(self.device, "slots")
-        qkv_X3HE = qkv_N3HE.new_zeros(num_slots, *qkv_N3HE.shape[1:]).index_copy(0, slots_N, qkv_N3HE)
+        qkv_X3HE = qkv_N3HE.new_zeros(num_slots, *qkv_N3HE.shape[1:]).index_copy_(0, slots_N, qkv_N3HE)
         out_BLHE = self._masked(qkv_X3HE.unflatten(0, (len(self.lengths), self.longest)), dropout)
         return out_BLHE.flatten(0, 1).index_select(0, slots_N)
 

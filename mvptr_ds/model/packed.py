@@ -105,7 +105,7 @@ class Packed:
         """Returns the padded form [B, L, ...], with `fill` behind the rows of each sequence."""
         longest = max(self.lengths, default=1) or 1
         out_Xx = self.rows.new_full((len(self) * longest, *self.rows.shape[1:]), fill)
-        out_Xx = out_Xx.index_copy(0, self.index.on(self.rows.device, "slots"), self.rows)
+        out_Xx.index_copy_(0, self.index.on(self.rows.device, "slots"), self.rows)
         return out_Xx.unflatten(0, (len(self), longest))
 
     def unpadded(self, slots_BLx: Tensor) -> Packed:

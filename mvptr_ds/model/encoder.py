@@ -114,7 +114,8 @@ class Encoder(nn.Module):
 
     def _drops(self) -> bool:
         """Whether a layer drops anything out."""
-        return self.training and any(layer.dropout.p or layer.attention_dropout for layer in self.layers)
+        layers = (layer for layer in self.layers if isinstance(layer, EncoderLayer))
+        return self.training and any(layer.dropout.p or layer.attention_dropout for layer in layers)
 
     def _run(
         self,

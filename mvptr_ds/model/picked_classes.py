@@ -3,8 +3,8 @@
     log p = logit of the picked (row, class) - logsumexp of the row's logits
 
 On CUDA the logits keep the precision of the product, all rows at once, and are kept for the backward pass, where fused
-kernels (`kernels.fused`) put their gradient in their place. On a CPU they are made in parts of 64 MiB, and several parts
-are computed again in the backward pass.
+kernels (`kernels.fused`) put their gradient in their place. On a CPU they are made in parts of 64 MiB, and several
+parts are computed again in the backward pass.
 
 Legend: K rows, C classes, P picked (row, class) pairs, D hidden.
 """

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mvptr_ds.model.config import MvptrConfig
-from mvptr_ds.model.mvptr import PARTS
 from mvptr_ds.model.gather import pick_rows
+from mvptr_ds.model.mvptr import PARTS
 from mvptr_ds.model.packed import Packed
 from mvptr_ds.objectives import losses
 from mvptr_ds.objectives.lengths import Lengths

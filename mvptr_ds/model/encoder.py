@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import Attend, PaddedAttention, SegmentAttention
+from .fused_layer import Fused, linear_beside
+from .gather import pick_rows
 from .kernels import LayerNorm, Linear
 from .packed import Packed
 
@@ -45,21 +47,31 @@ class EncoderLayer(nn.Module):
         self.ffn_out = Linear(sizes.intermediate_size, sizes.hidden_size)
         self.ffn_norm = LayerNorm(sizes.hidden_size, eps=sizes.norm_eps)
         self.dropout = nn.Dropout(sizes.hidden_dropout)
+        self.compiled = False
 
-    def forward(self, states_xD: Tensor, attend: Attend, needed_K: Tensor | None = None) -> Tensor:
+    def forward(
+        self, states_xD: Tensor, attend: Attend, needed_K: Tensor | None = None, fused: Fused | None = None
+    ) -> Tensor:
         """Computes new states [..., D] from states [..., D]; `attend` knows which belong to one sequence.
 
         Args:
-            needed_K: int64, of [N, D] the rows that are wanted: [N, D] -> [K, D].
+            needed_K: int64, of [N, D] the rows that are wanted, each once: [N, D] -> [K, D].
+            fused: kernels for [N, D] that take the place of torch's separate ones.
         """
-        qkv_x3HE = self.qkv(states_xD).unflatten(-1, (3, self.num_heads, -1))
-        attended_xD = attend(qkv_x3HE, self.attention_dropout if self.training else 0.0).flatten(-2)
+        if fused is None:
+            qkv_xX = self.qkv(states_xD)
+        else:
+            qkv_xX, states_xD = linear_beside(states_xD, self.qkv.weight, self.qkv.bias)
+        qkv_x3HE = qkv_xX.unflatten(-1, (3, self.num_heads, -1))
+        attended_xD = attend(qkv_x3HE, self.attention_dropout if self.training else 0.0, fused).flatten(-2)
         if needed_K is not None:
-            states_xD, attended_xD = states_xD.index_select(0, needed_K), attended_xD.index_select(0, needed_K)
-        return self.after_attention(states_xD, attended_xD)
+            states_xD, attended_xD = pick_rows(states_xD, needed_K), pick_rows(attended_xD, needed_K)
+        if fused is None or self.compiled:
+            return self.after_attention(states_xD, attended_xD)
+        return fused.after_attention(self, states_xD, attended_xD)
 
     def after_attention(self, states_xD: Tensor, attended_xD: Tensor) -> Tensor:
-        """Computes all that follows attention, row by row: what `model.compile` compiles."""
+        """Computes all that follows attention, row by row: what `model.compile` compiles, or fused kernels compute."""
         states_xD = self.attention_norm(states_xD + self.dropout(self.attention_out(attended_xD)))
         fed_xD = self.ffn_out(F.gelu(self.ffn_in(states_xD)))
         return self.ffn_norm(states_xD + self.dropout(fed_xD))
@@ -95,16 +107,27 @@ class Encoder(nn.Module):
             wanted_N1 = states.rows.new_zeros(len(states.rows), 1).index_fill(0, needed_K, 1.0)
             return states.like(states.rows * wanted_N1)
         attend = SegmentAttention(packed.index, device)
-        states_KD = self._run(layers, packed.rows, attend, needed_K)
+        states_KD = self._run(layers, packed.rows, attend, needed_K, Fused.on(packed.rows, self._drops()))
         if needed_K is None:
             return packed.like(states_KD)
-        return packed.like(states_KD.new_zeros(packed.rows.shape).index_copy(0, needed_K, states_KD))
+        return packed.like(states_KD.new_zeros(packed.rows.shape).index_copy_(0, needed_K, states_KD))
+
+    def _drops(self) -> bool:
+        """Whether a layer drops anything out."""
+        layers = (layer for layer in self.layers if isinstance(layer, EncoderLayer))
+        return self.training and any(layer.dropout.p or layer.attention_dropout for layer in layers)
 
     def _run(
-        self, layers: Sequence[nn.Module], states_xD: Tensor, attend: Attend, needed_K: Tensor | None = None
+        self,
+        layers: Sequence[nn.Module],
+        states_xD: Tensor,
+        attend: Attend,
+        needed_K: Tensor | None = None,
+        fused: Fused | None = None,
     ) -> Tensor:
-        for layer in layers:
-            inputs = (states_xD, attend, needed_K if layer is layers[-1] else None)
+        for number, layer in enumerate(layers):
+            own = None if fused is None else fused.layer(number)
+            inputs = (states_xD, attend, needed_K if layer is layers[-1] else None, own)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 states_xD = checkpoint(layer, *inputs, use_reentrant=False)
             else:
@@ -115,4 +138,5 @@ class Encoder(nn.Module):
         """Compiles what is row by row; attention keeps its own kernel, whose lengths change every step."""
         for layer in self.layers:
             assert isinstance(layer, EncoderLayer)
+            layer.compiled = True
             setattr(layer, "after_attention", torch.compile(layer.after_attention, dynamic=True))  # noqa: B010

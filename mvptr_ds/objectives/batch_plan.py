@@ -61,7 +61,7 @@ class BatchPlan:
         regions.prepare("slots", "mask", "owners", "filled", "lengths")
         packed.tag_regions.of_tags.prepare("slots", "mask")
         for index in (packed.visual, *((packed.pairs,) if self.crosses else ())):
-            index.prepare("joined", "firsts", "seconds")
+            index.prepare("firsts", "seconds")
             index.sequences.prepare(*ATTENTION)
         for encoder, kinds in self.rows.items():
             if encoder != "mismatched" and (self.crosses or encoder != "matched"):

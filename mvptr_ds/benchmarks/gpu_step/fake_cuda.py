@@ -282,17 +282,19 @@ class FakeCuda(TorchDispatchMode):
         if is_view(func) or name in FREE or not any(tensor.numel() for tensor in written):
             return
         qualified = f"{func.namespace}::{name}"
-        if is_registered(qualified):
-            cost = custom_cost(qualified, [*read, *written])
-        else:
-            with _disable_current_modes():
-                given = tree_map(_held, (args, kwargs, results, read, written))
+        with _disable_current_modes():
+            given = tree_map(_held, (args, kwargs, results, read, written))
+            if is_registered(qualified):
+                cost = custom_cost(qualified, [*given[3], *given[4]])
+            else:
                 cost = cost_of(name, func.overloadpacket, *given)
         sides = _sides(read) if name in PRODUCTS else None
         self._add(name if func.namespace in ATEN else qualified, cost, place, sides)
 
     def _launch_custom(self, name: str, tensors: list[Tensor]) -> None:
-        self._add(name, custom_cost(name, _each_once(tensors)), self._place())
+        with _disable_current_modes():
+            cost = custom_cost(name, [_held(tensor) for tensor in _each_once(tensors)])
+        self._add(name, cost, self._place())
 
     def _add(self, name: str, cost: Cost, place: Place, sides: tuple[int, int, int] | None = None) -> None:
         self.recording.operations.append(

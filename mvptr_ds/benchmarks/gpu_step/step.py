@@ -10,6 +10,7 @@ import torch
 
 from mvptr_ds.benchmarks.gpu_step.drawn_batch import draw_batch
 from mvptr_ds.benchmarks.gpu_step.fake_cuda import FakeCuda
+from mvptr_ds.benchmarks.gpu_step.own_kernels import register_own_kernels
 from mvptr_ds.benchmarks.gpu_step.recording import BACKWARD, Recording
 from mvptr_ds.benchmarks.gpu_step.torch_on_cuda import CUDA
 from mvptr_ds.builders import SampleNeeds
@@ -109,6 +110,7 @@ def count_step(
         RuntimeError: with `fail_on_wait`, where the host waits.
         ValueError: the configuration does not fit the stage.
     """
+    register_own_kernels()
     module = build_module(config, stage).to(dtype)
     batch = draw_batch_for(config, stage, module, num)
     plan = module.batch_plan()

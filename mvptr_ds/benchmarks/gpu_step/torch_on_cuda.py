@@ -198,6 +198,7 @@ def as_cuda_build(
         "is_available": lambda: True,
         "get_device_capability": lambda device=None: CAPABILITY,
         "current_device": lambda: 0,
+        "device": lambda device: nullcontext(),
         "synchronize": lambda device=None: wait("the host waits for the whole device"),
         "current_stream": lambda device=None: stream,
         "default_stream": lambda device=None: stream,

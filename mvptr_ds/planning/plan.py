@@ -187,7 +187,9 @@ def make_plan(
     assert tflops is not None, gpu.name
     engine = EngineCost.of(trained, sum(map(len, groups)), num, accumulation)
     factor, how = pace.calibration(precision, micro, num, accumulation)
-    computing = compute_time(pace.cost(micro, precision).scaled_to(micro_flop), engine, accumulation, gpu, assumed, factor)
+    computing = compute_time(
+        pace.cost(micro, precision).scaled_to(micro_flop), engine, accumulation, gpu, assumed, factor
+    )
     took = step_time(computing.total_s, sent, cluster.gb_per_s, zero.overlap_comm, assumed)
     samples_per_s = micro * accumulation / took.total_s
     return {
@@ -203,7 +205,8 @@ def make_plan(
         "sent_gradients_gb": sent.gradients / 1e9, "sent_parameters_gb": sent.parameters / 1e9,
         "sent_contrast_gb": sent.contrast / 1e9, "sent_states_gb": sent.exchanged / 1e9, "sent_gb": sent.total / 1e9,
         "tflop_per_step": flop / 1e12, "time_is": how, "calibration": factor,
-        "device_s": computing.device_s, "host_s": computing.host_s, "compute_s": took.compute_s, "exposed_communication_s": took.exposed_s,
+        "device_s": computing.device_s, "host_s": computing.host_s, "compute_s": took.compute_s,
+        "exposed_communication_s": took.exposed_s,
         "step_s": took.total_s, "mfu_frac": flop / 1e12 / tflops / took.total_s,
         "samples_per_s": samples_per_s * num, "loader_cores_per_gpu": samples_per_s / assumed.loader_samples_per_core_s,
         "num_samples": num_samples, "gpu_hours": num_samples / samples_per_s / 3600,

@@ -370,7 +370,11 @@ def test_the_model_of_time_knows_its_limits() -> None:
     assert one(lambda x: x + 1, 4, 4).model_s == KERNEL_S
     large = H200.product_seconds(132 * 128, 256 * 40, 4096)
     assert 0.8 < 2 * 132 * 128 * 256 * 40 * 4096 / large / PRODUCT_FLOPS_PER_S < 1.0
-    assert H200.product_seconds(4627, 768, 768) < H200.product_seconds(4627, 776, 768) < H200.product_seconds(4627, 1536, 768)
+    assert (
+        H200.product_seconds(4627, 768, 768)
+        < H200.product_seconds(4627, 776, 768)
+        < H200.product_seconds(4627, 1536, 768)
+    )
     assert one(lambda x: x.float(), 4096, 4096).model_s == pytest.approx(4096**2 * 6 / 3.7e12)
 
 

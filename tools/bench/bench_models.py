@@ -140,16 +140,14 @@ class Reference(nn.Module):
         ):
             self.encoders[name] = BertEncoder(_bert_config(config, num_layers, attention))
         self.pooler, self.itm = nn.Linear(dim, dim), nn.Linear(dim, 2)
-        self.token_head, self.tag_head = (
-            _Head(dim, config.num_words, eps, GELUS[attention]) for _ in range(2)
-        )
+        self.token_head, self.tag_head = (_Head(dim, config.num_words, eps, GELUS[attention]) for _ in range(2))
         self.txt_proj, self.vis_proj = nn.Parameter(torch.empty(dim, dim)), nn.Parameter(torch.empty(dim, dim))
         self.logit_scale = nn.Parameter(torch.empty(1))
         self.num_words = config.num_words
         self._copy(ours)
 
     def _copy(self, ours: Mvptr) -> None:
-        theirs = to_reference(ours.state_dict(), ours.config)  # type: ignore[arg-type]
+        theirs = to_reference(ours.state_dict(), ours.config, drop_phrase_head=True)  # type: ignore[arg-type]
         self.encoders.load_state_dict(
             {n.removeprefix("bert."): t for n, t in theirs.items() if "_encoder.layer" in n}, strict=True
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 
 from mvptr_ds.benchmarks.gpu_step.roofline import Roofline
 from mvptr_ds.benchmarks.gpu_step.step import StepCounts, count_step
@@ -57,7 +58,8 @@ class PaceOfGpu:
             DataError: no step was measured on this GPU in this precision.
         """
         step = nearest(self.measured, self.gpu.name, precision, self.stage, samples)
-        counts = self._count(step, step.stage, min(step.samples, MOST_COUNTED), precision)
+        is_own = _config_of(step) == replace(self.config, train=_config_of(step).train)
+        counts = self._count(None if is_own else step, step.stage, min(step.samples, MOST_COUNTED), precision)
         engine = EngineCost.of(counts.num_trained, counts.num_tensors, 1, 1)
         cost = _cost_of(counts)
         cost = cost.scaled_to(cost.flop * max(1.0, step.samples / MOST_COUNTED))

@@ -29,13 +29,13 @@ NUM = 16  # samples
 # count lowers its ceiling. In order: operations, waits, copies to the device, those from pageable memory, GB outside
 # products and attention, and the share of the products' FLOPs with rows that are no multiple of 16 bytes.
 CEILINGS = {
-    "stage1": (862, 0, 1, 0, 5.2, 0.0),
+    "stage1": (862, 0, 1, 0, 5.2, 1e-6),
     "stage2": (1_718, 1, 2, 0, 4.6, 0.001),
     "joint": (1_448, 1, 2, 0, 3.8, 0.001),
-    "retrieval": (1_169, 1, 2, 0, 3.3, 0.0),
+    "retrieval": (1_169, 1, 2, 0, 3.3, 1e-6),
     "vqa": (955, 0, 2, 0, 2.3, 0.001),
-    "entailment": (954, 0, 2, 0, 2.3, 0.0),
-    "referring": (987, 0, 2, 0, 2.5, 0.0),
+    "entailment": (954, 0, 2, 0, 2.3, 1e-6),
+    "referring": (987, 0, 2, 0, 2.5, 1e-6),
 }
 # The same of DeepSpeed with z2.json: operations in its hooks, behind them, and waits.
 ENGINE_CEILINGS = {"stage2": (6, 26, 0), "vqa": (8, 35, 0)}
@@ -387,7 +387,7 @@ def test_the_command_ends_with_json(stage2: StepCounts) -> None:
     assert done.returncode == 0 and any(line.startswith("cross encoder") for line in lines), done
     found = json.loads(lines[-1])
     assert list(found) == list(report.as_json(stage2, None))
-    assert found["ops"] > found["copies_to_device"] >= found["pageable_copies"] > 0 and found["engine_ops"] is None
+    assert found["ops"] > found["copies_to_device"] > found["pageable_copies"] == 0 and found["engine_ops"] is None
 
 
 def test_the_command_names_what_is_wrong() -> None:

@@ -118,13 +118,15 @@ def count_step(
     """
     module = build_module(config, stage).to(dtype)
     batch = draw_batch_for(config, stage, module, num)
+    plan = module.batch_plan()
+    assert plan is not None, "the loader's processes pack the batches of every task of the package"
     step_flops = StepFlops(module, num_ranks=1)
     lengths = Lengths.of(batch)
     step = config.stage(stage).max_steps - 1  # schedules are over: negatives are the hardest
     with FakeCuda(roofline=roofline) as device:
         device.put_weights(module)
         _number_phrases(module)
-        ready = module.batch_plan()(batch).pin_memory()  # as the loader's processes make it
+        ready = plan(batch).pin_memory()  # as the loader's processes make it
         module.complete(ready.packed, step, 0)
         device.recording.clear()
         device.fail_on_wait = fail_on_wait

@@ -67,6 +67,7 @@ TOLERANCE = {"float32": 1e-4, "bf16": 1e-2, "fp16": 1e-2}  # of a mean loss, abs
 COMPARED = 16  # samples at most whose losses are compared
 LIMIT_S = 3600.0  # of a process
 TRACED = 3  # steps
+PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of a launcher: each way is the only rank
 SMALL = (
     "model.hidden_size=64", "model.num_attention_heads=4", "model.intermediate_size=128", "visual.feature_dim=32",
     "model.num_text_layers=1", "model.num_visual_layers=1", "model.num_cross_layers=1",
@@ -138,7 +139,12 @@ def _mark(on_cuda: bool) -> Any:
 def _trace(way: Way, device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         return {}
-    return gpu_trace.traced(lambda: [way.step() for _ in range(TRACED)] and None, TRACED)
+
+    def steps() -> None:
+        for _ in range(TRACED):
+            way.step()
+
+    return dict(gpu_trace.traced(steps, TRACED))
 
 
 # --- the parent
@@ -159,7 +165,8 @@ class Worker:
             "--worker",
             json.dumps(vars(setting)),
         ]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        alone = {name: value for name, value in os.environ.items() if name not in PLACE}
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=alone)
         self.limit = threading.Timer(LIMIT_S, self.process.kill)
         self.limit.start()
 
@@ -186,6 +193,8 @@ class Worker:
             raise RuntimeError(f"the process of {self.name} ended with code {self.process.wait(30)}")
         answer: dict[str, Any] = json.loads(line)
         self.left_out = answer.get("left_out", "")
+        if self.left_out:
+            self.end()  # and so frees what it holds, for the others
         return {} if self.left_out else answer
 
     def end(self) -> None:

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
+from unittest.mock import patch
 
 import deepspeed
 import torch
-from bench_models import Reference, fixed_slots
+from bench_models import TEXT_SLOTS, Reference, fixed_slots
 from torch import Tensor, nn
 
 from mvptr_ds import builders
@@ -91,10 +92,6 @@ class Way(ABC):
         self.filled = fill_ds_config(content, train, optim, 1, bf16_supported=True, fp16_supported=True)
         self.learning_rate = self.config.stage(setting.stage).learning_rate
 
-    def draws(self, number: int, samples: int) -> RandomDraws:
-        """Returns the random choices of a step, the same for every way."""
-        return RandomDraws.keyed(0, number, 0, samples, self.config.data.max_text_slots)
-
     @abstractmethod
     def step(self) -> None:
         """Computes one step of training: forward, backward, update."""
@@ -140,7 +137,7 @@ def losses(setting: Setting, samples: int, precision: str, device: torch.device)
     config = setting.loaded()
     module, dtype = build_module(config, setting.stage), DTYPES[precision]
     batch = draw_batch_for(config, setting.stage, module, samples)
-    draws = RandomDraws.keyed(0, LATE, 0, samples, config.data.max_text_slots)
+    draws = RandomDraws.keyed(0, LATE, 0, samples, TEXT_SLOTS)
     sums: dict[str, LossSum]
     with torch.no_grad():
         if setting.way in OURS:
@@ -169,8 +166,7 @@ def _choose_kernels(way: str, module: PretrainingLosses) -> None:
     if way == FLASH:
         by_torch = kernels.Choice("fused kernels", kernels.TORCH, "left out by bench_gpu")
         by_flash = kernels.Choice("attention", kernels.FLASH_ATTN, "asked for by bench_gpu")
-        kernels.fused = lambda *_: by_torch
-        kernels.attention = lambda *_: by_flash
+        patch.multiple(kernels, fused=lambda *_: by_torch, attention=lambda *_: by_flash).start()
 
 
 class _Ours(Way):
@@ -227,10 +223,13 @@ class _Theirs(Way):
         optimizer = build_optimizer(groups, self.config.optim, self.learning_rate, device)
         self.engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=self.filled)
         self.engine.train()
+        draws = (RandomDraws.keyed(0, LATE + n, 0, setting.samples, TEXT_SLOTS) for n in range(NUM_BATCHES))
+        self.draws = [RandomDraws(**{k: drawn.to(device) for k, drawn in vars(some).items()}) for some in draws]
 
     def step(self) -> None:
-        batch = self.fed[self.number % NUM_BATCHES].to(self.device, non_blocking=True)
-        loss = self.engine(batch, self.draws(self.number, len(batch)))
+        which = self.number % NUM_BATCHES
+        batch = self.fed[which].to(self.device, non_blocking=True)
+        loss = self.engine(batch, self.draws[which])
         self.engine.backward(loss)
         self.engine.step()
         self.number += 1

@@ -18,7 +18,7 @@ from mvptr_ds.benchmarks.gpu_step.engine_step import count_engine
 from mvptr_ds.benchmarks.gpu_step.fake_cuda import FakeCuda
 from mvptr_ds.benchmarks.gpu_step.own_kernels import register_own_kernels
 from mvptr_ds.benchmarks.gpu_step.recording import ATTENTION, BACKWARD, COPY, FORWARD, OTHER, PRODUCT
-from mvptr_ds.benchmarks.gpu_step.roofline import KERNEL_S, PRODUCT_FLOPS_PER_S, product_seconds
+from mvptr_ds.benchmarks.gpu_step.roofline import H200, KERNEL_S, PRODUCT_FLOPS_PER_S
 from mvptr_ds.benchmarks.gpu_step.step import PACKAGED, StepCounts, config_of, count_step
 from mvptr_ds.ds_config import load_ds_config
 from mvptr_ds.model import picked_classes
@@ -413,9 +413,13 @@ def test_a_graph_is_one_operation_with_all_its_kernels() -> None:
 
 def test_the_model_of_time_knows_its_limits() -> None:
     assert one(lambda x: x + 1, 4, 4).model_s == KERNEL_S
-    large = product_seconds(132 * 128, 256 * 40, 4096)
+    large = H200.product_seconds(132 * 128, 256 * 40, 4096)
     assert 0.8 < 2 * 132 * 128 * 256 * 40 * 4096 / large / PRODUCT_FLOPS_PER_S < 1.0
-    assert product_seconds(4627, 768, 768) < product_seconds(4627, 776, 768) < product_seconds(4627, 1536, 768)
+    assert (
+        H200.product_seconds(4627, 768, 768)
+        < H200.product_seconds(4627, 776, 768)
+        < H200.product_seconds(4627, 1536, 768)
+    )
     assert one(lambda x: x.float(), 4096, 4096).model_s == pytest.approx(4096**2 * 6 / 3.7e12)
 
 

@@ -9,15 +9,19 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from mvptr_ds.user_io.terminal import accept_any_text
+from mvptr_ds.user_io.user_files import user_path
 
 EPILOG = """\
   %(prog)s --config base --gpu A100 --nodes 1,4,16,128 --micro-batch 64
   %(prog)s --config large --deepspeed z3 --gpu H100 --nodes 2 train.batch_size=1024
   %(prog)s --config base --stage vqa --gpus-per-node 1 --micro-batch 64
+  %(prog)s --config base --gpu H200 --gpus-per-node 1 --micro-batch 256 --measured bench.json
   %(prog)s --config base --measure 2000 data.train=shards/train data.phrase_vocab=shards/phrase_vocab.json
 
 Prints a table and every assumption by name; the last line is the same as JSON. The bytes of weights, gradients and
-optimiser are computed and agree with measurements. Time and MFU rest on assumptions (docs/planning.md).
+optimiser are computed and agree with measurements. The time of a step is that of its kernels by a model of the GPU,
+or of the host where that is slower: `modelled`. With --measured it is `calibrated` by the nearest step of a bench, or
+`measured` where that is the very step (docs/planning.md).
 Exit status: 0 done, 1 an error (one line on stderr), 2 wrong usage."""
 
 
@@ -45,10 +49,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _plan(args: argparse.Namespace, nodes: list[int]) -> None:
+    from mvptr_ds.benchmarks.gpu_step.pace import PaceOfGpu
     from mvptr_ds.config import load_config
     from mvptr_ds.ds_config import load_ds_config
     from mvptr_ds.planning.cost import GPUS, Assumptions
     from mvptr_ds.planning.lengths import Ranges, drawn, measured
+    from mvptr_ds.planning.measured import read_measured
     from mvptr_ds.planning.plan import (
         PUBLISHED_ANSWERS,
         PUBLISHED_PHRASES,
@@ -77,6 +83,8 @@ def _plan(args: argparse.Namespace, nodes: list[int]) -> None:
         with_images = config.visual.source == "image"
         needs = needs_of(config, stage)
         mean = drawn(Ranges(), config.data, needs.masking, with_images, needs.tags_in_text)
+    timed = read_measured(args.measured) if args.measured else []
+    pace = PaceOfGpu(config, stage, GPUS[args.gpu], assumed, timed).pace()
     plans = []
     for num_nodes in nodes:
         cluster = Cluster(GPUS[args.gpu], num_nodes, args.gpus_per_node)
@@ -84,7 +92,7 @@ def _plan(args: argparse.Namespace, nodes: list[int]) -> None:
         if args.micro_batch:
             batch_size = args.micro_batch * cluster.num_gpus * config.train.accumulation_steps
             sized = replace(config, train=replace(config.train, batch_size=batch_size))
-        plans.append(make_plan(sized, stage, task, content, cluster, mean, assumed, num_samples))
+        plans.append(make_plan(sized, stage, task, content, cluster, mean, assumed, num_samples, pace))
     print(table(plans, mean, assumed))
     if not has_vocab:
         print(f"no phrase vocabulary here: planned with the published one's {PUBLISHED_PHRASES:,} phrases")
@@ -92,6 +100,10 @@ def _plan(args: argparse.Namespace, nodes: list[int]) -> None:
         print(f"no list of answers here: planned with the published one's {PUBLISHED_ANSWERS:,} answers")
     if args.measure:
         print(f"lengths and loader_samples_per_core_s: measured on the first {args.measure} samples of data.train")
+    if timed:
+        print(f"calibrated with {args.measured}: {'; '.join(map(str, timed))}")
+    else:
+        print("time, MFU and GPU-hours: modelled from counted operations, timed on no GPU")
     lengths = "measured" if args.measure else asdict(Ranges())
     print(json.dumps({"assumed": asdict(assumed), "lengths": lengths, "mean": asdict(mean), "plans": plans}))
 
@@ -116,13 +128,15 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--measure", type=int, metavar="N", help="measure lengths and loader speed on the first N samples of data.train"
     )
+    add("--measured", type=user_path, metavar="FILE", help="output of tools/bench/bench_gpu.py to calibrate times with")
     assumed = parser.add_argument_group("assumptions, each with a default that docs/planning.md explains")
     for name, meaning in (
-        ("efficiency", "share of the vendor's matrix-product peak that forward and backward reach"),
+        ("product-efficiency", "share of the vendor's peak that a large matrix product reaches"),
+        ("bandwidth-efficiency", "share of the memory's speed that torch's kernels reach"),
+        ("host-us", "microseconds that Python needs to dispatch an operation"),
         ("overlap", "share of the backward pass that may hide the gradients' communication"),
         ("link-efficiency", "share of the links' speed that collectives reach"),
         ("loader-samples-per-core-s", "samples that one loader core prepares in a second"),
-        ("host-s", "seconds that Python needs to launch the kernels of a micro-batch"),
         ("overhead-gib", "CUDA's context, NCCL's buffers, fragmentation"),
     ):
         assumed.add_argument(f"--{name}", type=float, metavar="X", help=meaning)

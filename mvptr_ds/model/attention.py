@@ -16,9 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernels
+from .attention_tiles import MAX_LENGTH, AttentionTiles
+from .fused_layer import Fused
 from .sequence_index import SequenceIndex
 
-Attend = Callable[[Tensor, float], Tensor]  # queries, keys and values [..., 3, H, E], dropout -> [..., H, E]
+# queries, keys and values [..., 3, H, E], dropout, fused kernels where there are some -> [..., H, E]
+Attend = Callable[[Tensor, float, Fused | None], Tensor]
 
 
 class PaddedAttention:
@@ -29,7 +32,7 @@ class PaddedAttention:
         mask_BL = mask_BL | ~mask_BL.any(dim=1, keepdim=True)
         self.mask_B11L = mask_BL[:, None, None, :]
 
-    def __call__(self, qkv_BL3HE: Tensor, dropout: float) -> Tensor:
+    def __call__(self, qkv_BL3HE: Tensor, dropout: float, fused: Fused | None = None) -> Tensor:
         query, key, value = qkv_BL3HE.permute(2, 0, 3, 1, 4).unbind(0)
         out_BHLE = F.scaled_dot_product_attention(query, key, value, attn_mask=self.mask_B11L, dropout_p=dropout)
         return out_BHLE.transpose(1, 2)
@@ -37,6 +40,8 @@ class PaddedAttention:
 
 class SegmentAttention:
     """Within each of the packed sequences, by the kernel that `kernels.attention` chooses for the device and dtype.
+
+    Where there are fused kernels, they take batches without a sequence of more than 128 rows.
 
     Args:
         index: of the sequences, in the order of their rows; some may be empty.
@@ -52,9 +57,15 @@ class SegmentAttention:
         """The first row of each sequence, and the number of all rows: int32 [B + 1]."""
         return self.index.on(self.device, "offsets")
 
-    def __call__(self, qkv_N3HE: Tensor, dropout: float) -> Tensor:
+    @cached_property
+    def _tiles(self) -> AttentionTiles:
+        return AttentionTiles.of_index(self.index, self.device)
+
+    def __call__(self, qkv_N3HE: Tensor, dropout: float, fused: Fused | None = None) -> Tensor:
         if not self.longest:
             return qkv_N3HE[:, 0]
+        if fused is not None and self.longest <= MAX_LENGTH and qkv_N3HE.shape[-1] <= kernels.MAX_FUSED_HEAD:
+            return fused.attention(qkv_N3HE, self._tiles, dropout)
         choice = kernels.attention(qkv_N3HE.device, qkv_N3HE.dtype, dropout, qkv_N3HE.shape[-1])
         return _KERNELS[choice.implementation](self, qkv_N3HE, dropout)
 
@@ -72,7 +83,7 @@ class SegmentAttention:
     def padded(self, qkv_N3HE: Tensor, dropout: float) -> Tensor:
         """Pads the rows, calls the kernel once, and takes the rows out again."""
         slots_N, mask_BL = (self.index.on(self.device, name) for name in ("slots", "mask"))
-        qkv_X3HE = qkv_N3HE.new_zeros(mask_BL.numel(), *qkv_N3HE.shape[1:]).index_copy(0, slots_N, qkv_N3HE)
+        qkv_X3HE = qkv_N3HE.new_zeros(mask_BL.numel(), *qkv_N3HE.shape[1:]).index_copy_(0, slots_N, qkv_N3HE)
         out_BLHE = self._masked(qkv_X3HE.unflatten(0, mask_BL.shape), dropout)
         return out_BLHE.flatten(0, 1).index_select(0, slots_N)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import kernels
 from .attention import _KERNELS, PaddedAttention, SegmentAttention
+from .fused_layer import Fused
 
 Run = Callable[..., Tensor]  # layers, states, attention, needed rows or None -> states
 
@@ -89,7 +90,8 @@ class _TracedAttention(SegmentAttention):
         self.index, self.device = _Arrays(arrays), arrays["offsets"].device  # type: ignore[assignment]
         self._masked = PaddedAttention(arrays["mask"])  # at once: torch.compile reads no cached property
 
-    def __call__(self, qkv_N3HE: Tensor, dropout: float) -> Tensor:
+    def __call__(self, qkv_N3HE: Tensor, dropout: float, fused: Fused | None = None) -> Tensor:
+        assert fused is None
         if self.kernel != kernels.SDPA_EACH:
             return _KERNELS[self.kernel](self, qkv_N3HE, dropout)
         # one number a call: the gradient draws the same mask again, and so does a layer that is recomputed

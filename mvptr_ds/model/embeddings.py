@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from .fused_layer import Fused
 from .kernels import LayerNorm, TableLookup
 from .packed import Packed
 
@@ -46,5 +47,11 @@ class SlotEmbeddings(nn.Module):
         if rows_ND is None:
             rows_ND = self.word_embeddings(ids.rows)
         positions_ND, _ = TableLookup.apply(self.position_embeddings.weight, ids.positions(), 0)
-        summed_ND = rows_ND + positions_ND + self.segment_embeddings.weight[segment]
-        return ids.like(self.dropout(self.norm(summed_ND)))
+        segment_xD, fused = self.segment_embeddings.weight[segment], Fused.on(rows_ND, drops=False)
+        if fused is None:
+            normed_ND = self.norm(rows_ND + positions_ND + segment_xD)
+        elif segment_xD.ndim == 1:
+            normed_ND = fused.add_norm(positions_ND, segment_xD, rows_ND, self.norm)
+        else:
+            normed_ND = fused.add_norm(positions_ND + segment_xD, None, rows_ND, self.norm)
+        return ids.like(self.dropout(normed_ND))

@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from . import kernels
 from .attention import Attend, PaddedAttention, SegmentAttention
 from .compiled_layers import CompiledLayers
+from .fused_layer import Fused, linear_beside
+from .gather import pick_rows
 from .kernels import LayerNorm, Linear
 from .packed import Packed
 
@@ -48,20 +50,30 @@ class EncoderLayer(nn.Module):
         self.ffn_norm = LayerNorm(sizes.hidden_size, eps=sizes.norm_eps)
         self.dropout = nn.Dropout(sizes.hidden_dropout)
 
-    def forward(self, states_xD: Tensor, attend: Attend, needed_K: Tensor | None = None) -> Tensor:
+    def forward(
+        self, states_xD: Tensor, attend: Attend, needed_K: Tensor | None = None, fused: Fused | None = None
+    ) -> Tensor:
         """Computes new states [..., D] from states [..., D]; `attend` knows which belong to one sequence.
 
         Args:
-            needed_K: int64, of [N, D] the rows that are wanted: [N, D] -> [K, D].
+            needed_K: int64, of [N, D] the rows that are wanted: [N, D] -> [K, D]. Each once, but for those that only
+                fill a bucket.
+            fused: kernels for [N, D] that take the place of torch's separate ones.
         """
-        qkv_x3HE = self.qkv(states_xD).unflatten(-1, (3, self.num_heads, -1))
-        attended_xD = attend(qkv_x3HE, self.attention_dropout if self.training else 0.0).flatten(-2)
+        if fused is None:
+            qkv_xX = self.qkv(states_xD)
+        else:
+            qkv_xX, states_xD = linear_beside(states_xD, self.qkv.weight, self.qkv.bias)
+        qkv_x3HE = qkv_xX.unflatten(-1, (3, self.num_heads, -1))
+        attended_xD = attend(qkv_x3HE, self.attention_dropout if self.training else 0.0, fused).flatten(-2)
         if needed_K is not None:
-            states_xD, attended_xD = states_xD.index_select(0, needed_K), attended_xD.index_select(0, needed_K)
-        return self.after_attention(states_xD, attended_xD)
+            states_xD, attended_xD = _needed(states_xD, needed_K), _needed(attended_xD, needed_K)
+        if fused is None:
+            return self.after_attention(states_xD, attended_xD)
+        return fused.after_attention(self, states_xD, attended_xD)
 
     def after_attention(self, states_xD: Tensor, attended_xD: Tensor) -> Tensor:
-        """Computes all that follows attention, row by row."""
+        """Computes all that follows attention, row by row: here by torch's kernels, by fused ones in `Fused`."""
         states_xD = self.attention_norm(states_xD + self.dropout(self.attention_out(attended_xD)))
         fed_xD = self.ffn_out(F.gelu(self.ffn_in(states_xD)))
         return self.ffn_norm(states_xD + self.dropout(fed_xD))
@@ -100,7 +112,12 @@ class Encoder(nn.Module):
         states_KD = self._run_packed(layers, packed, needed_K)
         if needed_K is None:
             return packed.like(states_KD)
-        return packed.like(states_KD.new_zeros(packed.rows.shape).index_copy(0, needed_K, states_KD))
+        return packed.like(states_KD.new_zeros(packed.rows.shape).index_copy_(0, needed_K, states_KD))
+
+    def _drops(self) -> bool:
+        """Whether a layer drops anything out."""
+        layers = (layer for layer in self.layers if isinstance(layer, EncoderLayer))
+        return self.training and any(layer.dropout.p or layer.attention_dropout for layer in layers)
 
     def _run_packed(self, layers: Sequence[nn.Module], packed: Packed, needed_K: Tensor | None) -> Tensor:
         """The states of the needed rows, [K, D]; rows that only fill a bucket come and go here."""
@@ -110,15 +127,24 @@ class Encoder(nn.Module):
             rows_ND, index = kernels.fill_bucket(rows_ND), index.in_bucket
             if needed_K is not None:  # filled up with row 0, whose states are computed again and dropped
                 needed_K = kernels.fill_bucket(needed_K)
-        run = self._run if self._compiled is None else self._compiled
-        states_MD = run(layers, rows_ND, SegmentAttention(index, device), needed_K)
+        attend = SegmentAttention(index, device)
+        if self._compiled is not None:  # in place of fused kernels
+            states_MD = self._compiled(layers, rows_ND, attend, needed_K)
+        else:
+            states_MD = self._run(layers, rows_ND, attend, needed_K, Fused.on(rows_ND, self._drops()))
         return kernels.without_fill(states_MD, num_wanted)
 
     def _run(
-        self, layers: Sequence[nn.Module], states_xD: Tensor, attend: Attend, needed_K: Tensor | None = None
+        self,
+        layers: Sequence[nn.Module],
+        states_xD: Tensor,
+        attend: Attend,
+        needed_K: Tensor | None = None,
+        fused: Fused | None = None,
     ) -> Tensor:
-        for layer in layers:
-            inputs = (states_xD, attend, needed_K if layer is layers[-1] else None)
+        for number, layer in enumerate(layers):
+            own = None if fused is None else fused.layer(number)
+            inputs = (states_xD, attend, needed_K if layer is layers[-1] else None, own)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 states_xD = checkpoint(layer, *inputs, use_reentrant=False)
             else:
@@ -128,3 +154,10 @@ class Encoder(nn.Module):
     def compile_layers(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Lets packed layers run as one graph of torch.compile from now on; it is made when they first run."""
         self._compiled = CompiledLayers(self._run, backend)
+
+
+def _needed(rows_ND: Tensor, needed_K: Tensor) -> Tensor:
+    """The needed rows. `pick_rows` takes each once: a filled bucket may repeat one, and a graph traces torch's own."""
+    if torch.compiler.is_compiling() or kernels.fills_buckets(rows_ND.device):
+        return rows_ND.index_select(0, needed_K)
+    return pick_rows(rows_ND, needed_K)

@@ -1,7 +1,7 @@
 """Which implementation each operation of the model uses, and why: chosen here, reported by `report`.
 
-Everything works with torch alone. NVIDIA's apex and flash_attn serve where they are installed and the device is CUDA.
-The kernels of `triton_kernels/` are ready for the same; no layer calls them yet.
+Everything works with torch alone. On CUDA the kernels of `triton_kernels/` serve where triton is installed, which a
+CUDA build of torch brings, and NVIDIA's apex and flash_attn where they are installed.
 
 Legend: K picked rows, C classes, D hidden, x leading dimensions.
 """
@@ -38,6 +38,7 @@ TORCH = "torch"
 ONEDNN_LINEAR = "oneDNN's inner product"
 TORCH_LINEAR = "torch.nn.functional.linear"
 HALF = (torch.float16, torch.bfloat16)
+MAX_FUSED_COLUMNS, MAX_FUSED_HEAD = 8192, 128  # columns of a state and of a head that Triton's kernels take
 _TRITON_KERNELS = f"{__package__}.triton_kernels"
 _LARGE_PRODUCT = 2**22  # multiplications: below, making oneDNN's kernel for new sizes costs more than it gives
 
@@ -155,6 +156,11 @@ def fused(device: torch.device, dtype: torch.dtype) -> Choice:
         return Choice(name, TORCH, "Triton's kernels take Ampere GPUs or newer")
     missing = triton_lacks(_TRITON_KERNELS)
     return Choice(name, TORCH, missing) if missing else Choice(name, TRITON, "triton is installed")
+
+
+def fused_functions(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    """Returns the functions of `triton_kernels/functions.py` where `fused` takes them; else None."""
+    return triton_module("functions") if fused(device, dtype).implementation == TRITON else None
 
 
 def triton_module(name: str) -> ModuleType:
@@ -350,24 +356,25 @@ def report(
     Args:
         dropout, head_size: of attention.
     """
-    if execution == "packed":
+    packed, fused_choice = execution == "packed", fused(device, dtype)
+    setting = f"model.compile={'encoders' if compiled else 'off'}"
+    if compiled and not packed:
+        compiled, setting = False, f"{setting} takes packed rows"
+    if packed:
         lines = [Choice("padding", "none: valid positions packed", "model.execution=packed")]
-        lines.append(attention(device, dtype, dropout, head_size))
+        of_packed = attention if compiled else _packed_attention
+        lines.append(of_packed(device, dtype, dropout, head_size))
     else:
         lines = [Choice("padding", "to the longest of the batch", f"model.execution={execution}")]
         lines.append(Choice("attention", "scaled_dot_product_attention with a mask", "padded"))
-    setting = f"model.compile={'encoders' if compiled else 'off'}"
-    if compiled and execution != "packed":
-        compiled, setting = False, f"{setting} takes packed rows"
     norm = layer_norm(device)
     if compiled and norm.implementation != TORCH_NORM:
         norm = Choice("LayerNorm", TORCH_NORM, "model.compile=encoders fuses it with its neighbours")
-    fused = "torch.compile, a graph of each encoder" if compiled else "torch's separate kernels"
     lines += [
         linear_product(device, dtype),
         norm,
-        Choice("bias, GELU, dropout, residual", fused, setting),
-        _word_heads(device),
+        _row_by_row(fused_choice, packed, compiled, setting),
+        _word_heads(device, fused_choice),
         Choice("embedding gradient", "one write of the table", "optimisers and ZeRO take it whole"),
         Choice(
             "activations",
@@ -378,7 +385,31 @@ def report(
     return lines
 
 
-def _word_heads(device: torch.device) -> Choice:
+def _packed_attention(device: torch.device, dtype: torch.dtype, dropout: float, head_size: int) -> Choice:
+    """Of packed sequences: ours for those of at most 128 rows, and beside it what takes longer ones."""
+    longer = attention(device, dtype, dropout, head_size)
+    if fused(device, dtype).implementation != TRITON:
+        return longer
+    if head_size > MAX_FUSED_HEAD:
+        return Choice(longer.operation, longer.implementation, f"heads have {head_size} numbers; {longer.reason}")
+    return Choice(longer.operation, TRITON, f"a batch with more than 128 rows in a sequence: {longer.implementation}")
+
+
+def _row_by_row(choice: Choice, packed: bool, compiled: bool, setting: str) -> Choice:
+    """Of layers: a graph of torch.compile takes the place of Triton's kernels."""
+    name = "bias, GELU, dropout, residual"
+    if compiled:
+        return Choice(name, "torch.compile, a graph of each encoder", setting)
+    if not packed:
+        reason = setting if choice.implementation != TRITON else f"{setting}; Triton's kernels take packed rows"
+        return Choice(name, "torch's separate kernels", reason)
+    implementation = TRITON if choice.implementation == TRITON else "torch's separate kernels"
+    return Choice(name, implementation, f"{choice.reason}; {setting}")
+
+
+def _word_heads(device: torch.device, choice: Choice) -> Choice:
+    if choice.implementation == TRITON:
+        return Choice("word heads", TRITON, "picked rows; the gradient of the logits takes their memory")
     if device.type == "cuda":
         return Choice("word heads", "picked rows, all logits at once", "classes padded to a multiple of 64")
     return Choice("word heads", "picked rows, logits in parts of 64 MiB", "cross entropy in float32")

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .gather import pick_rows, place_rows, split_rows
 from .sequence_index import JoinIndex, SequenceIndex, on_device, ranges
 
 
@@ -60,7 +61,7 @@ class Packed:
     def firsts(self) -> Tensor:
         """Returns slot 0 of every sequence, [B, ...]."""
         assert all(self.lengths), "an empty sequence has no slot 0"
-        return self.rows.index_select(0, self.index.on(self.rows.device, "starts"))
+        return pick_rows(self.rows, self.index.on(self.rows.device, "starts"))
 
     def take(self, wanted: Sequence[int]) -> Packed:
         """Returns the sequences `wanted`, in that order; one may be taken several times."""
@@ -104,7 +105,7 @@ class Packed:
         """Returns the padded form [B, L, ...], with `fill` behind the rows of each sequence."""
         longest = max(self.lengths, default=1) or 1
         out_Xx = self.rows.new_full((len(self) * longest, *self.rows.shape[1:]), fill)
-        out_Xx = out_Xx.index_copy(0, self.index.on(self.rows.device, "slots"), self.rows)
+        out_Xx.index_copy_(0, self.index.on(self.rows.device, "slots"), self.rows)
         return out_Xx.unflatten(0, (len(self), longest))
 
     def unpadded(self, slots_BLx: Tensor) -> Packed:
@@ -133,9 +134,12 @@ def join(
     """
     if index is None:
         index = JoinIndex(first.index, second.index, None if pairs is None else tuple(pairs))
-    rows_M = index.on(first.rows.device, "joined")
-    rows = torch.cat([first.rows, second.rows]).index_select(0, rows_M)
-    return Packed(rows, index.sequences.lengths, index.sequences)
+    device, lengths = first.rows.device, index.sequences.lengths
+    if index.pairs is not None:
+        rows = torch.cat([first.rows, second.rows]).index_select(0, index.on(device, "joined"))
+        return Packed(rows, lengths, index.sequences)
+    rows = place_rows([first.rows, second.rows], [index.on(device, "firsts"), index.on(device, "seconds")])
+    return Packed(rows, lengths, index.sequences)
 
 
 def unjoin(joined: Packed, first_lengths: Sequence[int], index: JoinIndex | None = None) -> tuple[Packed, Packed]:
@@ -143,8 +147,6 @@ def unjoin(joined: Packed, first_lengths: Sequence[int], index: JoinIndex | None
     if index is None:
         rests = tuple(whole - own for whole, own in zip(joined.lengths, first_lengths, strict=True))
         index = JoinIndex.of(first_lengths, rests)
-    first, second = (
-        Packed(joined.rows.index_select(0, index.on(joined.rows.device, name)), part.lengths, part)
-        for name, part in (("firsts", index.first), ("seconds", index.second))
-    )
-    return first, second
+    device = joined.rows.device
+    first, second = split_rows(joined.rows, [index.on(device, "firsts"), index.on(device, "seconds")])
+    return Packed(first, index.first.lengths, index.first), Packed(second, index.second.lengths, index.second)

@@ -2,8 +2,9 @@
 
     log p = logit of the picked (row, class) - logsumexp of the row's logits
 
-On CUDA the logits keep the precision of the product, all rows at once, and are kept for the backward pass. On a CPU
-they are made in parts of 64 MiB, and several parts are computed again in the backward pass.
+On CUDA the logits keep the precision of the product, all rows at once, and are kept for the backward pass, where fused
+kernels (`kernels.fused`) put their gradient in their place. On a CPU they are made in parts of 64 MiB, and several
+parts are computed again in the backward pass.
 
 Legend: K rows, C classes, P picked (row, class) pairs, D hidden.
 """
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernels
+from .gather import place_rows
 
 _LOGITS_AT_ONCE = 2**24  # on a CPU, 64 MiB of float32: 549 rows of 30,522 words
 
@@ -29,13 +31,23 @@ def log_p_of_pairs(hidden_KD: Tensor, weight_CD: Tensor, bias_C: Tensor, rows_P:
         weight_CD: may have more rows than the bias has classes. Those rows get no probability and no gradient.
         rows_P, classes_P: int64, in any order; a pair may occur several times.
     """
+    num_classes, fused = len(bias_C), kernels.fused_functions(hidden_KD.device, hidden_KD.dtype)
     weight_CD, bias_C = _aligned(weight_CD, bias_C)
-    out_P: Tensor = _PickedLogP.apply(hidden_KD, weight_CD, bias_C, rows_P, classes_P)
-    return out_P
+    if fused is None:
+        out_P: Tensor = _PickedLogP.apply(hidden_KD, weight_CD, bias_C, rows_P, classes_P)
+        return out_P
+    rows_P, order_P = rows_P.sort(stable=True)  # the kernel wants the classes of a row together
+    logits_KC = kernels.linear(hidden_KD, weight_CD, bias_C)
+    return place_rows([fused.word_log_p(logits_KC, rows_P, classes_P[order_P], num_classes)], [order_P])
 
 
 def nll(hidden_KD: Tensor, weight_CD: Tensor, bias_C: Tensor, labels_K: Tensor) -> Tensor:
     """Returns the cross entropy of each row's label, int64 [K], as at least float32 [K]; see `log_p_of_pairs`."""
+    fused = kernels.fused_functions(hidden_KD.device, hidden_KD.dtype)
+    if fused is not None:
+        logits_KC = kernels.linear(hidden_KD, *_aligned(weight_CD, bias_C))
+        out_K: Tensor = fused.word_nll(logits_KC, labels_K, len(bias_C))
+        return out_K
     rows_K = torch.arange(len(labels_K), device=labels_K.device)
     return -log_p_of_pairs(hidden_KD, weight_CD, bias_C, rows_K, labels_K)
 

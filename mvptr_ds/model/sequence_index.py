@@ -3,14 +3,14 @@
 All follow from the sequences' lengths, which the host knows. So they are made there, each once: by the loader's
 processes for a whole batch (objectives/packed_batch.py), or when somebody asks.
 
-Legend: N rows of all sequences, M rows of joined ones, B sequences, L slots of the longest.
+Legend: N rows of all sequences, M rows of joined ones, B sequences, L slots of the longest, S sequences of a tile.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -53,6 +53,7 @@ class SequenceIndex(_Arrays):
     positions  int64 [N]  the place of each row in its sequence  slots    int64 [N]  its place among the slots [B x L]
     offsets    int32 [B + 1]  the starts, and N                  mask     bool [B, L]  slots that hold a row
     filled     bool [B]  sequences that hold a row             lengths  int64 [B]
+    tile32     int32 [S]  the sequences of 1 to 32 rows; `tile64` those of 33 to 64, `tile128` those of 65 to 128
     """
 
     lengths: tuple[int, ...]
@@ -142,11 +143,20 @@ def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def on_device(values: np.ndarray, device: torch.device) -> Tensor:
-    """Copies numbers of the host, without waiting for the device."""
-    return torch.from_numpy(values).to(device, non_blocking=True)
+    """Copies numbers of the host, without waiting for the device: on CUDA from pinned memory."""
+    return to_device(torch.from_numpy(values), device)
 
 
-ATTENTION = ("offsets", "slots", "mask")  # what some kernel of attention reads
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copies a tensor of the host, as `on_device`."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # a copy from other memory may wait
+    return tensor.to(device, non_blocking=True)
+
+
+TILE_SIZES = (32, 64, 128)  # rows that a program of the attention kernels holds
+TILES = tuple(f"tile{size}" for size in TILE_SIZES)
+ATTENTION = ("offsets", "slots", "mask", *TILES)  # what some kernel of attention reads
 _HOST = torch.device("cpu")
 
 
@@ -158,6 +168,11 @@ def _longest(lengths: np.ndarray) -> int:
     return int(lengths.max(initial=1))
 
 
+def _tile(lengths: np.ndarray, size: int) -> np.ndarray:
+    smaller = max((other for other in TILE_SIZES if other < size), default=0)
+    return np.flatnonzero((lengths > smaller) & (lengths <= size)).astype(np.int32)
+
+
 _SEQUENCES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "starts": _starts,
     "positions": lambda lengths: ranges(np.zeros_like(lengths), lengths),
@@ -167,4 +182,5 @@ _SEQUENCES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "mask": lambda lengths: np.arange(_longest(lengths)) < lengths[:, None],
     "filled": lambda lengths: lengths > 0,
     "lengths": lambda lengths: lengths,
+    **{f"tile{size}": partial(_tile, size=size) for size in TILE_SIZES},
 }

@@ -60,10 +60,10 @@ class BatchPlan:
         text.prepare("positions", "owners", "filled", "lengths", *firsts)
         text.prepare_attention(self.buckets)
         tags.prepare("positions", "owners", *firsts)
-        regions.prepare("slots", "mask", "filled", "lengths")
+        regions.prepare("slots", "mask", "owners", "filled", "lengths")
         packed.tag_regions.of_tags.prepare("slots", "mask")
         for index in (packed.visual, *((packed.pairs,) if self.crosses else ())):
-            index.prepare("joined", "firsts", "seconds")
+            index.prepare("firsts", "seconds")
             index.sequences.prepare_attention(self.buckets)
         for encoder, kinds in self.rows.items():
             if encoder != "mismatched" and (self.crosses or encoder != "matched"):

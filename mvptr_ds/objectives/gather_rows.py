@@ -28,7 +28,10 @@ from torch import Tensor
 
 from mvptr_ds.data import one_block
 from mvptr_ds.distributed import collectives
+from mvptr_ds.model import kernels
+from mvptr_ds.model.gather import RowGather, gather_rows
 from mvptr_ds.model.sequence_index import SequenceIndex
+from mvptr_ds.model.triton_kernels import reference
 
 
 @dataclass(frozen=True)
@@ -56,14 +59,15 @@ class RowExchange:
     Attributes:
         lengths: rows of the requested samples.
         send_splits, recv_splits: rows that travel to and from each rank, itself included.
-        sent, restore: int64; see the example above.
+        sent: the rows that are sent, and which places of them each row takes, for its gradient.
+        restore: int64; see the example above.
         num_rows: of this rank's samples.
     """
 
     lengths: tuple[int, ...]
     send_splits: list[int]
     recv_splits: list[int]
-    sent: Tensor
+    sent: RowGather
     restore: Tensor
     num_rows: int
 
@@ -89,6 +93,7 @@ class RowExchange:
         from_us_RB = owner_RB == rank
         local_lengths_B = lengths_RB[rank]
         sent = wanted_RB[from_us_RB] - rank * num_local
+        sent_rows, num_rows = _rows(_starts(local_lengths_B)[sent], local_lengths_B[sent]), int(local_lengths_B.sum())
 
         # what arrives: all-to-all delivers in the order of ranks, while our samples requested in an order of their own
         owner_B, num_rows_B = owner_RB[rank], num_rows_RB[rank]
@@ -100,15 +105,16 @@ class RowExchange:
             lengths=tuple(num_rows_B.tolist()),
             send_splits=(num_rows_RB * from_us_RB).sum(1).tolist(),
             recv_splits=recv_R.tolist(),
-            sent=_rows(_starts(local_lengths_B)[sent], local_lengths_B[sent]),
+            sent=RowGather.of(sent_rows.numpy(), num_rows, torch.device("cpu")),
             restore=_rows(starts_B, num_rows_B) if num_ranks > 1 else recv_R[:0],
-            num_rows=int(local_lengths_B.sum()),
+            num_rows=num_rows,
         )
 
     def fetch(self, rows_Nx: Tensor) -> Tensor:
         """Returns the rows of the requested samples, [M, ...], from this rank's own packed rows [N, ...]."""
         assert len(rows_Nx) == self.num_rows, (len(rows_Nx), self.num_rows)
-        sent = rows_Nx[self.sent]  # not index_select: a row may be sent several times, and gradients add up in order
+        functions = kernels.fused_functions(rows_Nx.device, rows_Nx.dtype) or reference
+        sent = gather_rows(rows_Nx, self.sent, functions.sum_rows)
         if len(self.send_splits) == 1:
             return sent
         if sent.dtype == torch.bool:

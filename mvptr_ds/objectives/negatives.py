@@ -77,5 +77,5 @@ class Negatives:
     def _add_mismatched(self, plan: NegativePlan, text: tuple[int, ...], regions: tuple[int, ...]) -> None:
         plan.needed_K = self.needed(text, regions)
         plan.pairs = JoinIndex.of(self.text.lengths + text, self.regions.lengths + regions)
-        plan.pairs.prepare("joined", "firsts", "seconds")
+        plan.pairs.prepare("firsts", "seconds")
         plan.pairs.sequences.prepare_attention(kernels.fills_buckets(self.device))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mvptr_ds.model.config import MvptrConfig
+from mvptr_ds.model.gather import pick_rows
 from mvptr_ds.model.mvptr import PARTS
 from mvptr_ds.model.packed import Packed
 from mvptr_ds.objectives import losses
@@ -86,7 +87,7 @@ class Objective:
 
 def _mlm(outputs: ModelPass) -> LossSum:
     states, masked = outputs.word_states, outputs.packed.masked_tokens
-    states_KD = states.rows.index_select(0, masked.rows_K)
+    states_KD = pick_rows(states.rows, masked.rows_K)
     nll_K = outputs.model.token_head.nll(states_KD, masked.labels_K, outputs.table.words_WD)
     return outputs.sum_over_slots(nll_K, states, masked)
 
@@ -94,21 +95,21 @@ def _mlm(outputs: ModelPass) -> LossSum:
 def _mcr_phrases(outputs: ModelPass) -> LossSum:
     states, masked = outputs.text, outputs.packed.masked_phrases
     assert outputs.table.phrases_PD is not None
-    states_KD = states.rows.index_select(0, masked.rows_K)
+    states_KD = pick_rows(states.rows, masked.rows_K)
     nll_K = outputs.model.phrase_head.nll(states_KD, masked.labels_K, outputs.table.phrases_PD)
     return outputs.sum_over_slots(nll_K, states, masked)
 
 
 def _mcr_tags(outputs: ModelPass) -> LossSum:
     states, masked = outputs.tags, outputs.packed.masked_tags
-    states_KD = states.rows.index_select(0, masked.rows_K)
+    states_KD = pick_rows(states.rows, masked.rows_K)
     nll_K = outputs.model.tag_head.nll(states_KD, masked.labels_K, outputs.table.words_WD)
     return outputs.sum_over_slots(nll_K, states, masked)
 
 
 def _mcr_regions(outputs: ModelPass) -> LossSum:
     asked = outputs.packed.tag_regions
-    states_MD = outputs.regions.rows.index_select(0, asked.rows_M)
+    states_MD = pick_rows(outputs.regions.rows, asked.rows_M)
     log_p_P = outputs.model.tag_head.log_p_of_pairs(states_MD, asked.picked_P, asked.labels_P, outputs.table.words_WD)
     of_tags = Packed(log_p_P, asked.of_tags.lengths, asked.of_tags)
     return losses.mcr_regions(of_tags.padded(), of_tags.mask())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,16 @@ from mvptr_ds.monitoring.timing import vendor_tflops
 from mvptr_ds.objectives.lengths import Lengths
 from mvptr_ds.objectives.module import TaskModule
 from mvptr_ds.optim.optimizer import parameter_groups
-from mvptr_ds.planning.cost import Assumptions, Gpu, contrast_bytes, step_time, traffic
+from mvptr_ds.planning.cost import (
+    Assumptions,
+    EngineCost,
+    Gpu,
+    MicroBatchCost,
+    compute_time,
+    contrast_bytes,
+    step_time,
+    traffic,
+)
 from mvptr_ds.planning.lengths import times
 from mvptr_ds.planning.memory import FLOAT32, Zero, activation_bytes, largest_state_bytes
 from mvptr_ds.tasks import TASKS
@@ -31,6 +40,7 @@ from mvptr_ds.tasks.downstream import Downstream, frozen_parts
 GIB, MIB = 2**30, 2**20
 PUBLISHED_ROWS, PUBLISHED_PHRASES = 86_051, 73_599
 PUBLISHED_ANSWERS = 3_129
+MODELLED, CALIBRATED, MEASURED = "modelled", "calibrated", "measured"
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,20 @@ class Cluster:
     def gb_per_s(self) -> float:
         """Returns the speed of the slowest link that a ring over all GPUs crosses."""
         return self.gpu.node_gb_per_s if self.num_nodes == 1 else self.gpu.network_gb_per_s
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Says how fast a GPU computes.
+
+    Attributes:
+        cost: micro-batch and precision -> what the model of a step says.
+        calibration: precision, micro-batch, ranks, accumulation steps -> factor of a measurement over the model, and
+            what the times of the plan then are: `modelled`, `calibrated` or `measured`.
+    """
+
+    cost: Callable[[int, str], MicroBatchCost]
+    calibration: Callable[[str, int, int, int], tuple[float, str]] = lambda *_: (1.0, MODELLED)
 
 
 def task_without_memory(config: Config, stage: str, vocab: tuple[int, int] | None = None) -> TaskModule:
@@ -119,12 +143,14 @@ def make_plan(
     mean: Lengths,
     assumed: Assumptions,
     num_samples: float,
+    pace: Pace,
 ) -> dict[str, Any]:
     """Returns the whole plan as one flat JSON object, whose quantities end in their unit.
 
     Args:
         mean: mean lengths of one sample.
         num_samples: number of samples that the stage sees, for any batch.
+        pace: what a micro-batch costs on the GPU.
 
     Raises:
         ValueError: the batch cannot be shared by the GPUs, or the JSON does not fit the configuration.
@@ -140,7 +166,8 @@ def make_plan(
     micro, accumulation = micro_batch_size(config.train, num), config.train.accumulation_steps
     lengths, objectives = times(mean, micro), task.objectives
 
-    flop = flops.of_lengths(lengths) * accumulation
+    micro_flop = flops.of_lengths(lengths)
+    flop = micro_flop * accumulation
     groups, frozen = groups_of(task, config.optim.weight_decay, TASKS[stage].learning_rate_factors(config))
     trained = sum(map(sum, groups))
     states = largest_state_bytes(groups, frozen, element_bytes, zero, num)
@@ -158,7 +185,12 @@ def make_plan(
     sent = traffic(trained, model.hidden_size, element_bytes, zero, num, accumulation, lengths, objectives)
     tflops = vendor_tflops(gpu.name, dtype)
     assert tflops is not None, gpu.name
-    took = step_time(flop, tflops, accumulation, sent, cluster.gb_per_s, assumed)
+    engine = EngineCost.of(trained, sum(map(len, groups)), num, accumulation)
+    factor, how = pace.calibration(precision, micro, num, accumulation)
+    computing = compute_time(
+        pace.cost(micro, precision).scaled_to(micro_flop), engine, accumulation, gpu, assumed, factor
+    )
+    took = step_time(computing.total_s, sent, cluster.gb_per_s, zero.overlap_comm, assumed)
     samples_per_s = micro * accumulation / took.total_s
     return {
         "gpus": num, "nodes": cluster.num_nodes, "gpu": gpu.name, "precision": precision, "zero_stage": zero.stage,
@@ -172,7 +204,9 @@ def make_plan(
         "fits": peak / GIB + assumed.overhead_gib <= gpu.memory_gib,
         "sent_gradients_gb": sent.gradients / 1e9, "sent_parameters_gb": sent.parameters / 1e9,
         "sent_contrast_gb": sent.contrast / 1e9, "sent_states_gb": sent.exchanged / 1e9, "sent_gb": sent.total / 1e9,
-        "tflop_per_step": flop / 1e12, "compute_s": took.compute_s, "exposed_communication_s": took.exposed_s,
+        "tflop_per_step": flop / 1e12, "time_is": how, "calibration": factor,
+        "device_s": computing.device_s, "host_s": computing.host_s, "compute_s": took.compute_s,
+        "exposed_communication_s": took.exposed_s,
         "step_s": took.total_s, "mfu_frac": flop / 1e12 / tflops / took.total_s,
         "samples_per_s": samples_per_s * num, "loader_cores_per_gpu": samples_per_s / assumed.loader_samples_per_core_s,
         "num_samples": num_samples, "gpu_hours": num_samples / samples_per_s / 3600,
@@ -199,6 +233,9 @@ ROWS: Sequence[tuple[str, str, str]] = (  # key, what the table calls it, format
     ("sent_states_gb", "other samples' states", ".3f"),
     ("", "speed", ""),
     ("tflop_per_step", "TFLOP a GPU and step", ".2f"),
+    ("time_is", "times are", "s"),
+    ("device_s", "kernels by the model, s", ".3f"),
+    ("host_s", "host by the model, s", ".3f"),
     ("compute_s", "computing, s", ".3f"),
     ("exposed_communication_s", "communication not hidden, s", ".3f"),
     ("step_s", "a step, s", ".3f"),
@@ -216,10 +253,11 @@ def table(plans: Sequence[dict[str, Any]], mean: Lengths, assumed: Assumptions) 
     for key, label, how in ROWS:
         rows.append((label, [format(p[key], how) for p in plans] if key else []))
     width = max(len(label) for label, _ in rows) + 2
+    column = 2 + max(8, *(len(cell) for _, cells in rows for cell in cells))
     lines = [
         f"{first['stage']}, {first['trained_parameters'] / 1e6:.1f} M trained parameters, {first['precision']}, ZeRO "
         f"stage {first['zero_stage']}, {first['gpu']} ({first['gpu_memory_gib']:.0f} GiB)",
-        *(f"{label:{width}}" + "".join(f"{cell:>10}" for cell in cells) for label, cells in rows),
+        *(f"{label:{width}}" + "".join(f"{cell:>{column}}" for cell in cells) for label, cells in rows),
     ]
     if not all(p["fits"] for p in plans):
         too_small = ", ".join(str(p["gpus"]) for p in plans if not p["fits"])

@@ -21,6 +21,7 @@ from mvptr_ds.data.task_labels import ENTAILMENT_CLASSES
 from mvptr_ds.errors import DataError
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.mvptr import Mvptr
+from mvptr_ds.model.sequence_index import to_device
 from mvptr_ds.objectives.lengths import Lengths
 from mvptr_ds.objectives.losses import LossSum
 from mvptr_ds.objectives.passes import PairPass
@@ -61,7 +62,7 @@ class EntailmentModule(PairModule):
         return at_least_float32(self.head(pooled_BD))
 
     def loss(self, logits_BC: Tensor, labels: Labels) -> LossSum:
-        classes_B = torch.tensor([of_sample["class"] for of_sample in labels], device=logits_BC.device)
+        classes_B = to_device(torch.tensor([of_sample["class"] for of_sample in labels]), logits_BC.device)
         return LossSum.of_samples(F.cross_entropy(logits_BC, classes_B, reduction="none"))
 
     def head_flops(self, lengths: Lengths, config: MvptrConfig) -> float:

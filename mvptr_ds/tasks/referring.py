@@ -25,6 +25,7 @@ from mvptr_ds.errors import DataError
 from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.model.packed import Packed
+from mvptr_ds.model.sequence_index import to_device
 from mvptr_ds.objectives.lengths import Lengths
 from mvptr_ds.objectives.losses import LossSum
 from mvptr_ds.objectives.passes import PairPass
@@ -89,7 +90,7 @@ class ReferringModule(PairModule):
         """Returns a score of each region, padded [B, R] with -inf where there is none."""
         matched = outputs.matched
         first_BD, regions = matched.text.firsts(), matched.regions
-        return Packed(self._scores(first_BD, regions), regions.lengths).padded(PADDING)
+        return regions.like(self._scores(first_BD, regions)).padded(PADDING)
 
     def _scores(self, first_BD: Tensor, regions: Packed) -> Tensor:
         """Returns the scores of all regions, [N], at least float32: products in half precision would tie."""
@@ -137,7 +138,7 @@ def padded_overlaps(labels: Labels, logits_BR: Tensor) -> Tensor:
     for row_R, of_sample in zip(out_BR, labels, strict=True):
         overlaps_R = torch.as_tensor(of_sample["overlaps"])[: len(row_R)]
         row_R[: len(overlaps_R)] = overlaps_R
-    return out_BR.to(logits_BR.device, non_blocking=True)
+    return to_device(out_BR, logits_BR.device)
 
 
 def any_positive(logits_BR: Tensor, positive_BR: Tensor, is_region_BR: Tensor) -> Tensor:

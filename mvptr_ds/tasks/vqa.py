@@ -28,6 +28,7 @@ from mvptr_ds.model.config import MvptrConfig
 from mvptr_ds.model.heads import RowHead
 from mvptr_ds.model.mvptr import Mvptr
 from mvptr_ds.model.packed import Packed, join, unjoin
+from mvptr_ds.model.sequence_index import to_device
 from mvptr_ds.objectives.lengths import Lengths
 from mvptr_ds.objectives.losses import LossSum
 from mvptr_ds.objectives.packed_batch import PackedBatch
@@ -125,7 +126,7 @@ class VqaModule(PairModule):
         for row_A, of_sample in zip(targets_BA, labels, strict=True):
             for number, score in of_sample["targets"]:
                 row_A[number] = score
-        targets_BA = targets_BA.to(logits_BA.device, non_blocking=True)
+        targets_BA = to_device(targets_BA, logits_BA.device)
         return LossSum.of_samples(F.binary_cross_entropy_with_logits(logits_BA, targets_BA, reduction="none").sum(-1))
 
     def head_flops(self, lengths: Lengths, config: MvptrConfig) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -15,33 +16,37 @@ from mvptr_ds.benchmarks.gpu_step import custom_kernels, report
 from mvptr_ds.benchmarks.gpu_step.custom_kernels import register_kernel
 from mvptr_ds.benchmarks.gpu_step.engine_step import count_engine
 from mvptr_ds.benchmarks.gpu_step.fake_cuda import FakeCuda
+from mvptr_ds.benchmarks.gpu_step.own_kernels import register_own_kernels
 from mvptr_ds.benchmarks.gpu_step.recording import ATTENTION, BACKWARD, COPY, FORWARD, OTHER, PRODUCT
-from mvptr_ds.benchmarks.gpu_step.roofline import KERNEL_S, PRODUCT_FLOPS_PER_S, product_seconds
+from mvptr_ds.benchmarks.gpu_step.roofline import H200, KERNEL_S, PRODUCT_FLOPS_PER_S
 from mvptr_ds.benchmarks.gpu_step.step import PACKAGED, StepCounts, config_of, count_step
 from mvptr_ds.ds_config import load_ds_config
 from mvptr_ds.model import picked_classes
+from mvptr_ds.model.attention_tiles import AttentionTiles
 from mvptr_ds.tasks import TASKS
 from tests.support.tools import run_tool
 
 NUM = 16  # samples
 
-# The most that a step of 16 samples may count today (bf16, the packaged configuration of each, one rank). Who lowers a
-# count lowers its ceiling. In order: operations, waits, copies to the device, those from pageable memory, GB outside
-# products and attention, and the share of the products' FLOPs with rows that are no multiple of 16 bytes.
+# The most that a step of 16 samples may count today (bf16, the packaged configuration of each, one rank, Triton's
+# kernels). Who lowers a count lowers its ceiling. In order: operations, waits, copies to the device, those from
+# pageable memory, GB outside products and attention, and the share of the products' FLOPs with rows that are no
+# multiple of 16 bytes.
 CEILINGS = {
-    "stage1": (877, 0, 46, 29, 6.3, 0.344),
-    "stage2": (1_806, 3, 98, 81, 6.0, 0.136),
-    "joint": (1_499, 3, 81, 64, 4.0, 0.019),
-    "retrieval": (1_205, 2, 61, 44, 3.3, 0.008),
-    "vqa": (1_014, 0, 52, 35, 2.4, 0.010),
-    "entailment": (1_013, 1, 52, 35, 2.4, 0.010),
-    "referring": (1_049, 0, 54, 37, 2.5, 0.010),
+    "stage1": (549, 0, 1, 0, 4.0, 1e-6),
+    "stage2": (1_306, 1, 2, 0, 2.4, 0.001),
+    "joint": (1_047, 1, 2, 0, 1.9, 0.001),
+    "retrieval": (806, 1, 2, 0, 1.5, 1e-6),
+    "vqa": (597, 0, 2, 0, 1.2, 0.001),
+    "entailment": (596, 0, 2, 0, 1.2, 1e-6),
+    "referring": (626, 0, 2, 0, 1.3, 1e-6),
 }
 # The same of DeepSpeed with z2.json: operations in its hooks, behind them, and waits.
 ENGINE_CEILINGS = {"stage2": (6, 26, 0), "vqa": (8, 35, 0)}
 # monitoring/flops.py leaves out grounding's products and the similarities that choose negatives, and counts a gradient
 # of the regions that nobody needs.
 FLOPS_TOLERANCE = 0.02
+WITH_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 
 def counted(function: Callable[[FakeCuda], Any]) -> FakeCuda:
@@ -62,6 +67,7 @@ def test_every_stage_and_task_has_a_ceiling() -> None:
     assert set(CEILINGS) == set(PACKAGED) == set(TASKS)
 
 
+@WITH_TRITON
 @pytest.mark.parametrize("stage", CEILINGS)
 def test_a_step_executes_no_more_than_today(stage: str) -> None:
     recording = count_step(config_of(stage), stage, NUM).recording
@@ -129,6 +135,7 @@ def test_the_backward_pass_of_a_part_is_counted_as_its_own(stage2: StepCounts, p
     assert forward > 0 and backward == 2 * forward
 
 
+@WITH_TRITON
 def test_what_a_checkpoint_computes_again_counts_twice() -> None:
     plain, again = (
         count_step(config_of("stage1", None, (f"model.activation_checkpointing={given}",)), "stage1", 2).recording
@@ -139,7 +146,8 @@ def test_what_a_checkpoint_computes_again_counts_twice() -> None:
         assert sum(product.flops for product in again.of(FORWARD, part, PRODUCT)) == forward
         assert 2.7 * forward < sum(product.flops for product in again.of(BACKWARD, part, PRODUCT)) <= 3 * forward
     names = again.count(lambda operation: operation.name)
-    assert names["native_dropout"] > plain.count(lambda operation: operation.name)["native_dropout"]
+    once = plain.count(lambda operation: operation.name)
+    assert names["residual_norm_forward"] > once["residual_norm_forward"] > 0
 
 
 def test_pixels_go_through_a_backbone() -> None:
@@ -349,6 +357,43 @@ def test_a_launch_of_triton_is_one_operation(no_kernels: None, monkeypatch: pyte
     assert (operation.bytes, operation.launches) == (2, 2)
 
 
+@WITH_TRITON
+def test_attention_of_ours_counts_the_sequences_of_each_tile(no_kernels: None) -> None:
+    """Of 48 rows 8 are in the small tile; each has queries, keys, values, an output (bf16) and a sum (float32)."""
+    from mvptr_ds.model.triton_kernels.short_attention import short_attention
+
+    register_own_kernels()
+    lengths, (num_heads, size) = (3, 40, 0, 5), (2, 8)
+
+    def attend(device: FakeCuda) -> None:
+        shape = sum(lengths), 3, num_heads, size
+        qkv = device.put(torch.empty(shape, dtype=torch.bfloat16, device="meta")).requires_grad_()
+        tiles, seed_1 = AttentionTiles.of(lengths, torch.device(DEVICE)), torch.empty(1, device=DEVICE).long()
+        short_attention(qkv, tiles, seed_1, 0, 0.1).backward(torch.empty_like(qkv[:, 0]))
+
+    found = [o for o in counted(attend).recording.operations if o.name.startswith("short_attention")]
+    row_bytes = num_heads * (4 * size * 2 + 4)
+    assert [(o.kind, o.bytes) for o in found[:2]] == [(ATTENTION, 8 * row_bytes), (ATTENTION, 40 * row_bytes)]
+    pairs = [3**2 + 5**2, 40**2]
+    assert [o.flops for o in found] == [2 * products * n * num_heads * size for products in (2, 4) for n in pairs]
+
+
+@WITH_TRITON
+def test_logits_that_become_their_gradient_are_read_and_written(no_kernels: None) -> None:
+    from mvptr_ds.model.triton_kernels.word_log_p import word_nll
+
+    register_own_kernels()
+
+    def backward(device: FakeCuda) -> None:
+        logits = device.put(torch.empty(4, 4096, dtype=torch.bfloat16, device="meta")).requires_grad_()
+        word_nll(logits, torch.zeros(4, dtype=torch.int64, device=DEVICE), 4000).backward(ones(4))
+
+    found = {o.name: o.bytes for o in counted(backward).recording.operations}
+    small = 4 * 4 + 5 * 8 + 4 * 8 + 4 * 4  # sums, starts, words, log probabilities
+    assert found["word_log_p_forward"] == 4 * 4096 * 2 + small
+    assert found["word_log_p_backward"] == 2 * 4 * 4096 * 2 + small
+
+
 def test_a_graph_is_one_operation_with_all_its_kernels() -> None:
     def capture_and_replay(device: FakeCuda) -> None:
         given, graph = device.put(torch.empty(10, 10, device="meta")), torch.cuda.CUDAGraph()
@@ -368,9 +413,13 @@ def test_a_graph_is_one_operation_with_all_its_kernels() -> None:
 
 def test_the_model_of_time_knows_its_limits() -> None:
     assert one(lambda x: x + 1, 4, 4).model_s == KERNEL_S
-    large = product_seconds(132 * 128, 256 * 40, 4096)
+    large = H200.product_seconds(132 * 128, 256 * 40, 4096)
     assert 0.8 < 2 * 132 * 128 * 256 * 40 * 4096 / large / PRODUCT_FLOPS_PER_S < 1.0
-    assert product_seconds(4627, 768, 768) < product_seconds(4627, 776, 768) < product_seconds(4627, 1536, 768)
+    assert (
+        H200.product_seconds(4627, 768, 768)
+        < H200.product_seconds(4627, 776, 768)
+        < H200.product_seconds(4627, 1536, 768)
+    )
     assert one(lambda x: x.float(), 4096, 4096).model_s == pytest.approx(4096**2 * 6 / 3.7e12)
 
 
@@ -383,7 +432,7 @@ def test_the_command_ends_with_json(stage2: StepCounts) -> None:
     assert done.returncode == 0 and any(line.startswith("cross encoder") for line in lines), done
     found = json.loads(lines[-1])
     assert list(found) == list(report.as_json(stage2, None))
-    assert found["ops"] > found["copies_to_device"] >= found["pageable_copies"] > 0 and found["engine_ops"] is None
+    assert found["ops"] > found["copies_to_device"] > found["pageable_copies"] == 0 and found["engine_ops"] is None
 
 
 def test_the_command_names_what_is_wrong() -> None:

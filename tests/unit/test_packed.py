@@ -15,8 +15,8 @@ from torch import Tensor
 from mvptr_ds.config import TaskConfig, WpgConfig
 from mvptr_ds.config_stages import WeightsConfig
 from mvptr_ds.data.collate import IGNORE, Batch, Sample, collate
-from mvptr_ds.model import kernels
 from mvptr_ds.model.attention import PaddedAttention, SegmentAttention
+from mvptr_ds.model.gather import pick_rows, place_rows, split_rows
 from mvptr_ds.model.packed import Packed, concat, join, unjoin
 from mvptr_ds.objectives import output_rows
 from mvptr_ds.objectives.hard_negatives import RandomDraws
@@ -65,6 +65,28 @@ def test_pairs_are_joined_by_index(first: list[int], second: list[int], data: An
     assert lists(joined) == [lists(a)[i] + lists(b)[j] for i, j in pairs]
     left, right = unjoin(joined, [first[i] for i, _ in pairs])
     assert lists(left) == [lists(a)[i] for i, _ in pairs] and lists(right) == [lists(b)[j] for _, j in pairs]
+
+
+@pytest.mark.parametrize("reads", [(0,), (1,), (0, 1)])
+def test_rows_go_to_their_places_and_gradients_come_back(reads: tuple[int, ...]) -> None:
+    """Placing, splitting and picking against indexing, also where only one part is read again."""
+    places = torch.tensor([3, 0, 4]), torch.tensor([1, 2])
+    parts = [torch.randn(len(p), 2, generator=torch.Generator().manual_seed(len(p))).double() for p in places]
+
+    def run(place: Any, split: Any, pick: Any) -> list[Tensor]:
+        given = [part.clone().requires_grad_() for part in parts]
+        whole = place(given)
+        again = split(whole.sin())
+        picked = pick(whole, torch.tensor([4, 1]))
+        total = torch.stack([(again[number] * parts[number]).sum() for number in reads]).sum() + picked.cos().sum()
+        return [whole, *again, picked, *torch.autograd.grad(total, given)]
+
+    order = torch.cat(places).argsort()
+    wanted = run(
+        lambda given: torch.cat(given)[order], lambda whole: [whole[p] for p in places], lambda whole, i: whole[i]
+    )
+    found = run(lambda given: place_rows(given, places), lambda whole: split_rows(whole, places), pick_rows)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-14)
 
 
 def test_wrong_lengths_are_refused() -> None:

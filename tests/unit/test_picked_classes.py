@@ -13,6 +13,7 @@ from torch import Tensor
 from mvptr_ds.data.collate import Batch
 from mvptr_ds.model import kernels, picked_classes
 from mvptr_ds.model.kernels import JoiningLinear
+from mvptr_ds.model.triton_kernels import reference
 from tests.support.tiny_models import tiny_model, whole_batch
 from tests.unit.test_task import build
 
@@ -52,6 +53,16 @@ def test_picked_pairs(num: int, at_once: int, dtype: torch.dtype, monkeypatch: p
     grads = [torch.autograd.grad((x * weights).sum(), given) for x in (found, wanted)]
     # bfloat16: gradients of logits, and sums of parts, are rounded
     torch.testing.assert_close(*grads, rtol=0, atol=1e-12 if dtype == torch.float64 else 0.05)
+
+
+@pytest.mark.parametrize("num", [0, 1, 7])
+def test_fused_pairs_come_in_any_order(num: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "fused_functions", lambda device, dtype: reference)
+    given, picked = inputs(num, torch.float64), pairs(num)
+    found, wanted = picked_classes.log_p_of_pairs(*given, *picked), plainly(*given, *picked)
+    weights = torch.linspace(-1, 2, len(found), dtype=found.dtype)
+    grads = [torch.autograd.grad((x * weights).sum(), given) for x in (found, wanted)]
+    torch.testing.assert_close((found, *grads[0]), (wanted, *grads[1]), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("at_once", [2, 100])

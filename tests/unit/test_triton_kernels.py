@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mvptr_ds.model.attention_tiles import AttentionTiles
 from mvptr_ds.model.gather import RowGather, gather_rows
 from mvptr_ds.model.triton_kernels import reference
-from mvptr_ds.model.triton_kernels.attention_tiles import AttentionTiles
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 from mvptr_ds.model.triton_kernels import bias_gelu, residual_norm, short_attention, sum_rows, word_log_p  # noqa: E402

@@ -32,7 +32,10 @@ from mvptr_ds.objectives.stages import STAGES
 TEXT_SLOTS, TAG_SLOTS, REGIONS = 40, 20, 50  # of the published code
 OBJECTIVES = WeightsConfig(mcr_tags=1.0, mlm=1.0, vsc=1.0, wpg=1.0, itm=1.0)  # `joint`: the published sum
 MASK_PROB = 0.15
-GELU = "gelu_python"  # x / 2 * (1 + erf(x / sqrt(2))), written out as in the published code
+GELUS = {
+    "eager": "gelu_python",  # x / 2 * (1 + erf(x / sqrt(2))), written out as in the published code
+    "sdpa": "gelu",  # one kernel
+}
 
 
 def make_batch(num: int, seed: int, config: MvptrConfig, caption_lengths: Sequence[int] | None = None) -> Batch:
@@ -114,9 +117,12 @@ class Reference(nn.Module):
     picked slots and GELU is written out, as there. LayerNorm is torch's: the published code takes apex's, which on a
     CPU is torch's, and without apex computes it in five steps. Word heads are tied, as in the packaged `base`. The
     random choices are those of `PretrainingLosses`, so that the losses are the same. Source: the published code.
+
+    Args:
+        attention: `eager` as published, or `sdpa`: transformers' own choice of today, with GELU as one kernel.
     """
 
-    def __init__(self, ours: Mvptr) -> None:
+    def __init__(self, ours: Mvptr, attention: str = "eager") -> None:
         super().__init__()
         config: MvptrConfig = ours.config  # type: ignore[assignment]  # transformers annotates its base class
         dim, eps = config.hidden_size, config.layer_norm_eps
@@ -124,6 +130,7 @@ class Reference(nn.Module):
         self.positions = nn.Embedding(config.max_positions, dim)
         self.segments = nn.Embedding(config.type_vocab_size, dim)
         self.embedding_norm = nn.LayerNorm(dim, eps=eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
         self.img_embedding = nn.Linear(config.region_feature_dim + 6, dim)
         self.encoders = nn.ModuleDict()
         for name, num_layers in (
@@ -131,16 +138,16 @@ class Reference(nn.Module):
             ("vis_encoder", config.num_visual_layers),
             ("mul_encoder", config.num_cross_layers),
         ):
-            self.encoders[name] = BertEncoder(_bert_config(config, num_layers))
+            self.encoders[name] = BertEncoder(_bert_config(config, num_layers, attention))
         self.pooler, self.itm = nn.Linear(dim, dim), nn.Linear(dim, 2)
-        self.token_head, self.tag_head = (_Head(dim, config.num_words, eps) for _ in range(2))
+        self.token_head, self.tag_head = (_Head(dim, config.num_words, eps, GELUS[attention]) for _ in range(2))
         self.txt_proj, self.vis_proj = nn.Parameter(torch.empty(dim, dim)), nn.Parameter(torch.empty(dim, dim))
         self.logit_scale = nn.Parameter(torch.empty(1))
         self.num_words = config.num_words
         self._copy(ours)
 
     def _copy(self, ours: Mvptr) -> None:
-        theirs = to_reference(ours.state_dict(), ours.config)  # type: ignore[arg-type]
+        theirs = to_reference(ours.state_dict(), ours.config, drop_phrase_head=True)  # type: ignore[arg-type]
         self.encoders.load_state_dict(
             {n.removeprefix("bert."): t for n, t in theirs.items() if "_encoder.layer" in n}, strict=True
         )
@@ -165,20 +172,25 @@ class Reference(nn.Module):
 
     def embed(self, ids_BL: Tensor, segment: int) -> Tensor:
         summed = self.words(ids_BL) + self.positions.weight[: ids_BL.shape[1]] + self.segments.weight[segment]
-        embedded: Tensor = self.embedding_norm(summed)
+        embedded: Tensor = self.dropout(self.embedding_norm(summed))
         return embedded
 
     def encode(self, name: str, states_BLD: Tensor, mask_BL: Tensor) -> Tensor:
-        additive_B11L = (1.0 - mask_BL[:, None, None, :].float()) * -10000.0
+        additive_B11L = (1.0 - mask_BL[:, None, None, :].to(states_BLD.dtype)) * -10000.0
         out: Tensor = self.encoders[name](states_BLD, attention_mask=additive_B11L).last_hidden_state
         return out
 
     def sums(self, batch: Batch, draws: RandomDraws) -> dict[str, LossSum]:
-        """Returns the five losses of `joint` on a batch of fixed slots."""
+        """Returns the five losses of `joint` on a batch of fixed slots, which lies on the model's device.
+
+        In half precision the losses of rows are summed in float32.
+        """
         assert batch.region_features_BRF is not None
-        joined = torch.cat([batch.region_features_BRF, batch.region_geometry_BR6], -1)
+        draws = RandomDraws(**{name: drawn.to(batch.text_ids_BT.device) for name, drawn in vars(draws).items()})
+        joined = torch.cat([batch.region_features_BRF, batch.region_geometry_BR6], -1).to(self.words.weight.dtype)
         text_BTD = self.encode("txt_encoder", self.embed(batch.text_ids_BT, TEXT_SEGMENT), batch.text_mask_BT)
-        slots = torch.cat([self.embed(batch.tag_ids_BG, TAG_SEGMENT), self.img_embedding(joined)], 1)
+        regions_BRD = self.dropout(self.img_embedding(joined))
+        slots = torch.cat([self.embed(batch.tag_ids_BG, TAG_SEGMENT), regions_BRD], 1)
         visual_BVD = self.encode("vis_encoder", slots, torch.cat([batch.tag_mask_BG, batch.region_mask_BR], 1))
         tags_BGD, regions_BRD = visual_BVD[:, :TAG_SLOTS], visual_BVD[:, TAG_SLOTS:]
         words_WD = self.words.weight[: self.num_words]
@@ -187,14 +199,14 @@ class Reference(nn.Module):
         text_global_BD = F.normalize(text_BTD[:, 0] @ self.txt_proj, dim=-1)
         image_global_BD = F.normalize(tags_BGD[:, 0] @ self.vis_proj, dim=-1)
         sim_BB = text_global_BD @ image_global_BD.T
-        scale, own_B = self.logit_scale.exp().clamp(max=100.0), torch.arange(len(sim_BB))
-        both = [F.cross_entropy(s * scale, own_B, reduction="none") for s in (sim_BB, sim_BB.T)]
+        scale, own_B = self.logit_scale.exp().clamp(max=100.0), torch.arange(len(sim_BB), device=sim_BB.device)
+        both = [F.cross_entropy(s * scale, own_B, reduction="none").float() for s in (sim_BB, sim_BB.T)]
         parts["vsc"] = LossSum.of(0.5 * (both[0] + both[1]))
 
         regions = regions_BRD, batch.region_mask_BR
         cross_text_BTD, cross_regions_BRD = self.cross(text_BTD, batch.text_mask_BT, *regions)
         parts["mlm"] = self.token_head(cross_text_BTD, batch.mlm_labels_BT, words_WD)
-        same_BB, takes_image_B = torch.eye(len(own_B), dtype=torch.bool), draws.itm_takes_image_N
+        same_BB, takes_image_B = torch.eye(len(own_B), dtype=torch.bool, device=own_B.device), draws.itm_takes_image_N
         to_image_B = hard_negatives.choose("hardest", sim_BB, same_BB, draws.itm_N)
         to_text_B = hard_negatives.choose("hardest", sim_BB.T, same_BB, draws.itm_N)
         text_from_B = torch.where(takes_image_B, own_B, to_text_B)
@@ -203,7 +215,7 @@ class Reference(nn.Module):
             text_BTD[text_from_B], batch.text_mask_BT[text_from_B], *(x[image_from_B] for x in regions)
         )
         logits = [self.itm(torch.tanh(self.pooler(x[:, 0]))) for x in (cross_text_BTD, hard_text_BTD)]
-        parts["itm"] = losses.itm(logits[0], logits[1], torch.ones(len(own_B), dtype=torch.bool))
+        parts["itm"] = losses.itm(logits[0], logits[1], torch.ones_like(own_B, dtype=torch.bool))
 
         negative_index_B = hard_negatives.choose("random", sim_BB, same_BB, draws.wpg_image_N)
         scores = [
@@ -221,28 +233,29 @@ class Reference(nn.Module):
 
 
 class _Head(nn.Module):
-    def __init__(self, dim: int, num_words: int, eps: float) -> None:
+    def __init__(self, dim: int, num_words: int, eps: float, gelu: str) -> None:
         super().__init__()
+        self.gelu = ACT2FN[gelu]
         self.dense, self.norm = nn.Linear(dim, dim), nn.LayerNorm(dim, eps=eps)
         self.bias = nn.Parameter(torch.zeros(num_words))
 
     def forward(self, states_BLD: Tensor, labels_BL: Tensor, words_WD: Tensor) -> LossSum:
         picked = labels_BL != IGNORE
-        hidden_KD = self.norm(ACT2FN[GELU](self.dense(states_BLD[picked])))
+        hidden_KD = self.norm(self.gelu(self.dense(states_BLD[picked])))
         logits_KW = F.linear(hidden_KD, words_WD, self.bias)
-        return LossSum.of(F.cross_entropy(logits_KW, labels_BL[picked], reduction="none"))
+        return LossSum.of(F.cross_entropy(logits_KW, labels_BL[picked], reduction="none").float())
 
 
-def _bert_config(config: MvptrConfig, num_layers: int) -> BertConfig:
+def _bert_config(config: MvptrConfig, num_layers: int, attention: str) -> BertConfig:
     bert = BertConfig(
         hidden_size=config.hidden_size,
         num_hidden_layers=num_layers,
         num_attention_heads=config.num_attention_heads,
         intermediate_size=config.intermediate_size,
-        hidden_act=GELU,
+        hidden_act=GELUS[attention],
         hidden_dropout_prob=config.hidden_dropout,
         attention_probs_dropout_prob=config.attention_dropout,
         layer_norm_eps=config.layer_norm_eps,
     )
-    bert._attn_implementation = "eager"
+    bert._attn_implementation = attention
     return bert

@@ -100,16 +100,24 @@ def main() -> None:
 
 def recorded(dtype: torch.dtype, hidden: int) -> list[Launch]:
     """Every kernel that a step of the base model starts, forward and backward, one of each kind."""
+    from mvptr_ds.model.attention_tiles import AttentionTiles
     from mvptr_ds.model.gather import RowGather, gather_rows
-    from mvptr_ds.model.triton_kernels import bias_gelu, residual_norm, short_attention, sum_rows, word_log_p
-    from mvptr_ds.model.triton_kernels.attention_tiles import AttentionTiles
+    from mvptr_ds.model.triton_kernels import (
+        bias_gelu,
+        residual_norm,
+        short_attention,
+        sum_rows,
+        sum_stripes,
+        word_log_p,
+    )
 
-    launches: list[Launch] = []
+    launches: dict[str, Launch] = {}
 
     def record(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
-        launches.append(Launch(kernel, args, options))
+        launch = Launch(kernel, args, options)
+        launches.setdefault(launch.name, launch)
 
-    for module in (bias_gelu, residual_norm, short_attention, sum_rows, word_log_p):
+    for module in (bias_gelu, residual_norm, short_attention, sum_rows, sum_stripes, word_log_p):
         module.launch = record  # type: ignore[attr-defined]
     num_rows, device = sum(LENGTHS), torch.device("cpu")
 
@@ -128,7 +136,7 @@ def recorded(dtype: torch.dtype, hidden: int) -> list[Launch]:
     ]
     for out in outs:
         out.backward(torch.zeros_like(out))
-    return launches
+    return list(launches.values())
 
 
 def compiled(launch: Launch, arch: int, aligned: bool) -> Compiled:

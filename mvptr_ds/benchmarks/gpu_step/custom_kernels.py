@@ -6,8 +6,9 @@ those of all its tensors, each once:
 - An operation of `torch.library.custom_op` or `triton_op` is dispatched like those of ATen, so it needs nothing but the
   `register_fake` that torch.compile asks for, too. Its results are what it writes.
 - `kernel[grid](...)` of a `triton.jit` function is not executed while a step is counted. Its tensor arguments count.
+  Where its name begins with `_`, that of its file stands before it, unless it is the same: `residual_norm_forward`.
 
-Where that is wrong, the module with the kernel (or whoever counts) says so, once, by the kernel's name:
+Where that is wrong, whoever counts says so, once, by the kernel's name (own_kernels.py says it of ours):
 
     register_kernel("layer_norm_backward", launches=2, count_bytes=lambda tensors: 3 * size_of(tensors[0]))
 
@@ -16,10 +17,10 @@ A kernel that overwrites its input reads and writes it, and one that reads a mas
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 from unittest.mock import patch
 
@@ -28,8 +29,10 @@ from torch.utils._pytree import tree_leaves
 
 from mvptr_ds.benchmarks.gpu_step.operation_costs import Cost, size_of
 from mvptr_ds.benchmarks.gpu_step.recording import OTHER
+from mvptr_ds.model.installed import triton_lacks
 
 Tensors = Sequence[Tensor]
+OWN_KERNELS = "mvptr_ds.model.triton_kernels"
 TRITON_LAUNCHERS = (
     ("triton.runtime.jit", "JITFunction"),
     ("triton.runtime.autotuner", "Autotuner"),
@@ -68,7 +71,8 @@ def register_kernel(
     Args:
         name: of the Triton function, or of the operation with its namespace, such as `mvptr::gelu`.
         kind: recording.PRODUCT, ATTENTION or OTHER; bytes of the first two are not counted as outside.
-        count_bytes, count_flops: get the kernel's tensors, those of an operation's results behind its arguments.
+        count_bytes, count_flops: get the kernel's tensors, those of an operation's results behind its arguments. Whole
+            numbers are there, floating ones exist as shapes alone.
     """
     _KERNELS[name] = CustomKernel(kind, launches, count_bytes, count_flops)
 
@@ -86,7 +90,7 @@ def custom_cost(name: str, tensors: Tensors) -> Cost:
 
 @contextmanager
 def triton_launches(record: Callable[[str, list[Tensor]], None]) -> Iterator[None]:
-    """While inside, a Triton kernel that is launched is recorded instead, where Triton has been imported.
+    """While inside, a Triton kernel that is launched is recorded instead, where Triton is installed.
 
     Args:
         record: gets the function's name and its tensor arguments.
@@ -97,11 +101,12 @@ def triton_launches(record: Callable[[str, list[Tensor]], None]) -> Iterator[Non
         while hasattr(function, "fn") and not hasattr(function, "__name__"):  # an autotuner holds the function
             function = function.fn
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        record(function.__name__, tensors)
+        name, file = function.__name__, function.fn.__module__.rpartition(".")[2]
+        record(file + name if name.startswith("_") and name != f"_{file}" else name.removeprefix("_"), tensors)
 
     with ExitStack() as stack:
-        for module, name in TRITON_LAUNCHERS:
-            launcher = getattr(sys.modules.get(module), name, None)
+        for module, name in () if triton_lacks(OWN_KERNELS) else TRITON_LAUNCHERS:
+            launcher = getattr(import_module(module), name, None)
             if launcher is not None:
                 stack.enter_context(patch.object(launcher, "run", run))
         yield

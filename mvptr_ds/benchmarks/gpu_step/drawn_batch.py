@@ -1,6 +1,6 @@
 """A batch to count a step with: lengths drawn as `mvptr plan` draws them, masked and labelled as the task wants it.
 
-The draws are always the same, and lengths of text, tags and regions are independent of each other.
+The draws of a seed are always the same, and lengths of text, tags and regions are independent of each other.
 
 Legend: B samples, T text slots, G tag slots, R regions, F feature size.
 """
@@ -26,7 +26,9 @@ FIRST_WORD = 1000
 IMAGE_SIDE = 600  # pixels of the record that boxes are given in
 
 
-def draw_batch(num: int, config: Config, model: MvptrConfig, needs: SampleNeeds, num_answers: int = 0) -> Batch:
+def draw_batch(
+    num: int, config: Config, model: MvptrConfig, needs: SampleNeeds, num_answers: int = 0, seed: int = 0
+) -> Batch:
     """Returns a batch on the host.
 
     Args:
@@ -34,8 +36,9 @@ def draw_batch(num: int, config: Config, model: MvptrConfig, needs: SampleNeeds,
         model: what the rows of words and phrases, and the size of features, are taken from.
         needs: what the task masks and reads; labels are drawn for the four tasks of docs/finetune.md.
         num_answers: rows of the head for answers, where the task has one.
+        seed: of the draws.
     """
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     lengths = {name: rng.integers(low, high + 1, num) for name, (low, high) in asdict(Ranges()).items()}
     return collate(
         [

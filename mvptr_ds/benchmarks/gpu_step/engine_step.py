@@ -194,7 +194,7 @@ def _small_module(config: Config, stage: str) -> tuple[Config, TaskModule]:
     """Returns the module of a stage with small layers, drawn on the host, and the configuration that it was made by."""
     width = SMALL_HEAD * config.model.num_attention_heads
     model = replace(
-        config.model, hidden_size=width, intermediate_size=2 * width, dropout=0.0, attention_dropout=0.0, compile=False
+        config.model, hidden_size=width, intermediate_size=2 * width, dropout=0.0, attention_dropout=0.0, compile="off"
     )
     visual = replace(config.visual, feature_dim=SMALL_HEAD) if config.visual.source == "features" else config.visual
     train = replace(config.train, batch_size=NUM_SAMPLES, accumulation_steps=1)

@@ -32,7 +32,7 @@ from mvptr_ds.benchmarks.gpu_step.custom_kernels import custom_cost, is_register
 from mvptr_ds.benchmarks.gpu_step.operation_costs import FREE, PRODUCTS, Cost, cost_of
 from mvptr_ds.benchmarks.gpu_step.parts import PartTracker
 from mvptr_ds.benchmarks.gpu_step.recording import COPY, FORWARD, Copy, Operation, Place, Recording, Wait
-from mvptr_ds.benchmarks.gpu_step.roofline import kernel_seconds
+from mvptr_ds.benchmarks.gpu_step.roofline import H200, Roofline
 from mvptr_ds.benchmarks.gpu_step.torch_on_cuda import CUDA, PinnedMemory, as_cuda_build
 
 SIZE_DEPENDS_ON_VALUES = {
@@ -93,13 +93,15 @@ class FakeCuda(TorchDispatchMode):
 
     Args:
         fail_on_wait: whether a wait is an error, whose stack shows where it comes from.
+        roofline: of the GPU whose seconds are modelled.
 
     Raises:
         RuntimeError: inside, where `fail_on_wait` and the host waits, or where an operation mixes host and device.
     """
 
-    def __init__(self, fail_on_wait: bool = False) -> None:
+    def __init__(self, fail_on_wait: bool = False, roofline: Roofline = H200) -> None:
         super().__init__()
+        self.roofline = roofline
         self.recording, self.parts, self.pinned = Recording(), PartTracker(), PinnedMemory()
         self.phase, self.fail_on_wait = FORWARD, fail_on_wait
         self._stack = ExitStack()
@@ -271,7 +273,8 @@ class FakeCuda(TorchDispatchMode):
         place, num_bytes = self._place(), source.numel() * source.element_size()
         self.recording.copies.append(Copy(num_bytes, self.pinned.holds(source), place))
         cost = Cost(COPY, num_bytes)
-        self.recording.operations.append(Operation("copy", COPY, place, num_bytes, model_s=kernel_seconds(cost)))
+        model_s = self.roofline.kernel_seconds(cost)
+        self.recording.operations.append(Operation("copy", COPY, place, num_bytes, model_s=model_s))
         if not non_blocking:
             self.wait("a copy to the device that is not non_blocking")
 
@@ -282,23 +285,24 @@ class FakeCuda(TorchDispatchMode):
         if is_view(func) or name in FREE or not any(tensor.numel() for tensor in written):
             return
         qualified = f"{func.namespace}::{name}"
-        if is_registered(qualified):
-            cost = custom_cost(qualified, [*read, *written])
-        else:
-            with _disable_current_modes():
-                given = tree_map(_held, (args, kwargs, results, read, written))
+        with _disable_current_modes():
+            given = tree_map(_held, (args, kwargs, results, read, written))
+            if is_registered(qualified):
+                cost = custom_cost(qualified, [*given[3], *given[4]])
+            else:
                 cost = cost_of(name, func.overloadpacket, *given)
         sides = _sides(read) if name in PRODUCTS else None
         self._add(name if func.namespace in ATEN else qualified, cost, place, sides)
 
     def _launch_custom(self, name: str, tensors: list[Tensor]) -> None:
-        self._add(name, custom_cost(name, _each_once(tensors)), self._place())
+        with _disable_current_modes():
+            cost = custom_cost(name, [_held(tensor) for tensor in _each_once(tensors)])
+        self._add(name, cost, self._place())
 
     def _add(self, name: str, cost: Cost, place: Place, sides: tuple[int, int, int] | None = None) -> None:
+        model_s = self.roofline.kernel_seconds(cost, sides)
         self.recording.operations.append(
-            Operation(
-                name, cost.kind, place, cost.bytes, cost.flops, cost.launches, cost.is_odd, kernel_seconds(cost, sides)
-            )
+            Operation(name, cost.kind, place, cost.bytes, cost.flops, cost.launches, cost.is_odd, model_s)
         )
 
 

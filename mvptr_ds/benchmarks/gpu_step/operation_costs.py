@@ -86,6 +86,7 @@ def cost_of(
     if "attention" in name or "attn" in name:
         return Cost(ATTENTION, moved_bytes(name, read, written), attention_flops(name, args), launches)
     if name in PRODUCTS:
+        packet = getattr(torch.ops.aten, name.removesuffix("_"), packet)  # in place it costs the same
         flops = int(flop_registry[packet](*args, **kwargs, out_val=results)) if packet in flop_registry else 0
         if name in ("mv", "addmv", "dot"):
             flops = 2 * max(tensor.numel() for tensor in read)

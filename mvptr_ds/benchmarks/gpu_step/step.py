@@ -10,7 +10,10 @@ import torch
 
 from mvptr_ds.benchmarks.gpu_step.drawn_batch import draw_batch
 from mvptr_ds.benchmarks.gpu_step.fake_cuda import FakeCuda
+from mvptr_ds.benchmarks.gpu_step.own_kernels import register_own_kernels
 from mvptr_ds.benchmarks.gpu_step.recording import BACKWARD, Recording
+from mvptr_ds.benchmarks.gpu_step.roofline import H200, Roofline
+from mvptr_ds.benchmarks.gpu_step.torch_on_cuda import CUDA
 from mvptr_ds.builders import SampleNeeds
 from mvptr_ds.config import Config, load_config
 from mvptr_ds.data.collate import Batch
@@ -87,15 +90,20 @@ def needs_of(config: Config, stage: str) -> SampleNeeds:
     return SampleNeeds(read_labels=partial(read_labels, index_of), tags_in_text=config.vqa.tags_in_text)
 
 
-def draw_batch_for(config: Config, stage: str, module: TaskModule, num: int) -> Batch:
-    """Returns a batch of `num` samples for a stage, on the host."""
+def draw_batch_for(config: Config, stage: str, module: TaskModule, num: int, seed: int = 0) -> Batch:
+    """Returns a batch of `num` samples for a stage, on the host; the same for a seed."""
     num_answers = len(getattr(module, "answers", ()))
     model: MvptrConfig = module.model.config  # type: ignore[assignment]  # transformers annotates its base class
-    return draw_batch(num, config, model, needs_of(config, stage), num_answers)
+    return draw_batch(num, config, model, needs_of(config, stage), num_answers, seed)
 
 
 def count_step(
-    config: Config, stage: str, num: int, dtype: torch.dtype = torch.bfloat16, fail_on_wait: bool = False
+    config: Config,
+    stage: str,
+    num: int,
+    dtype: torch.dtype = torch.bfloat16,
+    fail_on_wait: bool = False,
+    roofline: Roofline = H200,
 ) -> StepCounts:
     """Executes forward and backward pass of a late step of a stage as on CUDA, on one rank, and counts.
 
@@ -103,24 +111,29 @@ def count_step(
         num: samples of the micro-batch.
         dtype: what the engine computes in.
         fail_on_wait: whether a wait for the device is an error.
+        roofline: of the GPU whose seconds are modelled.
 
     Raises:
         RuntimeError: with `fail_on_wait`, where the host waits.
         ValueError: the configuration does not fit the stage.
     """
+    register_own_kernels()
     module = build_module(config, stage).to(dtype)
     batch = draw_batch_for(config, stage, module, num)
+    plan = module.batch_plan()
+    assert plan is not None, "the loader's processes pack the batches of every task of the package"
     step_flops = StepFlops(module, num_ranks=1)
     lengths = Lengths.of(batch)
     step = config.stage(stage).max_steps - 1  # schedules are over: negatives are the hardest
-    with FakeCuda() as device:
+    with FakeCuda(roofline=roofline) as device:
         device.put_weights(module)
         _number_phrases(module)
-        batch = batch.pin_memory()  # as the loader does
+        ready = plan(batch).pin_memory()  # as the loader's processes make it
+        module.complete(ready.packed, step, 0)
         device.recording.clear()
         device.fail_on_wait = fail_on_wait
         with device.parts.following(module.model, module.head):
-            loss = module(batch, step).loss
+            loss = module(ready.packed.to(CUDA), step).loss
             device.phase = BACKWARD
             loss.backward()
     trained = [parameter for _, parameter in module.named_weights() if parameter.requires_grad]

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+CAPABILITY = (9, 0)  # of an H100 or H200
 CUDA = torch.device("cuda:0")  # with its number: a build without CUDA cannot tell which is the current one
 BIAS_ALIGNMENT = 16  # numbers of a row of attention's bias
 
@@ -194,7 +195,10 @@ def as_cuda_build(
 
     replaced = {
         "_lazy_init": lambda: None,  # torch looks for a driver at the first "cuda"
+        "is_available": lambda: True,
+        "get_device_capability": lambda device=None: CAPABILITY,
         "current_device": lambda: 0,
+        "device": lambda device: nullcontext(),
         "synchronize": lambda device=None: wait("the host waits for the whole device"),
         "current_stream": lambda device=None: stream,
         "default_stream": lambda device=None: stream,

@@ -1,6 +1,6 @@
 """gelu(x + bias) by erf, as the model was published with; the gradient of the bias is summed in the same pass.
 
-Sums over rows: each program sums the rows of one stripe, and torch adds the stripes, always in one order.
+Sums over rows: each program sums the rows of one stripe, and sum_stripes.py adds the stripes.
 
 Legend: N rows, D columns, P stripes of rows.
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .launch import launch, require_columns, require_rows
+from .sum_stripes import sum_stripes
 
 BLOCK = {"ROWS": 8, "COLS": 256, "num_warps": 4}
 _MAX_STRIPES = 64  # a fixed number, so that sums are the same on any GPU
@@ -56,11 +57,12 @@ class _BiasGelu(torch.autograd.Function):
         num_stripes = min(_MAX_STRIPES, num_blocks)
         rows_each = triton.cdiv(num_blocks, max(1, num_stripes)) * BLOCK["ROWS"]
         dx_ND = torch.empty_like(x_ND)
-        sums_PD = torch.empty(num_stripes, num_columns, dtype=torch.float32, device=x_ND.device)
+        sums_P1D = torch.empty(num_stripes, 1, num_columns, dtype=torch.float32, device=x_ND.device)
         grid = (num_stripes, triton.cdiv(num_columns, BLOCK["COLS"]))
-        args = (dy_ND.contiguous(), x_ND, bias_D, dx_ND, sums_PD, num_rows, num_columns, rows_each)
+        args = (dy_ND.contiguous(), x_ND, bias_D, dx_ND, sums_P1D, num_rows, num_columns, rows_each)
         launch(_backward, grid, x_ND.device, *args, **BLOCK)
-        return dx_ND, sums_PD.sum(0).to(bias_D.dtype)
+        (dbias_D,) = sum_stripes(sums_P1D, [bias_D.dtype])
+        return dx_ND, dbias_D
 
 
 @triton.jit(do_not_specialize=["N"])

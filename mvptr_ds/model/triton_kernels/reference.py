@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention_tiles import AttentionTiles
+from ..attention_tiles import AttentionTiles
 from .philox import keep_attention, keep_rows, keep_scale
 
 

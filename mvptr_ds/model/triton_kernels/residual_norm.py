@@ -3,7 +3,7 @@
 `x` is a product without its bias: the bias is added here, since its gradient, a sum over rows, falls out of the
 backward pass. That pass reads the gradient and z = residual + dropout(x + bias), and draws the dropped elements again.
 
-Sums over rows: each program sums consecutive rows, and torch adds the sums of all programs, always in one order.
+Sums over rows: each program sums consecutive rows, and sum_stripes.py adds the sums of all programs.
 
 Legend: N rows, D columns, P programs of the backward pass.
 """
@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from .launch import launch, require_columns, require_rows
 from .philox import drop_threshold, keep_scale
 from .philox_bits import draw_bits
+from .sum_stripes import sum_stripes
 
 MAX_COLUMNS = 8192  # of a row that stays in the registers of one program
 NUM_WARPS = 4
@@ -128,10 +129,7 @@ class _DropoutAddNorm(torch.autograd.Function):
             triton.cdiv(num_rows, max(1, num_programs)),
             **ctx.settings,
         )
-        sums = sums_P3D.sum(0).unbind(0)
-        dweight_D, dbias_D, dinput_D = (
-            None if dtype is None else total.to(dtype) for total, dtype in zip(sums, ctx.dtypes, strict=True)
-        )
+        dweight_D, dbias_D, dinput_D = sum_stripes(sums_P3D, ctx.dtypes)
         return dx_ND, dinput_D, dresidual_ND, dweight_D, dbias_D, None, None, None, None
 
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .attention_tiles import AttentionTiles
+from ..attention_tiles import AttentionTiles
 from .launch import FLOATS, launch
 from .philox import drop_threshold, keep_scale
 from .philox_bits import draw_bits

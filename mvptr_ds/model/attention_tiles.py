@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-TILE_SIZES = (32, 64, 128)
+from .sequence_index import TILE_SIZES, SequenceIndex
+
 MAX_LENGTH = TILE_SIZES[-1]
 
 
@@ -34,20 +34,15 @@ class AttentionTiles:
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> AttentionTiles:
-        """Sorts sequences into tiles; one copy to the device, which nothing waits for.
+        """Sorts sequences into tiles. Raises ValueError where one has more than 128 rows."""
+        return cls.of_index(SequenceIndex(tuple(lengths)), device)
 
-        Raises:
-            ValueError: a sequence has more than 128 rows.
-        """
-        longest = max(lengths, default=0)
+    @classmethod
+    def of_index(cls, index: SequenceIndex, device: torch.device) -> AttentionTiles:
+        """Returns the tiles of an index, whose arrays may be there already. Raises ValueError as `of`."""
+        longest = max(index.lengths, default=0)
         if longest > MAX_LENGTH:
             raise ValueError(f"a sequence of {longest} rows; these kernels take at most {MAX_LENGTH}")
-        lengths_B = np.array(lengths, dtype=np.int32)
-        tile_B = np.searchsorted(TILE_SIZES, lengths_B)
-        chosen = {size: np.flatnonzero((tile_B == t) & (lengths_B > 0)) for t, size in enumerate(TILE_SIZES)}
-        offsets = np.concatenate([[0], np.cumsum(lengths_B)])
-        parts = [offsets, *chosen.values()]
-        packed = torch.from_numpy(np.concatenate(parts).astype(np.int32)).to(device, non_blocking=True)
-        on_device = packed.split([len(part) for part in parts])
-        sequences = {size: part for size, part in zip(chosen, on_device[1:], strict=True) if len(part)}
-        return cls(tuple(lengths), on_device[0], sequences)
+        tiles = {size: index.on(device, f"tile{size}") for size in TILE_SIZES}
+        sequences = {size: numbers_S for size, numbers_S in tiles.items() if len(numbers_S)}
+        return cls(index.lengths, index.on(device, "offsets"), sequences)

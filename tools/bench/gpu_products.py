@@ -98,11 +98,11 @@ def _bias_off_its_place(shapes: Shapes, device: torch.device, dtype: torch.dtype
     num_rows, dim = shapes.rows[-1], shapes.hidden
     a_ND, w_DD = (torch.randn(n, dim, device=device, dtype=dtype) for n in (num_rows, dim))
     flat = torch.randn(dim + 8, device=device, dtype=dtype)
-    flop = 2 * num_rows * dim**2
-    return [
-        _round(flop / 1e12 / seconds(lambda first=first: F.linear(a_ND, w_DD, flat[first : first + dim]), device))
-        for first in (0, 1)
-    ]
+    tflop = 2 * num_rows * dim**2 / 1e12
+    aligned_D, shifted_D = flat[:dim], flat[1 : 1 + dim]
+    aligned_s = seconds(lambda: F.linear(a_ND, w_DD, aligned_D), device)
+    shifted_s = seconds(lambda: F.linear(a_ND, w_DD, shifted_D), device)
+    return [_round(tflop / aligned_s), _round(tflop / shifted_s)]
 
 
 def _copy_tb_per_s(num_bytes: int, device: torch.device) -> float:

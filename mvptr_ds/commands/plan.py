@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--measure", type=int, metavar="N", help="measure lengths and loader speed on the first N samples of data.train"
     )
-    add("--measured", type=user_path, metavar="FILE", help="output of tools/bench/bench_gpu.py to calibrate times with")
+    add("--measured", type=user_path, metavar="FILE", help="output of bench_gpu.py to calibrate times with")
     assumed = parser.add_argument_group("assumptions, each with a default that docs/planning.md explains")
     for name, meaning in (
         ("product-efficiency", "share of the vendor's peak that a large matrix product reaches"),
